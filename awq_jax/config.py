@@ -1,0 +1,140 @@
+"""`AwqConfig`: what to quantize to. Frozen, validated on construction, JSON both ways."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from awq_jax.errors import ConfigError
+
+Method = Literal["rtn", "awq", "awq+gptq"]
+BITS = (2, 3, 4, 8)
+METHODS = ("rtn", "awq", "awq+gptq")
+INDIVISIBLE = ("error", "pad", "float")
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafConfig:
+    """What one weight is stored as.
+
+    Attributes:
+      bits: 2, 3, 4 or 8.
+      group_size: rows of the contracted axis that share a scale; -1 for all of them.
+      symmetric: zero point fixed at ``2**(bits-1)``.
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    symmetric: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class AwqConfig:
+    """Settings of one quantization run.
+
+    Attributes:
+      bits: bits per weight: 2, 3, 4 or 8.
+      group_size: rows of the contracted axis that share one scale (16 ... 256, a multiple of 16),
+        or -1 for the whole column.
+      symmetric: fix the zero point at ``2**(bits-1)``; otherwise it is stored per group.
+      method: ``"rtn"`` rounds to nearest; ``"awq"`` adds scale search and clipping (arXiv
+        2306.00978); ``"awq+gptq"`` also compensates each rounding error in the weights not yet
+        rounded (the update of arXiv 2210.17323 on the scaled weights).
+      clip: search clipping thresholds (methods other than ``"rtn"``).
+      n_grid: ratios tried per scale group, 0 ... 1.
+      damping: share of the mean diagonal added to the Gram before compensation.
+      explicit_scale: where no parameter can absorb a scale, keep it beside the weight and
+        multiply the activation at run time. Checkpoint formats cannot store it; writers that
+        need folded scales ask for ``False``.
+      quantize_head: also quantize the matmul that produces the model's output.
+      on_indivisible: what to do with a weight whose rows the group size does not divide:
+        ``"error"`` (list them all and stop), ``"pad"`` (zero rows) or ``"float"`` (leave alone).
+      skip: regular expressions (``re.search`` on the parameter path) of weights left float.
+      overrides: ``((regex, {"bits": .., "group_size": .., "symmetric": ..}), ...)``; the first
+        match wins.
+
+    Raises:
+      ConfigError: on any value outside the above.
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    symmetric: bool = False
+    method: Method = "awq+gptq"
+    clip: bool = True
+    n_grid: int = 20
+    damping: float = 0.01
+    explicit_scale: bool = True
+    quantize_head: bool = False
+    on_indivisible: Literal["error", "pad", "float"] = "error"
+    skip: tuple[str, ...] = ()
+    overrides: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "skip", (self.skip,) if isinstance(self.skip, str) else tuple(self.skip))
+        items = self.overrides.items() if isinstance(self.overrides, Mapping) else self.overrides
+        object.__setattr__(self, "overrides", tuple((p, dict(v)) for p, v in items))
+        _check_leaf(self.bits, self.group_size, "")
+        if self.method not in METHODS:
+            raise ConfigError(f"method must be one of {', '.join(METHODS)}; got {self.method!r}")
+        if self.on_indivisible not in INDIVISIBLE:
+            raise ConfigError(f"on_indivisible must be one of {', '.join(INDIVISIBLE)}; got {self.on_indivisible!r}")
+        if not 1 <= self.n_grid <= 1000:
+            raise ConfigError(f"n_grid must be 1 ... 1000; got {self.n_grid}")
+        if not 0.0 <= self.damping <= 1.0:
+            raise ConfigError(f"damping must be 0 ... 1; got {self.damping}")
+        for pattern in (*self.skip, *(p for p, _ in self.overrides)):
+            try:
+                re.compile(pattern)
+            except re.error as e:
+                raise ConfigError(f"bad regular expression {pattern!r}: {e}") from None
+        for pattern, change in self.overrides:
+            unknown = set(change) - {f.name for f in dataclasses.fields(LeafConfig)}
+            if unknown:
+                raise ConfigError(
+                    f"override {pattern!r} sets {sorted(unknown)}; it may set bits, group_size and symmetric"
+                )
+            leaf = dataclasses.replace(self._base(), **change)
+            _check_leaf(leaf.bits, leaf.group_size, f" in override {pattern!r}")
+
+    def _base(self) -> LeafConfig:
+        return LeafConfig(self.bits, self.group_size, self.symmetric)
+
+    def leaf(self, path: str) -> LeafConfig | None:
+        """Settings for the weight at ``path``, or None if a skip pattern matches it."""
+        if any(re.search(p, path) for p in self.skip):
+            return None
+        for pattern, change in self.overrides:
+            if re.search(pattern, path):
+                return dataclasses.replace(self._base(), **change)
+        return self._base()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, accepted back by `from_dict`."""
+        d = dataclasses.asdict(self)
+        d["skip"] = list(self.skip)
+        d["overrides"] = [[p, dict(v)] for p, v in self.overrides]
+        return d
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> AwqConfig:
+        """Inverse of `to_dict`.
+
+        Raises:
+          ConfigError: on an unknown key.
+        """
+        unknown = set(data) - {f.name for f in dataclasses.fields(cls)}
+        if unknown:
+            raise ConfigError(f"unknown settings {sorted(unknown)}")
+        return cls(**data)
+
+
+def _check_leaf(bits: int, group_size: int, where: str) -> None:
+    if bits not in BITS:
+        raise ConfigError(f"bits must be one of {BITS}; got {bits}{where}")
+    if group_size != -1 and not (16 <= group_size <= 256 and group_size % 16 == 0):
+        raise ConfigError(
+            f"group_size must be -1 (whole column) or a multiple of 16 from 16 to 256; got {group_size}{where}"
+        )

@@ -1,0 +1,40 @@
+"""Parameter paths: the one way the library names a leaf of a parameter tree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from awq_jax.qtensor import is_quantized
+
+
+def path_str(path: tuple[Any, ...]) -> str:
+    """A JAX key path as ``"layers/0/q_proj/kernel"``.
+
+    Attribute keys of variable wrappers (``nnx.Param.value``, Linen partitioning boxes) are dropped.
+    """
+    parts = []
+    for key in path:
+        if isinstance(key, jax.tree_util.DictKey):
+            parts.append(str(key.key))
+        elif isinstance(key, jax.tree_util.SequenceKey):
+            parts.append(str(key.idx))
+        elif isinstance(key, jax.tree_util.GetAttrKey):
+            if key.name not in ("value", "raw_value"):
+                parts.append(str(key.name))
+        else:
+            parts.append(str(getattr(key, "key", key)))
+    return "/".join(parts)
+
+
+def flatten(params: Any) -> dict[str, Any]:
+    """``{path: leaf}`` in tree order; a `QuantizedTensor` counts as one leaf."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)
+    return {path_str(p): leaf for p, leaf in leaves}
+
+
+def map_with_path(f: Callable[[str, Any], Any], params: Any) -> Any:
+    """Map ``f(path, leaf)`` over ``params``, keeping its structure."""
+    return jax.tree_util.tree_map_with_path(lambda p, leaf: f(path_str(p), leaf), params, is_leaf=is_quantized)

@@ -1,0 +1,157 @@
+"""`QuantizedTensor`: a packed weight that stands where a float leaf stood in a parameter tree."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from awq_jax import pack
+from awq_jax.errors import ShapeError
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QuantizedTensor:
+    """A groupwise quantized weight, ``w = (q - zero) * scale`` (a pytree node).
+
+    The leaf it replaces is seen as ``[*B, K, N]``: batch axes (scanned layers, experts), the
+    contracted axes flattened, the output axes flattened. ``Kp`` is K rounded up to a multiple of
+    the group; the extra rows are zero.
+
+    Attributes:
+      qweight: uint32 ``[*B, ceil(Kp*bits/32), N]``, LSB-first along K (see `awq_jax.pack`).
+      scales: float ``[*B, Kp/g, N]``.
+      zeros: uint8 ``[*B, Kp/g, N]``, or None if symmetric (zero point ``2**(bits-1)``).
+      inv_scale: float ``[*B, K]`` or None: the activation is multiplied by it before the matmul.
+      bits: bits per code.
+      group_size: rows per scale, already resolved (never -1).
+      axes: the role of each axis of the float leaf, ``b``, ``k`` or ``n``, e.g. ``"kn"`` for a
+        Flax Dense kernel, ``"nk"`` for a PyTorch Linear weight, ``"bkn"`` for stacked experts.
+      k_dims: sizes of the ``k`` axes, in order.
+      n_dims: sizes of the ``n`` axes, in order.
+      dtype: name of the dtype the weight dequantizes to.
+
+    Slicing or stacking every array along leading batch axes (``jax.lax.scan``, ``vmap``,
+    ``jax.tree.map(lambda a: a[i], q)``) gives a valid QuantizedTensor of the slice, as long as the
+    axes removed are the first ``b`` axes of ``axes``.
+    """
+
+    qweight: jax.Array
+    scales: jax.Array
+    zeros: jax.Array | None
+    inv_scale: jax.Array | None
+    bits: int = dataclasses.field(metadata={"static": True})
+    group_size: int = dataclasses.field(metadata={"static": True})
+    axes: str = dataclasses.field(metadata={"static": True})
+    k_dims: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    n_dims: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    dtype: str = dataclasses.field(metadata={"static": True})
+
+    @property
+    def k(self) -> int:
+        """Contracted size K (without padding)."""
+        return math.prod(self.k_dims)
+
+    @property
+    def n(self) -> int:
+        """Output size N."""
+        return math.prod(self.n_dims)
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        """Sizes of the leading batch axes that are still there."""
+        return tuple(self.qweight.shape[:-2])
+
+    @property
+    def live_axes(self) -> str:
+        """``axes`` without the leading batch axes that were sliced away."""
+        gone = self.axes.count("b") - len(self.batch)
+        axes = self.axes
+        while gone > 0:
+            axes = axes.replace("b", "", 1)
+            gone -= 1
+        return axes
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the float leaf this replaces."""
+        dims = {"b": iter(self.batch), "k": iter(self.k_dims), "n": iter(self.n_dims)}
+        return tuple(next(dims[a]) for a in self.live_axes)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.live_axes)
+
+    @property
+    def symmetric(self) -> bool:
+        return self.zeros is None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays as stored here."""
+        return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(self))
+
+    def canonical_to_leaf(self, w: jax.Array) -> jax.Array:
+        """``[*B, K, N]`` to the float leaf's own shape."""
+        return from_canonical(w, self.live_axes, self.k_dims, self.n_dims)
+
+    def codes(self) -> jax.Array:
+        """uint8 codes ``[*B, Kp, N]``."""
+        return pack.unpack(self.qweight, self.bits, self.scales.shape[-2] * self.group_size)
+
+    def dequantize_canonical(self, dtype: Any = None) -> jax.Array:
+        """``(q - zero) * scale`` as ``[*B, K, N]``, *without* ``inv_scale``.
+
+        Args:
+          dtype: dtype of the result (default: ``self.dtype``). The product is taken in float32.
+        """
+        codes = self.codes().astype(jnp.float32)
+        *lead, kp, n = codes.shape
+        g = self.group_size
+        codes = codes.reshape(*lead, kp // g, g, n)
+        zeros = 2.0 ** (self.bits - 1) if self.zeros is None else self.zeros.astype(jnp.float32)[..., None, :]
+        w = (codes - zeros) * self.scales.astype(jnp.float32)[..., None, :]
+        return w.reshape(*lead, kp, n)[..., : self.k, :].astype(dtype or self.dtype)
+
+    def dequantize(self, dtype: Any = None) -> jax.Array:
+        """The float leaf this stands for, ``inv_scale`` applied to its rows."""
+        w = self.dequantize_canonical(jnp.float32)
+        if self.inv_scale is not None:
+            w = w * self.inv_scale.astype(jnp.float32)[..., :, None]
+        return self.canonical_to_leaf(w).astype(dtype or self.dtype)
+
+
+def is_quantized(x: Any) -> bool:
+    """True for a `QuantizedTensor` (use as ``is_leaf=``)."""
+    return isinstance(x, QuantizedTensor)
+
+
+def split_shape(shape: tuple[int, ...], axes: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """(batch, k, n) sizes of a leaf of ``shape`` whose axes play the roles ``axes``.
+
+    Raises:
+      ShapeError: if the numbers of axes differ, or a role is unknown or absent.
+    """
+    if len(shape) != len(axes) or set(axes) - set("bkn") or "k" not in axes or "n" not in axes:
+        raise ShapeError(f"axes {axes!r} do not describe a weight of shape {shape}")
+    pick = {r: tuple(d for d, a in zip(shape, axes, strict=True) if a == r) for r in "bkn"}
+    return pick["b"], pick["k"], pick["n"]
+
+
+def to_canonical(w: jax.Array, axes: str) -> jax.Array:
+    """A float leaf to ``[*B, K, N]``."""
+    b, k, n = split_shape(w.shape, axes)
+    order = [i for r in "bkn" for i, a in enumerate(axes) if a == r]
+    return jnp.transpose(w, order).reshape(*b, math.prod(k), math.prod(n))
+
+
+def from_canonical(w: jax.Array, axes: str, k_dims: tuple[int, ...], n_dims: tuple[int, ...]) -> jax.Array:
+    """``[*B, K, N]`` to a leaf whose axes play the roles ``axes``."""
+    order = [i for r in "bkn" for i, a in enumerate(axes) if a == r]
+    w = w.reshape(*w.shape[:-2], *k_dims, *n_dims)
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    return jnp.transpose(w, inverse)
