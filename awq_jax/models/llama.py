@@ -1,0 +1,15 @@
+"""Llama 2 and 3, and the checkpoints that use its architecture: TinyLlama, SmolLM2, Yi."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from awq_jax.models.config import ModelConfig
+from awq_jax.models.hf_config import base
+
+
+def config(hf: Mapping[str, Any]) -> ModelConfig:
+    """``model_type`` "llama"."""
+    bias = bool(hf.get("attention_bias", False))
+    return base(hf, qkv_bias=bias, o_bias=bias, mlp_bias=bool(hf.get("mlp_bias", False)))
