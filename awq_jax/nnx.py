@@ -1,0 +1,68 @@
+"""Flax NNX: a linear layer whose kernel may be packed, and a model as a pure function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from awq_jax import kernels
+from awq_jax.qtensor import QuantizedTensor
+
+
+class Linear(nnx.Linear):
+    """Drop-in for `flax.nnx.Linear` whose ``kernel`` may hold a `QuantizedTensor`.
+
+    With a float kernel it *is* `flax.nnx.Linear`: same parameters, same initial values for the same
+    rngs, same bits out. With a packed kernel the result dtype is the one the float layer would
+    have; ``precision`` and a custom ``dot_general`` then have no effect.
+
+    Args:
+      in_features: K.
+      out_features: N.
+      impl: kernel for packed weights, see `awq_jax.kernels.matmul`.
+      **options: as `flax.nnx.Linear`: ``rngs`` (required), ``use_bias``, ``dtype``,
+        ``param_dtype``, ``kernel_init``, ``bias_init``, ``preferred_element_type``, ...
+
+    Raises:
+      BackendError: if ``impl`` is unknown, or at the call if it cannot run.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, impl: str = "auto", **options: Any):
+        self.impl = kernels.check_impl(impl)
+        super().__init__(in_features, out_features, **options)
+
+    def __call__(self, inputs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+        """``inputs [..., K]`` to ``[..., N]``; further arguments as `flax.nnx.Linear` takes them."""
+        kernel: Any = self.kernel.get_value()
+        if not isinstance(kernel, QuantizedTensor):
+            return super().__call__(inputs, *args, **kwargs)
+        bias = None if self.bias is None else self.bias.get_value()
+        stand_in = jnp.zeros((), kernel.dtype)  # takes part in the choice of dtype as the float kernel would
+        x, _, bias = self.promote_dtype((inputs, stand_in, bias), dtype=self.dtype)
+        y = kernels.matmul(x, kernel, impl=self.impl, preferred_element_type=self.preferred_element_type)
+        return y if bias is None else y + bias
+
+
+def functional(model: nnx.Module, method: str = "__call__") -> tuple[Callable[..., Any], nnx.State]:
+    """An NNX model as ``(apply_fn, params)``, the form `calibrate`, `quantize` and `bind` take.
+
+    State other than ``nnx.Param`` (rng streams, batch statistics, caches) is taken as it is now:
+    ``apply_fn`` starts from it at every call and drops what the call changes, so it is pure.
+
+    Args:
+      model: any NNX module; not modified.
+      method: name of the method to call.
+
+    Returns:
+      ``apply_fn(params, *args, **kwargs)`` and the ``nnx.State`` of the model's parameters.
+    """
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def apply_fn(params: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(nnx.merge(graphdef, params, nnx.clone(rest)), method)(*args, **kwargs)
+
+    return apply_fn, params

@@ -1,0 +1,156 @@
+"""Which kernel multiplies by a packed weight, and why."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from awq_jax.errors import BackendError, ShapeError
+from awq_jax.kernels import xla
+from awq_jax.qtensor import QuantizedTensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What a backend needs to know to say whether and how it would run.
+
+    Attributes:
+      m: activation rows (per batch element).
+      q: the weight (arrays, tracers or abstract).
+      dtype: dtype of the activation.
+      platform: where it will run: ``"cpu"``, ``"cuda"``, ``"tpu"``, ...
+    """
+
+    m: int
+    q: QuantizedTensor
+    dtype: Any
+    platform: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """One implementation of the packed matmul.
+
+    Attributes:
+      name: what ``impl=`` calls it.
+      obstacle: why it cannot serve a request, or None if it can.
+      describe: which form it would use for a request, and why.
+      run: ``(x [*B, m, K], request, out_dtype) -> [*B, m, N]``, without ``inv_scale``.
+    """
+
+    name: str
+    obstacle: Callable[[Request], str | None]
+    describe: Callable[[Request], str]
+    run: Callable[[jax.Array, Request, Any], jax.Array]
+
+
+# In order of preference; "auto" takes the first without an obstacle.
+BACKENDS: tuple[Backend, ...] = (
+    Backend(
+        name="xla",
+        obstacle=lambda r: None,
+        describe=lambda r: "{}: {}".format(*xla.form(r.m, r.platform)),
+        run=lambda x, r, out_dtype: xla.matmul(x, r.q, out_dtype, r.platform),
+    ),
+)
+
+
+def check_impl(impl: str) -> str:
+    """``impl`` itself if it names a backend or ``"auto"``.
+
+    Raises:
+      BackendError: otherwise.
+    """
+    names = ("auto", *(b.name for b in BACKENDS))
+    if impl not in names:
+        raise BackendError(f"no kernel implementation {impl!r} in this release; choose one of {', '.join(names)}")
+    return impl
+
+
+def matmul(x: jax.Array, q: QuantizedTensor, *, impl: str = "auto", preferred_element_type: Any = None) -> jax.Array:
+    """Multiply activations by a packed weight, accumulating in float32.
+
+    Args:
+      x: float ``[*B, ..., K]`` where ``*B`` are the batch axes of ``q`` (none, or e.g. experts).
+      q: packed weight, canonically ``[*B, K, N]``.
+      impl: ``"auto"``, or the name of the backend that must run.
+      preferred_element_type: dtype of the result (default: ``x.dtype``).
+
+    Returns:
+      ``[*B, ..., N]``.
+
+    Raises:
+      BackendError: if ``impl`` is unknown or cannot run this.
+      ShapeError: if the shapes do not fit, or ``x`` is not floating point.
+    """
+    check_impl(impl)
+    batch = q.batch
+    if x.ndim <= len(batch) or tuple(x.shape[: len(batch)]) != batch or x.shape[-1] != q.k:
+        want = ", ".join([*map(str, batch), "...", str(q.k)])
+        raise ShapeError(
+            f"activation of shape {x.shape} does not fit a packed weight of shape {q.shape} (axes "
+            f"{q.live_axes!r}): expected [{want}]"
+        )
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ShapeError(f"activation has dtype {x.dtype}; cast it to a floating point dtype first")
+    request = _request(x, q)
+    out_dtype = jnp.dtype(preferred_element_type or x.dtype)
+    if q.inv_scale is not None:
+        inv = q.inv_scale.reshape(*batch, *[1] * (x.ndim - len(batch) - 1), q.k)
+        x = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) * inv).astype(x.dtype)
+    y = _pick(request, impl).run(x.reshape(*batch, request.m, q.k), request, out_dtype)
+    return y.reshape(*x.shape[:-1], q.n)
+
+
+def explain(x: Any, w: Any, *, impl: str = "auto") -> str:
+    """One line on what `awq_jax.dot` would run for these operands, and why.
+
+    Args:
+      x: activation ``[..., K]`` (array or ShapeDtypeStruct).
+      w: float array or `QuantizedTensor`.
+      impl: as in `matmul`.
+
+    Raises:
+      BackendError: if ``impl`` is unknown or cannot run this.
+    """
+    check_impl(impl)
+    if not isinstance(w, QuantizedTensor):
+        return f"dense: the weight is a float array ({w.dtype})"
+    request = _request(x, w)
+    backend = _pick(request, impl)
+    passed = [f"not {b.name}: {b.obstacle(request)}" for b in BACKENDS[: BACKENDS.index(backend)] if impl == "auto"]
+    return "; ".join([f"{backend.name} {backend.describe(request)}", *passed])
+
+
+def _request(x: Any, q: QuantizedTensor) -> Request:
+    m = math.prod(x.shape[len(q.batch) :]) // max(q.k, 1)
+    return Request(m, q, x.dtype, _platform(x))
+
+
+def _platform(x: Any) -> str:
+    """Where a concrete array lives; for a traced one, where jit would put it."""
+    if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
+        return _canonical(next(iter(x.devices())).platform)
+    device = jax.config.jax_default_device
+    if device is None:
+        return _canonical(jax.default_backend())
+    return _canonical(device if isinstance(device, str) else device.platform)
+
+
+def _canonical(platform: str) -> str:
+    return "cuda" if platform == "gpu" else platform
+
+
+def _pick(request: Request, impl: str) -> Backend:
+    if impl == "auto":
+        return next(b for b in BACKENDS if b.obstacle(request) is None)
+    backend = next(b for b in BACKENDS if b.name == impl)
+    reason = backend.obstacle(request)
+    if reason is not None:
+        raise BackendError(f"impl={impl!r} cannot run here: {reason}; use impl='auto'")
+    return backend

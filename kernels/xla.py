@@ -1,0 +1,90 @@
+"""Packed matmul in plain XLA: runs everywhere, differentiates, vmaps and shards like any JAX code."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from awq_jax.qtensor import QuantizedTensor
+
+GROUPED_ROWS = 64  # above this the [m, groups, N] partial sums cost more than the dequantized weight
+MMA_ROWS = 16  # rows of the smallest tensor-core tile; XLA turns fewer rows into a materialised weight
+
+
+def form(m: int, platform: str) -> tuple[str, str]:
+    """Which of the two forms suits ``m`` activation rows on ``platform``.
+
+    Returns:
+      (``"grouped"`` or ``"dequantize"``, the reason).
+    """
+    if platform not in ("cuda", "gpu", "rocm"):
+        return "dequantize", f"on {platform} XLA materialises the weight in either form"
+    if m > GROUPED_ROWS:
+        return "dequantize", f"{m} rows are bound by arithmetic, not by reading the weight"
+    return "grouped", f"{m} rows are bound by reading the weight, which this form does not materialise"
+
+
+def matmul(x: jax.Array, q: QuantizedTensor, out_dtype: Any, platform: str) -> jax.Array:
+    """``x [*B, m, K] @ q [*B, K, N]`` in the form that suits; ``inv_scale`` is not applied here."""
+    run = grouped if form(x.shape[-2], platform)[0] == "grouped" else dequantize
+    return run(x, q, out_dtype)
+
+
+def dequantize(x: jax.Array, q: QuantizedTensor, out_dtype: Any) -> jax.Array:
+    """Dequantize to ``x.dtype``, then one dense dot accumulated in float32 (or wider).
+
+    Args:
+      x: float ``[*B, m, K]``.
+      q: weight ``[*B, K, N]``.
+      out_dtype: dtype of the result.
+
+    Returns:
+      ``[*B, m, N]``.
+    """
+    lead = tuple(range(x.ndim - 2))
+    w = q.dequantize_canonical(x.dtype)
+    dims = (((x.ndim - 1,), (x.ndim - 2,)), (lead, lead))
+    return lax.dot_general(x, w, dims, preferred_element_type=_accumulator(x)).astype(out_dtype)
+
+
+def grouped(x: jax.Array, q: QuantizedTensor, out_dtype: Any) -> jax.Array:
+    """One small dot per group with signed integer codes; scales and zero points are applied after.
+
+    ``y = Σ_g s_g (x_g · c_g − (Σ x_g) (z_g − h))`` with ``c = q − h``, ``h = 2**(bits-1)``: codes
+    are exact in bfloat16, so nothing but the sums is rounded, and XLA on CUDA converts the codes
+    inside the dot's operand load instead of writing the dequantized weight to memory.
+
+    Args:
+      x: float ``[*B, m, K]``.
+      q: weight ``[*B, K, N]``.
+      out_dtype: dtype of the result.
+
+    Returns:
+      ``[*B, m, N]``.
+    """
+    *lead, m, k = x.shape
+    groups, g = q.scales.shape[-2], q.group_size
+    acc = _accumulator(x)
+    rows = max(m, MMA_ROWS)
+    xg = jnp.pad(x, [(0, 0)] * len(lead) + [(0, rows - m), (0, groups * g - k)]).reshape(*lead, rows, groups, g)
+    c = _signed_codes(q).reshape(*lead, groups, g, q.n).astype(x.dtype)
+    y = jnp.einsum("...mgk,...gkn->...mgn", xg, c, preferred_element_type=acc)
+    if q.zeros is not None:
+        shift = q.zeros.astype(acc) - 2 ** (q.bits - 1)
+        y = y - xg.sum(-1, dtype=acc)[..., None] * shift[..., None, :, :]
+    y = (y * q.scales.astype(acc)[..., None, :, :]).sum(-2)
+    return y[..., :m, :].astype(out_dtype)
+
+
+def _signed_codes(q: QuantizedTensor) -> jax.Array:
+    """``code - 2**(bits-1)`` as ``[*B, Kp, N]``, int4 where it fits: XLA then streams half the bytes."""
+    if q.bits == 8:
+        return lax.bitcast_convert_type(q.codes() ^ jnp.uint8(0x80), jnp.int8)
+    return (q.codes().astype(jnp.int8) - 2 ** (q.bits - 1)).astype(jnp.int4)
+
+
+def _accumulator(x: jax.Array) -> jnp.dtype:
+    return jnp.promote_types(jnp.float32, x.dtype)
