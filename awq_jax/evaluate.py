@@ -1,0 +1,274 @@
+"""How good a model is on text: perplexity, and the divergence of a quantized model from its float model."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from awq_jax import data
+from awq_jax.errors import CalibrationError, ConfigError, WeightError
+
+# Logits of one forward pass are kept below this many bytes (float32) unless a batch size is given.
+LOGIT_BYTES = 256 * 2**20
+
+
+class Scorable(Protocol):
+    """What evaluation needs of a model; `awq_jax.model.Model` has it."""
+
+    params: Any
+
+    @property
+    def apply(self) -> Callable[[Any, jax.Array], jax.Array]:
+        """Logits ``[B, T, V]`` of tokens ``[B, T]``, pure and causal."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Perplexity:
+    """Perplexity of a text.
+
+    Attributes:
+      ppl: ``exp(nll)``.
+      nll: mean negative log likelihood per scored token, in nats.
+      standard_error: of ``nll``, from the scatter between windows (tokens of one window are
+        correlated); None if there is only one window.
+      tokens: tokens scored.
+      window_nll: float64 ``[W]``, nats summed per window.
+      window_tokens: int64 ``[W]``, tokens scored per window.
+    """
+
+    ppl: float
+    nll: float
+    standard_error: float | None
+    tokens: int
+    window_nll: np.ndarray
+    window_tokens: np.ndarray
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data."""
+        return {
+            "ppl": self.ppl,
+            "nll": self.nll,
+            "standard_error": self.standard_error,
+            "tokens": self.tokens,
+            "windows": len(self.window_nll),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Divergence:
+    """How far a model's predictions are from a reference model's on the same text.
+
+    Attributes:
+      kl: mean KL(reference || model) per token, in nats.
+      standard_error: of ``kl``, from the scatter between windows; None if there is only one.
+      agreement: share of tokens at which both models rank the same token first.
+      tokens: tokens compared.
+    """
+
+    kl: float
+    standard_error: float | None
+    agreement: float
+    tokens: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data."""
+        return dataclasses.asdict(self)
+
+
+def perplexity(
+    model: Scorable,
+    text: Any,
+    *,
+    context: int = 512,
+    stride: int | None = None,
+    max_tokens: int | None = None,
+    batch_size: int | None = None,
+    progress: bool = False,
+) -> Perplexity:
+    """Perplexity of ``model`` on ``text``.
+
+    Every token but the first is scored exactly once. Window j reads tokens ``[j*stride, j*stride +
+    context)`` and predicts the token after each of them; with ``stride < context`` only those
+    predictions count that no earlier window has made, so each (past the first window) has at
+    least ``context - stride`` tokens of context. Log likelihoods are taken in float32.
+
+    Args:
+      model: anything with ``.apply(params, tokens) -> logits`` and ``.params``.
+      text: a string (encoded with ``model.tokenizer``) or integer tokens ``[T]``.
+      context: tokens a window reads.
+      stride: tokens between windows, 1 ... context (default: context).
+      max_tokens: score at most this many tokens, from the start.
+      batch_size: windows per forward pass; by default up to 8, fewer for large vocabularies.
+      progress: show a progress bar on stderr.
+
+    Raises:
+      CalibrationError: if the text has fewer than two tokens or tokens outside the vocabulary.
+      ConfigError: if context, stride, max_tokens or batch_size is out of range.
+      WeightError: if the logits are not finite.
+    """
+    work = _Windows(model, text, context, stride, max_tokens, batch_size)
+
+    @jax.jit
+    def score(params: Any, tokens: jax.Array, targets: jax.Array) -> jax.Array:
+        logits = model.apply(params, tokens).astype(jnp.float32)
+        gold = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        return jax.nn.logsumexp(logits, axis=-1) - gold
+
+    sums, counts = [], []
+    for tokens, targets, counted in work.batches("perplexity", progress):
+        per_token = np.asarray(score(model.params, tokens, targets), np.float64)
+        sums.append(_window_sums(per_token, counted))
+        counts.append(counted.sum(axis=1))
+    window_nll, window_tokens = np.concatenate(sums)[: work.count], np.concatenate(counts)[: work.count]
+    nll, error = _mean(window_nll, window_tokens)
+    return Perplexity(_exp(nll), nll, error, int(window_tokens.sum()), window_nll, window_tokens)
+
+
+def kl(
+    model: Scorable,
+    reference: Scorable,
+    text: Any,
+    *,
+    context: int = 512,
+    stride: int | None = None,
+    max_tokens: int | None = None,
+    batch_size: int | None = None,
+    progress: bool = False,
+) -> Divergence:
+    """Mean ``KL(reference || model)`` per token of ``text``, over the windows of `perplexity`.
+
+    Args:
+      model: usually the quantized model.
+      reference: usually the float model; it must have the same vocabulary.
+      text, context, stride, max_tokens, batch_size, progress: as for `perplexity`; a string is
+        encoded with ``model.tokenizer``.
+
+    Raises:
+      CalibrationError, ConfigError, WeightError: as for `perplexity`.
+      ConfigError: if the two models differ in vocabulary size.
+    """
+    work = _Windows(model, text, context, stride, max_tokens, batch_size)
+    other = _vocabulary(reference, work.context)
+    if other != work.vocabulary:
+        raise ConfigError(f"the models have {work.vocabulary} and {other} tokens; KL needs the same vocabulary")
+
+    @jax.jit
+    def compare(params: Any, reference_params: Any, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        q = jax.nn.log_softmax(model.apply(params, tokens).astype(jnp.float32))
+        p = jax.nn.log_softmax(reference.apply(reference_params, tokens).astype(jnp.float32))
+        terms = jnp.where(p > -jnp.inf, jnp.exp(p) * (p - q), 0.0)  # masked tokens: 0 log 0 = 0
+        return terms.sum(axis=-1), p.argmax(-1) == q.argmax(-1)
+
+    sums, counts, same = [], [], 0
+    for tokens, _, counted in work.batches("KL", progress):
+        divergence, agree = compare(model.params, reference.params, tokens)
+        sums.append(_window_sums(np.asarray(divergence, np.float64), counted))
+        counts.append(counted.sum(axis=1))
+        same += int(np.sum(np.asarray(agree) & counted))
+    window_kl, window_tokens = np.concatenate(sums)[: work.count], np.concatenate(counts)[: work.count]
+    mean, error = _mean(window_kl, window_tokens)
+    total = int(window_tokens.sum())
+    return Divergence(mean, error, same / total, total)
+
+
+def difference(a: Perplexity, b: Perplexity) -> tuple[float, float | None]:
+    """``a.nll - b.nll`` and its standard error, paired by window (both on the same text and windows).
+
+    Raises:
+      ConfigError: if the windows differ.
+    """
+    if not np.array_equal(a.window_tokens, b.window_tokens):
+        raise ConfigError("the two perplexities are of different windows; use the same text, context and stride")
+    return _mean(a.window_nll - b.window_nll, a.window_tokens)
+
+
+class _Windows:
+    """The windows of a text, and batches of them in one constant shape."""
+
+    def __init__(
+        self,
+        model: Scorable,
+        text: Any,
+        context: int,
+        stride: int | None,
+        max_tokens: int | None,
+        batch_size: int | None,
+    ):
+        _check_settings(model, context, stride, max_tokens, batch_size)
+        tokens = data.encode(text, getattr(model, "tokenizer", None)) if isinstance(text, str) else np.asarray(text)
+        if tokens.ndim != 1 or tokens.size < 2:
+            raise CalibrationError(f"the text to score has tokens of shape {tokens.shape}; at least 2 are needed")
+        self.tokens = tokens if max_tokens is None else tokens[: max_tokens + 1]
+        scored = self.tokens.size - 1
+        self.context = min(context, scored)
+        self.stride = min(stride or context, self.context)
+        self.vocabulary = _vocabulary(model, self.context)
+        data.check_tokens(self.tokens, self.vocabulary, "the text to score")
+        self.count = 1 + max(0, math.ceil((scored - self.context) / self.stride))
+        fits = max(1, LOGIT_BYTES // (4 * self.context * self.vocabulary))
+        self.batch_size = min(batch_size or min(8, fits), self.count)
+
+    def batches(self, name: str, progress: bool) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """(tokens int32 [B, T], targets int32 [B, T], counted bool [B, T]); the last is filled up, uncounted."""
+        scored = self.tokens.size - 1
+        at = np.arange(self.context)
+        bar = tqdm(total=self.count, desc=name, unit="window", disable=not progress, leave=False)
+        with bar:
+            for first in range(0, self.count, self.batch_size):
+                window = first + np.arange(self.batch_size)[:, None]
+                position = window * self.stride + at
+                done = np.where(window > 0, (window - 1) * self.stride + self.context, 0)
+                counted = (position >= done) & (position < scored) & (window < self.count)
+                read = np.minimum(position, scored - 1)
+                yield self.tokens[read].astype(np.int32), self.tokens[read + 1].astype(np.int32), counted
+                bar.update(min(self.batch_size, self.count - first))
+
+
+def _check_settings(
+    model: Scorable, context: int, stride: int | None, max_tokens: int | None, batch_size: int | None
+) -> None:
+    if context < 1:
+        raise ConfigError(f"context must be at least 1; got {context}")
+    limit = getattr(getattr(model, "config", None), "max_length", None)
+    if limit is not None and context > limit:
+        raise ConfigError(f"context {context} is more than the model's {limit} positions; use --context {limit}")
+    if stride is not None and not 1 <= stride <= context:
+        raise ConfigError(f"stride must be 1 ... context ({context}), or tokens would be left out; got {stride}")
+    if max_tokens is not None and max_tokens < 1:
+        raise ConfigError(f"max_tokens must be at least 1; got {max_tokens}")
+    if batch_size is not None and batch_size < 1:
+        raise ConfigError(f"batch_size must be at least 1; got {batch_size}")
+
+
+def _vocabulary(model: Scorable, context: int) -> int:
+    tokens = jax.ShapeDtypeStruct((1, context), jnp.int32)
+    return int(jax.eval_shape(model.apply, model.params, tokens).shape[-1])
+
+
+def _window_sums(values: np.ndarray, counted: np.ndarray) -> np.ndarray:
+    if not np.isfinite(values[counted]).all():
+        raise WeightError(
+            "the model's logits are not finite: a weight is damaged, or activations overflow; try dtype float32"
+        )
+    return np.where(counted, values, 0.0).sum(axis=1)
+
+
+def _mean(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float | None]:
+    """Mean per token and its standard error, a ratio estimate with windows as the sampling unit."""
+    windows, total = len(sums), counts.sum()
+    mean = float(sums.sum() / total)
+    if windows < 2:
+        return mean, None
+    scatter = np.sum((sums - counts * mean) ** 2)
+    return mean, float(math.sqrt(windows / (windows - 1) * scatter) / total)
+
+
+def _exp(nll: float) -> float:
+    return math.exp(nll) if nll < 700 else math.inf
