@@ -1,0 +1,159 @@
+"""A jaxpr as plain objects: the only file that touches jaxprs, so the only one a JAX release can break."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from jax.extend import core as jex
+
+from awq_jax._views import Layout
+
+REMAT = frozenset(("remat2", "remat", "checkpoint"))
+CALLS = REMAT | frozenset(
+    ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
+)
+
+
+@dataclasses.dataclass(eq=False)
+class Val:
+    """A value of the program."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """One matmul of the traced program with a parameter leaf.
+
+    Attributes:
+      index: position among the program's uses.
+      path: the weight's parameter path.
+      axes: roles of the leaf's axes as in `plan.Site`, "" if they cannot be named.
+      reason: why the leaf cannot be quantized for this matmul, "" if it can.
+      loops: one letter per enclosing scan, outermost first: ``s`` if it slices the leaf, ``r`` if
+        every iteration reads the same leaf. `evaluate` stacks taps along one leading axis each.
+    """
+
+    index: int
+    path: str
+    axes: str
+    reason: str = ""
+    loops: str = ""
+
+
+@dataclasses.dataclass(eq=False)
+class Op:
+    """One operation.
+
+    Attributes:
+      name: primitive name.
+      ins: `Val`, or a literal array.
+      outs: results.
+      eqn: the jaxpr equation.
+      bodies: sub-graphs of a call, scan, while (condition, body) or cond (branches).
+      within: name of the innermost named function it was called in ("silu"), for messages.
+      use: set if it is a matmul with a parameter.
+      weight: position of that parameter in ``ins``.
+    """
+
+    name: str
+    ins: list[Any]
+    outs: list[Val]
+    eqn: Any
+    bodies: list[Graph]
+    within: str = ""
+    use: Use | None = None
+    weight: int = 1
+    layout: Layout | None = None
+
+    @property
+    def params(self) -> dict[str, Any]:
+        return self.eqn.params
+
+    @property
+    def is_call(self) -> bool:
+        return self.name in CALLS
+
+    def inputs(self) -> Iterator[Val]:
+        return (v for v in self.ins if isinstance(v, Val))
+
+    def body_inputs(self, body: Graph) -> list[Any]:
+        """The operands that become ``body.ins``, in order (a scan's still stacked)."""
+        if self.name == "cond":
+            return self.ins[1:]
+        if self.name == "while":
+            a, b = self.params["cond_nconsts"], self.params["body_nconsts"]
+            carry = self.ins[a + b :]
+            return [*self.ins[:a], *carry] if body is self.bodies[0] else [*self.ins[a : a + b], *carry]
+        return self.ins
+
+    def fixed(self, body: Graph) -> tuple[int, int]:
+        """How many leading body inputs every iteration sees unchanged, and how many are carried."""
+        if self.name == "scan":
+            return scan_split(self.params)
+        if self.name == "while":
+            fixed = self.params["cond_nconsts" if body is self.bodies[0] else "body_nconsts"]
+            return fixed, len(body.ins) - fixed
+        return len(body.ins), 0
+
+
+@dataclasses.dataclass(eq=False)
+class Graph:
+    """Operations in order. ``watched``: some matmul with a parameter is inside."""
+
+    ins: list[Val]
+    outs: list[Any]
+    ops: list[Op]
+    consts: dict[Val, Any]
+    watched: bool = False
+
+
+def _sub_jaxprs(name: str, params: dict[str, Any]) -> list[Any]:
+    if name in CALLS:
+        return [next(params[k] for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in params)]
+    if name == "scan":
+        return [params["jaxpr"]]
+    if name == "while":
+        return [params["cond_jaxpr"], params["body_jaxpr"]]
+    return list(params["branches"]) if name == "cond" else []
+
+
+def scan_split(params: dict[str, Any]) -> tuple[int, int]:
+    """Numbers of constants and of carried values of a scan."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()
+    return len(consts), len(carry)
+
+
+def build(jaxpr: Any, within: str) -> Graph:
+    consts = getattr(jaxpr, "consts", ())
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    env = {v: Val(tuple(v.aval.shape), v.aval.dtype) for v in (*jaxpr.constvars, *jaxpr.invars)}
+
+    def read(v: Any) -> Any:
+        return v.val if isinstance(v, jex.Literal) else env[v]
+
+    ops = []
+    for eqn in jaxpr.eqns:
+        outs = [Val(tuple(getattr(v.aval, "shape", ())), getattr(v.aval, "dtype", None)) for v in eqn.outvars]
+        name = eqn.primitive.name
+        called = str(eqn.params.get("name", "")) if name in CALLS else ""
+        inner = called if called and called[0] not in "_<" else within
+        bodies = [build(j, inner) for j in _sub_jaxprs(name, eqn.params)]
+        ops.append(Op(name, [read(v) for v in eqn.invars], outs, eqn, bodies, within))
+        env.update(zip(eqn.outvars, outs, strict=True))
+    captured = {env[v]: c for v, c in zip(jaxpr.constvars, consts, strict=True)}
+    return Graph([env[v] for v in jaxpr.invars], [read(v) for v in jaxpr.outvars], ops, captured)
+
+
+def bind(op: Op, ins: list[Any]) -> list[Any]:
+    """Apply the operation's own primitive."""
+    prim = op.eqn.primitive
+    params = prim.get_bind_params(op.params)
+    with op.eqn.ctx.manager:
+        out = prim.bind(*ins, **params)
+    return list(out) if prim.multiple_results else [out]

@@ -1,0 +1,227 @@
+"""A model as a program: trace it, watch its matmuls, run it with packed weights.
+
+`trace` (in `_trace`) records a function as a graph of plain objects (`_graph`) and finds its matmuls
+with parameters; `evaluate` runs the graph again with a tap on them, or with another matmul in their place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from awq_jax import _views
+from awq_jax._graph import REMAT, Graph, Op, Use, Val, bind, scan_split
+from awq_jax._trace import Program, trace
+from awq_jax._views import View
+from awq_jax.errors import ShapeError
+from awq_jax.paths import path_str
+from awq_jax.qtensor import QuantizedTensor, is_quantized
+
+__all__ = ["Matmul", "Program", "Tap", "Use", "evaluate", "trace"]
+
+Tap = Callable[[Use, jax.Array], Any]
+Matmul = Callable[[jax.Array, QuantizedTensor], jax.Array]
+
+
+def evaluate(
+    program: Program, params: Any, *args: Any, tap: Tap | None = None, matmul: Matmul | None = None, **kwargs: Any
+) -> Any:
+    """Run ``program`` with these parameters and inputs (of the traced shapes).
+
+    Args:
+      params: the tree that was traced, with new values; any leaf may be a `QuantizedTensor`.
+      tap: ``tap(use, x)`` is called at every matmul with a parameter that has no ``reason``, with
+        the activation as ``[*b, T, K]``: the dot's batch axes, all its free axes flattened, and K
+        in the order the leaf stores its ``k`` axes. It returns a pytree of arrays, or None.
+      matmul: ``matmul(x, q) -> y [*b, T, N]`` takes the place of a matmul with a packed leaf;
+        without it, and wherever else a packed leaf is read, the leaf is dequantized.
+
+    Returns:
+      The function's output; with ``tap``, ``(output, {use.index: tapped})``. Taps inside a scan are
+      stacked on a new leading axis; in the branch of a cond that was not taken they are zero.
+
+    Raises:
+      ShapeError: if a parameter or an argument does not have the traced structure or shape.
+    """
+    flat = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)[0]
+    found = {path_str(p): tuple(x.shape) for p, x in flat}
+    for path, shape in program.leaves.items():
+        if found.get(path) != shape:
+            raise ShapeError(f"{path}: traced with shape {shape}, called with {found.get(path)}; trace again")
+    rest, tree = jax.tree.flatten((args, kwargs))
+    if tree != program.args_tree:
+        raise ShapeError("the arguments are not nested as when the function was traced; trace again")
+    inputs = [x for x, d in zip(rest, program.dynamic, strict=True) if d]
+    fixed = [x for x, d in zip(rest, program.dynamic, strict=True) if not d]
+    if any(a is not b and a != b for a, b in zip(fixed, program.static, strict=True)):
+        raise ShapeError(f"an argument that is not an array changed since tracing: {fixed}; trace again")
+    for x, v in zip(inputs, program.graph.ins[len(flat) :], strict=True):
+        if tuple(np.shape(x)) != v.shape:
+            raise ShapeError(f"an argument of shape {np.shape(x)} was traced with {v.shape}; trace again")
+    outs, taps = _Run(program.views, tap, matmul).graph(program.graph, [*(x for _, x in flat), *inputs])
+    out = jax.tree.unflatten(program.out_tree, outs)
+    return (out, taps) if tap else out
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    views: dict[Val, View]
+    tap: Tap | None
+    matmul: Matmul | None
+
+    def graph(self, graph: Graph, args: list[Any]) -> tuple[list[Any], dict[int, Any]]:
+        env: dict[Val, Any] = {**graph.consts, **dict(zip(graph.ins, args, strict=True))}
+        taps: dict[int, Any] = {}
+
+        def read(v: Any) -> Any:
+            return env[v] if isinstance(v, Val) else v
+
+        for op in graph.ops:
+            ins = [read(v) for v in op.ins]
+            env.update(zip(op.outs, self.op(op, ins, taps), strict=True))
+        outs = [self.dense(v, read(v)) for v in graph.outs]
+        return outs, taps
+
+    def dense(self, val: Any, x: Any) -> Any:
+        """A packed leaf as the float array the program has at ``val``."""
+        if not is_quantized(x):
+            return x
+        factors = [f for axis in self.views[val].axes for f in axis]
+        order = _views.leaf_order(tuple(factors))
+        w = x.dequantize().reshape([factors[i].size for i in order])
+        return jnp.transpose(w, np.argsort(order).tolist()).reshape(val.shape).astype(val.dtype)
+
+    def op(self, op: Op, ins: list[Any], taps: dict[int, Any]) -> list[Any]:
+        packed = [i for i, x in enumerate(ins) if is_quantized(x)]
+        if op.bodies and (packed or (self.tap and any(b.watched for b in op.bodies))):
+            return self.nested(op, ins, taps)
+        if op.layout and (self.tap or (packed and self.matmul)):
+            return [self.site(op, ins, taps)]
+        if packed and len(packed) == len(ins) == 1 and all(o in self.views and self.views[o].full for o in op.outs):
+            return ins
+        return bind(op, [self.dense(v, x) for v, x in zip(op.ins, ins, strict=True)])
+
+    def site(self, op: Op, ins: list[Any], taps: dict[int, Any]) -> Any:
+        assert op.use is not None
+        assert op.layout is not None
+        x, w = ins[1 - op.weight], ins[op.weight]
+        flat = _flatten_activation(op, x)
+        if self.tap and not op.use.reason:
+            tapped = self.tap(op.use, flat)
+            if tapped is not None:
+                taps[op.use.index] = tapped
+        if self.matmul and is_quantized(w) and w.live_axes == op.use.axes.lstrip("s"):
+            return _restore_output(op, x, self.matmul(flat, w))
+        return bind(op, [self.dense(v, a) for v, a in zip(op.ins, ins, strict=True)])[0]
+
+    def nested(self, op: Op, ins: list[Any], taps: dict[int, Any]) -> list[Any]:
+        """A call or loop with packed leaves or tapped matmuls inside."""
+
+        def enter(body: Graph, values: list[Any]) -> list[Any]:
+            outer = op.body_inputs(body)
+            return [
+                self.dense(o, x) if is_quantized(x) and not (v in self.views and self.views[v].full) else x
+                for o, v, x in zip(outer, body.ins, values, strict=True)
+            ]
+
+        def run(body: Graph, *values: Any) -> tuple[list[Any], dict[int, Any]]:
+            return self.graph(body, list(values))
+
+        if op.is_call:
+            body = op.bodies[0]
+            call = run
+            if op.name in REMAT:
+                call = jax.checkpoint(
+                    run, prevent_cse=op.params["prevent_cse"], policy=op.params["policy"], static_argnums=(0,)
+                )
+            outs, new = call(body, *enter(body, ins))
+        elif op.name == "scan":
+            outs, new = self.scan(op, enter(op.bodies[0], ins))
+        elif op.name == "while":
+            a, b = op.params["cond_nconsts"], op.params["body_nconsts"]
+            test, step = (enter(body, x) for body, x in zip(op.bodies, (ins[:a] + ins[a + b :], ins[a:]), strict=True))
+            silent = dataclasses.replace(self, tap=None)
+            outs = jax.lax.while_loop(
+                lambda c: silent.graph(op.bodies[0], [*test[:a], *c])[0][0],
+                lambda c: tuple(silent.graph(op.bodies[1], [*step[:b], *c])[0]),
+                tuple(step[b:]),
+            )
+            new = {}
+        else:
+            outs, new = self.cond(op, ins, enter, run)
+        taps.update(new)
+        return list(outs)
+
+    def scan(self, op: Op, ins: list[Any]) -> tuple[list[Any], dict[int, Any]]:
+        consts, carry = scan_split(op.params)
+        body = op.bodies[0]
+
+        def step(state: Any, x: Any) -> Any:
+            outs, new = self.graph(body, [*ins[:consts], *state, *x])
+            return tuple(outs[:carry]), (tuple(outs[carry:]), new)
+
+        start = tuple(
+            x if hasattr(x, "dtype") else jnp.asarray(x, v.dtype)
+            for x, v in zip(ins[consts : consts + carry], body.ins[consts:], strict=False)
+        )
+        p = op.params
+        end, (ys, new) = jax.lax.scan(
+            step, start, tuple(ins[consts + carry :]), length=p["length"], reverse=p["reverse"], unroll=p["unroll"]
+        )
+        return [*end, *ys], new
+
+    def cond(self, op: Op, ins: list[Any], enter: Any, run: Any) -> tuple[list[Any], dict[int, Any]]:
+        values = ins[1:]
+        shapes: dict[int, Any] = {}
+        if self.tap:
+            for body in op.bodies:
+                shapes |= jax.eval_shape(lambda *a, body=body: run(body, *a)[1], *enter(body, values))
+
+        def branch(body: Graph, *a: Any) -> Any:
+            outs, new = run(body, *enter(body, list(a)))
+            blank = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+            return outs, {**blank, **new}
+
+        return jax.lax.switch(ins[0], [lambda *a, body=body: branch(body, *a) for body in op.bodies], *values)
+
+
+def _other_axes(op: Op) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Batch, free and contracted axes of the activation, in the dot's order."""
+    contract, batch = op.params["dimension_numbers"]
+    c, b = tuple(contract[1 - op.weight]), tuple(batch[1 - op.weight])
+    rank = len(op.ins[1 - op.weight].shape)
+    return b, tuple(d for d in range(rank) if d not in c and d not in b), c
+
+
+def _flatten_activation(op: Op, x: jax.Array) -> jax.Array:
+    """The activation as ``[*b, T, K]``, axes in the order of the leaf."""
+    assert op.layout is not None
+    b, free, c = _other_axes(op)
+    lead, k = op.layout.b, op.layout.k
+    x = jnp.transpose(x, (*b, *free, *c)).reshape(*_views.sizes(lead), -1, *_views.sizes(k))
+    nb = len(lead)
+    x = jnp.transpose(x, [*_views.leaf_order(lead), nb, *(nb + 1 + i for i in _views.leaf_order(k))])
+    sizes: dict[int, int] = {}
+    for f in lead:
+        sizes[f.axis] = sizes.get(f.axis, 1) * f.size
+    t = math.prod(np.shape(op.ins[1 - op.weight])[d] for d in free)
+    return x.reshape(*(sizes[a] for a in sorted(sizes)), t, math.prod(_views.sizes(k)))
+
+
+def _restore_output(op: Op, x: jax.Array, y: jax.Array) -> jax.Array:
+    """``y [*b, T, N]`` in the layout and dtype of the dot's own result."""
+    assert op.layout is not None
+    lead, n = op.layout.b, op.layout.n
+    nb = len(lead)
+    lead_order, n_order = _views.leaf_order(lead), _views.leaf_order(n)
+    y = y.reshape(*(lead[i].size for i in lead_order), -1, *(n[i].size for i in n_order))
+    batch = [int(i) for i in np.argsort(lead_order)]
+    out = [nb + 1 + int(i) for i in np.argsort(n_order)]
+    y = jnp.transpose(y, [*batch, nb, *out] if op.weight == 1 else [*batch, *out, nb])
+    return y.reshape(op.outs[0].shape).astype(op.outs[0].dtype)

@@ -1,0 +1,176 @@
+"""Trace a model and follow every parameter leaf to the matmuls that read it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from awq_jax import _views
+from awq_jax._graph import Graph, Op, Use, Val, build
+from awq_jax._views import Layout, View
+from awq_jax.paths import path_str
+from awq_jax.qtensor import is_quantized
+
+SAME_SHAPE = frozenset(
+    ("convert_element_type", "copy", "copy_p", "sharding_constraint", "optimization_barrier", "name")
+    + ("reduce_precision", "stop_gradient", "reshard", "mesh_cast")
+)
+
+
+@dataclasses.dataclass(eq=False)
+class Program:
+    """A traced function ``fn(params, *args, **kwargs)``.
+
+    Attributes:
+      uses: its matmuls with parameters, in program order.
+      graph: its operations; ``graph.ins`` starts with the parameter leaves, in tree order.
+      leaves: path -> shape of every parameter leaf, in tree order.
+      views: which values are rearranged parameter leaves.
+      readers: path -> names of the operations other than matmuls that read the leaf.
+    """
+
+    uses: tuple[Use, ...]
+    graph: Graph
+    leaves: dict[str, tuple[int, ...]]
+    views: dict[Val, View]
+    readers: dict[str, list[str]]
+    static: tuple[Any, ...]
+    dynamic: tuple[bool, ...]
+    args_tree: Any
+    out_tree: Any
+
+
+def _is_array(x: Any) -> bool:
+    return hasattr(x, "shape") and hasattr(x, "dtype")
+
+
+def trace(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Program:
+    """Record ``fn(params, *args, **kwargs)`` for the shapes given; nothing is computed.
+
+    Args:
+      params: any pytree of arrays, `jax.ShapeDtypeStruct` or `QuantizedTensor` (traced as the float
+        leaf it stands for).
+      *args, **kwargs: arrays, abstract arrays or tracers become inputs of the program; anything
+        else (Python numbers, flags, strings) is fixed in it.
+    """
+    flat, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)
+    leaves = [jax.ShapeDtypeStruct(x.shape, x.dtype) if is_quantized(x) else x for _, x in flat]
+    rest, args_tree = jax.tree.flatten((args, kwargs))
+    dynamic = tuple(_is_array(x) for x in rest)
+    out_tree = None
+
+    def call(leaves: list[Any], arrays: list[Any]) -> list[Any]:
+        nonlocal out_tree
+        it = iter(arrays)
+        a, k = jax.tree.unflatten(args_tree, [next(it) if d else x for d, x in zip(dynamic, rest, strict=True)])
+        out, out_tree = jax.tree.flatten(fn(jax.tree.unflatten(tree, leaves), *a, **k))
+        return out
+
+    closed = jax.make_jaxpr(call)(leaves, [x for d, x in zip(dynamic, rest, strict=True) if d])
+    graph = build(closed, "")
+    paths = [path_str(p) for p, _ in flat]
+    shapes = {p: tuple(x.shape) for p, x in zip(paths, leaves, strict=True)}
+    marks = _Marks({v: View.of_leaf(p, shapes[p]) for p, v in zip(paths, graph.ins, strict=False)}, [], {})
+    marks.visit(graph, "")
+    for v in graph.outs:
+        marks.read(v, "the output")
+    static = tuple(x for d, x in zip(dynamic, rest, strict=True) if not d)
+    return Program(tuple(marks.uses), graph, shapes, marks.views, marks.readers, static, dynamic, args_tree, out_tree)
+
+
+def _view(op: Op, view: View, src: Val, k: int) -> View | None:
+    """Result ``k`` of an operation on a view, if it is a view again."""
+    p, out = op.params, op.outs[k]
+    match op.name:
+        case name if name in SAME_SHAPE and len(op.ins) == 1:
+            return view
+        case "transpose":
+            return _views.transpose(view, p["permutation"])
+        case "reshape" if p.get("dimensions") is None:
+            return _views.reshape(view, out.shape)
+        case "squeeze":
+            return _views.squeeze(view, p["dimensions"])
+        case "broadcast_in_dim":
+            return _views.broadcast(view, src.shape, out.shape, p["broadcast_dimensions"])
+        case "slice" if p["strides"] is None or set(p["strides"]) == {1}:
+            return _views.cut(view, src.shape, out.shape)
+        case "split":
+            return _views.cut(view, src.shape, out.shape)
+        case "neg":
+            return view.with_axes(view.axes, full=False)
+        case "mul" | "div" if op.ins[0] is src and not isinstance(op.ins[1], Val) and np.ndim(op.ins[1]) == 0:
+            return view.with_axes(view.axes, full=False)
+        case "mul" if op.ins[1] is src and not isinstance(op.ins[0], Val) and np.ndim(op.ins[0]) == 0:
+            return view.with_axes(view.axes, full=False)
+    return None
+
+
+@dataclasses.dataclass
+class _Marks:
+    """Follows parameter leaves through the program, collecting the matmuls that read them."""
+
+    views: dict[Val, View]
+    uses: list[Use]
+    readers: dict[str, list[str]]
+
+    def read(self, v: Any, by: str) -> None:
+        if isinstance(v, Val) and v in self.views:
+            self.readers.setdefault(self.views[v].path, []).append(by)
+
+    def visit(self, graph: Graph, problem: str) -> None:
+        before = len(self.uses)
+        for op in graph.ops:
+            held = [i for i, v in enumerate(op.ins) if isinstance(v, Val) and v in self.views]
+            if op.bodies:
+                self.enter(op, problem)
+            elif op.name == "dot_general" and len(held) == 1:
+                self.matmul(op, held[0], problem)
+            elif held:
+                seen = {op.ins[i] for i in held}
+                new = [_view(op, self.views[v], v, k) for v in seen for k in range(len(op.outs)) if len(seen) == 1]
+                if new and all(v is not None for v in new):
+                    self.views.update((o, v) for o, v in zip(op.outs, new, strict=True) if v is not None)
+                else:
+                    for i in held:
+                        self.read(op.ins[i], op.name)
+        graph.watched = len(self.uses) > before
+
+    def enter(self, op: Op, problem: str) -> None:
+        if op.name == "while":
+            problem = "it is used inside a while loop whose length is unknown until it runs"
+        for body in op.bodies:
+            fixed, carry = op.fixed(body)
+            for i, (outer, inner) in enumerate(zip(op.body_inputs(body), body.ins, strict=True)):
+                if not isinstance(outer, Val) or outer not in self.views:
+                    continue
+                view = self.views[outer]
+                if i < fixed:
+                    self.views[inner] = view.repeated_by_scan() if op.name == "scan" else view
+                elif i >= fixed + carry:
+                    self.views[inner] = view.sliced_by_scan()
+                else:
+                    self.read(outer, f"the state of a {op.name} loop")
+            self.visit(body, problem)
+            if not op.is_call:
+                for v in body.outs:
+                    self.read(v, f"the result of a {op.name}")
+        if op.is_call:
+            for out, inner in zip(op.outs, op.bodies[0].outs, strict=True):
+                if isinstance(inner, Val) and inner in self.views:
+                    self.views[out] = self.views[inner]
+
+    def matmul(self, op: Op, pos: int, problem: str) -> None:
+        view = self.views[op.ins[pos]]
+        contract, batch = op.params["dimension_numbers"]
+        found = _views.layout(view, tuple(batch[pos]), tuple(contract[pos]))
+        if isinstance(found, Layout):
+            op.layout = found
+            op.use = Use(len(self.uses), view.path, found.axes, problem, view.loops)
+        else:
+            op.use = Use(len(self.uses), view.path, "", found, view.loops)
+        op.weight = pos
+        self.uses.append(op.use)
