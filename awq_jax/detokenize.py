@@ -1,0 +1,68 @@
+"""Tokens to text, one at a time, and the search for stop strings in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+
+
+class Detokenizer:
+    """Text of one row as its tokens arrive.
+
+    A character may take several tokens, and a word-piece tokenizer decides about the space before
+    a token from the one before it; so text is released only when complete, and always decoded
+    together with a few tokens of context.
+
+    Args:
+      tokenizer: a transformers tokenizer.
+      prompt: token ids before the first new one.
+      stop: strings that end the text; they and what follows are not part of it.
+    """
+
+    CONTEXT = 6
+
+    def __init__(self, tokenizer: Any, prompt: Sequence[int], stop: Sequence[str] = ()):
+        self.tokenizer, self.stop = tokenizer, tuple(stop)
+        self.ids = list(prompt[-self.CONTEXT :])
+        self.start, self.read = 0, len(self.ids)
+        self.held = ""  # released by the tokenizer, but may be the beginning of a stop string
+        self.text = ""
+        self.stopped = False
+
+    def push(self, token: int) -> str:
+        """Text that this token completes ("" if none); sets ``stopped`` at a stop string."""
+        self.ids.append(int(token))
+        fresh = self._fresh()
+        if fresh.endswith(UNFINISHED):
+            return ""
+        self.start, self.read = max(self.read - self.CONTEXT, self.start), len(self.ids)
+        return self._release(fresh, last=False)
+
+    def finish(self) -> str:
+        """What was held back, once no more tokens come."""
+        return "" if self.stopped else self._release(self._fresh(), last=True)
+
+    def _fresh(self) -> str:
+        known = self._decode(self.ids[self.start : self.read])
+        return self._decode(self.ids[self.start :])[len(known) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _release(self, fresh: str, last: bool) -> str:
+        text, self.held = self.held + fresh, ""
+        found = [i for i in (text.find(s) for s in self.stop) if i >= 0]
+        if found:
+            text, self.stopped = text[: min(found)], True
+        elif not last:
+            keep = max((_overlap(text, s) for s in self.stop), default=0)
+            text, self.held = text[: len(text) - keep], text[len(text) - keep :]
+        self.text += text
+        return text
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of ``text`` that begins ``stop``."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

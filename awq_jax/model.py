@@ -1,0 +1,309 @@
+"""`load` and `Model`: a checkpoint with its tokenizer, ready to quantize, save and generate."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from awq_jax import models, paths
+from awq_jax.config import AwqConfig
+from awq_jax.convert import registry
+from awq_jax.convert.source import Source
+from awq_jax.detokenize import Detokenizer
+from awq_jax.errors import CalibrationError, ConfigError, ShapeError
+from awq_jax.generate import Generator, check_tokens
+from awq_jax.models import params as model_params
+from awq_jax.qtensor import QuantizedTensor, is_quantized
+from awq_jax.report import Report
+from awq_jax.sampling import Sampling
+
+log = logging.getLogger(__name__)
+
+DTYPES = ("float32", "bfloat16", "float16")
+CALIBRATION_BATCH_TOKENS = 2048
+Format = Literal["auto", "gemm", "awq-jax", "float"]
+
+
+def load(path: str | Path, dtype: str | None = None) -> Model:
+    """Load a model for the reference decoder.
+
+    Args:
+      path: a directory in Hugging Face's layout (float or quantized), a ``.gguf`` file, or a hub id.
+      dtype: of floating-point tensors and activations, ``"float32"``, ``"bfloat16"`` or
+        ``"float16"``; None keeps what is stored (GGUF: float32).
+
+    Raises:
+      UnsupportedModelError: the architecture is not one of `awq_jax.models.supported`.
+      CheckpointError: the files cannot be read.
+      WeightError: a tensor is missing, unexpected, or holds NaN or inf.
+      ShapeError: a tensor has not the shape that ``config.json`` implies.
+      ConfigError: unknown ``dtype``, or a broken ``config.json``.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)} or None; got {dtype!r}")
+    source = registry.open_source(path)
+    return from_source(source, dtype or ("float32" if source.format == "gguf" else None))
+
+
+def from_source(source: Source, dtype: str | None = None) -> Model:
+    """As `load`, from an open `awq_jax.convert.source.Source`."""
+    config = models.config_from_hf(source.config)
+    graphdef, state = model_params.abstract(config)
+    params = model_params.load(source, config, state, dtype)
+    return Model(config, dict(source.config), graphdef, params, source.tokenizer(), source)
+
+
+class Model:
+    """A reference decoder with its weights and tokenizer.
+
+    Attributes:
+      config: architecture.
+      hf_config: content of the checkpoint's ``config.json``.
+      params: ``nnx.State``; leaves are arrays or `QuantizedTensor`.
+      tokenizer: a transformers tokenizer, or None.
+      source: where it was loaded from.
+      apply: ``apply(params, tokens [B, T] int32) -> logits [B, T, vocab] float32``: pure, without a
+        cache; what calibration and evaluation trace.
+    """
+
+    def __init__(
+        self,
+        config: models.ModelConfig,
+        hf_config: dict[str, Any],
+        graphdef: nnx.GraphDef,
+        params: nnx.State,
+        tokenizer: Any,
+        source: Source,
+    ):
+        self.config, self.hf_config, self.params = config, hf_config, params
+        self.tokenizer, self.source = tokenizer, source
+        self.settings: AwqConfig | None = None
+        self.apply: Callable[[Any, jax.Array], jax.Array] = lambda p, tokens: nnx.merge(graphdef, p)(tokens)
+        self._forward = jax.jit(self.apply)
+        self._generator = Generator(graphdef, config)
+
+    def __call__(self, tokens: Any) -> jax.Array:
+        """Logits of every position; compiled once per shape.
+
+        Args:
+          tokens: integers ``[B, T]``.
+
+        Returns:
+          float32 ``[B, T, vocab]``.
+
+        Raises:
+          ShapeError: on another rank, or ids outside the vocabulary.
+        """
+        tokens = np.asarray(tokens)
+        if tokens.ndim != 2:
+            raise ShapeError(f"tokens must be [batch, length]; got shape {tokens.shape}")
+        check_tokens(tokens, self.config.vocab_size, "tokens")
+        return self._forward(self.params, jnp.asarray(tokens, jnp.int32))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parameters as held in memory."""
+        return sum(a.nbytes for a in jax.tree.leaves(self.params))
+
+    def generate(
+        self,
+        prompt: str | Sequence[Any],
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        stop: str | Sequence[str] = (),
+        seed: int = 0,
+        stream: Callable[[str], None] | Callable[[str, int], None] | None = None,
+        chat: bool = False,
+    ) -> list[str]:
+        """Continue one or several prompts as one batch.
+
+        Args:
+          prompt: a text, or a list of texts (or of token id lists). With ``chat``, a text is a user's
+            message, and a list of ``{"role", "content"}`` dicts is one conversation.
+          max_new_tokens: at most this many tokens per answer.
+          temperature, top_k, top_p: see `awq_jax.sampling.Sampling`; the default is greedy.
+          stop: strings that end an answer; not part of it.
+          seed: of the random draws.
+          stream: called with each piece of text, in whole characters, as soon as it is certain; with
+            several prompts, with the piece and the prompt's number.
+          chat: wrap the prompts in the tokenizer's chat template.
+
+        Returns:
+          The new text of each prompt.
+
+        Raises:
+          ConfigError: without a tokenizer or chat template, or on a value out of range.
+          ShapeError: a prompt is empty or too long.
+        """
+        if self.tokenizer is None:
+            raise ConfigError("the checkpoint has no tokenizer; put tokenizer.json beside its weights")
+        sampling = Sampling(temperature, top_k, top_p)
+        prompts = self._encode(prompt, chat)
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        if "" in stops:
+            raise ConfigError("a stop string is empty")
+        texts = [Detokenizer(self.tokenizer, ids, stops) for ids in prompts]
+
+        def emit(row: int, piece: str) -> None:
+            if stream is not None and piece:
+                stream(piece, *([row] if len(prompts) > 1 else []))
+
+        def on_token(row: int, token: int) -> bool:
+            emit(row, texts[row].push(token))
+            return texts[row].stopped
+
+        self._generator.run(
+            self.params,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            seed=seed,
+            eos=self.eos_ids(),
+            on_token=on_token,
+        )
+        for row, text in enumerate(texts):
+            emit(row, text.finish())
+        return [text.text for text in texts]
+
+    def eos_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer: generation config, model config and tokenizer together."""
+        ids: set[int] = set()
+        for settings in (self.source.generation_config, self.hf_config):
+            value = settings.get("eos_token_id")
+            ids.update(value if isinstance(value, list) else [] if value is None else [value])
+        if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
+            ids.add(self.tokenizer.eos_token_id)
+        return tuple(sorted(ids))
+
+    def _encode(self, prompt: str | Sequence[Any], chat: bool) -> list[list[int]]:
+        """Token ids of each prompt."""
+        if isinstance(prompt, str):
+            prompt = [prompt]
+        if not chat:
+            return [self.tokenizer(p)["input_ids"] if isinstance(p, str) else list(p) for p in prompt]
+        if not self.tokenizer.chat_template:
+            raise ConfigError("the tokenizer has no chat template; generate without chat")
+        one = bool(prompt) and isinstance(prompt[0], Mapping)
+        talks = [prompt] if one else [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompt]
+        texts = [self.tokenizer.apply_chat_template(t, add_generation_prompt=True, tokenize=False) for t in talks]
+        return [self.tokenizer(t, add_special_tokens=False)["input_ids"] for t in texts]
+
+    def quantize(
+        self,
+        calib: Any = "pileval",
+        *,
+        samples: int = 128,
+        seq_len: int = 512,
+        seed: int = 0,
+        progress: bool = True,
+        **settings: Any,
+    ) -> Report:
+        """Quantize the weights in place.
+
+        Args:
+          calib: what `awq_jax.data.load` takes: a dataset's name, a file, texts or token ids.
+          samples: calibration sequences.
+          seq_len: tokens of each, at most the model's context.
+          seed: picks the calibration texts.
+          progress: show progress bars on stderr.
+          **settings: fields of `AwqConfig`. ``explicit_scale`` is False unless given, so that every
+            checkpoint format can hold the result.
+
+        Returns:
+          What was done, weight by weight.
+
+        Raises:
+          ConfigError: on a bad setting.
+          CalibrationError: if the calibration data are empty or do not fit the model.
+        """
+        from awq_jax import calibrate, data, quantize
+
+        config = AwqConfig(**({"explicit_scale": False} | settings))
+        if any(map(is_quantized, jax.tree.leaves(self.params, is_leaf=is_quantized))):
+            raise ConfigError("the model is already quantized; load the float checkpoint")
+        text = data.load(
+            calib,
+            self.tokenizer,
+            samples=samples,
+            seq_len=min(seq_len, self.config.max_length),
+            vocab_size=self.config.vocab_size,
+            seed=seed,
+        )
+        tokens = np.asarray(text.tokens, np.int32)
+        if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
+            raise CalibrationError(f"calibration tokens lie outside the vocabulary of {self.config.vocab_size}")
+        rows = max(1, CALIBRATION_BATCH_TOKENS // tokens.shape[1])
+        batches = [tokens[i : i + rows] for i in range(0, len(tokens), rows)]
+        calibration = calibrate(self.apply, self.params, batches, include_head=config.quantize_head, progress=progress)
+        self.params, report = quantize(self.params, calibration, config, progress=progress, return_report=True)
+        self.settings = config
+        return report
+
+    def save(self, dst: str | Path, format: Format = "auto", overwrite: bool = False) -> str:
+        """Write a checkpoint directory, with tokenizer and generation config; atomic.
+
+        Args:
+          dst: directory to create.
+          format: ``"gemm"`` (AutoAWQ's layout: vLLM, transformers), ``"awq-jax"`` (holds every
+            setting), ``"float"``; ``"auto"`` takes the first that can hold the weights.
+          overwrite: replace an existing directory.
+
+        Returns:
+          The format written.
+
+        Raises:
+          FormatError: the format is unknown or cannot hold these weights.
+          CheckpointError: ``dst`` exists and ``overwrite`` is not set.
+        """
+        chosen = format
+        if format == "auto":
+            chosen, why = self._format()
+            log.info("saving as %s: %s", chosen, why)
+        registry.write_checkpoint(
+            dst,
+            model_params.tensors(self.params),
+            self.hf_config,
+            chosen,
+            self.settings,
+            tokenizer=self.tokenizer,
+            extra=self.source,
+            overwrite=overwrite,
+        )
+        return chosen
+
+    def _format(self) -> tuple[Format, str]:
+        """The most widely readable format that can hold the weights, and why."""
+        leaves = paths.flatten(self.params)
+        packed = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, QuantizedTensor)}
+        if not packed:
+            return "float", "no weight is quantized"
+        if len({q.group_size for q in packed.values()}) > 1:
+            return "awq-jax", "group sizes differ between layers"
+        for path, q in packed.items():
+            problem = _not_gemm(q)
+            if problem:
+                return "awq-jax", f"{path} {problem}"
+        return "gemm", "4-bit with folded scales"
+
+
+def _not_gemm(q: QuantizedTensor) -> str:
+    """Why AutoAWQ's GEMM layout cannot hold this weight; "" if it can."""
+    if q.bits != 4:
+        return f"has {q.bits} bits"
+    if q.inv_scale is not None:
+        return "has a scale that no parameter absorbs"
+    if q.n % 8 or q.scales.shape[-2] * q.group_size != q.k:
+        return f"is {q.k} x {q.n}: not whole groups of {q.group_size} by multiples of 8"
+    if bool((q.scales.astype(jnp.float16).astype(jnp.float32) != q.scales.astype(jnp.float32)).any()):
+        return "has scales that float16 cannot hold exactly"
+    return ""
