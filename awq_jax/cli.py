@@ -1,0 +1,65 @@
+"""``awq-jax``: the library's calls from a terminal. Results on stdout, progress and errors on stderr."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+import awq_jax
+from awq_jax.commands import demo, evaluate, generate, inspect, quantize
+from awq_jax.errors import AwqError
+
+_EXAMPLES = """examples:
+  awq-jax demo
+  awq-jax quantize ./Qwen3-0.6B ./Qwen3-0.6B-awq --report report.html
+  awq-jax eval ./Qwen3-0.6B-awq --text book.txt --against ./Qwen3-0.6B
+  awq-jax generate ./Qwen3-0.6B-awq "Why is the sky blue?" --chat
+  awq-jax inspect ./Qwen3-0.6B-awq"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line; JAX is not imported for it."""
+    parser = argparse.ArgumentParser(
+        prog="awq-jax",
+        description="Quantize language models to 2, 3, 4 or 8 bits with AWQ, in JAX; score, run and inspect them.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"awq-jax {awq_jax.__version__}")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in (quantize, evaluate, generate, inspect, demo):
+        command.add(subparsers)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+      argv: arguments without the program's name; default ``sys.argv[1:]``.
+
+    Returns:
+      0; 2 for bad input (after ``awq-jax: error: ...`` on stderr); 130 when interrupted. Wrong usage
+      leaves through ``SystemExit(2)``, as argparse does.
+    """
+    args = build_parser().parse_args(argv)
+    try:
+        args.run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader (head, less) has gone: not an error, but nothing more can be written
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (AwqError, OSError) as e:
+        if args.debug:
+            raise
+        print(f"awq-jax: error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("awq-jax: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""What the subcommands share: parser pieces, checks before long work, JSON output."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from awq_jax.errors import CheckpointError, ConfigError
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def parser(
+    subparsers: Any, name: str, run: Callable[[argparse.Namespace], None], help: str, description: str, examples: str
+) -> argparse.ArgumentParser:
+    """A subcommand's parser, with ``--json``, ``--quiet`` and ``--debug``."""
+    p = subparsers.add_parser(
+        name,
+        help=help,
+        description=description,
+        epilog="examples:\n" + "\n".join(f"  {line}" for line in examples.strip().splitlines()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.set_defaults(run=run)
+    output = p.add_argument_group("output")
+    output.add_argument("--json", action="store_true", help="print one JSON object on stdout instead of text")
+    output.add_argument("--quiet", action="store_true", help="no progress bars")
+    output.add_argument("--debug", action="store_true", help="show the full traceback of an error")
+    return p
+
+
+def add_dtype(p: Any) -> None:
+    """``--dtype``."""
+    p.add_argument("--dtype", choices=DTYPES, help="compute in this type (default: as stored; GGUF files: float32)")
+
+
+def positive(text: str) -> int:
+    """An argparse type: an integer of at least 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return value
+
+
+def to_json(data: dict[str, Any]) -> str:
+    """Strict JSON; numbers that are not finite become null."""
+    return json.dumps(_finite(data), indent=2, allow_nan=False)
+
+
+def say(message: str, quiet: bool = False) -> None:
+    """A line about what is going on, on stderr."""
+    if not quiet:
+        print(message, file=sys.stderr, flush=True)
+
+
+def check_new_directory(path: Path, overwrite: bool) -> None:
+    """Refuse a destination that exists, or that cannot be created.
+
+    Raises:
+      CheckpointError: naming the path and the remedy.
+    """
+    if path.exists() and not overwrite:
+        raise CheckpointError(f"{path} exists; choose another directory or pass --overwrite")
+    parent = existing_parent(path)
+    if not parent.is_dir():
+        raise CheckpointError(f"cannot create {path}: {parent} is not a directory")
+    if not os.access(parent, os.W_OK):
+        raise CheckpointError(f"cannot create {path}: no permission to write in {parent}")
+
+
+def check_report_path(path: Path | None) -> None:
+    """Refuse a report path whose kind is unknown or whose directory is missing.
+
+    Raises:
+      ConfigError: naming the path and the remedy.
+    """
+    if path is None:
+        return
+    if path.suffix not in (".html", ".json"):
+        raise ConfigError(f"report {path} must end in .html or .json")
+    if not path.absolute().parent.is_dir() or path.is_dir():
+        raise ConfigError(f"cannot write report {path}: its directory does not exist, or it is a directory itself")
+
+
+def check_space(path: Path, needed: float) -> None:
+    """Refuse a destination whose disk has fewer than ``needed`` bytes free.
+
+    Raises:
+      CheckpointError: with both numbers.
+    """
+    free = shutil.disk_usage(existing_parent(path)).free
+    if free < needed:
+        raise CheckpointError(
+            f"{path} needs at least {needed / 2**30:.2f} GiB and its disk has {free / 2**30:.2f} GiB free"
+        )
+
+
+def existing_parent(path: Path) -> Path:
+    """The nearest ancestor of ``path`` that exists."""
+    return next(p for p in path.absolute().parents if p.exists())
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

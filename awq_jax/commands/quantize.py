@@ -1,0 +1,173 @@
+"""``awq-jax quantize``: a float checkpoint in, a packed one out, with a summary and a report."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from awq_jax.commands import common
+from awq_jax.errors import ConfigError, FormatError
+
+if TYPE_CHECKING:
+    from awq_jax.config import AwqConfig
+    from awq_jax.report import Report
+
+_EXAMPLES = """
+awq-jax quantize ./Qwen3-0.6B ./Qwen3-0.6B-awq
+awq-jax quantize ./model ./model-w3 --bits 3 --group-size 64 --calib book.txt --report report.html
+awq-jax quantize ./model ./model-awq --override 'down_proj:bits=8' --skip 'layers/0/' --format awq-jax
+awq-jax quantize ./model ./model-awq --calib default --samples 32 --json > report.json
+"""
+
+
+def add(subparsers: Any) -> None:
+    """Register the command."""
+    p = common.parser(
+        subparsers,
+        "quantize",
+        run,
+        "quantize a checkpoint",
+        "Quantize the weights of a checkpoint. What can be checked is checked before the long work begins.",
+        _EXAMPLES,
+    )
+    p.add_argument("src", metavar="SRC", help="float checkpoint directory, .gguf file or hub id")
+    p.add_argument("dst", metavar="DST", type=Path, help="directory to create")
+    g = p.add_argument_group("quantization")
+    g.add_argument("--bits", type=int, default=4, help="2, 3, 4 or 8 (default: %(default)s)")
+    g.add_argument(
+        "--group-size",
+        type=int,
+        default=128,
+        metavar="N",
+        help="rows per scale; -1: whole column (default: %(default)s)",
+    )
+    g.add_argument("--method", default="awq+gptq", help="rtn, awq or awq+gptq (default: %(default)s)")
+    g.add_argument("--symmetric", action="store_true", help="fixed zero point")
+    g.add_argument("--no-clip", action="store_true", help="no search for clipping thresholds")
+    g.add_argument("--quantize-head", action="store_true", help="also quantize the output projection")
+    g.add_argument("--skip", action="append", default=[], metavar="REGEX", help="leave weights float; may be repeated")
+    g.add_argument("--override", action="append", default=[], metavar="REGEX:bits=B,group_size=G,symmetric=S",
+                   help="other settings for some weights; the first match wins; may be repeated")  # fmt: skip
+    g.add_argument("--on-indivisible", default="error", metavar="WHAT",
+                   help="rows not a multiple of the group: error, pad or float (default: %(default)s)")  # fmt: skip
+    c = p.add_argument_group("calibration")
+    c.add_argument("--calib", default="pileval", metavar="SOURCE",
+                   help="pileval, wikitext, c4, hf:OWNER/NAME[:CONFIG[:SPLIT]], default (no network), or a .txt, "
+                   ".jsonl, .parquet or .npy file (default: %(default)s)")  # fmt: skip
+    c.add_argument("--samples", type=common.positive, default=128, metavar="N", help="sequences (default: %(default)s)")
+    c.add_argument(
+        "--seq-len", type=common.positive, default=512, metavar="N", help="tokens each (default: %(default)s)"
+    )
+    c.add_argument("--seed", type=int, default=0, help="picks the excerpts (default: %(default)s)")
+    o = p.add_argument_group("checkpoint")
+    o.add_argument("--format", default="auto", choices=("auto", "gemm", "awq-jax"),
+                   help="gemm: AutoAWQ's layout (vLLM, transformers); awq-jax: holds every setting; auto: gemm if it "
+                   "can hold the result (default: %(default)s)")  # fmt: skip
+    o.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
+    o.add_argument("--report", type=Path, metavar="FILE", help="write a report, .html or .json")
+    common.add_dtype(o)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Check, load, quantize, save, report."""
+    common.check_new_directory(args.dst, args.overwrite)
+    common.check_report_path(args.report)
+    config = settings(args)
+    from awq_jax import data, model, render
+    from awq_jax.commands import preflight
+
+    source, architecture = preflight.check(args.src, args.dst, config)
+    clock = time.perf_counter
+    start = clock()
+    calib = data.load(
+        args.calib,
+        source.tokenizer(),
+        samples=args.samples,
+        seq_len=min(args.seq_len, architecture.max_length),
+        vocab_size=architecture.vocab_size,
+        seed=args.seed,
+    )
+    common.say(calib.description, args.quiet)
+    read = clock()
+    loaded = model.load(args.src, args.dtype)
+    ready = clock()
+    chosen = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    report = loaded.quantize(calib, progress=not args.quiet, **chosen)
+    quantized = clock()
+    written = loaded.save(args.dst, format=args.format, overwrite=args.overwrite)
+    seconds = {"text": read - start, "load": ready - read, **report.seconds, "save": clock() - quantized}
+    report = dataclasses.replace(report, seconds=seconds)
+    if args.report:
+        write_report(report, args.report, f"{args.src}, {config.bits} bits")
+    if args.json:
+        print(common.to_json(report.to_dict() | {"format": written, "calibration": calib.description}))
+    else:
+        print(render.table(report))
+        print(f"\nwrote {args.dst} ({written})" + (f" and {args.report}" if args.report else ""))
+
+
+def settings(args: argparse.Namespace) -> AwqConfig:
+    """The `AwqConfig` of the arguments.
+
+    Raises:
+      ConfigError: on a value out of range.
+      FormatError: if the chosen format cannot hold what is asked for.
+    """
+    from awq_jax.config import AwqConfig
+
+    overrides = tuple(parse_override(text) for text in args.override)
+    widths = {args.bits, *(change.get("bits", args.bits) for _, change in overrides)}
+    gemm = widths == {4} and args.on_indivisible != "pad"
+    if args.format == "gemm" and not gemm:
+        raise FormatError(
+            "format gemm holds 4-bit weights without padding; use --format awq-jax, or --bits 4 and "
+            "--on-indivisible float"
+        )
+    return AwqConfig(
+        bits=args.bits,
+        group_size=args.group_size,
+        symmetric=args.symmetric,
+        method=args.method,
+        clip=not args.no_clip,
+        # A scale beside the weight fits in no other runtime's checkpoint.
+        explicit_scale=args.format == "awq-jax" or not gemm,
+        quantize_head=args.quantize_head,
+        on_indivisible=args.on_indivisible,
+        skip=tuple(args.skip),
+        overrides=overrides,
+    )
+
+
+def parse_override(text: str) -> tuple[str, dict[str, Any]]:
+    """``"down_proj:bits=8,symmetric=true"`` as ``("down_proj", {"bits": 8, "symmetric": True})``.
+
+    Raises:
+      ConfigError: if it is not of this form.
+    """
+    pattern, colon, rest = text.rpartition(":")
+    change: dict[str, Any] = {}
+    for item in rest.split(","):
+        key, equals, value = item.strip().partition("=")
+        try:
+            parsed = json.loads(value.strip().lower())
+        except json.JSONDecodeError:
+            parsed = None
+        kind = bool if key == "symmetric" else int
+        if not (colon and pattern and equals and type(parsed) is kind):
+            raise ConfigError(f"override {text!r} is not of the form REGEX:bits=8,group_size=32,symmetric=true")
+        change[key] = parsed
+    return pattern, change
+
+
+def write_report(report: Report, path: Path, title: str) -> None:
+    """Write ``report`` as HTML or JSON, by the path's suffix."""
+    from awq_jax import render
+
+    if path.suffix == ".html":
+        path.write_text(render.html(report, title), encoding="utf-8")
+    else:
+        path.write_text(common.to_json(report.to_dict()) + "\n", encoding="utf-8")

