@@ -16,8 +16,10 @@ from awq_jax.paths import path_str
 from awq_jax.qtensor import is_quantized
 
 SAME_SHAPE = frozenset(
-    ("convert_element_type", "copy", "copy_p", "sharding_constraint", "optimization_barrier", "name")
-    + ("reduce_precision", "stop_gradient", "reshard", "mesh_cast")
+    (
+        *("convert_element_type", "copy", "copy_p", "sharding_constraint", "optimization_barrier", "name"),
+        *("reduce_precision", "stop_gradient", "reshard", "mesh_cast"),
+    )
 )
 
 

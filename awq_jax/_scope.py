@@ -1,0 +1,123 @@
+"""A traced program with its calls inlined: who computes a value, who reads it, in which loop body."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from awq_jax._graph import Graph, Op, Use, Val
+from awq_jax._trace import Program
+
+OUTPUT = -1
+"""Index that stands for "returned" among the readers of a value."""
+
+
+@dataclasses.dataclass(eq=False)
+class Node:
+    """An operation whose operands are resolved through calls; ``bodies`` are inner scopes."""
+
+    index: int
+    op: Op
+    ins: list[Any]
+    bodies: list[Scope]
+
+    @property
+    def name(self) -> str:
+        return self.op.name
+
+    @property
+    def outs(self) -> list[Val]:
+        return self.op.outs
+
+    @property
+    def params(self) -> dict[str, Any]:
+        return self.op.params
+
+    @property
+    def use(self) -> Use | None:
+        return self.op.use
+
+    @property
+    def x(self) -> Val:
+        """The activation of a matmul with a parameter."""
+        return self.ins[1 - self.op.weight]
+
+    def vals(self) -> list[Val]:
+        return [v for v in self.ins if isinstance(v, Val)]
+
+    def describe(self) -> str:
+        """For messages: the named function it was called in, else the primitive."""
+        return self.op.within or self.name
+
+
+@dataclasses.dataclass(eq=False)
+class Scope:
+    """The whole program, or the body of a scan, while or cond.
+
+    Attributes:
+      nodes: operations in order.
+      made_by: value -> (node, which of its results).
+      readers: value -> (node index, operand position); `OUTPUT` if the scope returns it.
+      derived: values computed from parameters and constants only.
+      outer: the enclosing scope and the loop node there; None at the top.
+    """
+
+    graph: Graph
+    outer: tuple[Scope, Node] | None
+    nodes: list[Node] = dataclasses.field(default_factory=list)
+    made_by: dict[Val, tuple[Node, int]] = dataclasses.field(default_factory=dict)
+    readers: dict[Val, list[tuple[int, int]]] = dataclasses.field(default_factory=dict)
+    derived: set[Val] = dataclasses.field(default_factory=set)
+    outs: list[Any] = dataclasses.field(default_factory=list)
+
+    def all(self) -> list[Scope]:
+        """This scope and all inside it, outermost first."""
+        return [self, *(s for n in self.nodes for b in n.bodies for s in b.all())]
+
+
+def flatten(program: Program) -> Scope:
+    """The scopes of a program."""
+    return _scope(program.graph, None, set(program.graph.ins[: len(program.leaves)]))
+
+
+def _scope(graph: Graph, outer: tuple[Scope, Node] | None, derived: set[Val]) -> Scope:
+    scope = Scope(graph, outer, derived=derived)
+    known: dict[Val, Any] = {}
+
+    def resolve(v: Any) -> Any:
+        return known.get(v, v) if isinstance(v, Val) else v
+
+    def walk(graph: Graph) -> None:
+        known.update(graph.consts)
+        for op in graph.ops:
+            ins = [resolve(v) for v in op.ins]
+            if op.is_call:
+                body = op.bodies[0]
+                known.update(zip(body.ins, ins, strict=True))
+                walk(body)
+                known.update((o, resolve(v)) for o, v in zip(op.outs, body.outs, strict=True))
+                continue
+            node = Node(len(scope.nodes), op, ins, [])
+            scope.nodes.append(node)
+            for pos, v in enumerate(ins):
+                if isinstance(v, Val):
+                    scope.readers.setdefault(v, []).append((node.index, pos))
+            if all(v in derived for v in node.vals()) and not op.bodies:
+                derived.update(op.outs)
+            scope.made_by.update((o, (node, k)) for k, o in enumerate(op.outs))
+            for body in op.bodies:
+                outer_of = dict(zip(body.ins, (resolve(v) for v in op.body_inputs(body)), strict=True))
+                fixed, carry = op.fixed(body)
+                inner = {
+                    v
+                    for i, (v, o) in enumerate(outer_of.items())
+                    if isinstance(o, Val) and o in derived and not fixed <= i < fixed + carry
+                }
+                node.bodies.append(_scope(body, (scope, node), inner))
+
+    walk(graph)
+    scope.outs = [resolve(v) for v in graph.outs]
+    for v in scope.outs:
+        if isinstance(v, Val):
+            scope.readers.setdefault(v, []).append((OUTPUT, OUTPUT))
+    return scope

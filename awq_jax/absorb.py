@@ -1,0 +1,233 @@
+"""Find the parameters upstream of an activation that can absorb a scale per channel, exactly."""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from awq_jax import _views, labels
+from awq_jax._graph import Val
+from awq_jax._scope import OUTPUT, Node, Scope
+from awq_jax._trace import Program
+from awq_jax._views import View
+from awq_jax.labels import UNIT, UNREAD, Blocked, Ties
+from awq_jax.plan import Absorber
+
+CHOICES = 8  # products with two candidate factors that one search may meet
+COMPARISONS = frozenset(("gt", "ge", "lt", "le", "eq", "ne"))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Found:
+    """Absorbers and ties of a group, or the reason why there are none."""
+
+    absorbers: tuple[Absorber, ...] = ()
+    ties: np.ndarray | None = None
+    reason: str = ""
+
+
+def search(program: Program, scope: Scope, sites: Sequence[Node]) -> Found:
+    """Absorbers for the activation that ``sites`` (all of one scope) read.
+
+    A product carries the scale in one factor. Factors made of parameters are taken first; where two
+    others are possible, each is tried until one leads to an exact answer.
+    """
+    reasons: list[str] = []
+    stack: list[tuple[int, ...]] = [()]
+    while stack:
+        walk = _Walk(program, scope, sites, stack.pop())
+        try:
+            return walk.run()
+        except Blocked as e:
+            if len(walk.choices) < walk.asked <= CHOICES:
+                stack += [(*walk.choices, 1), (*walk.choices, 0)]
+            elif str(e) not in reasons:
+                reasons.append(str(e))
+    return Found(reason="; or ".join(reasons[:2]))
+
+
+def site_labels(node: Node) -> np.ndarray:
+    """Channel numbers, flat over ``[*batch, K]`` in the order of the leaf, on the site's activation."""
+    op = node.op
+    assert op.layout is not None
+    contract, batch = node.params["dimension_numbers"]
+    shape = node.x.shape
+    b, c = tuple(batch[1 - op.weight]), tuple(contract[1 - op.weight])
+    parts = (op.layout.b, op.layout.k)
+    orders = [_views.leaf_order(p) for p in parts]
+    stored = [p[i].size for p, order in zip(parts, orders, strict=True) for i in order]
+    ids = np.arange(int(np.prod(stored)), dtype=np.int32).reshape(stored)
+    nb = len(orders[0])
+    perm = [*np.argsort(orders[0]).tolist(), *(nb + int(i) for i in np.argsort(orders[1]))]
+    ids = np.transpose(ids, perm).reshape([shape[d] for d in (*b, *c)])
+    ids = np.transpose(ids, np.argsort((*b, *c)).tolist())
+    return ids.reshape([n if d in b or d in c else 1 for d, n in enumerate(shape)])
+
+
+class _Walk:
+    """One walk upstream from the sites, for one sequence of choices of factors."""
+
+    def __init__(self, program: Program, scope: Scope, sites: Sequence[Node], choices: tuple[int, ...]):
+        self.program, self.scope, self.sites, self.choices = program, scope, sites, choices
+        self.asked = 0
+        self.pending: dict[Val, np.ndarray] = {}
+        self.offsets: dict[Val, float] = {}
+        self.touched: dict[Val, np.ndarray] = {}
+        self.passed: set[tuple[int, int]] = set()
+        self.heap: list[tuple[int, int, Val]] = []
+        self.found: dict[str, Absorber] = {}
+
+    def run(self) -> Found:
+        first = site_labels(self.sites[0])
+        n = int(first.max()) + 1
+        self.ties = Ties(n)
+        for node in self.sites:
+            self.passed.add((node.index, 1 - node.op.weight))
+            self.push(node.x, site_labels(node))
+        while self.heap:
+            v = heapq.heappop(self.heap)[-1]
+            lab = self.pending.pop(v)
+            lab = np.where(lab == UNREAD, UNIT, lab)
+            if (lab >= 0).any():
+                self.touched[v] = lab
+                self.visit(v, lab)
+        for v, lab in self.touched.items():
+            self.check_readers(v, lab)
+        ties = self.ties.groups()
+        if not self.found:
+            raise Blocked("no parameter upstream")
+        if n > 1 and (ties == ties[0]).all():
+            raise Blocked("all channels would have to share one scale")
+        return Found(tuple(self.found.values()), None if (ties == np.arange(n)).all() else ties)
+
+    def push(self, v: object, lab: np.ndarray, offset: float = 0.0) -> None:
+        if not isinstance(v, Val):
+            if (lab >= 0).any() and not labels.is_zero(v):
+                raise Blocked("a constant is added to it")
+            return
+        if v in self.pending:
+            self.pending[v] = self.ties.join(self.pending[v], lab)
+            if self.offsets.get(v, 0.0) != offset:
+                raise Blocked("a parameter is used with two offsets")
+            return
+        self.pending[v] = lab
+        if offset:
+            self.offsets[v] = offset
+        # Latest first: all readers that carry the scale are done before the value itself.
+        made = self.scope.made_by.get(v)
+        heapq.heappush(self.heap, (-made[0].index if made else 1, id(v), v))
+
+    def visit(self, v: Val, lab: np.ndarray) -> None:
+        offset = self.offsets.get(v, 0.0)
+        if v not in self.scope.made_by:
+            self.absorb(v, lab, offset)
+            return
+        node, k = self.scope.made_by[v]
+        if offset and node.name not in labels.HOMOGENEOUS | {"reshape", "transpose", "squeeze", "broadcast_in_dim"}:
+            raise Blocked("an offset is added to a value that is not a plain parameter")
+        if node.bodies:
+            raise Blocked(f"it is computed by a {node.name} loop")
+        if node.name in ("mul", "div", "dot_general"):
+            pos = self.choose(node)
+            self.pass_on(node, pos, labels.factor(node, pos, lab, self.ties))
+            return
+        constant = self.offset_of(node)
+        for pos, part in labels.back(node, k, lab, self.ties):
+            if constant is not None:
+                if isinstance(node.ins[pos], Val):
+                    self.pass_on(node, pos, part, constant)
+            else:
+                self.pass_on(node, pos, part, offset)
+
+    def pass_on(self, node: Node, pos: int, lab: np.ndarray, offset: float = 0.0) -> None:
+        self.passed.add((node.index, pos))
+        self.push(node.ins[pos], lab, offset)
+
+    def choose(self, node: Node) -> int:
+        can = [p for p in ((0,) if node.name == "div" else (0, 1)) if isinstance(node.ins[p], Val)]
+        can = [p for p in can if node.ins[p] in self.scope.derived] or can
+        if not can:
+            raise Blocked(f"it passes through {node.describe()} of a constant")
+        if len(can) == 1:
+            return can[0]
+        self.asked += 1
+        if self.asked > len(self.choices):
+            raise Blocked("it is a product of many factors")
+        return can[self.choices[self.asked - 1]]
+
+    def offset_of(self, node: Node) -> float | None:
+        """``c`` of ``c + parameter`` (norms that store their weight less one)."""
+        if node.name != "add" or len(node.vals()) != 1 or node.vals()[0] not in self.scope.derived:
+            return None
+        literal = next(v for v in node.ins if not isinstance(v, Val))
+        return float(literal) if np.ndim(literal) == 0 and not labels.is_zero(literal) else None
+
+    def absorb(self, v: Val, lab: np.ndarray, offset: float) -> None:
+        view = self.program.views.get(v)
+        if view is None:
+            where = "the model's input" if self.scope.outer is None else "the state or input of a loop"
+            raise Blocked(f"it comes straight from {where}")
+        if view.axes != View.of_leaf(view.path, view.shape).axes[view.scanned :] or not view.full:
+            raise Blocked(f"{view.path} is sliced by a loop in an unusual way")
+        if not jnp.issubdtype(v.dtype, jnp.floating):
+            raise Blocked(f"{view.path} is not a float parameter")
+        mine = self.program.views[self.sites[0].ins[self.sites[0].op.weight]]
+        if view.loops != mine.loops:
+            raise Blocked(f"{view.path} is shared between the iterations of a loop, the weights are not")
+        self.check_outer(v, view.path)
+        self.found[view.path] = Absorber(view.path, lab.astype(np.int32), offset)
+
+    def check_outer(self, v: Val, path: str) -> None:
+        """Outside the loop too, the parameter must go nowhere but into it."""
+        scope = self.scope
+        while scope.outer is not None:
+            outer, node = scope.outer
+            if node.name == "cond":
+                raise Blocked(f"{path} is used inside a cond")
+            i = scope.graph.ins.index(v)
+            operands = node.op.body_inputs(scope.graph)
+            pos = next(p for p, o in enumerate(node.op.ins) if o is operands[i])
+            v = node.ins[pos]
+            while True:
+                if len(outer.readers[v]) != 1:
+                    raise Blocked(f"{path} is also used outside the loop")
+                if v not in outer.made_by:
+                    break
+                v = outer.made_by[v][0].ins[0]
+            scope = outer
+
+    def check_readers(self, v: Val, lab: np.ndarray) -> None:
+        for index, pos in self.scope.readers.get(v, []):
+            if (index, pos) in self.passed:
+                continue
+            if index == OUTPUT:
+                raise Blocked("the scaled value is also an output")
+            node = self.scope.nodes[index]
+            if not _indifferent(node, pos, lab):
+                raise Blocked(f"the scaled value is also used by {_reader(node)}")
+
+
+def _reader(node: Node) -> str:
+    if node.use:
+        return f"the matmul with {node.use.path}"
+    return node.op.within or node.name
+
+
+def _indifferent(node: Node, pos: int, lab: np.ndarray) -> bool:
+    """True if the node's results do not change when its operand is scaled by ``lab``."""
+    if node.name in COMPARISONS:
+        other = node.ins[1 - pos]
+        return not isinstance(other, Val) and labels.is_zero(other)
+    if node.name == "sign":
+        return True
+    for k in range(len(node.outs)):
+        where = labels.window_of(node, k)
+        if where is None:
+            return False
+        if (lab[tuple(slice(None) if n == 1 else w for n, w in zip(lab.shape, where, strict=True))] >= 0).any():
+            return False
+    return True

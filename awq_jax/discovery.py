@@ -1,0 +1,229 @@
+"""`discover`: the scale groups of any JAX model, read off its jaxpr; `validate`: check a plan by hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from awq_jax import absorb, paths
+from awq_jax._graph import Val
+from awq_jax._scope import Node, Scope, flatten
+from awq_jax._trace import SAME_SHAPE, Program, trace
+from awq_jax.errors import PlanError
+from awq_jax.plan import Group, Plan, Site
+
+VIEWS = SAME_SHAPE | {"reshape", "transpose", "squeeze"}
+
+
+def discover(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Plan:
+    """Scale groups of ``fn(params, *args, **kwargs)``; nothing is computed.
+
+    Sites that read the same activation form a group. Its absorbers are found by walking upstream
+    from that activation; where the walk meets anything a scale per channel cannot cross exactly, or
+    a value something else reads too, the group has no absorber and says why.
+
+    Args:
+      fn: the model: any function that `jax.jit` can trace. For decoders, the forward pass without a
+        key-value cache (a cache update hides where values come from).
+      params: its parameters, or `jax.ShapeDtypeStruct` leaves.
+      *args, **kwargs: example inputs (real or abstract); their sizes do not matter for the result.
+
+    Raises:
+      PlanError: if no matmul with a parameter is found.
+    """
+    program = trace(fn, params, *args, **kwargs)
+    top = flatten(program)
+    if not program.uses:
+        raise PlanError(
+            "no matmul with a parameter found: pass the parameters as the first argument of the function "
+            "(a closure over them hides them), and do not wrap the model in shard_map"
+        )
+    where = [(scope, node) for scope in top.all() for node in scope.nodes if node.use]
+    where.sort(key=lambda t: t[1].use.index if t[1].use else 0)
+    skipped = _skipped(program, where)
+    by_path: dict[str, list[tuple[Scope, Node]]] = {}
+    for scope, node in where:
+        if node.use and node.use.path not in skipped:
+            by_path.setdefault(node.use.path, []).append((scope, node))
+
+    shared: dict[Any, list[tuple[Scope, Node]]] = {}
+    for path, uses in by_path.items():
+        roots = {(scope, _root(scope, node.x)) for scope, node in uses}
+        key = (*roots.pop(), _extent(program, uses[0][1])) if len(roots) == 1 else path
+        shared.setdefault(key, []).extend(uses)
+    behind = _flows_into_matmul(top)
+    groups = [_group(program, key, uses, behind) for key, uses in shared.items()]
+    return Plan(tuple(groups), skipped)
+
+
+def _skipped(program: Program, where: list[tuple[Scope, Node]]) -> dict[str, str]:
+    """Leaves read by a matmul that must stay float, with the reason."""
+    dtypes = {p: v.dtype for p, v in zip(program.leaves, program.graph.ins, strict=False)}
+    out: dict[str, str] = {}
+    axes: dict[str, str] = {}
+    for scope, node in where:
+        use = node.use
+        assert use is not None
+        if use.path in out:
+            continue
+        if use.reason:
+            out[use.path] = use.reason
+        elif not jnp.issubdtype(dtypes[use.path], jnp.floating):
+            out[use.path] = f"it is {dtypes[use.path]}, not float"
+        elif program.readers.get(use.path):
+            out[use.path] = f"it is also read by {_plain(program.readers[use.path][0])}"
+        elif axes.setdefault(use.path, use.axes) != use.axes:
+            out[use.path] = "two matmuls contract different axes of it"
+        elif _one_hot(scope, node.x):
+            out[use.path] = "it is an embedding: the matmul only looks rows up"
+    used = {node.use.path for _, node in where if node.use}
+    for path, readers in program.readers.items():
+        kinds = [r for r in readers if "dot" in r or "conv_" in r]
+        if kinds and path not in used:
+            out[path] = f"it is read by {_plain(kinds[0])}"
+    return out
+
+
+def _plain(reader: str) -> str:
+    return {
+        "gather": "a lookup (tied embedding)",
+        "dot_general": "a matmul with another parameter",
+        "ragged_dot_general": "a ragged matmul",
+        "ragged_dot": "a ragged matmul",
+        "conv_general_dilated": "a convolution",
+    }.get(reader, reader)
+
+
+def _root(scope: Scope, v: Val) -> Val:
+    """The value an activation is a rearranged copy of."""
+    while v in scope.made_by:
+        node, _ = scope.made_by[v]
+        if node.name not in VIEWS or len(node.vals()) != 1 or len(node.outs) != 1:
+            break
+        v = node.vals()[0]
+    return v
+
+
+def _one_hot(scope: Scope, x: Val) -> bool:
+    made = scope.made_by.get(_root(scope, x))
+    return made is not None and made[0].name == "eq"
+
+
+def _extent(program: Program, node: Node) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    """(scan, batch, K) of a site."""
+    use = node.use
+    assert use is not None
+    sizes: dict[str, list[int]] = {"s": [], "b": [], "k": [], "n": []}
+    for role, n in zip(use.axes, program.leaves[use.path], strict=True):
+        sizes[role].append(n)
+    return tuple(sizes["s"]), tuple(sizes["b"]), math.prod(sizes["k"])
+
+
+def _group(program: Program, key: Any, uses: list[tuple[Scope, Node]], behind: dict[Node, bool]) -> Group:
+    sites: dict[str, Site] = {}
+    for _, node in uses:
+        use = node.use
+        assert use is not None
+        old = sites.get(use.path)
+        head = not behind.get(node, True) and (old is None or old.head)
+        sites[use.path] = Site(use.path, use.axes, program.leaves[use.path], head)
+    scan, batch, channels = _extent(program, uses[0][1])
+    name = next(iter(sites))
+    if isinstance(key, str):
+        found = absorb.Found(reason=f"{len(uses)} matmuls with different inputs share this weight")
+    elif uses[0][0].outer is not None and _kind(uses[0][0]) == "cond":
+        found = absorb.Found(reason="it is inside a cond")
+    else:
+        found = absorb.search(program, uses[0][0], [node for _, node in uses])
+    return Group(name, tuple(sites.values()), channels, found.absorbers, found.ties, scan, batch, found.reason)
+
+
+def _kind(scope: Scope) -> str:
+    return scope.outer[1].name if scope.outer else ""
+
+
+def _flows_into_matmul(top: Scope) -> dict[Node, bool]:
+    """For each top-level matmul with a parameter: whether another one reads what it computes."""
+    flows: set[Val] = set()
+    out: dict[Node, bool] = {}
+    for node in reversed(top.nodes):
+        onward = any(v in flows for v in node.outs)
+        if node.use:
+            out[node] = onward
+        if onward or node.use or any(n.use for b in node.bodies for s in b.all() for n in s.nodes):
+            flows.update(node.vals())
+    return out
+
+
+# ------------------------------------------------------------------------------- validate
+
+
+def validate(plan: Plan, params: Any) -> None:
+    """Check that ``plan`` describes ``params``.
+
+    Raises:
+      PlanError: names the group and the path: missing, another shape, an index out of range.
+    """
+    leaves = paths.flatten(params)
+    names: set[str] = set()
+    owner: dict[str, str] = {}
+    for g in plan.groups:
+        if g.name in names:
+            raise PlanError(f"two groups are called {g.name}: group names must differ")
+        names.add(g.name)
+        if not g.sites:
+            raise PlanError(f"group {g.name} has no site: remove it from the plan")
+        for site in g.sites:
+            if owner.setdefault(site.path, g.name) != g.name:
+                raise PlanError(f"{site.path} is a site of two groups, {owner[site.path]} and {g.name}")
+            _check_site(g, site, leaves)
+        width = math.prod(g.batch) * g.channels
+        for a in g.absorbers:
+            _check_absorber(g, a.path, np.asarray(a.index), width, leaves)
+        if g.ties is not None and (np.shape(g.ties) != (width,)):
+            raise PlanError(f"group {g.name}: ties have shape {np.shape(g.ties)}, expected ({width},)")
+
+
+def _leaf_shape(group: Group, path: str, leaves: Mapping[str, Any]) -> tuple[int, ...]:
+    if path not in leaves:
+        close = sorted(p for p in leaves if p.split("/")[-2:] == path.split("/")[-2:])[:3]
+        hint = f"; similar: {', '.join(close)}" if close else ""
+        raise PlanError(f"group {group.name}: the parameters have no {path}{hint}")
+    return tuple(leaves[path].shape)
+
+
+def _check_site(group: Group, site: Site, leaves: Mapping[str, Any]) -> None:
+    shape = _leaf_shape(group, site.path, leaves)
+    if shape != tuple(site.shape):
+        raise PlanError(f"group {group.name}: {site.path} has shape {shape}, the plan says {tuple(site.shape)}")
+    axes = site.axes
+    if len(axes) != len(shape) or set(axes) - set("sbkn") or "k" not in axes or "n" not in axes:
+        raise PlanError(f"group {group.name}: axes {axes!r} do not describe {site.path} of shape {shape}")
+    if "s" in axes.lstrip("s"):
+        raise PlanError(f"group {group.name}: {site.path}: scanned axes must come first, not {axes!r}")
+    sizes = {r: tuple(n for n, a in zip(shape, axes, strict=True) if a == r) for r in "sbk"}
+    if sizes["s"] != tuple(group.scan):
+        raise PlanError(f"group {group.name}: {site.path} has scanned axes {sizes['s']}, the group {group.scan}")
+    if group.batch and sizes["b"] != tuple(group.batch):
+        raise PlanError(f"group {group.name}: {site.path} has batch axes {sizes['b']}, the group {group.batch}")
+    k = math.prod(sizes["k"])
+    if k != group.channels:
+        raise PlanError(f"group {group.name}: {site.path} contracts {k} channels, the group has {group.channels}")
+
+
+def _check_absorber(group: Group, path: str, index: np.ndarray, width: int, leaves: Mapping[str, Any]) -> None:
+    shape = _leaf_shape(group, path, leaves)
+    lead = len(group.scan)
+    if shape[:lead] != tuple(group.scan):
+        raise PlanError(f"group {group.name}: absorber {path} of shape {shape} does not start with {group.scan}")
+    inner = shape[lead:]
+    if index.ndim != len(inner) or any(i not in (1, n) for i, n in zip(index.shape, inner, strict=True)):
+        raise PlanError(f"group {group.name}: index of shape {index.shape} does not fit absorber {path} {shape}")
+    if index.size and (index.min() < -1 or index.max() >= width):
+        raise PlanError(
+            f"group {group.name}: absorber {path}: index {int(index.max())} is out of range for {width} channels"
+        )

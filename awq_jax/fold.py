@@ -1,0 +1,122 @@
+"""Fold scales into parameters: weights times s, what produces their input divided by s."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from awq_jax import paths
+from awq_jax.errors import PlanError, ShapeError, WeightError
+from awq_jax.plan import Absorber, Group, Plan, Site
+from awq_jax.qtensor import is_quantized
+
+Scales = Mapping[str, Any]
+
+
+class Folder:
+    """Applies the scales of a plan one parameter at a time, so that memory stays at one leaf.
+
+    Args:
+      plan: scale groups.
+      scales: group name -> ``s [*scan, *batch, K]``, positive; groups that are absent stay as they are.
+
+    Raises:
+      PlanError: a name is not a group of the plan.
+      ShapeError: a scale does not have its group's shape.
+    """
+
+    def __init__(self, plan: Plan, scales: Scales):
+        groups = {g.name: g for g in plan.groups}
+        self._scales = scales
+        self._sites: dict[str, list[tuple[Group, Site]]] = {}
+        self._absorbers: dict[str, list[tuple[Group, Absorber]]] = {}
+        for name, s in scales.items():
+            if name not in groups:
+                raise PlanError(f"scale for {name}: the plan has no such group")
+            g = groups[name]
+            if tuple(jnp.shape(s)) != (*g.scan, *g.batch, g.channels):
+                raise ShapeError(f"scale of {name}: shape {jnp.shape(s)}, expected {(*g.scan, *g.batch, g.channels)}")
+            for site in g.sites:
+                self._sites.setdefault(site.path, []).append((g, site))
+            for a in g.absorbers:
+                self._absorbers.setdefault(a.path, []).append((g, a))
+
+    def leaf(self, path: str, leaf: Any, *, sites: bool = True, absorbers: bool = True) -> Any:
+        """The parameter with its scales folded in: same shape and dtype, computed in float32 or wider.
+
+        Args:
+          sites: multiply, where it is a weight of a scaled group.
+          absorbers: divide, where it absorbs a scale.
+
+        Raises:
+          WeightError: the parameter is packed already.
+        """
+        divide = self._absorbers.get(path, []) if absorbers else []
+        multiply = self._sites.get(path, []) if sites else []
+        if not divide and not multiply:
+            return leaf
+        if is_quantized(leaf):
+            raise WeightError(f"{path} is packed: scales fold into float parameters only")
+        w = jnp.asarray(leaf, jnp.promote_types(leaf.dtype, jnp.float32))
+        for group, a in divide:
+            w = (a.offset + w) / absorber_scale(group, a, self._scales[group.name]).astype(w.dtype) - a.offset
+        for group, site in multiply:
+            w = w * site_scale(group, site, self._scales[group.name]).astype(w.dtype)
+        return w.astype(leaf.dtype)
+
+
+def site_scale(group: Group, site: Site, s: Any) -> jax.Array:
+    """``s [*scan, *batch, K]`` laid out to multiply the weight of ``site``."""
+    s = jnp.asarray(s)
+    sizes = {r: [n for n, a in zip(site.shape, site.axes, strict=True) if a == r] for r in "sbk"}
+    batch = sizes["b"] if group.batch else [1] * len(sizes["b"])
+    s = s.reshape(*sizes["s"], *batch, *sizes["k"])
+    # s is stored scan, batch, k; the leaf may interleave them with output axes.
+    stored = [i for r in "sbk" for i, a in enumerate(site.axes) if a == r]
+    s = jnp.transpose(s, np.argsort(stored).tolist())
+    it = iter(s.shape)
+    return s.reshape([1 if a == "n" else next(it) for a in site.axes])
+
+
+def absorber_scale(group: Group, absorber: Absorber, s: Any) -> jax.Array:
+    """``s [*scan, *batch, K]`` laid out to divide the absorbing parameter; 1 where it is left alone."""
+    s = jnp.asarray(s)
+    s = s.reshape(*group.scan, math.prod(group.batch) * group.channels)
+    index = np.asarray(absorber.index)
+    return jnp.where(index >= 0, s[..., np.maximum(index, 0)], 1)
+
+
+def scale_sites(plan: Plan, params: Any, scales: Scales) -> Any:
+    """``params`` with the weights of every scaled group multiplied (see `Folder`)."""
+    folder = Folder(plan, scales)
+    return paths.map_with_path(lambda p, w: folder.leaf(p, w, absorbers=False), params)
+
+
+def divide_absorbers(plan: Plan, params: Any, scales: Scales) -> Any:
+    """``params`` with the absorbers of every scaled group divided (see `Folder`)."""
+    folder = Folder(plan, scales)
+    return paths.map_with_path(lambda p, w: folder.leaf(p, w, sites=False), params)
+
+
+def apply(plan: Plan, params: Any, scales: Scales) -> Any:
+    """``params`` with the scales folded in: the model computes the same function as before.
+
+    Args:
+      plan: scale groups.
+      params: float parameters.
+      scales: group name -> ``s [*scan, *batch, K]``, positive, equal on tied channels.
+
+    Raises:
+      PlanError: a group has no absorber, so that its scale would change the output.
+      ShapeError: a scale does not have its group's shape.
+    """
+    for g in plan.groups:
+        if g.name in scales and not g.absorbers:
+            raise PlanError(f"group {g.name} cannot absorb a scale: {g.reason or 'it has no absorber'}")
+    folder = Folder(plan, scales)
+    return paths.map_with_path(folder.leaf, params)

@@ -1,0 +1,116 @@
+"""Prove a plan on the model itself: fold random scales, and see that the output does not move."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from awq_jax import discovery, fold, paths
+from awq_jax.errors import PlanError
+from awq_jax.plan import Group, Plan
+
+
+def verify(
+    plan: Plan, fn: Callable[..., Any], params: Any, *args: Any, seed: int = 0, tol: float = 1e-4, **kwargs: Any
+) -> Plan:
+    """The plan with the absorbers taken from every group whose scale is not absorbed exactly.
+
+    Scales are powers of two, so folding rounds nothing: a right plan reproduces the output in any
+    float dtype, a wrong one moves it by its own size. One compilation; groups are searched by
+    halving, and only if all of them together moved the output.
+
+    Args:
+      plan: discovered or written by hand.
+      fn: the model, called as ``fn(params, *args, **kwargs)``.
+      params: float parameters.
+      *args, **kwargs: a small real input.
+      seed: of the scales.
+      tol: largest difference allowed, relative to the largest output.
+
+    Raises:
+      PlanError: the plan does not describe ``params``, or the inputs are abstract.
+    """
+    discovery.validate(plan, params)
+    groups = [g for g in plan.groups if g.absorbers]
+    if not groups:
+        return plan
+    rest, tree = jax.tree.flatten((args, kwargs))
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in (*rest, *jax.tree.leaves(params))):
+        raise PlanError("a plan is verified on real parameters and inputs; these are abstract")
+    dynamic = [hasattr(x, "shape") for x in rest]
+
+    @jax.jit
+    def run(params: Any, scales: dict[str, jax.Array], arrays: list[Any]) -> list[jax.Array]:
+        it = iter(arrays)
+        a, k = jax.tree.unflatten(tree, [next(it) if d else x for d, x in zip(dynamic, rest, strict=True)])
+        out = jax.tree.leaves(fn(fold.apply(plan, params, scales), *a, **k))
+        return [x for x in out if jnp.issubdtype(x.dtype, jnp.inexact)]
+
+    arrays = [x for x, d in zip(rest, dynamic, strict=True) if d]
+    rng = np.random.default_rng(seed)
+    ones = {g.name: np.ones((*g.scan, *g.batch, g.channels), np.float32) for g in groups}
+    random = {g.name: _random_scale(g, rng) for g in groups}
+    before = run(params, ones, arrays)
+    tol = max(tol, _rounding(groups, params))
+
+    def moved(some: list[Group]) -> float:
+        names = {g.name for g in some}
+        after = run(params, {n: random[n] if n in names else ones[n] for n in ones}, arrays)
+        return max((_distance(a, b) for a, b in zip(before, after, strict=True)), default=0.0)
+
+    bad = _culprits(groups, moved, tol)
+    return dataclasses.replace(
+        plan, groups=tuple(_without(g, bad[g.name]) if g.name in bad else g for g in plan.groups)
+    )
+
+
+def _random_scale(group: Group, rng: np.random.Generator) -> np.ndarray:
+    """Powers of two from 1/4 to 4, the same for tied channels."""
+    n = int(np.prod(group.batch, dtype=int)) * group.channels
+    s = np.exp2(rng.integers(-2, 3, (*group.scan, n))).astype(np.float32)
+    if group.ties is not None:
+        _, first, which = np.unique(group.ties, return_index=True, return_inverse=True)
+        s = s[..., first[which]]
+    return s.reshape(*group.scan, *group.batch, group.channels)
+
+
+def _rounding(groups: list[Group], params: Any) -> float:
+    """What ``(offset + w) / s - offset`` loses when the parameter is stored in 16 bits."""
+    leaves = paths.flatten(params)
+    dtypes = {leaves[a.path].dtype for g in groups for a in g.absorbers if a.offset}
+    return max((16 * float(jnp.finfo(d).eps) for d in dtypes), default=0.0)
+
+
+def _distance(a: jax.Array, b: jax.Array) -> float:
+    """Largest difference relative to the largest finite value of ``a``; inf if NaNs moved."""
+    if a.size == 0:
+        return 0.0
+    x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    finite = np.isfinite(x)
+    if not finite.any() or (finite != np.isfinite(y)).any():
+        return float("inf")
+    return float(np.abs(x[finite] - y[finite]).max() / max(np.abs(x[finite]).max(), 1e-30))
+
+
+def _culprits(groups: list[Group], moved: Callable[[list[Group]], float], tol: float) -> dict[str, float]:
+    """Groups whose scales move the output, and by how much."""
+    shift = moved(groups)
+    if shift <= tol:
+        return {}
+    if len(groups) == 1:
+        return {groups[0].name: shift}
+    half = len(groups) // 2
+    found = _culprits(groups[:half], moved, tol) | _culprits(groups[half:], moved, tol)
+    # Halves that are right alone but wrong together: none of them can be trusted.
+    return found or {g.name: shift for g in groups}
+
+
+def _without(group: Group, shift: float) -> Group:
+    by = "made the output NaN or infinite" if np.isinf(shift) else f"moved the output by {shift:.1e} of its size"
+    reason = f"verification: a scale on this group {by}"
+    return dataclasses.replace(group, absorbers=(), ties=None, reason=reason)
