@@ -1,0 +1,50 @@
+"""A packed linear between files and memory: building and checking `QuantizedTensor`s of NumPy arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from awq_jax.qtensor import QuantizedTensor
+
+FLOATS = ("float16", "bfloat16", "float32")
+
+
+def build(
+    qweight: Any,
+    scales: Any,
+    zeros: Any,
+    bits: int,
+    group_size: int,
+    k: int,
+    n: int,
+    dtype: str,
+    inv_scale: Any = None,
+) -> QuantizedTensor:
+    """A linear in PyTorch's orientation (``axes="nk"``); arrays as `QuantizedTensor` describes them."""
+    return QuantizedTensor(
+        qweight=qweight,
+        scales=scales,
+        zeros=zeros,
+        inv_scale=inv_scale,
+        bits=bits,
+        group_size=group_size,
+        axes="nk",
+        k_dims=(k,),
+        n_dims=(n,),
+        dtype=dtype,
+    )
+
+
+def as_linear(q: QuantizedTensor) -> QuantizedTensor:
+    """The same weight in PyTorch's orientation, if it is a single matrix; else unchanged."""
+    if q.batch:
+        return q
+    return dataclasses.replace(q, axes="nk", k_dims=(q.k,), n_dims=(q.n,))
+
+
+def to_float(q: QuantizedTensor) -> np.ndarray:
+    """The weight dequantized to its dtype, on the host."""
+    return np.asarray(q.dequantize())

@@ -1,0 +1,180 @@
+"""The library's own layout, ``awq-jax``: everything a `QuantizedTensor` can be, stored as it is in memory.
+
+A packed weight ``w`` becomes ``w.qweight`` (uint32, LSB first along K), ``w.scales``, and where present
+``w.zeros`` (uint8) and ``w.inv_scale``, all in one file. What the arrays do not say (bits, group size,
+sizes, axes, dtype) is JSON under the key ``awq-jax:w`` of that file's header metadata.
+``config.json`` has ``quantization_config: {"quant_method": "awq-jax", "format_version": 1, "settings"}``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from awq_jax import pack
+from awq_jax.config import BITS, AwqConfig
+from awq_jax.convert import linear
+from awq_jax.convert.source import DirectorySource
+from awq_jax.errors import CheckpointError, FormatError, WeightError
+from awq_jax.qtensor import QuantizedTensor
+
+METHOD = "awq-jax"
+VERSION = 1
+KEY = "awq-jax:"
+FIELDS = ("bits", "group_size", "axes", "k_dims", "n_dims", "dtype", "zeros", "inv_scale")
+
+
+class NativeSource(DirectorySource):
+    """Reader; see the module.
+
+    Raises:
+      FormatError: if a newer version of the library wrote it.
+      CheckpointError: if metadata and arrays do not fit each other.
+    """
+
+    format = "awq-jax"
+
+    def __init__(self, directory: Path, config: dict[str, Any]) -> None:
+        version = config["quantization_config"].get("format_version")
+        if version != VERSION:
+            raise FormatError(f"{directory} has awq-jax format version {version!r}; this library reads {VERSION}")
+        super().__init__(directory, config)
+        self.packed: dict[str, dict[str, Any]] = {}
+        parts: set[str] = set()
+        for metadata in self.files.metadata.values():
+            for key, text in metadata.items():
+                if key.startswith(KEY):
+                    name = key.removeprefix(KEY)
+                    self.packed[name] = self._check(name, text)
+                    parts.update(_parts(name, self.packed[name]))
+        self._names = sorted((set(self.files.names()) - parts) | set(self.packed))
+        lost = next((n for n in self._names if n.endswith(".qweight") and n not in self.packed), None)
+        if lost:
+            raise CheckpointError(f"{directory}: {lost} has no metadata; download the checkpoint again")
+
+    def _check(self, name: str, text: str) -> dict[str, Any]:
+        where = f"{self.directory}: the metadata of packed weight {name!r}"
+        try:
+            info = json.loads(text)
+        except (ValueError, RecursionError) as e:
+            raise CheckpointError(f"{where} is not JSON; download the checkpoint again") from e
+        if not isinstance(info, dict) or set(info) != set(FIELDS) or not _sane(info):
+            raise CheckpointError(f"{where} is incomplete or out of range; download the checkpoint again")
+        if name in self.files.entries:
+            raise CheckpointError(f"{self.directory} holds {name!r} both packed and float; download it again")
+        q, s = (self.files.entry(f"{name}.{p}") for p in ("qweight", "scales"))
+        k, n = math.prod(info["k_dims"]), math.prod(info["n_dims"])
+        groups = -(-k // info["group_size"])
+        batch = s.shape[:-2]
+        want = {
+            "qweight": ((*batch, pack.words(groups * info["group_size"], info["bits"]), n), ("uint32",)),
+            "scales": ((*batch, groups, n), linear.FLOATS),
+            "zeros": ((*batch, groups, n), ("uint8",)),
+            "inv_scale": ((*batch, k), linear.FLOATS),
+        }
+        for part in _parts(name, info):
+            shape, dtypes = want[part.removeprefix(f"{name}.")]
+            entry = self.files.entry(part)
+            if entry.shape != shape or entry.dtype.name not in dtypes or len(batch) != info["axes"].count("b"):
+                raise CheckpointError(
+                    f"{where} implies that {part} is {'/'.join(dtypes)} {shape}; it is {entry.dtype} {entry.shape}"
+                )
+        return {**info, "batch": batch, "file": q.file}
+
+    def names(self) -> list[str]:
+        return list(self._names)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        if name not in self.packed:
+            return super().shape(name)
+        info = self.packed[name]
+        sizes = {"b": iter(info["batch"]), "k": iter(info["k_dims"]), "n": iter(info["n_dims"])}
+        return tuple(next(sizes[a]) for a in info["axes"])
+
+    def read(self, name: str) -> np.ndarray | QuantizedTensor:
+        if name not in self.packed:
+            return super().read(name)
+        info = self.packed[name]
+        arrays = {p.removeprefix(f"{name}."): self.files.read(p) for p in _parts(name, info)}
+        for part, array in arrays.items():
+            if part in ("scales", "inv_scale") and not np.isfinite(array).all():
+                raise WeightError(f"{name}.{part} of {self.directory} holds NaN or inf; download it again")
+        return QuantizedTensor(
+            qweight=arrays["qweight"],
+            scales=arrays["scales"],
+            zeros=arrays.get("zeros"),
+            inv_scale=arrays.get("inv_scale"),
+            bits=info["bits"],
+            group_size=info["group_size"],
+            axes=info["axes"],
+            k_dims=tuple(info["k_dims"]),
+            n_dims=tuple(info["n_dims"]),
+            dtype=info["dtype"],
+        )
+
+
+class NativeEncoder:
+    """Writer: names and arrays of each tensor, then the ``quantization_config``."""
+
+    name = "awq-jax"
+
+    def __init__(self, settings: AwqConfig | None = None) -> None:
+        self._settings = settings
+
+    def problem(self, name: str, q: QuantizedTensor) -> str | None:
+        """None: it holds everything."""
+        return None
+
+    def quantized(self, name: str, q: QuantizedTensor) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+        """Arrays to store and the header metadata that describes them."""
+        info = {
+            "bits": q.bits,
+            "group_size": q.group_size,
+            "axes": q.live_axes,
+            "k_dims": list(q.k_dims),
+            "n_dims": list(q.n_dims),
+            "dtype": str(q.dtype),
+            "zeros": q.zeros is not None,
+            "inv_scale": q.inv_scale is not None,
+        }
+        arrays = {part: np.asarray(getattr(q, part.removeprefix(f"{name}."))) for part in _parts(name, info)}
+        return arrays, {KEY + name: json.dumps(info)}
+
+    def dense(self, name: str, array: np.ndarray) -> None:
+        """Nothing to note."""
+
+    def config(self) -> dict[str, Any]:
+        """The ``quantization_config`` that `NativeSource` looks for."""
+        settings = None if self._settings is None else self._settings.to_dict()
+        return {"quant_method": METHOD, "format_version": VERSION, "settings": settings}
+
+
+def _parts(name: str, info: Mapping[str, Any]) -> list[str]:
+    optional = [p for p in ("zeros", "inv_scale") if info[p]]
+    return [f"{name}.{p}" for p in ("qweight", "scales", *optional)]
+
+
+def _sane(info: Mapping[str, Any]) -> bool:
+    def sizes(value: Any) -> bool:
+        return isinstance(value, list) and bool(value) and all(type(v) is int and 0 < v < 2**40 for v in value)
+
+    axes = info["axes"]
+    return (
+        info["bits"] in BITS
+        and type(info["bits"]) is int
+        and type(info["group_size"]) is int
+        and 0 < info["group_size"] < 2**40
+        and sizes(info["k_dims"])
+        and sizes(info["n_dims"])
+        and isinstance(axes, str)
+        and not set(axes) - set("bkn")
+        and axes.count("k") == len(info["k_dims"])
+        and axes.count("n") == len(info["n_dims"])
+        and info["dtype"] in linear.FLOATS
+        and all(isinstance(info[f], bool) for f in ("zeros", "inv_scale"))
+    )

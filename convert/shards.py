@@ -1,0 +1,182 @@
+"""Safetensors out: shards of bounded size in a temporary directory that is renamed at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from awq_jax.convert.safetensors_io import DTYPES, INDEX, SINGLE
+from awq_jax.errors import CheckpointError, ConfigError
+
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class ShardWriter:
+    """Collects tensors and writes a shard whenever the next one would exceed ``max_shard_bytes``.
+
+    Memory: the tensors of one shard. A tensor larger than the bound gets a shard of its own.
+
+    Args:
+      directory: where the files go; it must exist.
+      max_shard_bytes: bound on the tensor bytes of a file.
+    """
+
+    def __init__(self, directory: Path, max_shard_bytes: int) -> None:
+        if max_shard_bytes < 1:
+            raise ConfigError(f"max_shard_bytes must be positive; got {max_shard_bytes}")
+        self._directory = directory
+        self._limit = max_shard_bytes
+        self._pending: dict[str, np.ndarray] = {}
+        self._metadata: dict[str, str] = {}
+        self._shards: list[list[str]] = []
+        self._names: set[str] = set()
+        self._bytes = 0
+        self._total = 0
+
+    def add(self, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
+        """Add tensors that belong in one file, and what the file's header should say about them.
+
+        Raises:
+          CheckpointError: for a name given twice or a dtype safetensors cannot hold.
+        """
+        for name, array in tensors.items():
+            if name in self._names or name == "__metadata__":
+                raise CheckpointError(f"tensor {name!r} was given twice; every name is written once")
+            if array.dtype not in NAMES:
+                raise CheckpointError(f"tensor {name!r} has dtype {array.dtype}, which safetensors cannot hold")
+            self._names.add(name)
+        size = sum(a.nbytes for a in tensors.values())
+        if self._pending and self._bytes + size > self._limit:
+            self._flush()
+        self._pending.update(tensors)
+        self._metadata.update(metadata or {})
+        self._bytes += size
+        self._total += size
+
+    def close(self) -> None:
+        """Write what is left, give the files their final names, and write the index if there are several."""
+        if self._pending or not self._shards:
+            self._flush()
+        count = len(self._shards)
+        weight_map: dict[str, str] = {}
+        for i, names in enumerate(self._shards):
+            final = SINGLE if count == 1 else f"model-{i + 1:05}-of-{count:05}.safetensors"
+            os.rename(self._directory / _part(i), self._directory / final)
+            weight_map.update(dict.fromkeys(names, final))
+        if count > 1:
+            index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(weight_map.items()))}
+            write_json(self._directory / INDEX, index)
+
+    def _flush(self) -> None:
+        write_file(self._directory / _part(len(self._shards)), self._pending, {"format": "pt", **self._metadata})
+        self._shards.append(list(self._pending))
+        self._pending, self._metadata, self._bytes = {}, {}, 0
+
+
+def write_file(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """One safetensors file, flushed to disk. Same tensors, same bytes."""
+    # Widest dtype first keeps every tensor aligned to its item size.
+    names = sorted(tensors, key=lambda n: (-tensors[n].dtype.itemsize, n))
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+    offset = 0
+    for name in names:
+        a = tensors[name]
+        header[name] = {
+            "dtype": NAMES[a.dtype],
+            "shape": list(a.shape),
+            "data_offsets": [offset, offset + a.nbytes],
+        }
+        offset += a.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            f.write(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8))
+        _sync(f)
+
+
+def write_json(path: Path, data: Mapping[str, object]) -> None:
+    """A JSON file, flushed to disk."""
+    with path.open("w", encoding="utf-8") as f:
+        f.write(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+        _sync(f)
+
+
+@contextlib.contextmanager
+def atomic_directory(dst: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary sibling of ``dst`` to fill; renamed to ``dst`` on success, removed on any failure.
+
+    Args:
+      dst: a directory that does not exist yet.
+      overwrite: replace it if it exists and is empty or a checkpoint (holds a ``config.json``).
+
+    Raises:
+      CheckpointError: if ``dst`` exists and may not be replaced, or the disk refuses.
+    """
+    refuse_existing(dst, overwrite)
+    token = f"{os.getpid()}-{secrets.token_hex(4)}"
+    temporary, old = dst.parent / f".{dst.name}.partial-{token}", dst.parent / f".{dst.name}.old-{token}"
+    try:
+        dst.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        yield temporary
+        _sync_directory(temporary)
+        refuse_existing(dst, overwrite)
+        if dst.exists():
+            os.rename(dst, old)
+        try:
+            os.rename(temporary, dst)
+        except OSError:
+            if old.exists():
+                os.rename(old, dst)
+            raise
+        _sync_directory(dst.parent)
+    except OSError as e:
+        raise CheckpointError(f"cannot write {dst}: {e}") from e
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if dst.exists():
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def refuse_existing(dst: Path, overwrite: bool) -> None:
+    """Raise unless ``dst`` may be created.
+
+    Raises:
+      CheckpointError: if it exists and ``overwrite`` is false, or it is not an (empty) checkpoint.
+    """
+    if not dst.name:
+        raise CheckpointError(f"{str(dst)!r} is not a directory that can be created; give it a name")
+    if not os.path.lexists(dst):
+        return
+    if not overwrite:
+        raise CheckpointError(f"{dst} exists; choose another target or pass overwrite=True")
+    replaceable = dst.is_dir() and not dst.is_symlink() and ((dst / "config.json").exists() or not any(dst.iterdir()))
+    if not replaceable:
+        raise CheckpointError(f"{dst} exists and is not a checkpoint directory, so it stays; choose another target")
+
+
+def _part(i: int) -> str:
+    return f"part-{i:05}.safetensors"
+
+
+def _sync(f: IO[Any]) -> None:
+    f.flush()
+    os.fsync(f.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
