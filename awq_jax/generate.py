@@ -90,8 +90,8 @@ class Generator:
         width = bucket(int(lengths.max()), SMALLEST_PROMPT)
         slots = max(bucket(int((lengths + limits).max()), SMALLEST_CACHE), width)
         tokens = np.zeros((len(prompts), width), np.int32)
-        for row, prompt in zip(tokens, prompts, strict=True):
-            row[: len(prompt)] = prompt
+        for line, prompt in zip(tokens, prompts, strict=True):
+            line[: len(prompt)] = prompt
 
         root = jax.random.key(seed)
         options = (np.float32(sampling.temperature), np.int32(sampling.top_k), np.float32(sampling.top_p))

@@ -12,6 +12,7 @@ from flax import nnx
 
 from awq_jax import models
 from awq_jax.models import params as model_params
+from awq_jax.qtensor import QuantizedTensor
 
 PROMPT, STEPS = 10, 3
 LENGTHS = np.array([PROMPT, 6])
@@ -21,6 +22,7 @@ class Memory:
     """A checkpoint in memory, in the shape of `awq_jax.convert.source.Source`."""
 
     def __init__(self, model: torch.nn.Module):
+        self.model = model
         tied = model.config.tie_word_embeddings
         self.tensors = {k: v.numpy() for k, v in model.state_dict().items() if not (tied and k == "lm_head.weight")}
 
@@ -97,3 +99,139 @@ def test_logits_equal_transformers(case):
         logits, cache = run(params, tokens[[0, 1], at][:, None], at[:, None], cache)
         for b in (0, 1):
             close(logits[b, 0], theirs[b, at[b]])
+
+
+def test_load_keeps_or_casts_the_dtype():
+    source = Memory(tiny.torch_model("llama"))
+    for dtype in (None, "bfloat16"):
+        _, graphdef, params = build(source.model, source, dtype=dtype)
+        assert {str(a.dtype) for a in jax.tree.leaves(params)} == {dtype or "float32"}
+        assert nnx.merge(graphdef, params)(np.ones((1, 3), np.int32)).dtype == jnp.float32
+    source.tensors = {k: v.astype(np.float16) for k, v in source.tensors.items()}
+    assert {str(a.dtype) for a in jax.tree.leaves(build(source.model, source)[2])} == {"float16"}
+
+
+def test_packed_weights_load_and_run():
+    """A packed linear in PyTorch's orientation gives what its dequantized weight gives, to the bit of its bytes."""
+    source = Memory(tiny.torch_model("qwen2"))
+    name = "model.layers.1.mlp.down_proj.weight"
+    rng = np.random.default_rng(1)
+    packed = QuantizedTensor(
+        qweight=rng.integers(0, 2**32, (48 * 4 // 32, 32), dtype=np.uint32),
+        scales=rng.uniform(0.01, 0.05, (3, 32)).astype(np.float16),
+        zeros=rng.integers(0, 16, (3, 32), dtype=np.uint8),
+        inv_scale=None,
+        bits=4,
+        group_size=16,
+        axes="nk",
+        k_dims=(48,),
+        n_dims=(32,),
+        dtype="float16",
+    )
+    tokens = rng.integers(0, 256, (2, 5))
+    source.tensors[name] = np.asarray(packed.dequantize("float32"))
+    _, graphdef, params = build(source.model, source)
+    want = nnx.merge(graphdef, params)(tokens)
+    source.tensors[name] = packed
+    _, graphdef, params = build(source.model, source)
+    leaf = params["layers"][1]["mlp"]["down_proj"]["kernel"].get_value()
+    assert (leaf.axes, leaf.shape, leaf.dtype) == ("kn", (48, 32), "float32")
+    close(jax.jit(lambda p, t: nnx.merge(graphdef, p)(t))(params, tokens), want)
+    back = dict(model_params.tensors(params))
+    assert back[name].axes == "nk"
+    np.testing.assert_array_equal(back[name].qweight, packed.qweight)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_tensors_returns_what_load_read(tied):
+    source = Memory(tiny.torch_model("smollm3", attention_bias=True, mlp_bias=True, tie_word_embeddings=tied))
+    back = dict(model_params.tensors(build(source.model, source)[2]))
+    assert back.keys() == source.tensors.keys()
+    for name, value in source.tensors.items():
+        np.testing.assert_array_equal(back[name], value, err_msg=name)
+    assert all(names.to_name(names.to_path(n)[0])[0] == n for n in back)
+
+
+def drop(t):
+    del t["model.layers.1.self_attn.v_proj.weight"]
+
+
+def add(t):
+    t["model.layers.0.self_attn.q_proj.bias"] = np.zeros(32, np.float32)
+
+
+def misshape(t):
+    t["model.layers.0.mlp.up_proj.weight"] = np.zeros((32, 48), np.float32)
+
+
+def poison(t):
+    t["model.norm.weight"] = np.full(32, np.nan, np.float32)
+
+
+def overflow(t):
+    t["lm_head.weight"] = np.full((288, 32), np.inf, np.float32)
+
+
+def integers(t):
+    t["model.layers.0.mlp.gate_proj.weight"] = np.zeros((48, 32), np.int32)
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "message"),
+    [
+        (drop, errors.WeightError, r"lacks model\.layers\.1\.self_attn\.v_proj\.weight; is it complete"),
+        (add, errors.WeightError, r"holds model\.layers\.0\.self_attn\.q_proj\.bias, which a llama model"),
+        (misshape, errors.ShapeError, r"layers\.0\.mlp\.up_proj\.weight has shape \(32, 48\).*\(48, 32\)"),
+        (poison, errors.WeightError, r"model\.norm\.weight holds NaN or inf"),
+        (overflow, errors.WeightError, r"lm_head\.weight holds NaN or inf"),
+        (integers, errors.WeightError, r"layers\.0\.mlp\.gate_proj\.weight is int32"),
+    ],
+)
+def test_bad_tensors_are_named(damage, error, message):
+    source = Memory(tiny.torch_model("llama"))
+    damage(source.tensors)
+    with pytest.raises(error, match=message):
+        build(source.model, source)
+
+
+def test_old_buffers_and_a_tied_head_are_ignored():
+    source = Memory(tiny.torch_model("llama", tie_word_embeddings=True))
+    source.tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(4, np.float32)
+    source.tensors["lm_head.weight"] = np.zeros((288, 32), np.float32)
+    assert "lm_head" not in build(source.model, source)[2]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"model_type": "mixtral"}, errors.UnsupportedModelError, r"'mixtral'.*relative is 'mistral'.*docs/models\.md"),
+        ({"model_type": "qwen2_moe"}, errors.UnsupportedModelError, "relative is 'qwen2'"),
+        ({"model_type": None}, errors.UnsupportedModelError, "model_type None is not supported"),
+        ({"hidden_act": "xielu"}, errors.UnsupportedModelError, "hidden_act 'xielu'"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, errors.UnsupportedModelError, "rope scaling 'longrope'"),
+        ({"rope_scaling": {"type": "linear"}}, errors.ConfigError, "needs a factor"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, errors.ConfigError, "needs .*high_freq_factor"),
+        ({"hidden_size": None}, errors.ConfigError, "hidden_size must be a positive integer; got None"),
+        ({"num_key_value_heads": 3}, errors.ConfigError, "4 query heads over 3"),
+        ({"model_type": "qwen2", "layer_types": ["linear_attention"] * 2}, errors.UnsupportedModelError, "linear_att"),
+        ({"model_type": "qwen2", "layer_types": ["full_attention"]}, errors.ConfigError, "1 entries for 2 layers"),
+    ],
+)
+def test_bad_configs_are_refused(change, error, message):
+    with pytest.raises(error, match=message):
+        models.config_from_hf(tiny.SIZES | {"model_type": "llama"} | change)
+
+
+def test_a_config_from_before_transformers_5_means_the_same():
+    """``rope_theta`` and ``rope_scaling`` at the top level, ``type`` for ``rope_type``."""
+    old = tiny.SIZES | {"model_type": "llama", "rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    new = tiny.SIZES | {
+        "model_type": "llama",
+        "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5},
+    }
+    assert models.config_from_hf(old) == models.config_from_hf(new)
+    assert models.config_from_hf(new).rope == models.RopeConfig("linear", theta=5e5, factor=2.0, original_length=64)
+
+
+def test_every_family_has_a_case():
+    assert {c.family for c in tiny.CASES} == set(models.supported())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from awq_jax.models import rope
 from awq_jax.models.config import LayerConfig, ModelConfig
 from awq_jax.nnx import Linear
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "swish": jax.nn.silu,
     "relu": jax.nn.relu,
@@ -147,7 +148,14 @@ class Layer(nnx.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config, rngs)
 
-    def __call__(self, x, positions, angles, past):
+    def __call__(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        angles: tuple[jax.Array, jax.Array],
+        past: tuple[jax.Array, jax.Array] | None,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """As `Attention.__call__`."""
         attended, kv = self.self_attn(self.input_layernorm(x), positions, angles, past)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), kv

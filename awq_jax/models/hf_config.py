@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from awq_jax.errors import ConfigError, UnsupportedModelError
 from awq_jax.models.config import LayerConfig, ModelConfig, RopeConfig, RopeKind
@@ -114,7 +114,9 @@ def rope_config(hf: Mapping[str, Any], default_theta: float) -> RopeConfig:
             "truncate": bool(data.get("truncate", True)),
             "attention_factor": _yarn_attention(data, factor),
         }
-    return RopeConfig(kind=kind, theta=theta, factor=float(factor), original_length=int(original), **extra)
+    return RopeConfig(
+        kind=cast(RopeKind, kind), theta=theta, factor=float(factor), original_length=int(original), **extra
+    )
 
 
 def _yarn_attention(data: Mapping[str, Any], factor: float) -> float:
