@@ -10,7 +10,8 @@ import tiny
 import torch
 from flax import nnx
 
-from awq_jax import models
+from awq_jax import errors, models
+from awq_jax.convert import names
 from awq_jax.models import params as model_params
 from awq_jax.qtensor import QuantizedTensor
 

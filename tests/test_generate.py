@@ -45,10 +45,11 @@ def pair():
 def test_greedy_equals_transformers_per_row(pair):
     """Rows of different length in one batch get what transformers gives each one alone."""
     model, reference = pair
-    prompts = [[256, 10, 20, 30, 40], [7], [256] + list(range(60, 71))]
+    prompts = [[256, 10, 20, 30, 40], [7], [256, *range(60, 71)]]
     ours = model._generator.run(
         model.params, prompts, max_new_tokens=12, sampling=sampling.Sampling(), eos=model.eos_ids()
     )
+    assert max(map(len, ours)) == 12
     for prompt, row in zip(prompts, ours, strict=True):
         theirs = reference.generate(
             torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=[257, 3], pad_token_id=257
