@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -53,12 +54,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (AwqError, OSError) as e:
         if args.debug:
             raise
-        print(f"awq-jax: error: {e}", file=sys.stderr)
+        print(f"awq-jax: error: {_as_options(str(e))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("awq-jax: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _as_options(message: str) -> str:
+    """Python's spelling of a remedy, ``group_size=-1``, as the option the user can type."""
+    message = re.sub(r"\b(quantize_head|overwrite)=True", lambda m: "--" + m[1].replace("_", "-"), message)
+    names = "group_size|on_indivisible|max_tokens|batch_size|max_new_tokens|dtype|stride|context|method"
+    return re.sub(rf'\b({names})="?([\w+-]+)"?', lambda m: f"--{m[1].replace('_', '-')} {m[2]}", message)
 
 
 if __name__ == "__main__":

@@ -88,6 +88,8 @@ def load(
     if isinstance(source, CalibrationSet):
         check_tokens(source.tokens, vocab_size, "the calibration set")
         return source
+    if isinstance(source, str):
+        check_source(source)
     if isinstance(source, Path) or (isinstance(source, str) and _is_file(source)):
         path = Path(source)
         if path.suffix == ".npy":
@@ -97,11 +99,9 @@ def load(
         if source == "default":
             documents = texts.default_documents()
             return _from_texts(documents, "Python help topics", tokenizer, samples, seq_len, vocab_size, seed)
-        if source in texts.DATASETS or source.startswith("hf:"):
-            _need_tokenizer(tokenizer, source)
-            parts = ((i, t) for i, t in enumerate(texts.stream(source, seed)) if t.strip())
-            return _pack(_encode(parts, tokenizer), source, tokenizer, samples, seq_len, vocab_size)
-        raise CalibrationError(f"unknown calibration source {source!r}; known: {texts.known()}")
+        _need_tokenizer(tokenizer, source)
+        parts = ((i, t) for i, t in enumerate(texts.stream(source, seed)) if t.strip())
+        return _pack(_encode(parts, tokenizer), source, tokenizer, samples, seq_len, vocab_size)
     if hasattr(source, "ndim") and source.ndim == 2:
         return _as_given(np.asarray(source), vocab_size)
     if hasattr(source, "ndim"):
@@ -113,6 +113,19 @@ def load(
         return _from_texts(documents, "given texts", tokenizer, samples, seq_len, vocab_size, seed)
     rows = [(i, _as_tokens(d, i), 0) for i, d in enumerate(documents)]
     return _pack(rows, "given tokens", tokenizer, samples, seq_len, vocab_size, total=len(rows))
+
+
+def check_source(source: str) -> None:
+    """Refuse a name that `load` does not know or a file that is not there; reads nothing.
+
+    Raises:
+      CalibrationError: naming the known sources.
+    """
+    if _is_file(source):
+        if not Path(source).exists():
+            raise CalibrationError(f"{source} does not exist")
+    elif source != "default" and source not in texts.DATASETS and not source.startswith("hf:"):
+        raise CalibrationError(f"unknown calibration source {source!r}; known: {texts.known()}")
 
 
 def encode(text: str, tokenizer: Any) -> np.ndarray:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 from awq_jax.commands import common
@@ -43,6 +45,7 @@ def run(args: argparse.Namespace) -> None:
         print(common.to_json(plan.to_dict()) if args.json else plan)
         return
     found = describe(source, progress=not args.quiet)
+    found["bytes_on_disk"] = bytes_on_disk(Path(args.dir))
     if args.json:
         print(common.to_json(found))
         return
@@ -58,6 +61,13 @@ def run(args: argparse.Namespace) -> None:
     print("\n".join(render.columns([head, *rows])))
 
 
+def bytes_on_disk(path: Path) -> int | None:
+    """Bytes of the weight files of a local checkpoint; None for a hub id."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(f.stat().st_size for f in path.glob("*.safetensors")) if path.is_dir() else None
+
+
 def describe(source: Any, progress: bool = False) -> dict[str, Any]:
     """Plain data about an open `awq_jax.convert.source.Source`; one tensor in memory at a time."""
     from tqdm import tqdm
@@ -65,7 +75,9 @@ def describe(source: Any, progress: bool = False) -> dict[str, Any]:
     from awq_jax.qtensor import QuantizedTensor
 
     tensors: list[dict[str, Any]] = []
-    for name in tqdm(source.names(), desc="inspect", unit="tensor", disable=not progress, leave=False):
+    for name in tqdm(
+        sorted(source.names(), key=_natural), desc="inspect", unit="tensor", disable=not progress, leave=False, delay=1
+    ):
         value, shape = source.read(name), tuple(source.shape(name))
         entry: dict[str, Any] = {"name": name, "shape": list(shape), "bytes": int(value.nbytes)}
         if isinstance(value, QuantizedTensor):
@@ -97,6 +109,11 @@ def describe(source: Any, progress: bool = False) -> dict[str, Any]:
     }
 
 
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sort key that puts layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
 def _is_linear(tensor: dict[str, Any]) -> bool:
     return len(tensor["shape"]) == 2 and "embed" not in tensor["name"]
 
@@ -109,8 +126,10 @@ def _summary(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("format", f"{found['format']}, {found['model_type']}"),
         ("parameters", f"{found['parameters']:,} in {len(found['tensors'])} tensors"),
         ("types", ", ".join(f"{count} {kind}" for kind, count in types.most_common())),
-        ("size", render.size(found["bytes"])),
+        ("in memory", render.size(found["bytes"])),
     ]
+    if found["bytes_on_disk"] is not None:
+        rows.append(("on disk", render.size(found["bytes_on_disk"])))
     if found["quantized"]:
         rows += [
             ("bits", f"{_list(found['bits'])} ({found['bits_per_weight']:.2f} per weight with scales and zero points)"),

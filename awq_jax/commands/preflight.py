@@ -16,15 +16,15 @@ from awq_jax.config import AwqConfig
 from awq_jax.convert import registry
 from awq_jax.convert.source import Source
 from awq_jax.discovery import discover
-from awq_jax.errors import ConfigError
+from awq_jax.errors import ConfigError, FormatError
 from awq_jax.models import params as model_params
 from awq_jax.plan import Plan
 
 FLOAT_FORMATS = ("hf", "gguf")
 
 
-def check(src: str, dst: Path, config: AwqConfig) -> tuple[Source, models.ModelConfig]:
-    """Open ``src`` and make sure that it can be quantized to ``dst``.
+def check(src: str, dst: Path, config: AwqConfig, format: str) -> tuple[Source, models.ModelConfig]:
+    """Open ``src`` and make sure that it can be quantized to ``dst`` in ``format``.
 
     Returns:
       The source, and its architecture.
@@ -34,12 +34,18 @@ def check(src: str, dst: Path, config: AwqConfig) -> tuple[Source, models.ModelC
       UnsupportedModelError: if the decoder does not have this architecture.
       ConfigError: if ``src`` is quantized already.
       ShapeError: listing the weights that the group size does not divide.
+      FormatError: if ``format`` is gemm and the outputs of a weight are not a multiple of 8.
     """
     source = registry.open_source(src)
     architecture = models.config_from_hf(source.config)
     if source.format not in FLOAT_FORMATS:
         raise ConfigError(f"{src} is quantized already ({source.format}); give the float checkpoint")
-    select.select(plan(architecture), config)
+    targets, _ = select.select(plan(architecture), config)
+    narrow = [path for path, t in targets.items() if math.prod(t.site.shape) // t.k % 8]
+    if format == "gemm" and narrow:
+        raise FormatError(
+            f"format gemm needs outputs in multiples of 8; not so: {', '.join(narrow)}; use --format awq-jax, or --skip"
+        )
     least = min(config.bits, *(change.get("bits", config.bits) for _, change in config.overrides), 16)
     common.check_space(dst, sum(math.prod(source.shape(name)) for name in source.names()) * least / 8)
     return source, architecture

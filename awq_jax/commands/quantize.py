@@ -80,7 +80,8 @@ def run(args: argparse.Namespace) -> None:
     from awq_jax import data, model, render
     from awq_jax.commands import preflight
 
-    source, architecture = preflight.check(args.src, args.dst, config)
+    data.check_source(args.calib)
+    source, architecture = preflight.check(args.src, args.dst, config, args.format)
     clock = time.perf_counter
     start = clock()
     calib = data.load(
@@ -120,12 +121,12 @@ def settings(args: argparse.Namespace) -> AwqConfig:
     from awq_jax.config import AwqConfig
 
     overrides = tuple(parse_override(text) for text in args.override)
-    widths = {args.bits, *(change.get("bits", args.bits) for _, change in overrides)}
-    gemm = widths == {4} and args.on_indivisible != "pad"
+    kinds = {(c.get("bits", args.bits), c.get("group_size", args.group_size)) for _, c in (*overrides, ("", {}))}
+    gemm = kinds == {(4, args.group_size)} and args.on_indivisible != "pad" and not args.quantize_head
     if args.format == "gemm" and not gemm:
         raise FormatError(
-            "format gemm holds 4-bit weights without padding; use --format awq-jax, or --bits 4 and "
-            "--on-indivisible float"
+            "format gemm holds 4-bit weights of one group size, without padding, and a float output projection; use "
+            "--format awq-jax, or drop --bits, --override, --on-indivisible pad or --quantize-head"
         )
     return AwqConfig(
         bits=args.bits,
