@@ -1,1 +1,61 @@
-"""AWQ for JAX."""
+"""AWQ 4-bit quantization for JAX and Flax: calibrate, quantize, serve, convert."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "AwqConfig": "config",
+    "Calibration": "calibration",
+    "Plan": "plan",
+    "QuantizedTensor": "qtensor",
+    "Report": "report",
+    "bind": "binding",
+    "calibrate": "calibration",
+    "discover": "discovery",
+    "dot": "serving",
+    "load": "model",
+    "quantize": "quantizer",
+}
+_MODULES = ("convert", "data", "errors", "evaluate", "kernels", "linen", "models", "nnx")
+
+__all__ = [*_PUBLIC, *_MODULES]
+
+if TYPE_CHECKING:
+    from awq_jax import convert as convert
+    from awq_jax import data as data
+    from awq_jax import errors as errors
+    from awq_jax import evaluate as evaluate
+    from awq_jax import kernels as kernels
+    from awq_jax import linen as linen
+    from awq_jax import models as models
+    from awq_jax import nnx as nnx
+    from awq_jax.binding import bind as bind
+    from awq_jax.calibration import Calibration as Calibration
+    from awq_jax.calibration import calibrate as calibrate
+    from awq_jax.config import AwqConfig as AwqConfig
+    from awq_jax.discovery import discover as discover
+    from awq_jax.serving import dot as dot
+    from awq_jax.model import load as load
+    from awq_jax.plan import Plan as Plan
+    from awq_jax.qtensor import QuantizedTensor as QuantizedTensor
+    from awq_jax.quantizer import quantize as quantize
+    from awq_jax.report import Report as Report
+
+
+def __getattr__(name: str) -> Any:
+    # PEP 562: `import awq_jax` stays cheap; JAX is imported with the first name that needs it.
+    # No public function shares its name with a submodule, which would shadow it once imported.
+    if name in _PUBLIC:
+        module = importlib.import_module(f"awq_jax.{_PUBLIC[name]}")
+        return getattr(module, name)
+    if name in _MODULES:
+        return importlib.import_module(f"awq_jax.{name}")
+    raise AttributeError(f"module 'awq_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -1,0 +1,219 @@
+"""Calibration: one streaming pass that keeps second moments of every distinct matmul input."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from tqdm import tqdm
+
+from awq_jax import _jaxpr
+from awq_jax.discovery import discover
+from awq_jax.errors import CalibrationError
+from awq_jax.plan import Group, Plan
+from awq_jax.verify import verify
+
+Array = jax.Array | np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Stats:
+    """Sums over calibration tokens for one scale group (float32).
+
+    Attributes:
+      gram: ``[*scan, *batch, K, K]``: sum of ``x^T x``.
+      abs: ``[*scan, *batch, K]``: sum of ``|x|``.
+      count: ``[*scan, *batch]``: tokens summed.
+      dropped: ``[*scan, *batch]``: tokens left out because of a NaN or inf in them.
+    """
+
+    gram: Array
+    abs: Array
+    count: Array
+    dropped: Array
+
+
+jax.tree_util.register_dataclass(Stats, data_fields=["gram", "abs", "count", "dropped"], meta_fields=[])
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """Statistics of a model on calibration data; all `awq_jax.quantize` needs besides the weights.
+
+    Sums, so calibrations of the same plan can be added: ``a + b`` (batches, hosts, runs).
+
+    Attributes:
+      plan: scale groups the statistics belong to.
+      stats: group name -> `Stats`.
+      tokens: tokens seen.
+    """
+
+    plan: Plan
+    stats: Mapping[str, Stats]
+    tokens: int
+
+    def __add__(self, other: Calibration) -> Calibration:
+        """Statistics over the tokens of both.
+
+        Raises:
+          CalibrationError: if the plans differ.
+        """
+        if self.plan.to_dict() != other.plan.to_dict():
+            raise CalibrationError("cannot add calibrations of different plans: recalibrate both with the same plan")
+        stats = {k: jax.tree.map(lambda a, b: a + b, v, other.stats[k]) for k, v in self.stats.items()}
+        return Calibration(self.plan, stats, self.tokens + other.tokens)
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file (statistics as float32, the plan as JSON in its metadata)."""
+        path = Path(path)
+        tensors = {
+            f"{name}:{f.name}": np.ascontiguousarray(getattr(s, f.name))
+            for name, s in self.stats.items()
+            for f in dataclasses.fields(Stats)
+        }
+        header = {"awq_jax": json.dumps({"plan": self.plan.to_dict(), "tokens": self.tokens})}
+        part = path.with_name(path.name + ".part")
+        save_file(tensors, part, metadata=header)
+        part.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Calibration:
+        """Read what `save` wrote.
+
+        Raises:
+          CalibrationError: if the file is truncated, or not a calibration.
+        """
+        try:
+            with safe_open(path, "numpy") as f:
+                header = json.loads((f.metadata() or {})["awq_jax"])
+                plan = Plan.from_dict(header["plan"])
+                names = set(f.keys())
+                fields = [x.name for x in dataclasses.fields(Stats)]
+                stats = {
+                    g.name: Stats(*(f.get_tensor(f"{g.name}:{x}") for x in fields))
+                    for g in plan.groups
+                    if f"{g.name}:gram" in names
+                }
+        except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as e:
+            raise CalibrationError(f"{path} is not a complete calibration file ({e}): calibrate again") from None
+        return cls(plan, stats, int(header["tokens"]))
+
+
+def calibrate(
+    apply_fn: Callable[..., Any],
+    params: Any,
+    batches: Iterable[Any],
+    *,
+    plan: Plan | None = None,
+    include_head: bool = False,
+    progress: bool = True,
+) -> Calibration:
+    """Stream ``batches`` through the model once and keep `Stats` of every scale group.
+
+    Memory: the parameters, one batch, and one ``[K, K]`` float32 matrix per distinct matmul input;
+    it does not depend on the number of batches.
+
+    Args:
+      apply_fn: ``apply_fn(params, *args, **kwargs)``, e.g. ``model.apply`` of a Linen module, or the
+        function returned by `awq_jax.nnx.functional`. It must be traceable by `jax.jit`.
+      params: parameter pytree, float leaves.
+      batches: iterable of an array (one argument), a tuple (arguments) or a dict (keyword arguments).
+        Batches of a different shape cost one more compilation.
+      plan: scale groups; discovered from the model and verified on the first batch if absent.
+      include_head: also keep statistics for the matmul that makes the model's output.
+      progress: show a progress bar on stderr.
+
+    Raises:
+      CalibrationError: no batches, or every batch is empty.
+      PlanError: ``plan`` does not describe ``params``.
+    """
+    bar = tqdm(batches, desc="calibrate", unit="batch", disable=not progress)
+    stats: dict[str, Stats] | None = None
+    step: Callable[..., Any] | None = None
+    tokens = 0
+    for batch in bar:
+        args, kwargs = _arguments(batch)
+        if plan is None:
+            found = discover(apply_fn, params, *args, **kwargs)
+            plan = verify(found, apply_fn, params, *args, **kwargs)
+        if step is None:
+            step = jax.jit(_collector(apply_fn, plan, include_head))
+            add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0)
+        new = step(params, args, kwargs)
+        # Waiting here bounds what is in flight to one batch.
+        stats = jax.block_until_ready(new if stats is None else add(stats, new))
+        tokens += _tokens(args, kwargs)
+    if stats is None or plan is None or tokens == 0:
+        raise CalibrationError("the calibration set is empty: pass at least one batch of tokens")
+    return Calibration(plan, stats, tokens)
+
+
+def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    return (tuple(batch), {}) if isinstance(batch, tuple) else ((batch,), {})
+
+
+def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Rows of the first array: ``[B, T]`` integer tokens, or ``[..., K]`` float features."""
+    for x in (*args, *kwargs.values()):
+        if hasattr(x, "shape") and len(x.shape):
+            dims = x.shape if np.issubdtype(x.dtype, np.integer) else x.shape[:-1]
+            return int(np.prod(dims))
+    return 0
+
+
+def _collector(apply_fn: Callable[..., Any], plan: Plan, include_head: bool) -> Callable[..., dict[str, Stats]]:
+    """A jit-able ``(params, args, kwargs) -> {group: Stats}``; unused model outputs are dead code."""
+    first = {g.name: g for g in plan.groups if include_head or not all(s.head for s in g.sites)}
+
+    def run(params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Stats]:
+        program = _jaxpr.trace(apply_fn, params, *args, **kwargs)
+        missing = set(first) - {use.path for use in program.uses}
+        if missing:
+            raise CalibrationError(f"the model has no matmul with {sorted(missing)[0]}: the plan is for another model")
+
+        def tap(use: _jaxpr.Use, x: jax.Array) -> Stats | None:
+            return _moments(x) if use.path in first else None
+
+        _, tapped = _jaxpr.evaluate(program, params, *args, tap=tap, **kwargs)
+        out: dict[str, Stats] = {}
+        for use in program.uses:
+            if use.path in first:
+                one = _fit(tapped[use.index], first[use.path])
+                out[use.path] = jax.tree.map(jnp.add, out[use.path], one) if use.path in out else one
+        return out
+
+    return run
+
+
+def _moments(x: jax.Array) -> Stats:
+    """Statistics of ``x [*batch, T, K]``; tokens with a NaN or inf count as dropped."""
+    finite = jnp.isfinite(x).all(axis=-1, keepdims=True)
+    x = jnp.where(finite, x, 0)
+    if x.dtype == jnp.float32:
+        precision = jax.lax.Precision.HIGHEST
+    else:
+        precision = None  # products of 16-bit floats are exact in float32
+    gram = jnp.einsum("...tk,...tj->...kj", x, x, precision=precision, preferred_element_type=jnp.float32)
+    kept = finite[..., 0].astype(jnp.float32)
+    return Stats(gram, jnp.abs(x).astype(jnp.float32).sum(axis=-2), kept.sum(axis=-1), (1.0 - kept).sum(axis=-1))
+
+
+def _fit(stats: Stats, group: Group) -> Stats:
+    """Sum over iterations of a loop that shares the weight, so that shapes match the group's."""
+    lead = (*group.scan, *group.batch)
+    extra = stats.count.ndim - len(lead)
+    if extra < 0 or stats.count.shape[extra:] != lead:
+        raise CalibrationError(
+            f"{group.name}: statistics of shape {stats.count.shape} for a group of {lead}: the plan is for another model"
+        )
+    return jax.tree.map(lambda a: a.sum(axis=tuple(range(extra))), stats)

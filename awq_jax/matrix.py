@@ -1,0 +1,121 @@
+"""Rounding of one weight matrix: several candidates, the best one kept for every column."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from awq_jax.config import LeafConfig
+from awq_jax.rounding import (
+    Grid,
+    clip_search,
+    column_loss,
+    compensate,
+    decode,
+    diagonal_blocks,
+    encode,
+    make_grid,
+    range_of,
+    refit,
+)
+
+REFITS = 2  # rounds of (refit the scales, compensate again on them)
+
+
+class Rounded(NamedTuple):
+    """A rounded matrix ``[K, N]``.
+
+    Attributes:
+      codes: uint8 ``[K, N]``.
+      scale: float32 ``[G, N]``, exactly representable in the stored dtype, never 0.
+      zero: uint8 ``[G, N]``.
+      loss: float32 ``[N]``: expected squared output error of each column.
+      clipped: float32 scalar: share of (group, column) pairs with a range smaller than the weights'.
+    """
+
+    codes: jax.Array
+    scale: jax.Array
+    zero: jax.Array
+    loss: jax.Array
+    clipped: jax.Array
+
+
+class _Candidate(NamedTuple):
+    codes: jax.Array  # [K, N]
+    grid: Grid
+    loss: jax.Array  # [N]
+
+
+def round_matrix(
+    w: jax.Array, gram: jax.Array | None, *, leaf: LeafConfig, compensated: bool, clip: bool, damping: float, dtype: str
+) -> Rounded:
+    """Round ``w`` to ``leaf``'s grid so that the expected squared output error is small.
+
+    Plain rounding is always among the candidates and columns are chosen one by one under the full
+    Gram, so no column ends worse than plain rounding on the calibration data.
+
+    Args:
+      w: float32 ``[K, N]``, already scaled; K a multiple of ``leaf.group_size``.
+      gram: float32 ``[K, K]`` of the activation that meets ``w``, or None: nearest rounding, no
+        clipping, losses of zero.
+      leaf: bits, group size (resolved), symmetric.
+      compensated: also try error compensation.
+      clip: also try clipped ranges.
+      damping: see `awq_jax.rounding.inverse_factor`.
+      dtype: dtype the scales are stored in.
+    """
+    g, bits = leaf.group_size, leaf.bits
+    wg = w.reshape(-1, g, w.shape[-1])
+    full = make_grid(*range_of(wg), bits, leaf.symmetric, dtype)
+    if gram is None:
+        codes = encode(wg, full, bits).reshape(w.shape)
+        best = _Candidate(codes, full, jnp.zeros(w.shape[-1]))
+    else:
+        best = _best(w, wg, gram, full, leaf, compensated, clip, damping, dtype)
+    used = best.grid
+    # A stored scale of 0 would be legal but divides by zero elsewhere; an all-zero group may have any.
+    scale = jnp.where(used.scale > 0, used.scale, 1.0)
+    codes = jnp.where(jnp.repeat(used.scale > 0, g, axis=0), best.codes, jnp.repeat(used.zero, g, axis=0))
+    clipped = (used.scale < 0.98 * full.scale).mean()
+    return Rounded(codes.astype(jnp.uint8), scale, used.zero.astype(jnp.uint8), best.loss, clipped)
+
+
+def _best(
+    w: jax.Array,
+    wg: jax.Array,
+    gram: jax.Array,
+    full: Grid,
+    leaf: LeafConfig,
+    compensated: bool,
+    clip: bool,
+    damping: float,
+    dtype: str,
+) -> _Candidate:
+    bits = leaf.bits
+
+    def judge(codes: jax.Array, grid: Grid) -> _Candidate:
+        codes = codes.reshape(w.shape)
+        delta = decode(codes.reshape(wg.shape), grid).reshape(w.shape) - w
+        return _Candidate(codes, grid, column_loss(delta, gram))
+
+    best = judge(encode(wg, full, bits), full)
+    start = full
+    if clip:
+        start = clip_search(wg, diagonal_blocks(gram, leaf.group_size), bits, leaf.symmetric, dtype)
+        best = _better(best, judge(encode(wg, start, bits), start))
+    if compensated:
+        grid = start
+        for _ in range(REFITS + 1):
+            codes = compensate(w, gram, grid, bits, damping)
+            best = _better(best, judge(codes, grid))
+            grid = refit(w, gram, codes, grid, dtype)
+            best = _better(best, judge(codes, grid))
+    return best
+
+
+def _better(a: _Candidate, b: _Candidate) -> _Candidate:
+    """Column by column, the candidate with the smaller loss (``a`` on a tie or a NaN)."""
+    take = b.loss < a.loss
+    return jax.tree.map(lambda x, y: jnp.where(take, y, x), a, b)

@@ -1,0 +1,155 @@
+"""`quantize`: parameters and calibration in, the same tree with packed leaves out."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any, Literal, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from awq_jax import fold, paths, report
+from awq_jax.calibration import Calibration, calibrate
+from awq_jax.config import AwqConfig
+from awq_jax.discovery import validate
+from awq_jax.errors import CalibrationError, ConfigError, WeightError
+from awq_jax.groups import GroupScale, find_scale, round_group
+from awq_jax.plan import Plan
+from awq_jax.qtensor import QuantizedTensor
+from awq_jax.select import select
+
+
+@overload
+def quantize(
+    params: Any, calib: Any, config: AwqConfig | None = ..., *, return_report: Literal[True], **settings: Any
+) -> tuple[Any, report.Report]: ...
+@overload
+def quantize(
+    params: Any, calib: Any, config: AwqConfig | None = ..., *, return_report: Literal[False] = ..., **settings: Any
+) -> Any: ...
+def quantize(
+    params: Any,
+    calib: Any,
+    config: AwqConfig | None = None,
+    *,
+    apply_fn: Callable[..., Any] | None = None,
+    progress: bool = True,
+    return_report: bool = False,
+    **settings: Any,
+) -> Any:
+    """Quantize every matmul weight of ``params`` (DESIGN section 5, arXiv 2306.00978).
+
+    Pure: ``params`` is not changed, and the same arguments give the same bits.
+
+    Args:
+      params: float parameter pytree (Linen variables, an NNX state, nested dicts ...).
+      calib: a `Calibration`; or the batches `calibrate` takes, with ``apply_fn``; or, for
+        ``method="rtn"`` only, a bare `Plan`.
+      config: an `AwqConfig`; or pass its fields as keyword arguments.
+      apply_fn: the model's function, needed when ``calib`` is raw batches.
+      progress: show a progress bar on stderr.
+      return_report: also return a `Report`.
+      **settings: fields of `AwqConfig`.
+
+    Returns:
+      The same tree: quantized leaves are `QuantizedTensor`, absorbers and unquantized weights that
+      read a scaled activation are rescaled, everything else is as it was. With ``return_report``, a
+      pair of that and the `Report`.
+
+    Raises:
+      ConfigError: bad settings.
+      CalibrationError: no statistics for these settings, or an empty calibration set.
+      PlanError: the plan does not describe ``params``.
+      WeightError: a weight holds NaN or inf.
+      ShapeError: the group size does not divide some weights; all are listed.
+    """
+    if config is not None and settings:
+        raise ConfigError("pass either an AwqConfig or settings, not both")
+    config = config or AwqConfig(**settings)
+    started = time.perf_counter()
+    if isinstance(calib, Plan):
+        if config.method != "rtn":
+            raise CalibrationError(
+                f'method="{config.method}" needs calibration statistics; a bare plan allows "rtn" only'
+            )
+        calib = Calibration(calib, {}, 0)
+    elif not isinstance(calib, Calibration):
+        if apply_fn is None:
+            raise CalibrationError("raw batches need apply_fn=...; or pass the result of awq_jax.calibrate")
+        _check_finite(params)
+        calib = calibrate(apply_fn, params, calib, include_head=config.quantize_head, progress=progress)
+    calibrated = time.perf_counter()
+    plan: Plan = calib.plan
+    validate(plan, params)
+    targets, skipped = select(plan, config)
+    _check_finite(params)
+
+    leaves = paths.flatten(params)
+    with (
+        jax.default_matmul_precision("highest"),
+        tqdm(total=2 * len(plan.groups), desc="quantize", unit="group", disable=not progress) as bar,
+    ):
+        scales: dict[str, GroupScale] = {}
+        for group in plan.groups:
+            mine = [targets[s.path] for s in group.sites if s.path in targets]
+            if mine:
+                scales[group.name] = find_scale(group, mine, leaves, calib.stats.get(group.name), config)
+            bar.update()
+        searched = time.perf_counter()
+        folded = fold.Folder(plan, {n: s.scale for n, s in scales.items() if s.scale is not None})
+        packed: dict[str, QuantizedTensor] = {}
+        rows: dict[str, report.LayerReport] = {}
+        for group in plan.groups:
+            mine = [targets[s.path] for s in group.sites if s.path in targets]
+            if mine:
+                results = round_group(
+                    group, mine, leaves, folded, scales[group.name], calib.stats.get(group.name), config
+                )
+                packed |= {p: q for p, (q, _) in results.items()}
+                rows |= {p: r for p, (_, r) in results.items()}
+            bar.update()
+    out = paths.map_with_path(lambda path, leaf: packed[path] if path in packed else folded.leaf(path, leaf), params)
+    jax.block_until_ready(out)
+    if not return_report:
+        return out
+    seconds = {
+        "calibrate": calibrated - started,
+        "search": searched - calibrated,
+        "round": time.perf_counter() - searched,
+    }
+    summary = report.Report(
+        config.to_dict(),
+        [rows[p] for _, s in plan.sites() if (p := s.path) in rows],
+        skipped,
+        calib.tokens,
+        seconds,
+        _nbytes(params),
+        _nbytes(out),
+    )
+    return out, summary
+
+
+def _nbytes(tree: Any) -> int:
+    return sum(
+        math.prod(a.shape) * np.dtype(a.dtype).itemsize
+        for a in jax.tree.leaves(tree)
+        if hasattr(a, "shape") and not jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key)
+    )
+
+
+@jax.jit
+def _all_finite(x: jax.Array) -> jax.Array:
+    return jnp.isfinite(x).all()
+
+
+def _check_finite(params: Any) -> None:
+    """Refuse NaN and inf before any time is spent on them."""
+    for path, leaf in paths.flatten(params).items():
+        if isinstance(leaf, QuantizedTensor):
+            raise WeightError(f"{path} is quantized already: start from the float parameters")
+        if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating) and not bool(_all_finite(leaf)):
+            raise WeightError(f"{path} holds NaN or inf: repair or re-download the checkpoint")

@@ -1,0 +1,213 @@
+"""Groupwise affine rounding of one weight matrix: parameters, clipping, compensation.
+
+Everything here knows arrays only. ``w`` is float32 ``[K, N]`` with K a multiple of the group
+size g and ``G = K // g``; ``gram`` is ``E[x^T x]`` float32 ``[K, K]`` of the activation that meets
+``w``. Columns are independent: the expected squared output error is
+``sum_n d_n^T gram d_n`` with ``d = dequantized - w``, so every choice below is made per column.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+BLOCK = 128  # rows compensated before the rest of the matrix is updated
+
+
+class Grid(NamedTuple):
+    """Quantization grid of every (group, column).
+
+    Attributes:
+      scale: float32 ``[G, N]``, values exactly representable in the stored dtype; 0 means that
+        the group is all zero.
+      zero: float32 ``[G, N]``, integers ``0 ... 2**bits - 1``.
+    """
+
+    scale: jax.Array
+    zero: jax.Array
+
+
+def store(scale: jax.Array, dtype: str) -> jax.Array:
+    """Round ``scale`` to what the stored dtype can represent, back in float32."""
+    return scale.astype(dtype).astype(jnp.float32)
+
+
+def make_grid(low: jax.Array, high: jax.Array, bits: int, symmetric: bool, dtype: str) -> Grid:
+    """Grid that covers ``[low, high]`` and 0 (``low``, ``high``: ``[G, N]``).
+
+    Including 0 keeps constant groups away from zero representable: a group in [1.0, 1.1] needs
+    codes up to 1.1, which a grid fitted to the range alone cannot reach with a clamped zero point.
+    """
+    top = 2**bits - 1
+    low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
+    if symmetric:
+        # One more code below zero than above: the wider half spans 2**(bits-1) - 0.5 steps.
+        half = 2.0 ** (bits - 1)
+        scale = store(jnp.maximum(-low, high) / (half - 0.5), dtype)
+        return Grid(scale, jnp.full_like(scale, half))
+    scale = store((high - low) / top, dtype)
+    zero = jnp.clip(jnp.round(-low / jnp.where(scale > 0, scale, 1.0)), 0, top)
+    return Grid(scale, zero)
+
+
+def encode(w: jax.Array, grid: Grid, bits: int) -> jax.Array:
+    """Nearest codes, float32 ``[G, g, N]``, of ``w [G, g, N]``."""
+    safe = jnp.where(grid.scale > 0, grid.scale, 1.0)[:, None]
+    return jnp.clip(jnp.round(w / safe) + grid.zero[:, None], 0, 2**bits - 1)
+
+
+def decode(codes: jax.Array, grid: Grid) -> jax.Array:
+    """Inverse of `encode`: ``[G, g, N]`` float32."""
+    return (codes - grid.zero[:, None]) * grid.scale[:, None]
+
+
+def range_of(w: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Smallest and largest value of every (group, column) of ``w [G, g, N]``."""
+    return w.min(axis=1), w.max(axis=1)
+
+
+def quantize_dequantize(w: jax.Array, group: int, bits: int, symmetric: bool, dtype: str) -> jax.Array:
+    """Round ``w [K, N]`` to nearest on the unclipped grid and return it in float32."""
+    wg = w.reshape(-1, group, w.shape[-1])
+    grid = make_grid(*range_of(wg), bits, symmetric, dtype)
+    return decode(encode(wg, grid, bits), grid).reshape(w.shape)
+
+
+def column_loss(delta: jax.Array, gram: jax.Array) -> jax.Array:
+    """``d_n^T gram d_n`` for every column of ``delta [K, N]``; never negative."""
+    return jnp.maximum((delta * (gram @ delta)).sum(axis=0), 0.0)
+
+
+def diagonal_blocks(gram: jax.Array, group: int) -> jax.Array:
+    """``[G, g, g]`` blocks of ``gram [K, K]`` on the diagonal."""
+    k = gram.shape[0]
+    blocks = gram.reshape(k // group, group, k // group, group)
+    return jnp.einsum("igih->igh", blocks)
+
+
+def clip_search(
+    w: jax.Array, blocks: jax.Array, bits: int, symmetric: bool, dtype: str, steps: int = 10, floor: float = 0.5
+) -> Grid:
+    """Shrink each group's range so that its own squared output error is least.
+
+    Paper section 3.2 ("clipping"), with upper and lower bound shrunk independently and the error
+    taken over the group's diagonal block of the Gram instead of sampled activations.
+
+    Args:
+      w: ``[G, g, N]``.
+      blocks: ``[G, g, g]``.
+      steps: factors tried per bound, evenly from 1 down to ``floor`` (exclusive).
+    """
+    low, high = range_of(w)
+    low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
+    factors = 1.0 - (1.0 - floor) / steps * jnp.arange(steps, dtype=jnp.float32)
+    if symmetric:
+        pairs = jnp.stack([factors, factors], axis=1)
+    else:
+        pairs = jnp.stack(jnp.meshgrid(factors, factors, indexing="ij"), axis=-1).reshape(-1, 2)
+
+    def loss_of(pair: jax.Array) -> tuple[Grid, jax.Array]:
+        grid = make_grid(low * pair[0], high * pair[1], bits, symmetric, dtype)
+        delta = decode(encode(w, grid, bits), grid) - w
+        return grid, (delta * jnp.einsum("Ghg,Ggn->Ghn", blocks, delta)).sum(axis=1)
+
+    def step(best: tuple[Grid, jax.Array], pair: jax.Array) -> tuple[tuple[Grid, jax.Array], None]:
+        grid, loss = loss_of(pair)
+        better = loss < best[1]
+        kept = Grid(*(jnp.where(better, new, old) for new, old in zip(grid, best[0], strict=True)))
+        return (kept, jnp.where(better, loss, best[1])), None
+
+    (grid, _), _ = jax.lax.scan(step, loss_of(pairs[0]), pairs[1:])
+    return grid
+
+
+def inverse_factor(gram: jax.Array, damping: float) -> jax.Array:
+    """Upper-triangular ``U`` with ``U^T U = (gram + damping)^-1``.
+
+    The damping is relative to each channel's own energy plus a small share of the mean, so that
+    one channel a thousand times larger than the rest does not drown the others. Channels that were
+    never active get the mean: they are rounded to nearest.
+    """
+    diag = jnp.diagonal(gram)
+    mean = jnp.maximum(diag.mean(), 1e-30)
+    add = jnp.where(diag > 0, damping * (diag + 0.1 * mean), mean)
+    flipped = (gram + jnp.diag(add))[::-1, ::-1]
+    lower = jnp.linalg.cholesky(flipped)
+    eye = jnp.eye(gram.shape[0], dtype=gram.dtype)
+    return jax.scipy.linalg.solve_triangular(lower, eye, lower=True)[::-1, ::-1]
+
+
+def compensate(w: jax.Array, gram: jax.Array, grid: Grid, bits: int, damping: float) -> jax.Array:
+    """Round row by row, each error spread over the rows not yet rounded (arXiv 2210.17323).
+
+    Rows go in order of falling ``diag(gram)``; the grid is fixed beforehand, so the order leaves no
+    trace in the stored format.
+
+    Args:
+      w: ``[K, N]``.
+      grid: parameters per (group, column).
+
+    Returns:
+      codes float32 ``[K, N]``.
+    """
+    k, n = w.shape
+    group = k // grid.scale.shape[0]
+    order = jnp.argsort(-jnp.diagonal(gram), stable=True)
+    u = inverse_factor(gram[order][:, order], damping)
+    pad = -k % BLOCK
+    u = jnp.pad(u, ((0, pad), (0, pad))) + jnp.diag(jnp.where(jnp.arange(k + pad) < k, 0.0, 1.0))
+    scale = jnp.pad(jnp.repeat(grid.scale, group, axis=0)[order], ((0, pad), (0, 0)))
+    zero = jnp.pad(jnp.repeat(grid.zero, group, axis=0)[order], ((0, pad), (0, 0)))
+    rest = jnp.pad(w[order], ((0, pad), (0, 0)))
+    top = 2**bits - 1
+
+    def block(start_block: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        rest, codes = carry
+        start = start_block * BLOCK
+        rows = jax.lax.dynamic_slice(rest, (start, 0), (BLOCK, n))
+        s = jax.lax.dynamic_slice(scale, (start, 0), (BLOCK, n))
+        z = jax.lax.dynamic_slice(zero, (start, 0), (BLOCK, n))
+        u_rows = jax.lax.dynamic_slice(u, (start, 0), (BLOCK, k + pad))
+        u_block = jax.lax.dynamic_slice(u_rows, (0, start), (BLOCK, BLOCK))
+
+        def row(i: jax.Array, c: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+            rows, q, errors = c
+            w_i, s_i, z_i = rows[i], s[i], z[i]
+            q_i = jnp.clip(jnp.round(w_i / jnp.where(s_i > 0, s_i, 1.0)) + z_i, 0, top)
+            e_i = (w_i - (q_i - z_i) * s_i) / u_block[i, i]
+            # u_block is upper triangular: rows already rounded are not touched again.
+            rows = rows - u_block[i][:, None] * e_i[None, :]
+            return rows, q.at[i].set(q_i), errors.at[i].set(e_i)
+
+        zeros = jnp.zeros_like(rows)
+        _, q, errors = jax.lax.fori_loop(0, BLOCK, row, (rows, zeros, zeros))
+        rest = rest - u_rows.T @ errors
+        return rest, jax.lax.dynamic_update_slice(codes, q, (start, 0))
+
+    _, codes = jax.lax.fori_loop(0, (k + pad) // BLOCK, block, (rest, jnp.zeros_like(rest)))
+    return jnp.zeros((k, n), jnp.float32).at[order].set(codes[:k])
+
+
+def refit(w: jax.Array, gram: jax.Array, codes: jax.Array, grid: Grid, dtype: str) -> Grid:
+    """Least-squares scales for codes that are already chosen.
+
+    For column n, ``dequantized = sum_G scale_G * (codes - zero)_G``: a G-dimensional quadratic in the
+    scales with a closed-form minimum. Groups whose new scale would not stay within a factor of two
+    keep the old one.
+    """
+    groups, n = grid.scale.shape
+    base = codes.reshape(groups, -1, n) - grid.zero[:, None]
+    k = w.shape[0]
+    h = gram.reshape(groups, k // groups, groups, k // groups)
+    hb = jnp.einsum("GgLl,Lln->GgLn", h, base)
+    a = jnp.einsum("Ggn,GgLn->nGL", base, hb)
+    b = jnp.einsum("Ggn,Ggn->nG", base, (gram @ w).reshape(groups, -1, n))
+    diag = jnp.einsum("nGG->nG", a)
+    floor = 1e-4 * diag.mean(axis=1, keepdims=True) + 1e-30
+    a = a + jnp.eye(groups) * floor[:, :, None]
+    b = b + floor * grid.scale.T
+    solved = jnp.linalg.solve(a, b[..., None])[..., 0].T
+    ok = (solved > 0.5 * grid.scale) & (solved < 2.0 * grid.scale)
+    return Grid(store(jnp.where(ok, solved, grid.scale), dtype), grid.zero)

@@ -1,0 +1,78 @@
+"""Which weights of a plan are quantized, and to what: settings, skips, and sizes that do not divide."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from awq_jax.config import AwqConfig, LeafConfig
+from awq_jax.errors import ShapeError
+from awq_jax.plan import Group, Plan, Site
+from awq_jax.qtensor import split_shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A weight to be quantized.
+
+    Attributes:
+      site, group: where it stands in the plan.
+      leaf: its storage, group size resolved (never -1).
+      k: its contracted size.
+    """
+
+    site: Site
+    group: Group
+    leaf: LeafConfig
+    k: int
+
+    @property
+    def rows(self) -> int:
+        """K rounded up to a multiple of the group size."""
+        g = self.leaf.group_size
+        return -(-self.k // g) * g
+
+
+def select(plan: Plan, config: AwqConfig) -> tuple[dict[str, Target], dict[str, str]]:
+    """Targets by path, and the matmul weights left float with the reason.
+
+    Raises:
+      ShapeError: the group size does not divide some weights and ``on_indivisible="error"``; the
+        message lists all of them with the remedies.
+    """
+    targets: dict[str, Target] = {}
+    skipped = dict(plan.skipped)
+    bad: list[tuple[str, int, int]] = []
+    for group, site in plan.sites():
+        leaf = config.leaf(site.path)
+        _, k_dims, _ = split_shape(site.shape, site.canonical_axes)
+        k = math.prod(k_dims)
+        if leaf is None:
+            skipped[site.path] = "matched a skip pattern"
+        elif site.head and not config.quantize_head:
+            skipped[site.path] = "makes the model's output (quantize_head=True quantizes it)"
+        elif leaf.group_size == -1:
+            targets[site.path] = Target(site, group, dataclasses.replace(leaf, group_size=k), k)
+        elif k % leaf.group_size and config.on_indivisible != "pad":
+            if config.on_indivisible == "float":
+                skipped[site.path] = f"{k} rows are not a multiple of the group size {leaf.group_size}"
+            else:
+                bad.append((site.path, k, leaf.group_size))
+        else:
+            targets[site.path] = Target(site, group, leaf, k)
+    if bad:
+        raise ShapeError(_indivisible(bad))
+    return targets, skipped
+
+
+def _indivisible(bad: list[tuple[str, int, int]]) -> str:
+    lines = [f"  {path}: {k} rows, group size {g}" for path, k, g in bad]
+    common = math.gcd(*(k for _, k, _ in bad))
+    fits = [g for g in range(16, 257, 16) if common % g == 0]
+    first = f"group_size={max(fits)} divides all of them; or " if fits else ""
+    return (
+        f"the group size does not divide {len(bad)} weights:\n"
+        + "\n".join(lines)
+        + f'\n{first}group_size=-1 (one scale per column), on_indivisible="pad" (zero rows; not every checkpoint '
+        'format can hold it), on_indivisible="float" (leave them float), or an override for these paths'
+    )
