@@ -44,10 +44,7 @@ def dequantize(x: jax.Array, q: QuantizedTensor, out_dtype: Any) -> jax.Array:
     Returns:
       ``[*B, m, N]``.
     """
-    lead = tuple(range(x.ndim - 2))
-    w = q.dequantize_canonical(x.dtype)
-    dims = (((x.ndim - 1,), (x.ndim - 2,)), (lead, lead))
-    return lax.dot_general(x, w, dims, preferred_element_type=_accumulator(x)).astype(out_dtype)
+    return _batched_dot(x, q.dequantize_canonical(x.dtype)).astype(out_dtype)
 
 
 def grouped(x: jax.Array, q: QuantizedTensor, out_dtype: Any) -> jax.Array:
@@ -69,13 +66,14 @@ def grouped(x: jax.Array, q: QuantizedTensor, out_dtype: Any) -> jax.Array:
     groups, g = q.scales.shape[-2], q.group_size
     acc = _accumulator(x)
     rows = max(m, MMA_ROWS)
-    xg = jnp.pad(x, [(0, 0)] * len(lead) + [(0, rows - m), (0, groups * g - k)]).reshape(*lead, rows, groups, g)
+    x = jnp.pad(x, [(0, 0)] * len(lead) + [(0, rows - m), (0, groups * g - k)])
+    xg = jnp.moveaxis(x.reshape(*lead, rows, groups, g), -2, -3)
     c = _signed_codes(q).reshape(*lead, groups, g, q.n).astype(x.dtype)
-    y = jnp.einsum("...mgk,...gkn->...mgn", xg, c, preferred_element_type=acc)
+    y = _batched_dot(xg, c)
     if q.zeros is not None:
         shift = q.zeros.astype(acc) - 2 ** (q.bits - 1)
-        y = y - xg.sum(-1, dtype=acc)[..., None] * shift[..., None, :, :]
-    y = (y * q.scales.astype(acc)[..., None, :, :]).sum(-2)
+        y = y - xg.sum(-1, dtype=acc)[..., None] * shift[..., :, None, :]
+    y = (y * q.scales.astype(acc)[..., :, None, :]).sum(-3)
     return y[..., :m, :].astype(out_dtype)
 
 
@@ -84,6 +82,21 @@ def _signed_codes(q: QuantizedTensor) -> jax.Array:
     if q.bits == 8:
         return lax.bitcast_convert_type(q.codes() ^ jnp.uint8(0x80), jnp.int8)
     return (q.codes().astype(jnp.int8) - 2 ** (q.bits - 1)).astype(jnp.int4)
+
+
+def _batched_dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    """``[*B, m, k] @ [*B, k, n]`` accumulated, and returned, in float32 (or wider)."""
+    lead, acc = tuple(range(a.ndim - 2)), _accumulator(a)
+    dims = (((a.ndim - 1,), (a.ndim - 2,)), (lead, lead))
+
+    def native(a: jax.Array, b: jax.Array) -> jax.Array:
+        return lax.dot_general(a, b, dims, preferred_element_type=acc)
+
+    if a.dtype == acc:
+        return native(a, b)
+    # XLA:CPU has no batched dot of 16-bit operands with a 32-bit result. The platform is only known
+    # for certain when the program is lowered, so that is when this is decided.
+    return lax.platform_dependent(a, b, cpu=lambda a, b: native(a.astype(acc), b.astype(acc)), default=native)
 
 
 def _accumulator(x: jax.Array) -> jnp.dtype:

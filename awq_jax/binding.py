@@ -1,0 +1,101 @@
+"""`bind`: an unmodified model, called with packed parameters."""
+
+from __future__ import annotations
+
+import functools
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from awq_jax import _jaxpr, kernels
+from awq_jax.qtensor import QuantizedTensor, is_quantized
+
+KEPT = 32  # combinations of flags and argument structures remembered per bound function
+
+
+def bind(apply_fn: Callable[..., Any], *, impl: str = "auto") -> Callable[..., Any]:
+    """A function like ``apply_fn`` whose ``params`` may hold a `QuantizedTensor` in place of any leaf.
+
+    The model needs no change: it is traced with the shapes of its float parameters, and every
+    matmul with a packed leaf runs as a packed matmul. Where a packed leaf is read by something
+    else (an embedding lookup, say) that leaf alone is dequantized, inside the compiled program.
+
+    The result is compiled and may itself be used under jit, grad, vmap, scan and while loops, with
+    donated arguments. Gradients with respect to the arguments need nothing special; for those with
+    respect to the remaining float parameters see `awq_jax.partition`. Calls with the same shapes
+    are traced once.
+
+    Args:
+      apply_fn: ``apply_fn(params, *args, **kwargs)``, pure: a plain function, ``model.apply`` of
+        Linen, the function `awq_jax.nnx.functional` returns. Arrays among the arguments are traced;
+        anything else (``train=False``, ``mutable=["cache"]``, Python numbers) is passed as it is,
+        and another value means another trace: pass a counter that changes as an array.
+      impl: kernel for packed weights, see `awq_jax.kernels.matmul`.
+
+    Returns:
+      A function with the signature of ``apply_fn``. Parameters without any packed leaf go straight
+      to ``apply_fn``.
+
+    Raises:
+      BackendError: if ``impl`` is unknown, or at the call if it cannot run.
+      ShapeError: at the call, if the parameters do not fit the model.
+    """
+    kernels.check_impl(impl)
+    compiled: OrderedDict[Hashable, Callable[..., Any]] = OrderedDict()
+
+    @functools.wraps(apply_fn)
+    def bound(params: Any, *args: Any, **kwargs: Any) -> Any:
+        if not any(map(is_quantized, jax.tree.leaves(params, is_leaf=is_quantized))):
+            return apply_fn(params, *args, **kwargs)
+        leaves, tree = jax.tree.flatten((args, kwargs))
+        arrays = [x for x in leaves if _is_array(x)]
+        fixed = tuple(None if _is_array(x) else _Fixed(x) for x in leaves)
+        key = (tree, fixed)
+        try:
+            run = compiled.pop(key, None)
+        except TypeError:  # an unhashable argument: correct, but traced at every call
+            return _compile(apply_fn, impl, *key)(params, arrays)
+        compiled[key] = run = run or _compile(apply_fn, impl, *key)
+        if len(compiled) > KEPT:
+            compiled.popitem(last=False)
+        return run(params, arrays)
+
+    return bound
+
+
+def _compile(apply_fn: Callable[..., Any], impl: str, tree: Any, fixed: tuple[_Fixed | None, ...]) -> Any:
+    """``run(params, arrays)`` for one structure of the arguments and one set of non-array values."""
+
+    def matmul(x: jax.Array, q: QuantizedTensor) -> jax.Array:
+        return kernels.matmul(x, q, impl=impl, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
+
+    def run(params: Any, arrays: list[jax.Array]) -> Any:
+        it = iter(arrays)
+        args, kwargs = jax.tree.unflatten(tree, [next(it) if f is None else f.value for f in fixed])
+        program = _jaxpr.trace(apply_fn, params, *args, **kwargs)
+        return _jaxpr.evaluate(program, params, *args, matmul=matmul, **kwargs)
+
+    return jax.jit(run)
+
+
+class _Fixed:
+    """An argument that is part of the program. Unlike in Python, ``1``, ``1.0`` and ``True`` differ."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __hash__(self) -> int:
+        return hash(self.value)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Fixed) or type(self.value) is not type(other.value):
+            return False
+        return repr(self.value) == repr(other.value) if isinstance(self.value, float) else self.value == other.value
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, jax.Array | np.ndarray | np.generic)

@@ -1,0 +1,56 @@
+"""Split a parameter tree into what can be trained and what cannot, for `jax.grad`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from awq_jax.errors import ShapeError
+from awq_jax.qtensor import is_quantized
+
+
+def split(params: Any) -> tuple[Any, Any]:
+    """``params`` as two trees of its structure: the float leaves, and all others.
+
+    `jax.grad` refuses integer leaves, and packed weights are made of them. Differentiate with
+    respect to the first tree and put the parameters together inside the function::
+
+        floats, rest = partition.split(qparams)
+        grads = jax.grad(lambda f: loss(partition.merge(f, rest)))(floats)
+
+    (``jax.grad(..., allow_int=True)`` on the whole tree works too; it gives ``float0`` for the
+    integer arrays, and gradients for the scales as well.)
+
+    Returns:
+      ``(floats, rest)``; each has None where the other has a leaf. A `QuantizedTensor` is one leaf
+      and belongs to ``rest``.
+    """
+
+    def is_float(x: Any) -> bool:
+        return not is_quantized(x) and jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+
+    floats = jax.tree.map(lambda x: x if is_float(x) else None, params, is_leaf=is_quantized)
+    rest = jax.tree.map(lambda x: None if is_float(x) else x, params, is_leaf=is_quantized)
+    return floats, rest
+
+
+def merge(floats: Any, rest: Any) -> Any:
+    """Inverse of `split`.
+
+    Raises:
+      ShapeError: if the trees are not the two halves of one tree.
+    """
+
+    def pick(a: Any, b: Any) -> Any:
+        if a is not None and b is not None:
+            raise ShapeError("both trees have a value for one leaf; pass the two results of one split")
+        return b if a is None else a
+
+    try:
+        return jax.tree.map(pick, floats, rest, is_leaf=lambda x: x is None or is_quantized(x))
+    except ShapeError:
+        raise
+    except ValueError as e:
+        raise ShapeError(f"not the two halves of one parameter tree: {e}") from None
