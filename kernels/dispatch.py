@@ -9,9 +9,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from awq_jax.kernels import xla
 
 from awq_jax.errors import BackendError, ShapeError
+from awq_jax.kernels import xla
 from awq_jax.qtensor import QuantizedTensor
 
 
