@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import logging
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import awq_jax
 from awq_jax.commands import demo, evaluate, generate, inspect, quantize
@@ -47,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = build_parser().parse_args(argv)
     try:
-        args.run(args)
+        with _remarks_on_stderr(args.quiet):
+            args.run(args)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader (head, less) has gone: not an error, but nothing more can be written
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -60,6 +63,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("awq-jax: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+@contextlib.contextmanager
+def _remarks_on_stderr(quiet: bool) -> Iterator[None]:
+    """What the library logs while a command runs, such as why a format was chosen."""
+    logger, handler = logging.getLogger("awq_jax"), logging.StreamHandler()
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.WARNING if quiet else logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
 
 
 def _as_options(message: str) -> str:

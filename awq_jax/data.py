@@ -258,7 +258,7 @@ def _describe(
         text += f"; {wanted[0]} sequences wanted, the source is too small"
     left = []
     if left_tokens:
-        left.append(f"{left_tokens:,} tokens (not a whole wanted sequence)")
+        left.append(f"{left_tokens:,} tokens (past the last sequence)")
     if left_documents:
         left.append(f"{left_documents:,} documents")
     if left_characters:

@@ -100,8 +100,11 @@ def run(args: argparse.Namespace) -> None:
     report = loaded.quantize(calib, progress=not args.quiet, **chosen)
     quantized = clock()
     written = loaded.save(args.dst, format=args.format, overwrite=args.overwrite)
-    seconds = {"text": read - start, "load": ready - read, **report.seconds, "save": clock() - quantized}
-    report = dataclasses.replace(report, seconds=seconds)
+    saved = clock()
+    phases = {name: s for name, s in report.seconds.items() if name != "calibrate"}
+    calibrated = quantized - ready - sum(phases.values())  # what the call did besides
+    seconds = {"text": read - start, "load": ready - read, "calibrate": calibrated, **phases}
+    report = dataclasses.replace(report, seconds=seconds | {"save": saved - quantized})
     if args.report:
         write_report(report, args.report, f"{args.src}, {config.bits} bits")
     if args.json:
