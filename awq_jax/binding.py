@@ -41,8 +41,8 @@ def bind(apply_fn: Callable[..., Any], *, impl: str = "auto") -> Callable[..., A
       to ``apply_fn``.
 
     Raises:
-      BackendError: if ``impl`` is unknown, or at the call if it cannot run.
-      ShapeError: at the call, if the parameters do not fit the model.
+      BackendError: if ``impl`` is unknown, or at the call if it cannot run. A call also raises what
+        ``apply_fn`` raises for arguments of these shapes.
     """
     kernels.check_impl(impl)
     compiled: OrderedDict[Hashable, Callable[..., Any]] = OrderedDict()

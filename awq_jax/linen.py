@@ -39,7 +39,7 @@ class Dense(nn.Dense):
             return super().__call__(inputs)
         if kernel.n != self.features:
             raise ShapeError(
-                f"{'/'.join(self.path)}/kernel: a packed kernel of shape {kernel.shape} in a Dense of "
+                f"{'/'.join((*self.path, 'kernel'))}: a packed kernel of shape {kernel.shape} in a Dense of "
                 f"{self.features} features; these parameters belong to another model"
             )
         bias = self._existing("bias") if self.use_bias else None

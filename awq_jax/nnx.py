@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from awq_jax import kernels
+from awq_jax.errors import ShapeError
 from awq_jax.qtensor import QuantizedTensor
 
 
@@ -29,6 +30,7 @@ class Linear(nnx.Linear):
 
     Raises:
       BackendError: if ``impl`` is unknown, or at the call if it cannot run.
+      ShapeError: at the call, if the packed kernel or the inputs have the wrong size.
     """
 
     def __init__(self, in_features: int, out_features: int, *, impl: str = "auto", **options: Any):
@@ -40,6 +42,11 @@ class Linear(nnx.Linear):
         kernel: Any = self.kernel.get_value()
         if not isinstance(kernel, QuantizedTensor):
             return super().__call__(inputs, *args, **kwargs)
+        if (kernel.k, kernel.n) != (self.in_features, self.out_features):
+            raise ShapeError(
+                f"a packed kernel of shape {kernel.shape} (axes {kernel.live_axes!r}) in a Linear from "
+                f"{self.in_features} to {self.out_features} features; these parameters belong to another model"
+            )
         bias = None if self.bias is None else self.bias.get_value()
         stand_in = jnp.zeros((), kernel.dtype)  # takes part in the choice of dtype as the float kernel would
         x, _, bias = self.promote_dtype((inputs, stand_in, bias), dtype=self.dtype)
@@ -63,6 +70,7 @@ def functional(model: nnx.Module, method: str = "__call__") -> tuple[Callable[..
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
     def apply_fn(params: Any, *args: Any, **kwargs: Any) -> Any:
-        return getattr(nnx.merge(graphdef, params, nnx.clone(rest)), method)(*args, **kwargs)
+        # Copies, so that the call neither changes the caller's variables nor carries theirs into another trace.
+        return getattr(nnx.merge(graphdef, params, rest, copy=True), method)(*args, **kwargs)
 
     return apply_fn, params

@@ -79,6 +79,7 @@ def random_like(leaf: jax.Array, axes: str = "kn", *, seed: int = 0, **options: 
     return q
 
 
+@jax.jit
 def dense(params: object) -> object:
     """The tree with every packed leaf as the float array it stands for."""
     return jax.tree.map(lambda x: x.dequantize() if is_quantized(x) else x, params, is_leaf=is_quantized)
