@@ -125,7 +125,7 @@ class GemmSource(DirectorySource):
         self.group_size, self.zero_point = settings(config)
         super().__init__(directory, config)
         stored = set(self.files.names())
-        modules = [n.removesuffix(".qweight") for n in stored if n.endswith(".qweight")]
+        modules = [n.removesuffix(".qweight") for n in sorted(stored) if n.endswith(".qweight")]
         self.packed = {f"{module}.weight": module for module in modules}
         for name, module in self.packed.items():
             missing = [p for p in PARTS if f"{module}.{p}" not in stored]
@@ -170,17 +170,15 @@ class GemmSource(DirectorySource):
         qweight, qzeros, scales = (self.files.read(f"{module}.{p}") for p in PARTS)
         if not np.isfinite(scales).all():
             raise WeightError(f"{module}.scales of {self.directory} holds NaN or inf; download the checkpoint again")
-        zeros: np.ndarray | None = unpack_qzeros(qzeros)
-        if not self.zero_point and (zeros == 8).all():
-            zeros = None
+        zeros = unpack_qzeros(qzeros)
+        implied = not self.zero_point and bool(np.all(zeros == 8))
         k, n = qweight.shape[0], scales.shape[1]
-        return linear.build(unpack_qweight(qweight), scales, zeros, 4, k // scales.shape[0], k, n, "float32")
+        group = k // scales.shape[0]
+        return linear.build(unpack_qweight(qweight), scales, None if implied else zeros, 4, group, k, n, "float32")
 
 
 class GemmEncoder:
-    """Writer: names and arrays of each tensor, then the ``quantization_config``."""
-
-    name = "gemm"
+    """Writer; see `awq_jax.convert.registry.Encoder`."""
 
     def __init__(self) -> None:
         self._groups: dict[str, tuple[int, int]] = {}  # module -> (group size, K)
@@ -217,27 +215,29 @@ class GemmEncoder:
             )
         return None
 
-    def quantized(self, name: str, q: QuantizedTensor) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-        """Arrays to store, and header metadata (none).
+    def accept(self, name: str, value: np.ndarray | QuantizedTensor) -> None:
+        """Take note of a tensor that is going to be written.
 
         Raises:
           FormatError: if `problem` finds one.
         """
-        problem = self.problem(name, q)
-        if problem:
-            raise FormatError(problem)
         module = name.removesuffix(".weight")
-        self._groups[module] = (q.group_size, q.k)
-        self._symmetric &= q.zeros is None
+        if isinstance(value, QuantizedTensor):
+            problem = self.problem(name, value)
+            if problem:
+                raise FormatError(problem)
+            self._groups[module] = (value.group_size, value.k)
+            self._symmetric &= value.zeros is None
+        elif value.ndim == 2 and module != name:
+            self._float.append(module)
+
+    def encode(self, name: str, q: QuantizedTensor) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+        """Arrays to store, and header metadata (none)."""
         scales = np.asarray(q.scales).astype(np.float16)
         zeros = np.full(scales.shape, 8, np.uint8) if q.zeros is None else np.asarray(q.zeros)
         arrays = (pack_qweight(np.asarray(q.qweight), q.k), pack_qzeros(zeros), scales)
+        module = name.removesuffix(".weight")
         return {f"{module}.{p}": a for p, a in zip(PARTS, arrays, strict=True)}, {}
-
-    def dense(self, name: str, array: np.ndarray) -> None:
-        """Take note of a tensor stored as it is."""
-        if array.ndim == 2 and name.endswith(".weight"):
-            self._float.append(name.removesuffix(".weight"))
 
     def config(self) -> dict[str, Any]:
         """The ``quantization_config`` transformers and vLLM expect.

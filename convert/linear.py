@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import numpy as np
 
 from awq_jax.qtensor import QuantizedTensor
 
@@ -43,8 +42,3 @@ def as_linear(q: QuantizedTensor) -> QuantizedTensor:
     if q.batch:
         return q
     return dataclasses.replace(q, axes="nk", k_dims=(q.k,), n_dims=(q.n,))
-
-
-def to_float(q: QuantizedTensor) -> np.ndarray:
-    """The weight dequantized to its dtype, on the host."""
-    return np.asarray(q.dequantize())

@@ -65,8 +65,10 @@ class NativeSource(DirectorySource):
             raise CheckpointError(f"{where} is not JSON; download the checkpoint again") from e
         if not isinstance(info, dict) or set(info) != set(FIELDS) or not _sane(info):
             raise CheckpointError(f"{where} is incomplete or out of range; download the checkpoint again")
-        if name in self.files.entries:
-            raise CheckpointError(f"{self.directory} holds {name!r} both packed and float; download it again")
+        absent = [f"{name}.{p}" for p in ("zeros", "inv_scale") if not info[p]]
+        for other in (name, *absent):
+            if other in self.files.entries:
+                raise CheckpointError(f"{where} says there is no {other!r}, but it is stored; download it again")
         q, s = (self.files.entry(f"{name}.{p}") for p in ("qweight", "scales"))
         k, n = math.prod(info["k_dims"]), math.prod(info["n_dims"])
         groups = -(-k // info["group_size"])
@@ -119,18 +121,15 @@ class NativeSource(DirectorySource):
 
 
 class NativeEncoder:
-    """Writer: names and arrays of each tensor, then the ``quantization_config``."""
-
-    name = "awq-jax"
+    """Writer; see `awq_jax.convert.registry.Encoder`."""
 
     def __init__(self, settings: AwqConfig | None = None) -> None:
         self._settings = settings
 
-    def problem(self, name: str, q: QuantizedTensor) -> str | None:
-        """None: it holds everything."""
-        return None
+    def accept(self, name: str, value: np.ndarray | QuantizedTensor) -> None:
+        """Nothing to refuse or to note: it holds everything."""
 
-    def quantized(self, name: str, q: QuantizedTensor) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    def encode(self, name: str, q: QuantizedTensor) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         """Arrays to store and the header metadata that describes them."""
         info = {
             "bits": q.bits,
@@ -144,9 +143,6 @@ class NativeEncoder:
         }
         arrays = {part: np.asarray(getattr(q, part.removeprefix(f"{name}."))) for part in _parts(name, info)}
         return arrays, {KEY + name: json.dumps(info)}
-
-    def dense(self, name: str, array: np.ndarray) -> None:
-        """Nothing to note."""
 
     def config(self) -> dict[str, Any]:
         """The ``quantization_config`` that `NativeSource` looks for."""

@@ -28,26 +28,24 @@ READERS: Mapping[str, Callable[[Path, dict[str, Any]], Source]] = {"awq": GemmSo
 class Encoder(Protocol):
     """How a format stores tensors. One instance per checkpoint written."""
 
-    name: str
+    def accept(self, name: str, value: np.ndarray | QuantizedTensor) -> None:
+        """Take note of a tensor before it is written; FormatError (tensor, remedy) if it does not fit."""
 
-    def problem(self, name: str, q: QuantizedTensor) -> str | None: ...
-    def quantized(self, name: str, q: QuantizedTensor) -> tuple[dict[str, np.ndarray], dict[str, str]]: ...
-    def dense(self, name: str, array: np.ndarray) -> None: ...
-    def config(self) -> dict[str, Any] | None: ...
+    def encode(self, name: str, q: QuantizedTensor) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+        """What to store for a packed weight: arrays by name, and metadata for the header of their file."""
+
+    def config(self) -> dict[str, Any] | None:
+        """``quantization_config`` once all tensors are known; FormatError if they do not go together."""
 
 
 class FloatEncoder:
     """Plain float: packed weights are stored dequantized, in their dtype."""
 
-    name = "float"
+    def accept(self, name: str, value: np.ndarray | QuantizedTensor) -> None:
+        """Everything fits."""
 
-    def problem(self, name: str, q: QuantizedTensor) -> str | None:
-        return None
-
-    def quantized(self, name: str, q: QuantizedTensor) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-        return {name: linear.to_float(q)}, {}
-
-    def dense(self, name: str, array: np.ndarray) -> None: ...
+    def encode(self, name: str, q: QuantizedTensor) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+        return {name: np.asarray(q.dequantize())}, {}
 
     def config(self) -> dict[str, Any] | None:
         return None
@@ -123,10 +121,7 @@ def unfit(format: str, tensors: Iterable[tuple[str, np.ndarray | QuantizedTensor
     encoder = _encoder(format, None)
     try:
         for name, value in tensors:
-            if isinstance(value, QuantizedTensor):
-                encoder.quantized(name, linear.as_linear(value))
-            else:
-                encoder.dense(name, value)
+            encoder.accept(name, linear.as_linear(value) if isinstance(value, QuantizedTensor) else value)
         encoder.config()
     except FormatError as e:
         return str(e)
@@ -173,19 +168,23 @@ def write_checkpoint(
     with atomic_directory(target, overwrite) as directory:
         writer = ShardWriter(directory, max_shard_bytes)
         for name, value in tensors:
-            if isinstance(value, QuantizedTensor):
-                arrays, metadata = encoder.quantized(name, linear.as_linear(value))
-                writer.add(arrays, metadata)
-                dense = arrays.get(name)
-            else:
-                dense = np.asarray(value)
-                encoder.dense(name, dense)
-                writer.add({name: dense})
+            arrays, metadata = _encode(encoder, name, value)
+            writer.add(arrays, metadata)
+            dense = arrays.get(name)
             if dense is not None and jnp.issubdtype(dense.dtype, jnp.floating):
                 floats[dense.dtype.name] = floats.get(dense.dtype.name, 0) + dense.nbytes
+            del value, arrays, dense  # only the writer's shard stays in memory
         writer.close()
         write_json(directory / "config.json", _config(config, encoder.config(), floats))
         _companions(directory, tokenizer, extra)
+
+
+def _encode(
+    encoder: Encoder, name: str, value: np.ndarray | QuantizedTensor
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    value = linear.as_linear(value) if isinstance(value, QuantizedTensor) else np.asarray(value)
+    encoder.accept(name, value)
+    return encoder.encode(name, value) if isinstance(value, QuantizedTensor) else ({name: value}, {})
 
 
 def _encoder(format: str, settings: AwqConfig | None) -> Encoder:
@@ -194,7 +193,9 @@ def _encoder(format: str, settings: AwqConfig | None) -> Encoder:
     return WRITERS[format](settings)
 
 
-def _config(config: Mapping[str, Any], quantization: Mapping[str, Any] | None, floats: Mapping[str, int]) -> dict:
+def _config(
+    config: Mapping[str, Any], quantization: Mapping[str, Any] | None, floats: Mapping[str, int]
+) -> dict[str, Any]:
     """The source's config with this checkpoint's quantization and the dtype most float bytes have."""
     stale = ("quantization_config", "quantization", "torch_dtype", "dtype")
     out = {k: v for k, v in config.items() if k not in stale}

@@ -100,7 +100,7 @@ def write_file(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[
     with path.open("wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            f.write(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8))
+            f.write(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8).data)
         _sync(f)
 
 

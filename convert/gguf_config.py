@@ -1,0 +1,201 @@
+"""A Hugging Face ``config.json`` from GGUF metadata."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from awq_jax.convert.gguf_file import GgufFile
+from awq_jax.errors import CheckpointError, UnsupportedModelError
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """What the metadata does not say.
+
+    Attributes:
+      hf_class: name in ``architectures``; the model type is the GGUF architecture's own name.
+      interleaved_rope: llama.cpp rotates pairs (2i, 2i+1), so its converter reordered the q and k rows.
+      extra: further config keys.
+    """
+
+    hf_class: str
+    interleaved_rope: bool
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+ARCHITECTURES: Mapping[str, Architecture] = {
+    "llama": Architecture("LlamaForCausalLM", True),  # also Mistral, SmolLM2, TinyLlama, Yi
+    "qwen2": Architecture("Qwen2ForCausalLM", False),
+    "qwen3": Architecture("Qwen3ForCausalLM", False),
+    "smollm3": Architecture("SmolLM3ForCausalLM", True, {"no_rope_layer_interval": 4}),
+}
+
+
+def hf_config(file: GgufFile) -> dict[str, Any]:
+    """The config a Hugging Face reader expects for this file.
+
+    Raises:
+      UnsupportedModelError: another architecture, mixture of experts, or partial rotation.
+      CheckpointError: a needed key or tensor is absent or out of range.
+    """
+    arch = file.metadata.get("general.architecture")
+    if arch not in ARCHITECTURES:
+        raise UnsupportedModelError(
+            f"{file.path} has architecture {str(arch)[:100]!r}; GGUF files are read for {', '.join(ARCHITECTURES)}"
+        )
+    get = _Keys(file, arch)
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise CheckpointError(f"{file.path} has no tensor 'token_embd.weight'; download it again")
+    if get("expert_count", 0):
+        raise UnsupportedModelError(f"{file.path} is a mixture of experts ({arch}.expert_count); dense models are read")
+    heads = get.positive("attention.head_count")
+    hidden = get.positive("embedding_length")
+    head_dim = get.positive("attention.key_length", get.positive("rope.dimension_count", hidden // heads))
+    rotated = get.positive("rope.dimension_count", head_dim)
+    if rotated != head_dim or head_dim % 2 or get.positive("attention.value_length", head_dim) != head_dim:
+        raise UnsupportedModelError(
+            f"{file.path} rotates {rotated} of {head_dim} channels per head, or has values of another size; "
+            "the decoder rotates all of an even number, with values of the same size"
+        )
+    kv_heads = get.positive("attention.head_count_kv", heads)
+    _check_heads(file, heads, kv_heads, head_dim)
+    theta, scaling = _rope(file, get)
+    spec = ARCHITECTURES[arch]
+    config = {
+        "architectures": [spec.hf_class],
+        "model_type": arch,
+        "hidden_size": hidden,
+        "intermediate_size": get.positive("feed_forward_length"),
+        "num_hidden_layers": get.positive("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "hidden_act": "silu",
+        "vocab_size": embedding.shape[0],
+        "max_position_embeddings": get.positive("context_length"),
+        "rms_norm_eps": _shortest(get("attention.layer_norm_rms_epsilon", 1e-6)),
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
+        "mlp_bias": "blk.0.ffn_gate.bias" in file.tensors,
+        "bos_token_id": _token(file, "bos"),
+        "eos_token_id": _eos(file),
+        "pad_token_id": _token(file, "padding"),
+        "torch_dtype": "float32",
+        **spec.extra,
+    }
+    return config
+
+
+class _Keys:
+    """Numbers under ``<architecture>.``."""
+
+    def __init__(self, file: GgufFile, arch: str) -> None:
+        self._file, self._arch = file, arch
+
+    def __call__(self, key: str, default: Any) -> Any:
+        value = self._file.metadata.get(f"{self._arch}.{key}", default)
+        if isinstance(value, np.ndarray):  # one value per layer
+            if len(set(value.tolist())) != 1:
+                raise UnsupportedModelError(f"{self._file.path}: {self._arch}.{key} differs between layers")
+            value = value.tolist()[0]
+        if not isinstance(value, int | float) or not 0 <= value < float("inf"):
+            raise CheckpointError(f"{self._file.path}: metadata {self._arch}.{key} is {value!r}, not a number >= 0")
+        return value
+
+    def text(self, key: str) -> str | None:
+        value = self._file.metadata.get(f"{self._arch}.{key}")
+        return value if isinstance(value, str) else None
+
+    def positive(self, key: str, default: int = 0) -> int:
+        """A whole number from 1 up; an absent or zero one is ``default``."""
+        value = self(key, 0) or default
+        if not isinstance(value, int) or not 0 < value < 2**31:
+            raise CheckpointError(
+                f"{self._file.path}: metadata {self._arch}.{key} must be a positive integer, got {value!r}; "
+                "download the file again"
+            )
+        return value
+
+
+def _check_heads(file: GgufFile, heads: int, kv_heads: int, head_dim: int) -> None:
+    """The q and k rows must be whole heads before their order can be undone."""
+    for name, info in file.tensors.items():
+        for part, count in (("attn_q", heads), ("attn_k", kv_heads)):
+            if name.endswith((f".{part}.weight", f".{part}.bias")) and info.shape[:1] != (count * head_dim,):
+                raise CheckpointError(
+                    f"{file.path}: tensor {name!r} has shape {info.shape}, metadata says {count} heads of {head_dim}"
+                )
+
+
+def _rope(file: GgufFile, get: _Keys) -> tuple[float, dict[str, Any] | None]:
+    """``(rope_theta, rope_scaling)``."""
+    theta = float(get("rope.freq_base", 10000.0))
+    kind = get.text("rope.scaling.type") or "none"
+    factor = float(get("rope.scaling.factor", 0) or get("rope.scale_linear", 0))
+    original = int(get("rope.scaling.original_context_length", 0)) or get.positive("context_length")
+    if "rope_freqs.weight" in file.tensors:
+        return theta, _llama3(file, theta)
+    if kind == "yarn":
+        scaling = {"rope_type": "yarn", "factor": factor or 1.0, "original_max_position_embeddings": original}
+        for ours, theirs in (
+            ("attention_factor", "attn_factor"),
+            ("beta_fast", "yarn_beta_fast"),
+            ("beta_slow", "yarn_beta_slow"),
+        ):
+            value = get(f"rope.scaling.{theirs}", 0)
+            if value:
+                scaling[ours] = _shortest(value)
+        return theta, scaling
+    if kind == "linear" or (kind == "none" and factor not in (0.0, 1.0)):
+        return theta, {"rope_type": "linear", "factor": factor}
+    if kind != "none":
+        raise UnsupportedModelError(
+            f"{file.path}: rope scaling {kind!r} is not supported; none, linear, yarn, llama3 are"
+        )
+    return theta, None
+
+
+def _llama3(file: GgufFile, theta: float) -> dict[str, Any]:
+    """Llama 3's scaling, of which GGUF keeps only the divisors of the frequencies.
+
+    All published models use low_freq_factor 1, high_freq_factor 4 over 8192 positions; the factor is the
+    largest divisor. The divisors are recomputed from that and must agree.
+    """
+    stored = file.raw("rope_freqs.weight").view("<f4").astype(np.float64)
+    scaling = {
+        "rope_type": "llama3",
+        "factor": float(stored.max()),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    turns = 8192 / (2 * np.pi * theta ** (np.arange(stored.size) / stored.size))  # rotations over the context
+    smooth = np.clip((turns - 1.0) / 3.0, 0.0, 1.0)
+    expected = 1.0 / ((1.0 - smooth) / scaling["factor"] + smooth)
+    if not np.isfinite(stored).all() or not np.allclose(stored, expected, rtol=1e-3):
+        raise UnsupportedModelError(f"{file.path}: the frequency factors in 'rope_freqs.weight' are not Llama 3's")
+    return scaling
+
+
+def _token(file: GgufFile, which: str) -> int | None:
+    value = file.metadata.get(f"tokenizer.ggml.{which}_token_id")
+    return value if isinstance(value, int) else None
+
+
+def _eos(file: GgufFile) -> int | list[int] | None:
+    """The ids that end a text: end of sequence and, in chat models, end of turn."""
+    ids = [i for i in (_token(file, "eos"), _token(file, "eot")) if i is not None]
+    unique = list(dict.fromkeys(ids))
+    return unique if len(unique) > 1 else (unique[0] if unique else None)
+
+
+def _shortest(value: float) -> float:
+    """The shortest decimal of a float32: 1e-05 rather than 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
