@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-
 from awq_jax.qtensor import QuantizedTensor
 
 FLOATS = ("float16", "bfloat16", "float32")
