@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +67,7 @@ def functional(model: nnx.Module, method: str = "__call__") -> tuple[Callable[..
     Returns:
       ``apply_fn(params, *args, **kwargs)`` and the ``nnx.State`` of the model's parameters.
     """
-    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    graphdef, params, rest = cast(tuple[Any, Any, Any], nnx.split(model, nnx.Param, ...))
 
     def apply_fn(params: Any, *args: Any, **kwargs: Any) -> Any:
         # Copies, so that the call neither changes the caller's variables nor carries theirs into another trace.

@@ -136,7 +136,8 @@ def _platform(x: Any) -> str:
     """Where a concrete array lives; for a traced one, where jit would put it."""
     if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
         return _canonical(next(iter(x.devices())).platform)
-    device = jax.config.jax_default_device
+    config: Any = jax.config
+    device = config.jax_default_device
     if device is None:
         return _canonical(jax.default_backend())
     return _canonical(device if isinstance(device, str) else device.platform)

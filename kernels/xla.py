@@ -44,6 +44,8 @@ def dequantize(x: jax.Array, q: QuantizedTensor, out_dtype: Any) -> jax.Array:
     Returns:
       ``[*B, m, N]``.
     """
+    # Otherwise the weights, which depend on nothing, may all be dequantized at the start of the program.
+    x, q = lax.optimization_barrier((x, q))
     return _batched_dot(x, q.dequantize_canonical(x.dtype)).astype(out_dtype)
 
 

@@ -128,6 +128,23 @@ def raw(model):
     )
 
 
+OLD_XLA = pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="XLA:CPU of jax 0.10 ignores the barrier")
+
+
+@pytest.mark.parametrize("rows", [1, pytest.param(100, marks=OLD_XLA)])
+def test_unrolled_layers_are_not_all_dequantized_at_once(rows):
+    layers = [{"kernel": jnp.zeros((128, 128))} for _ in range(8)]
+
+    def fn(params, x):
+        for p in params:
+            x = jnp.tanh(x @ p["kernel"])
+        return x
+
+    compiled = jax.jit(bind(fn)).lower(packed(layers), jnp.ones((rows, 128))).compile()
+    one = 4 * 128 * 128
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 * one + 4 * one * rows / 100
+
+
 def test_nnx_model():
     class Net(nnx.Module):
         def __init__(self, rngs):

