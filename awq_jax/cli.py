@@ -6,12 +6,11 @@ import argparse
 import contextlib
 import logging
 import os
-import re
 import sys
 from collections.abc import Iterator, Sequence
 
 import awq_jax
-from awq_jax.commands import demo, evaluate, generate, inspect, quantize
+from awq_jax.commands import common, demo, evaluate, generate, inspect, quantize
 from awq_jax.errors import AwqError
 
 _EXAMPLES = """examples:
@@ -57,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (AwqError, OSError) as e:
         if args.debug:
             raise
-        print(f"awq-jax: error: {_as_options(str(e))}", file=sys.stderr)
+        print(f"awq-jax: error: {common.as_options(str(e))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("awq-jax: interrupted", file=sys.stderr)
@@ -77,13 +76,6 @@ def _remarks_on_stderr(quiet: bool) -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(before)
-
-
-def _as_options(message: str) -> str:
-    """Python's spelling of a remedy, ``group_size=-1``, as the option the user can type."""
-    message = re.sub(r"\b(quantize_head|overwrite)=True", lambda m: "--" + m[1].replace("_", "-"), message)
-    names = "group_size|on_indivisible|max_tokens|batch_size|max_new_tokens|dtype|stride|context|method"
-    return re.sub(rf'\b({names})="?([\w+-]+)"?', lambda m: f"--{m[1].replace('_', '-')} {m[2]}", message)
 
 
 if __name__ == "__main__":

@@ -125,7 +125,14 @@ class Row:
 
 
 def compare(
-    model: Any, *, samples: int, eval_tokens: int, seq_len: int = 512, progress: bool = True, **settings: Any
+    model: Any,
+    *,
+    method: str = "awq+gptq",
+    samples: int,
+    eval_tokens: int,
+    seq_len: int = 512,
+    progress: bool = True,
+    **settings: Any,
 ) -> tuple[list[Row], dict[str, Any]]:
     """Quantize ``model`` in place and score it before, rounded to nearest, and after.
 
@@ -133,6 +140,7 @@ def compare(
 
     Args:
       model: an `awq_jax.model.Model` with float weights.
+      method: of the third row, see `AwqConfig`.
       samples: calibration sequences.
       eval_tokens: tokens scored.
       seq_len: tokens of a calibration sequence and of an evaluation window.
@@ -164,9 +172,9 @@ def compare(
     stats = calibration.calibrate(model.apply, model.params, text.batches(rows), progress=progress)
     seconds["calibrate"] = clock() - start
     floats = model.params
-    for name, method in (("round to nearest", "rtn"), ("AWQ", "awq+gptq")):
+    for name, how in (("round to nearest", "rtn"), ("AWQ", method)):
         start = clock()
-        model.params = quantizer.quantize(floats, stats, progress=progress, method=method, **settings)
+        model.params = quantizer.quantize(floats, stats, progress=progress, method=how, **settings)
         seconds[name] = clock() - start
         scores[name], sizes[name] = score(name), model.nbytes
     rows_out = [

@@ -129,22 +129,22 @@ def number(value: float | None) -> str:
 def _notes(report: Report) -> list[tuple[str, list[tuple[str, str, int]]]]:
     """Headings with (path, reason, how many like it): what did not go the usual way."""
     found = [
-        ("left float", _alike(report.skipped.items())),
-        ("scale kept beside the weight", _alike((r.path, r.reason) for r in report.layers if r.scale == "explicit")),
+        ("left float", alike(report.skipped.items())),
+        ("scale kept beside the weight", alike((r.path, r.reason) for r in report.layers if r.scale == "explicit")),
         (
             "not scaled",
-            _alike((r.path, r.reason) for r in report.layers if r.scale == "none" and r.reason),
+            alike((r.path, r.reason) for r in report.layers if r.scale == "none" and r.reason),
         ),
-        ("other remarks", _alike((r.path, r.reason) for r in report.layers if r.scale == "folded" and r.reason)),
+        ("other remarks", alike((r.path, r.reason) for r in report.layers if r.scale == "folded" and r.reason)),
     ]
     return [(title, notes) for title, notes in found if notes]
 
 
-def _alike(items: Iterable[tuple[str, str]]) -> list[tuple[str, str, int]]:
+def alike(items: Iterable[tuple[str, str]]) -> list[tuple[str, str, int]]:
     """Paths that differ only in layer numbers, with the same reason, as one line with a count."""
     found: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for path, why in items:
-        pattern = re.sub(r"\d+(?=/|_|$)", "*", path)
+        pattern = re.sub(r"\d+(?=[./_]|$)", "*", path)
         found.setdefault((pattern, re.sub(r"\d+", "*", why)), []).append((path, why))
     return [
         (

@@ -37,7 +37,7 @@ def text(tmp_path_factory):
 def packed(checkpoint, text):
     """A packed checkpoint, its report, and what the command printed."""
     dst, report = checkpoint.parent / "packed", checkpoint.parent / "report.html"
-    sizes = ["--group-size", "16", "--samples", "4", "--seq-len", "32"]
+    sizes = ["--method", "awq", "--group-size", "16", "--samples", "4", "--seq-len", "32"]
     code, out, err = run("quantize", checkpoint, dst, "--calib", text, "--report", report, *sizes)
     assert code == 0, err
     return dst, report, out, err
@@ -81,7 +81,8 @@ def test_quantize_prints_a_summary_and_writes_a_report(packed):
     assert (dst / "config.json").exists()
     assert "7 weights to 4 bits, groups of 16" in out
     assert "bits per weight" in out
-    assert "layers/0/mlp/down_proj/kernel" in out
+    assert "largest remaining errors" in out
+    assert "--quantize-head quantizes it" in out  # the remedy as an option, not as a Python argument
     assert f"wrote {dst} (gemm) and {report}" in out
     assert "4 x 32 = 128 tokens" in err
     assert "<svg" in report.read_text()
@@ -163,6 +164,32 @@ def test_quantize_json_with_overrides_and_a_format_that_holds_them(checkpoint, t
     assert json.loads((tmp_path / "r.json").read_text())["layers"] == got["layers"]
     inspected = json.loads(run("inspect", tmp_path / "out", "--json")[1])
     assert inspected["bits"] == [3, 8]
+
+
+def test_demo_compares_float_rounded_and_awq_and_answers(checkpoint):
+    options = [
+        "--method",
+        "awq",
+        "--group-size",
+        "16",
+        "--max-new-tokens",
+        "8",
+        "--samples",
+        "2",
+        "--eval-tokens",
+        "100",
+    ]
+    code, out, err = run("demo", "--model", checkpoint, *options, "--question", "Hi?", "--quiet", "--json")
+    assert code == 0, err
+    got = json.loads(out)
+    plain, rounded, awq = got["rows"]
+    assert [r["name"] for r in got["rows"]] == ["float", "round to nearest", "AWQ"]
+    assert plain["delta"] == 0
+    assert rounded["delta"] == pytest.approx(rounded["nll"] - plain["nll"])
+    assert awq["nll"] != rounded["nll"]
+    assert rounded["nbytes"] == awq["nbytes"] < plain["nbytes"]
+    assert got["eval_tokens"] == 100
+    assert got["answer"]
 
 
 def bad(checkpoint, tmp_path, **replace):

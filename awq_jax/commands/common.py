@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -61,6 +62,13 @@ def say(message: str, quiet: bool = False) -> None:
     """A line about what is going on, on stderr."""
     if not quiet:
         print(message, file=sys.stderr, flush=True)
+
+
+def as_options(message: str) -> str:
+    """Python's spelling of a remedy, ``group_size=-1``, as the option the user can type."""
+    message = re.sub(r"\b(quantize_head|overwrite)=True", lambda m: "--" + m[1].replace("_", "-"), message)
+    names = "group_size|on_indivisible|max_tokens|batch_size|max_new_tokens|dtype|stride|context|method"
+    return re.sub(rf'\b({names})="?([\w+-]+)"?', lambda m: f"--{m[1].replace('_', '-')} {m[2]}", message)
 
 
 def check_new_directory(path: Path, overwrite: bool) -> None:

@@ -34,6 +34,7 @@ def add(subparsers: Any) -> None:
                    help="calibration sequences of 512 tokens (default: %(default)s)")  # fmt: skip
     p.add_argument("--eval-tokens", type=common.positive, default=4096, metavar="N", help="default: %(default)s")
     p.add_argument("--group-size", type=int, default=64, metavar="N", help="rows per scale (default: %(default)s)")
+    p.add_argument("--method", default="awq+gptq", help="awq or awq+gptq (default: %(default)s)")
     p.add_argument("--question", help="what to ask the packed model")
     p.add_argument("--max-new-tokens", type=common.positive, default=60, metavar="N", help="default: %(default)s")
     p.add_argument("--cache", type=Path, metavar="DIR", help="where the download is kept (default: ~/.cache/awq_jax)")
@@ -50,7 +51,12 @@ def run(args: argparse.Namespace) -> None:
     loaded = model.load(path)
     settings = demo.SETTINGS | {"group_size": args.group_size}
     rows, used = demo.compare(
-        loaded, samples=args.samples, eval_tokens=args.eval_tokens, progress=not args.quiet, **settings
+        loaded,
+        method=args.method,
+        samples=args.samples,
+        eval_tokens=args.eval_tokens,
+        progress=not args.quiet,
+        **settings,
     )
     question = args.question or demo.QUESTION
     chat = bool(loaded.tokenizer.chat_template)

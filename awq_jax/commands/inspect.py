@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
 
     print("\n".join(render.columns(_summary(found))))
     print()
-    head = ("tensor", "shape", "stored as", "group", "size")
+    head = ("tensor", "shape", "type", "group", "size")
     rows = [
         (t["name"], " x ".join(map(str, t["shape"])), t["type"], _group(t), render.size(t["bytes"]))
         for t in found["tensors"]
@@ -122,19 +122,22 @@ def _summary(found: dict[str, Any]) -> list[tuple[str, str]]:
     from awq_jax import render
 
     types = Counter(t["type"] for t in found["tensors"])
+    read = found["format"] == "gguf"  # packed in blocks of its own there
     rows = [
         ("format", f"{found['format']}, {found['model_type']}"),
         ("parameters", f"{found['parameters']:,} in {len(found['tensors'])} tensors"),
-        ("types", ", ".join(f"{count} {kind}" for kind, count in types.most_common())),
+        ("types", ", ".join(f"{count} {kind}" for kind, count in types.most_common()) + (", as read" if read else "")),
         ("in memory", render.size(found["bytes"])),
     ]
     if found["bytes_on_disk"] is not None:
         rows.append(("on disk", render.size(found["bytes_on_disk"])))
     if found["quantized"]:
+        similar = render.alike((name, "") for name in found["float_linears"])
+        left = [f"{name} ({count})" if count > 1 else name for name, _, count in similar]
         rows += [
             ("bits", f"{_list(found['bits'])} ({found['bits_per_weight']:.2f} per weight with scales and zero points)"),
             ("group size", _list(found["group_size"])),
-            ("left float", ", ".join(found["float_linears"]) or "no linear"),
+            ("left float", ", ".join(left) or "no linear"),
         ]
     return rows
 

@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print(common.to_json(report.to_dict() | {"format": written, "calibration": calib.description}))
     else:
-        print(render.table(report))
+        print(common.as_options(render.table(report)))
         print(f"\nwrote {args.dst} ({written})" + (f" and {args.report}" if args.report else ""))
 
 
