@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 from jax.extend import core as jex
@@ -54,7 +53,7 @@ class Op:
       outs: results.
       eqn: the jaxpr equation.
       bodies: sub-graphs of a call, scan, while (condition, body) or cond (branches).
-      within: name of the innermost named function it was called in ("silu"), for messages.
+      within: name of the innermost jitted function it was called in ("silu"), "" if none.
       use: set if it is a matmul with a parameter.
       weight: position of that parameter in ``ins``.
     """
@@ -77,8 +76,16 @@ class Op:
     def is_call(self) -> bool:
         return self.name in CALLS
 
-    def inputs(self) -> Iterator[Val]:
-        return (v for v in self.ins if isinstance(v, Val))
+    def describe(self) -> str:
+        """For messages: the function it belongs to, and the line of the user's code it came from."""
+        name, line = self.within, ""
+        for frame in getattr(self.eqn.source_info.traceback, "frames", ()):
+            file, function = frame.file_name.replace("\\", "/"), frame.function_name.split(".")[-1]
+            if not name and file.endswith("jax/_src/nn/functions.py") and function[0] not in "_<":
+                name = function
+            if not line and "-packages/" not in file and not file.startswith("<"):
+                line = f" ({file.split('/')[-1]}:{frame.line_num})"
+        return (name or self.name) + line
 
     def body_inputs(self, body: Graph) -> list[Any]:
         """The operands that become ``body.ins``, in order (a scan's still stacked)."""

@@ -149,8 +149,8 @@ class _Run:
             silent = dataclasses.replace(self, tap=None)
             outs = jax.lax.while_loop(
                 lambda c: silent.graph(op.bodies[0], [*test[:a], *c])[0][0],
-                lambda c: tuple(silent.graph(op.bodies[1], [*step[:b], *c])[0]),
-                tuple(step[b:]),
+                lambda c: silent.graph(op.bodies[1], [*step[:b], *c])[0],
+                list(step[b:]),
             )
             new = {}
         else:

@@ -45,10 +45,6 @@ class Node:
     def vals(self) -> list[Val]:
         return [v for v in self.ins if isinstance(v, Val)]
 
-    def describe(self) -> str:
-        """For messages: the named function it was called in, else the primitive."""
-        return self.op.within or self.name
-
 
 @dataclasses.dataclass(eq=False)
 class Scope:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+import itertools
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -79,6 +80,7 @@ class _Walk:
         self.touched: dict[Val, np.ndarray] = {}
         self.passed: set[tuple[int, int]] = set()
         self.heap: list[tuple[int, int, Val]] = []
+        self.counter = itertools.count()
         self.found: dict[str, Absorber] = {}
 
     def run(self) -> Found:
@@ -102,7 +104,9 @@ class _Walk:
             raise Blocked("no parameter upstream")
         if n > 1 and (ties == ties[0]).all():
             raise Blocked("all channels would have to share one scale")
-        return Found(tuple(self.found.values()), None if (ties == np.arange(n)).all() else ties)
+        order = {path: i for i, path in enumerate(self.program.leaves)}
+        absorbers = tuple(self.found[p] for p in sorted(self.found, key=order.__getitem__))
+        return Found(absorbers, None if (ties == np.arange(n)).all() else ties)
 
     def push(self, v: object, lab: np.ndarray, offset: float = 0.0) -> None:
         if not isinstance(v, Val):
@@ -119,7 +123,7 @@ class _Walk:
             self.offsets[v] = offset
         # Latest first: all readers that carry the scale are done before the value itself.
         made = self.scope.made_by.get(v)
-        heapq.heappush(self.heap, (-made[0].index if made else 1, id(v), v))
+        heapq.heappush(self.heap, (-made[0].index if made else 1, next(self.counter), v))
 
     def visit(self, v: Val, lab: np.ndarray) -> None:
         offset = self.offsets.get(v, 0.0)
@@ -130,7 +134,7 @@ class _Walk:
         if offset and node.name not in labels.HOMOGENEOUS | {"reshape", "transpose", "squeeze", "broadcast_in_dim"}:
             raise Blocked("an offset is added to a value that is not a plain parameter")
         if node.bodies:
-            raise Blocked(f"it is computed by a {node.name} loop")
+            raise Blocked(f"it is the result of a {node.name}, not of one matmul")
         if node.name in ("mul", "div", "dot_general"):
             pos = self.choose(node)
             self.pass_on(node, pos, labels.factor(node, pos, lab, self.ties))
@@ -151,7 +155,7 @@ class _Walk:
         can = [p for p in ((0,) if node.name == "div" else (0, 1)) if isinstance(node.ins[p], Val)]
         can = [p for p in can if node.ins[p] in self.scope.derived] or can
         if not can:
-            raise Blocked(f"it passes through {node.describe()} of a constant")
+            raise Blocked(f"it passes through {node.op.describe()} of a constant")
         if len(can) == 1:
             return can[0]
         self.asked += 1
@@ -208,13 +212,13 @@ class _Walk:
                 raise Blocked("the scaled value is also an output")
             node = self.scope.nodes[index]
             if not _indifferent(node, pos, lab):
-                raise Blocked(f"the scaled value is also used by {_reader(node)}")
+                view = self.program.views.get(v)
+                what = view.path if view else "the scaled value"
+                raise Blocked(f"{what} is also used by {_reader(node)}")
 
 
 def _reader(node: Node) -> str:
-    if node.use:
-        return f"the matmul with {node.use.path}"
-    return node.op.within or node.name
+    return f"the matmul with {node.use.path}" if node.use else node.op.describe()
 
 
 def _indifferent(node: Node, pos: int, lab: np.ndarray) -> bool:

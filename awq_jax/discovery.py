@@ -16,6 +16,8 @@ from awq_jax._trace import SAME_SHAPE, Program, trace
 from awq_jax.errors import PlanError
 from awq_jax.plan import Group, Plan, Site
 
+# Operations that may hide a matmul from us.
+OPAQUE = frozenset(("conv_general_dilated", "shard_map", "pallas_call", "custom_partitioning"))
 VIEWS = SAME_SHAPE | {"reshape", "transpose", "squeeze"}
 
 
@@ -82,7 +84,7 @@ def _skipped(program: Program, where: list[tuple[Scope, Node]]) -> dict[str, str
             out[use.path] = "it is an embedding: the matmul only looks rows up"
     used = {node.use.path for _, node in where if node.use}
     for path, readers in program.readers.items():
-        kinds = [r for r in readers if "dot" in r or "conv_" in r]
+        kinds = [r for r in readers if "dot" in r or r in OPAQUE]
         if kinds and path not in used:
             out[path] = f"it is read by {_plain(kinds[0])}"
     return out

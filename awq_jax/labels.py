@@ -192,7 +192,7 @@ def back(node: Node, k: int, lab: np.ndarray, ties: Ties) -> Iterator[tuple[int,
     elif name in ("gather", "dynamic_slice"):
         yield 0, _gathered(node, lab, shape, ties)
     else:
-        raise Blocked(f"it passes through {node.describe()}, which a scale per channel cannot cross")
+        raise Blocked(f"it passes through {node.op.describe()}, which a scale per channel cannot cross")
 
 
 def _gathered(node: Node, lab: np.ndarray, shape: tuple[int, ...], ties: Ties) -> np.ndarray:
@@ -209,7 +209,7 @@ def _gathered(node: Node, lab: np.ndarray, shape: tuple[int, ...], ties: Ties) -
             if axis not in d.offset_dims:
                 lab = ties.along(lab, axis)
     if any(lab.shape[a] != 1 and not whole[i] for i, a in axis_of.items()):
-        raise Blocked(f"{node.describe()} picks channels by index")
+        raise Blocked(f"{node.op.describe()} picks channels by index")
     kept = {i: lab.shape[a] for i, a in axis_of.items()}
     return lab.reshape([kept.get(i, 1) for i in range(len(shape))])
 

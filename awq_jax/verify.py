@@ -33,7 +33,7 @@ def verify(
       tol: largest difference allowed, relative to the largest output.
 
     Raises:
-      PlanError: the plan does not describe ``params``, or the inputs are abstract.
+      PlanError: the plan does not describe ``params``, the inputs are abstract, or no output is float.
     """
     discovery.validate(plan, params)
     groups = [g for g in plan.groups if g.absorbers]
@@ -56,6 +56,8 @@ def verify(
     ones = {g.name: np.ones((*g.scan, *g.batch, g.channels), np.float32) for g in groups}
     random = {g.name: _random_scale(g, rng) for g in groups}
     before = run(params, ones, arrays)
+    if not before:
+        raise PlanError("a plan is verified on float outputs; this function returns none (let it return the logits)")
     tol = max(tol, _rounding(groups, params))
 
     def moved(some: list[Group]) -> float:
