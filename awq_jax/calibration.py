@@ -196,16 +196,19 @@ def _collector(apply_fn: Callable[..., Any], plan: Plan, include_head: bool) -> 
 
 
 def _moments(x: jax.Array) -> Stats:
-    """Statistics of ``x [*batch, T, K]``; tokens with a NaN or inf count as dropped."""
+    """Statistics of ``x [*batch, T, K]``.
+
+    Tokens with a NaN or inf count as dropped. Rows of zeros are not tokens: they are the empty slots
+    of an expert's buffer.
+    """
     finite = jnp.isfinite(x).all(axis=-1, keepdims=True)
     x = jnp.where(finite, x, 0)
-    if x.dtype == jnp.float32:
-        precision = jax.lax.Precision.HIGHEST
-    else:
-        precision = None  # products of 16-bit floats are exact in float32
+    # Products of 16-bit floats are exact in float32 as they are.
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     gram = jnp.einsum("...tk,...tj->...kj", x, x, precision=precision, preferred_element_type=jnp.float32)
-    kept = finite[..., 0].astype(jnp.float32)
-    return Stats(gram, jnp.abs(x).astype(jnp.float32).sum(axis=-2), kept.sum(axis=-1), (1.0 - kept).sum(axis=-1))
+    count = (x != 0).any(axis=-1).sum(axis=-1, dtype=jnp.float32)
+    dropped = (~finite[..., 0]).sum(axis=-1, dtype=jnp.float32)
+    return Stats(gram, jnp.abs(x).astype(jnp.float32).sum(axis=-2), count, dropped)
 
 
 def _fit(stats: Stats, group: Group) -> Stats:
@@ -214,6 +217,6 @@ def _fit(stats: Stats, group: Group) -> Stats:
     extra = stats.count.ndim - len(lead)
     if extra < 0 or stats.count.shape[extra:] != lead:
         raise CalibrationError(
-            f"{group.name}: statistics of shape {stats.count.shape} for a group of {lead}: the plan is for another model"
+            f"{group.name}: statistics of shape {stats.count.shape}, the plan says {lead}: it is for another model"
         )
     return jax.tree.map(lambda a: a.sum(axis=tuple(range(extra))), stats)

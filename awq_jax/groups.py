@@ -12,19 +12,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from awq_jax import fold, pack
+from awq_jax import fold, instances, pack
 from awq_jax.calibration import Stats
 from awq_jax.config import AwqConfig, LeafConfig
 from awq_jax.errors import CalibrationError
 from awq_jax.matrix import Rounded, round_matrix
+from awq_jax.moments import Moments, moments
 from awq_jax.plan import Group
-from awq_jax.qtensor import QuantizedTensor, split_shape, to_canonical
+from awq_jax.qtensor import QuantizedTensor, split_shape
 from awq_jax.report import LayerReport
 from awq_jax.rounding import column_loss, quantize_dequantize
 from awq_jax.scale import search
 from awq_jax.select import Target
 
-MIN_TOKENS = 64  # an expert that saw fewer takes the layer's statistics
+NO_TOKENS = "no finite activations were seen in calibration: rounded to nearest"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +35,7 @@ class GroupScale:
     Attributes:
       scale: float32 ``[*scan, *batch, K]``, or None for 1 everywhere.
       ratio: mean exponent chosen, None if 1.
-      reason: why there is no scale, "" if there is one.
+      reason: why the scale is 1, or what a user should know about it; "" otherwise.
     """
 
     scale: jax.Array | None
@@ -42,72 +43,52 @@ class GroupScale:
     reason: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Moments:
-    """Statistics of one group as ``[S, E, ...]`` (S scanned layers, E experts or 1)."""
-
-    gram: jax.Array
-    absmean: jax.Array
-    ok: bool
-    note: str
-
-
 def find_scale(
     group: Group, targets: list[Target], leaves: Mapping[str, Any], stats: Stats | None, config: AwqConfig
 ) -> GroupScale:
     """Search the scale of ``group``, or say why it stays 1.
 
+    Args:
+      targets: the weights of the group that will be quantized (at least one).
+      leaves: all float parameters by path.
+      stats: the group's calibration sums.
+
     Raises:
       CalibrationError: the method needs statistics and there are none for this group.
     """
     if config.method == "rtn":
-        return GroupScale(None, reason="round to nearest")
+        return GroupScale(None)
     if stats is None:
         raise CalibrationError(
-            f"no statistics for {group.name}: calibrate with include_head=True, or skip it, or use the plan it was made for"
+            f"no statistics for {group.name}: calibrate with include_head=True if it is the model's output, "
+            "or with the plan in use"
         )
     if not group.absorbers and not config.explicit_scale:
         return GroupScale(None, reason=group.reason or "no parameter can absorb the scale")
-    moments = _moments(group, stats)
-    if not moments.ok:
-        return GroupScale(None, reason=moments.note)
-    lead = (*group.scan, *group.batch)
-    weights = [_canonical(leaves[t.site.path], t, group) for t in targets]
-    rows = _common_rows(targets)
-    configs = tuple(t.leaf for t in targets)
-    ties = None if group.ties is None else jnp.asarray(group.ties)
-    experts = math.prod(group.batch)
-    joint = bool(
-        group.ties is not None
-        and experts > 1
-        and np.any(group.ties // group.channels != np.repeat(np.arange(experts), group.channels))
-    )
-    if ties is not None and rows != group.channels:
-        extra = rows - group.channels
-        # Padding rows: number them apart so that they tie with nothing.
-        grid = np.full((experts, rows), 0, np.int32)
-        old = np.asarray(group.ties).reshape(experts, group.channels)
-        grid[:, : group.channels] = old // group.channels * rows + old % group.channels
-        grid[:, group.channels :] = np.arange(experts)[:, None] * rows + group.channels + np.arange(extra)
-        ties = jnp.asarray(grid.reshape(-1))
+    means = moments(group, stats)
+    if means is None:
+        return GroupScale(None, reason=NO_TOKENS)
+    weights = [instances.from_leaf(leaves[t.site.path], t, group) for t in targets]
+    step = math.lcm(*(t.leaf.group_size for t in targets))
+    rows = -(-group.channels // step) * step
     found = [
         _search(
-            tuple(_pad_rows(w[i], rows) for w in weights),
-            _pad_square(moments.gram[i], rows),
-            jnp.pad(moments.absmean[i], ((0, 0), (0, rows - group.channels))),
-            ties,
-            leaves=configs,
+            tuple(instances.pad_rows(w[i], rows) for w in weights),
+            instances.pad_square(means.gram[i], rows),
+            instances.pad_channels(means.absmean[i], rows, 0.0),
+            _padded_ties(group, rows),
+            leaves=tuple(t.leaf for t in targets),
             n_grid=config.n_grid,
-            joint=joint,
-            dtype="float16",
+            joint=_ties_cross_experts(group),
+            dtype=max((_scale_dtype(w, t.leaf) for w, t in zip(weights, targets, strict=True)), key=len),
         )
         for i in range(math.prod(group.scan))
     ]
     ratios = np.concatenate([np.asarray(f.ratio) for f in found])
     if np.isnan(ratios).all():
-        return GroupScale(None, reason="no scale beat plain rounding")
-    scale = jnp.stack([f.scale[:, : group.channels] for f in found]).reshape(*lead, group.channels)
-    return GroupScale(scale, float(np.nanmean(ratios)), moments.note)
+        return GroupScale(None, reason="; ".join(filter(None, ("no scale beat plain rounding", means.note))))
+    scale = jnp.stack([f.scale[:, : group.channels] for f in found])
+    return GroupScale(scale.reshape(*group.scan, *group.batch, group.channels), float(np.nanmean(ratios)), means.note)
 
 
 def round_group(
@@ -119,55 +100,78 @@ def round_group(
     stats: Stats | None,
     config: AwqConfig,
 ) -> dict[str, tuple[QuantizedTensor, LayerReport]]:
-    """Round and pack the targets of one group; those stored alike are rounded as one matrix."""
-    if stats is None and config.method != "rtn":
-        raise CalibrationError(f"no statistics for {group.name}: calibrate again with the plan in use")
-    moments = _moments(group, stats) if stats is not None else None
-    if moments is not None and not moments.ok:
-        moments = None
+    """Round and pack the targets of one group; those stored alike are rounded as one matrix.
+
+    Args:
+      folded: applies the scales of *all* groups: a weight here may absorb another group's scale.
+      found: this group's scale.
+    """
+    means = moments(group, stats) if stats is not None else None
     out: dict[str, tuple[QuantizedTensor, LayerReport]] = {}
     by_leaf: dict[LeafConfig, list[Target]] = {}
     for t in targets:
         by_leaf.setdefault(t.leaf, []).append(t)
     for leaf, alike in by_leaf.items():
-        weights = [_canonical(folded.leaf(t.site.path, leaves[t.site.path]), t, group) for t in alike]
-        widths = [w.shape[-1] for w in weights]
+        weights = [instances.from_leaf(folded.leaf(t.site.path, leaves[t.site.path]), t, group) for t in alike]
         whole = jnp.concatenate(weights, axis=-1)
         dtype = _scale_dtype(whole, leaf)
-        rows = alike[0].rows
-        scale = (
-            jnp.ones((*whole.shape[:2], group.channels))
-            if found.scale is None
-            else found.scale.reshape(*whole.shape[:2], -1)
-        )
-        parts = [
-            _round(
-                _pad_rows(whole[i], rows),
-                None if moments is None else _pad_square(moments.gram[i], rows),
-                jnp.pad(scale[i], ((0, 0), (0, rows - group.channels)), constant_values=1.0),
-                leaf=leaf,
-                method=config.method,
-                clip=config.clip,
-                damping=config.damping,
-                dtype=dtype,
-            )
-            for i in range(whole.shape[0])
-        ]
-        rounded, energy, rtn = jax.tree.map(lambda *xs: jnp.stack(xs), *parts)
+        parts = _round_all(whole, alike[0].rows, means, group, found, leaf, config, dtype)
         start = 0
-        for t, width in zip(alike, widths, strict=True):
-            cut = slice(start, start + width)
-            start += width
-            q = _pack(t, group, leaves[t.site.path], rounded, cut, found, dtype)
-            out[t.site.path] = (
-                q,
-                _row(t, group, leaves[t.site.path], q, rounded, energy, rtn, cut, found, moments is not None),
-            )
+        for t, w in zip(alike, weights, strict=True):
+            mine = jax.tree.map(lambda a, lo=start, hi=start + w.shape[-1]: a[..., lo:hi], parts)
+            start += w.shape[-1]
+            q = _pack(t, group, leaves[t.site.path], mine.rounded, found, dtype)
+            row = _row(t, group, leaves[t.site.path], q, mine, found, means)
+            out[t.site.path] = (q, row)
     return out
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """Rounded columns and their errors, ``[S, E, ..., N]``.
+
+    Attributes:
+      rounded: codes, scales, zeros, losses.
+      energy: expected squared output of each column.
+      rtn: loss of plain rounding without a scale.
+    """
+
+    rounded: Rounded
+    energy: jax.Array
+    rtn: jax.Array
+
+
+def _round_all(
+    whole: jax.Array,
+    rows: int,
+    means: Moments | None,
+    group: Group,
+    found: GroupScale,
+    leaf: LeafConfig,
+    config: AwqConfig,
+    dtype: str,
+) -> _Parts:
+    s, e = whole.shape[:2]
+    scale = jnp.ones((s, e, group.channels)) if found.scale is None else found.scale.reshape(s, e, -1)
+    parts = [
+        _round(
+            instances.pad_rows(whole[i], rows),
+            None if means is None else instances.pad_square(means.gram[i], rows),
+            instances.pad_channels(scale[i], rows, 1.0),
+            leaf=leaf,
+            method=config.method,
+            clip=config.clip,
+            damping=config.damping,
+            dtype=dtype,
+        )
+        for i in range(s)
+    ]
+    return jax.tree.map(lambda *xs: jnp.stack(xs), *parts)
+
+
 @functools.partial(jax.jit, static_argnames=("leaves", "n_grid", "joint", "dtype"))
-def _search(weights, gram, absmean, ties, *, leaves, n_grid, joint, dtype):  # type: ignore[no-untyped-def]
+def _search(weights, gram, absmean, ties, *, leaves, n_grid, joint, dtype):
     return search(weights, gram, absmean, ties, leaves=leaves, n_grid=n_grid, joint=joint, dtype=dtype)
 
 
@@ -182,85 +186,37 @@ def _round(
     clip: bool,
     damping: float,
     dtype: str,
-) -> tuple[Rounded, jax.Array, jax.Array]:
-    """``w [E, K, N]`` (scaled) to (`Rounded`, output energy ``[E, N]``, plain rounding's loss ``[E, N]``)."""
+) -> _Parts:
+    """Round ``w [E, K, N]``, which ``scale [E, K]`` is already multiplied into."""
 
-    def one(args: tuple[jax.Array, jax.Array | None, jax.Array]) -> tuple[Rounded, jax.Array, jax.Array]:
+    def one(args: tuple[jax.Array, jax.Array | None, jax.Array]) -> _Parts:
         w, h, s = args
-        if h is None:
+        if h is None or method == "rtn":
             r = round_matrix(w, None, leaf=leaf, compensated=False, clip=False, damping=damping, dtype=dtype)
-            return r, r.loss, r.loss
+            if h is None:
+                return _Parts(r, r.loss, r.loss)
         scaled = h / (s[:, None] * s[None, :])
         plain = w / s[:, None]
         rtn = column_loss(quantize_dequantize(plain, leaf.group_size, leaf.bits, leaf.symmetric, dtype) - plain, h)
         if method == "rtn":
-            r = round_matrix(w, None, leaf=leaf, compensated=False, clip=False, damping=damping, dtype=dtype)
             r = r._replace(loss=rtn)
         else:
-            r = round_matrix(
-                w, scaled, leaf=leaf, compensated=method == "awq+gptq", clip=clip, damping=damping, dtype=dtype
-            )
-        return r, column_loss(w, scaled), rtn
+            compensated = method == "awq+gptq"
+            r = round_matrix(w, scaled, leaf=leaf, compensated=compensated, clip=clip, damping=damping, dtype=dtype)
+        return _Parts(r, column_loss(w, scaled), rtn)
 
     return jax.lax.map(one, (w, gram, scale))
 
 
-def _moments(group: Group, stats: Stats) -> _Moments:
-    """Means from sums; experts seen too rarely take the layer's, empty layers are not ok."""
-    s, e, k = math.prod(group.scan), math.prod(group.batch), group.channels
-    gram = jnp.asarray(stats.gram).reshape(s, e, k, k)
-    total = jnp.asarray(stats.abs).reshape(s, e, k)
-    count = np.asarray(stats.count).reshape(s, e)
-    if (count.sum(axis=1) == 0).any() or not bool(jnp.isfinite(gram).all()):
-        return _Moments(gram, total, False, "no finite activations were seen in calibration")
-    note = ""
-    if e > 1 and (count < MIN_TOKENS).any():
-        few = count < MIN_TOKENS
-        note = f"experts {sorted(set(np.nonzero(few)[1].tolist()))} saw under {MIN_TOKENS} tokens: the layer's statistics were used"
-        pick = jnp.asarray(few)
-        gram = jnp.where(pick[..., None, None], gram.sum(axis=1, keepdims=True), gram)
-        total = jnp.where(pick[..., None], total.sum(axis=1, keepdims=True), total)
-        count = np.where(few, count.sum(axis=1, keepdims=True), count)
-    n = jnp.asarray(count)
-    return _Moments(gram / n[..., None, None], total / n[..., None], True, note)
-
-
-def _canonical(leaf: Any, target: Target, group: Group) -> jax.Array:
-    """Float leaf to ``[S, E, K, N]``; experts that share one activation become more columns."""
-    w = to_canonical(jnp.asarray(leaf).astype(jnp.float32), target.site.canonical_axes)
-    k, n = w.shape[-2:]
-    s = math.prod(group.scan)
-    if group.batch:
-        return w.reshape(s, math.prod(group.batch), k, n)
-    return jnp.moveaxis(w.reshape(s, -1, k, n), 1, 2).reshape(s, 1, k, -1)
-
-
-def _uncanonical(a: jax.Array, target: Target, group: Group) -> jax.Array:
-    """``[S, E, R, N]`` (R rows of codes, scales or zeros) back to ``[*batch axes of the leaf, R, N]``."""
-    batch, _, n_dims = split_shape(target.site.shape, target.site.canonical_axes)
-    n = math.prod(n_dims)
-    rows = a.shape[2]
-    if group.batch:
-        return a.reshape(*batch, rows, n)
-    own = math.prod(batch) // math.prod(group.scan)
-    return jnp.moveaxis(a.reshape(a.shape[0], rows, own, n), 2, 1).reshape(*batch, rows, n)
-
-
-def _pack(
-    t: Target, group: Group, leaf: Any, rounded: Rounded, cut: slice, found: GroupScale, dtype: str
-) -> QuantizedTensor:
-    batch, k_dims, n_dims = split_shape(t.site.shape, t.site.canonical_axes)
+def _pack(t: Target, group: Group, leaf: Any, rounded: Rounded, found: GroupScale, dtype: str) -> QuantizedTensor:
+    _, k_dims, n_dims = split_shape(t.site.shape, t.site.canonical_axes)
     inverse = None
     if found.scale is not None and not group.absorbers:
-        lead = (*group.scan, *group.batch)
-        missing = len(batch) - len(lead)
-        inverse = jnp.broadcast_to(
-            (1.0 / found.scale).reshape(*lead, *(1,) * missing, group.channels), (*batch, group.channels)
-        )
+        inverse = instances.scale_to_batched(1.0 / found.scale, t, group)
     return QuantizedTensor(
-        qweight=pack.pack(_uncanonical(rounded.codes[..., cut], t, group), t.leaf.bits),
-        scales=_uncanonical(rounded.scale[..., cut], t, group).astype(dtype),
-        zeros=None if t.leaf.symmetric else _uncanonical(rounded.zero[..., cut], t, group),
+        qweight=pack.pack(instances.to_batched(rounded.codes, t, group), t.leaf.bits),
+        scales=instances.to_batched(rounded.scale, t, group).astype(dtype),
+        zeros=None if t.leaf.symmetric else instances.to_batched(rounded.zero, t, group),
         inv_scale=inverse,
         bits=t.leaf.bits,
         group_size=t.leaf.group_size,
@@ -272,20 +228,10 @@ def _pack(
 
 
 def _row(
-    t: Target,
-    group: Group,
-    leaf: Any,
-    q: QuantizedTensor,
-    rounded: Rounded,
-    energy: jax.Array,
-    rtn: jax.Array,
-    cut: slice,
-    found: GroupScale,
-    measured: bool,
+    t: Target, group: Group, leaf: Any, q: QuantizedTensor, parts: _Parts, found: GroupScale, means: Moments | None
 ) -> LayerReport:
-    total = float(energy[..., cut].sum())
-    known = measured and total > 0
-    kind = "none" if found.scale is None else ("folded" if group.absorbers else "explicit")
+    total = float(parts.energy.sum())
+    known = means is not None and total > 0
     return LayerReport(
         path=t.site.path,
         group=group.name,
@@ -295,31 +241,33 @@ def _row(
         symmetric=t.leaf.symmetric,
         bytes_before=math.prod(t.site.shape) * np.dtype(leaf.dtype).itemsize,
         bytes_after=q.nbytes,
-        error_rtn=float(rtn[..., cut].sum()) / total if known else None,
-        error=float(rounded.loss[..., cut].sum()) / total if known else None,
+        error_rtn=float(parts.rtn.sum()) / total if known else None,
+        error=float(parts.rounded.loss.sum()) / total if known else None,
         ratio=found.ratio,
-        clipped=float(rounded.clipped.mean()),
-        scale=kind,
+        clipped=float(parts.rounded.clipped.mean()),
+        scale="none" if found.scale is None else ("folded" if group.absorbers else "explicit"),
         reason=found.reason,
     )
 
 
-def _scale_dtype(whole: jax.Array, leaf: LeafConfig) -> str:
+def _scale_dtype(w: jax.Array, leaf: LeafConfig) -> str:
     """float16, which every runtime reads, unless the weights are too large or too small for it."""
-    largest = float(jnp.abs(whole).max()) * 2 / (2**leaf.bits - 1)
+    largest = float(jnp.abs(w).max()) * 2 / (2**leaf.bits - 1)
     return "float16" if largest == 0 or 2.0**-14 <= largest < 3e4 else "float32"
 
 
-def _common_rows(targets: list[Target]) -> int:
-    """Fewest rows that every target's group size divides."""
-    step = math.lcm(*(t.leaf.group_size for t in targets))
-    return -(-targets[0].k // step) * step
+def _ties_cross_experts(group: Group) -> bool:
+    if group.ties is None or not group.batch:
+        return False
+    own = np.repeat(np.arange(math.prod(group.batch)), group.channels)
+    return bool(np.any(np.asarray(group.ties) // group.channels != own))
 
 
-def _pad_rows(w: jax.Array, rows: int) -> jax.Array:
-    return jnp.pad(w, [(0, 0)] * (w.ndim - 2) + [(0, rows - w.shape[-2]), (0, 0)])
-
-
-def _pad_square(gram: jax.Array, rows: int) -> jax.Array:
-    extra = rows - gram.shape[-1]
-    return jnp.pad(gram, [(0, 0)] * (gram.ndim - 2) + [(0, extra), (0, extra)])
+def _padded_ties(group: Group, rows: int) -> jax.Array | None:
+    """The group's ties over ``rows`` channels per expert; padding channels tie with nothing."""
+    if group.ties is None:
+        return None
+    old = np.asarray(group.ties).reshape(-1, group.channels)
+    ties = np.arange(len(old) * rows, dtype=np.int32).reshape(len(old), rows)
+    ties[:, : group.channels] = old // group.channels * rows + old % group.channels
+    return jnp.asarray(ties.reshape(-1))

@@ -32,7 +32,7 @@ class Rounded(NamedTuple):
       scale: float32 ``[G, N]``, exactly representable in the stored dtype, never 0.
       zero: uint8 ``[G, N]``.
       loss: float32 ``[N]``: expected squared output error of each column.
-      clipped: float32 scalar: share of (group, column) pairs with a range smaller than the weights'.
+      clipped: float32 ``[N]``: share of each column's groups with a range smaller than the weights'.
     """
 
     codes: jax.Array
@@ -78,7 +78,7 @@ def round_matrix(
     # A stored scale of 0 would be legal but divides by zero elsewhere; an all-zero group may have any.
     scale = jnp.where(used.scale > 0, used.scale, 1.0)
     codes = jnp.where(jnp.repeat(used.scale > 0, g, axis=0), best.codes, jnp.repeat(used.zero, g, axis=0))
-    clipped = (used.scale < 0.98 * full.scale).mean()
+    clipped = (used.scale < 0.98 * full.scale).mean(axis=0)
     return Rounded(codes.astype(jnp.uint8), scale, used.zero.astype(jnp.uint8), best.loss, clipped)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -38,3 +39,8 @@ def flatten(params: Any) -> dict[str, Any]:
 def map_with_path(f: Callable[[str, Any], Any], params: Any) -> Any:
     """Map ``f(path, leaf)`` over ``params``, keeping its structure."""
     return jax.tree_util.tree_map_with_path(lambda p, leaf: f(path_str(p), leaf), params, is_leaf=is_quantized)
+
+
+def nbytes(params: Any) -> int:
+    """Bytes of all arrays of ``params``, packed ones as they are stored."""
+    return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(params) if hasattr(a, "dtype"))

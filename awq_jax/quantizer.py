@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from tqdm import tqdm
 
 from awq_jax import fold, paths, report
@@ -41,7 +39,7 @@ def quantize(
     return_report: bool = False,
     **settings: Any,
 ) -> Any:
-    """Quantize every matmul weight of ``params`` (DESIGN section 5, arXiv 2306.00978).
+    """Quantize every matmul weight of ``params`` (AWQ, arXiv 2306.00978).
 
     Pure: ``params`` is not changed, and the same arguments give the same bits.
 
@@ -89,31 +87,25 @@ def quantize(
     _check_finite(params)
 
     leaves = paths.flatten(params)
-    with (
-        jax.default_matmul_precision("highest"),
-        tqdm(total=2 * len(plan.groups), desc="quantize", unit="group", disable=not progress) as bar,
-    ):
-        scales: dict[str, GroupScale] = {}
-        for group in plan.groups:
-            mine = [targets[s.path] for s in group.sites if s.path in targets]
-            if mine:
-                scales[group.name] = find_scale(group, mine, leaves, calib.stats.get(group.name), config)
+    work = [(g, mine) for g in plan.groups if (mine := [targets[s.path] for s in g.sites if s.path in targets])]
+    scales: dict[str, GroupScale] = {}
+    packed: dict[str, QuantizedTensor] = {}
+    rows: list[report.LayerReport] = []
+    bar = tqdm(total=2 * len(work), desc="quantize", unit="group", disable=not progress)
+    with jax.default_matmul_precision("highest"), bar:
+        for group, mine in work:
+            scales[group.name] = find_scale(group, mine, leaves, calib.stats.get(group.name), config)
             bar.update()
         searched = time.perf_counter()
         folded = fold.Folder(plan, {n: s.scale for n, s in scales.items() if s.scale is not None})
-        packed: dict[str, QuantizedTensor] = {}
-        rows: dict[str, report.LayerReport] = {}
-        for group in plan.groups:
-            mine = [targets[s.path] for s in group.sites if s.path in targets]
-            if mine:
-                results = round_group(
-                    group, mine, leaves, folded, scales[group.name], calib.stats.get(group.name), config
-                )
-                packed |= {p: q for p, (q, _) in results.items()}
-                rows |= {p: r for p, (_, r) in results.items()}
+        for group, mine in work:
+            stats = calib.stats.get(group.name)
+            for path, (q, row) in round_group(group, mine, leaves, folded, scales[group.name], stats, config).items():
+                packed[path] = q
+                rows.append(row)
             bar.update()
     out = paths.map_with_path(lambda path, leaf: packed[path] if path in packed else folded.leaf(path, leaf), params)
-    jax.block_until_ready(out)
+    jax.block_until_ready(jax.tree.leaves(out))
     if not return_report:
         return out
     seconds = {
@@ -122,23 +114,9 @@ def quantize(
         "round": time.perf_counter() - searched,
     }
     summary = report.Report(
-        config.to_dict(),
-        [rows[p] for _, s in plan.sites() if (p := s.path) in rows],
-        skipped,
-        calib.tokens,
-        seconds,
-        _nbytes(params),
-        _nbytes(out),
+        config.to_dict(), rows, skipped, calib.tokens, seconds, paths.nbytes(params), paths.nbytes(out)
     )
     return out, summary
-
-
-def _nbytes(tree: Any) -> int:
-    return sum(
-        math.prod(a.shape) * np.dtype(a.dtype).itemsize
-        for a in jax.tree.leaves(tree)
-        if hasattr(a, "shape") and not jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key)
-    )
 
 
 @jax.jit

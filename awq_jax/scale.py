@@ -18,6 +18,9 @@ from awq_jax.rounding import column_loss, quantize_dequantize
 LIMIT = 1e4  # largest ratio between a scale and the group's geometric centre
 
 
+_Best = tuple[jax.Array, jax.Array, jax.Array]  # scale, ratio, loss
+
+
 class Found(NamedTuple):
     """Result of `search`.
 
@@ -46,7 +49,7 @@ def tie(log_scale: jax.Array, ties: jax.Array | None) -> jax.Array:
 
 def weight_share(weights: tuple[jax.Array, ...], leaves: tuple[LeafConfig, ...]) -> jax.Array:
     """Mean over all output columns of ``|w| / (largest |w| of its group)``, ``[E, K]``."""
-    total, count = 0.0, 0
+    total, count = jnp.zeros(weights[0].shape[:2]), 0
     for w, leaf in zip(weights, leaves, strict=True):
         e, k, n = w.shape
         magnitude = jnp.abs(w).reshape(e, k // leaf.group_size, leaf.group_size, n)
@@ -123,7 +126,7 @@ def search(
     ones = jnp.ones_like(absmean)
     loss_rtn = scaled_loss(weights, gram, ones, leaves, dtype)
 
-    def step(best: tuple[jax.Array, ...], trial: tuple[jax.Array, jax.Array]) -> tuple[tuple[jax.Array, ...], None]:
+    def step(best: _Best, trial: tuple[jax.Array, jax.Array]) -> tuple[_Best, None]:
         scale, ratio, loss = best
         s = candidate(absmean, share, *trial, ties)
         new = scaled_loss(weights, gram, s, leaves, dtype)
