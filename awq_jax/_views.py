@@ -164,7 +164,10 @@ def layout(view: View, batch: tuple[int, ...], contract: tuple[int, ...]) -> Lay
     for d in range(view.scanned, len(view.shape)):
         if d not in roles:
             if view.shape[d] != 1:
-                return f"the matmul reads only a part of its axis {d}"
+                return (
+                    f"each matmul reads one slice of its axis {d}: loop over it with jax.lax.scan, "
+                    "or keep the slices as parameters of their own"
+                )
             roles[d] = "n" if "k" in roles.values() else "k"
     axes = "s" * view.scanned + "".join(roles[d] for d in range(view.scanned, len(view.shape)))
     if "k" not in axes or "n" not in axes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import itertools
+import math
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -153,7 +154,7 @@ class _Walk:
 
     def choose(self, node: Node) -> int:
         can = [p for p in ((0,) if node.name == "div" else (0, 1)) if isinstance(node.ins[p], Val)]
-        can = [p for p in can if node.ins[p] in self.scope.derived] or can
+        can = [p for p in can if self.is_weight(node.ins[p])] or can
         if not can:
             raise Blocked(f"it passes through {node.op.describe()} of a constant")
         if len(can) == 1:
@@ -162,6 +163,14 @@ class _Walk:
         if self.asked > len(self.choices):
             raise Blocked("it is a product of many factors")
         return can[self.choices[self.asked - 1]]
+
+    def is_weight(self, v: Val) -> bool:
+        """Made of parameters alone, and more than one number that is broadcast."""
+        if v not in self.scope.derived:
+            return False
+        while v in self.scope.made_by and len(vals := self.scope.made_by[v][0].vals()) == 1:
+            v = vals[0]
+        return math.prod(v.shape) > 1
 
     def offset_of(self, node: Node) -> float | None:
         """``c`` of ``c + parameter`` (norms that store their weight less one)."""

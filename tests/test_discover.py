@@ -180,7 +180,7 @@ def test_unusable_weights_are_named() -> None:
     assert [s.path for _, s in plan.sites()] == ["good"]
     expected = {
         "embed": "looks rows up",
-        "stack": "part of its axis 0",
+        "stack": "one slice of its axis 0",
         "vector": "it is a vector",
         "both": "different axes",
         "ints": "int8",
@@ -198,6 +198,17 @@ def test_leaky_activations_and_signs() -> None:
     plan = discover(fn, params, jax.ShapeDtypeStruct((4, 8), jnp.float32))
     assert [a.path for a in group_of(plan, "down").absorbers] == ["bias", "up"]
     assert "relu6" in group_of(plan, "down6").reason  # clipping at 6 is not homogeneous
+
+
+def test_scalar_parameters_and_gates_are_passed_over() -> None:
+    def fn(p: Any, x: jax.Array) -> jax.Array:
+        h = zoo._norm(x, p["norm"]) * p["scalar"]
+        y = (h @ p["value"]) * jax.nn.sigmoid(h @ p["gate"])
+        return y @ p["out"]
+
+    params = spec(norm=(8,), scalar=(), value=(8, 12), gate=(8, 12), out=(12, 8))
+    plan = discover(fn, params, jax.ShapeDtypeStruct((4, 8), jnp.float32))
+    assert {g.name: [a.path for a in g.absorbers] for g in plan.groups} == {"value": ["norm"], "out": ["value"]}
 
 
 def test_no_matmul_is_an_error() -> None:
