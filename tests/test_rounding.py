@@ -1,0 +1,182 @@
+"""Rounding of one matrix against NumPy in float64, and on the inputs that broke other quantizers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from awq_jax import rounding
+from awq_jax.config import LeafConfig
+from awq_jax.matrix import round_matrix
+
+K, N, G = 32, 6, 16
+rng = np.random.default_rng(0)
+
+
+def gram_of(x: np.ndarray) -> np.ndarray:
+    return (x.astype(np.float64).T @ x.astype(np.float64)) / len(x)
+
+
+def correlated(k: int = K, tokens: int = 400, seed: int = 1) -> np.ndarray:
+    r = np.random.default_rng(seed)
+    x = r.normal(size=(tokens, k)) @ (np.eye(k) + 0.4 * r.normal(size=(k, k)))
+    return (x * np.exp(r.normal(size=k))).astype(np.float32)
+
+
+def plain(w: np.ndarray, group: int, bits: int, symmetric: bool) -> np.ndarray:
+    """Round to nearest in float64, one group of one column at a time."""
+    out = np.zeros_like(w, np.float64)
+    top = 2**bits - 1
+    for n in range(w.shape[1]):
+        for start in range(0, len(w), group):
+            part = w[start : start + group, n].astype(np.float64)
+            low, high = min(part.min(), 0.0), max(part.max(), 0.0)
+            if symmetric:
+                scale = float(np.float16(max(-low, high) / (2 ** (bits - 1) - 0.5)))
+                zero = 2 ** (bits - 1)
+            else:
+                scale = float(np.float16((high - low) / top))
+                zero = np.clip(np.rint(-low / scale), 0, top) if scale else 0
+            q = np.clip(np.rint(part / scale) + zero, 0, top) if scale else np.full(len(part), zero)
+            out[start : start + group, n] = (q - zero) * scale
+    return out
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("group", [G, K])
+def test_nearest_matches_numpy(bits: int, symmetric: bool, group: int) -> None:
+    w = rng.normal(size=(K, N)).astype(np.float32)
+    got = rounding.quantize_dequantize(jnp.asarray(w), group, bits, symmetric, "float16")
+    np.testing.assert_allclose(got, plain(w, group, bits, symmetric), rtol=0, atol=1e-6)
+
+
+def test_symmetric_grid_covers_both_ends_within_half_a_step() -> None:
+    w = jnp.asarray([[-1.0], [0.9], [0.1], [0.0]])[None]
+    grid = rounding.make_grid(*rounding.range_of(w), 4, True, "float32")
+    error = jnp.abs(rounding.decode(rounding.encode(w, grid, 4), grid) - w)
+    assert float(error.max()) <= 0.5 * float(grid.scale[0, 0]) + 1e-7
+
+
+def test_column_loss_is_the_mean_squared_output_error() -> None:
+    x = correlated()
+    delta = rng.normal(size=(K, N)).astype(np.float32)
+    want = np.square(x.astype(np.float64) @ delta).mean(axis=0)
+    np.testing.assert_allclose(rounding.column_loss(jnp.asarray(delta), jnp.asarray(gram_of(x), jnp.float32)), want, rtol=1e-4)
+
+
+def test_clip_search_finds_the_best_pair_of_the_grid() -> None:
+    w = rng.normal(size=(K, N)).astype(np.float32)
+    w[3, 2] = 6.0
+    h = gram_of(correlated())
+    wg = jnp.asarray(w).reshape(-1, G, N)
+    blocks = rounding.diagonal_blocks(jnp.asarray(h, jnp.float32), G)
+    for i in range(K // G):
+        np.testing.assert_allclose(blocks[i], h[i * G : (i + 1) * G, i * G : (i + 1) * G], rtol=1e-6)
+    got = rounding.clip_search(wg, blocks, 3, False, "float16", steps=4)
+    for g in range(K // G):
+        for n in range(N):
+            part = w[g * G : (g + 1) * G, n].astype(np.float64)
+            hb = h[g * G : (g + 1) * G, g * G : (g + 1) * G]
+            losses = {}
+            for a in (1.0, 0.875, 0.75, 0.625):
+                for b in (1.0, 0.875, 0.75, 0.625):
+                    low, high = min(part.min(), 0) * a, max(part.max(), 0) * b
+                    scale = float(np.float16((high - low) / 7))
+                    zero = np.clip(np.rint(-low / scale), 0, 7)
+                    d = (np.clip(np.rint(part / scale) + zero, 0, 7) - zero) * scale - part
+                    losses[scale, zero] = d @ hb @ d
+            chosen = losses[float(got.scale[g, n]), float(got.zero[g, n])]
+            assert chosen <= min(losses.values()) * (1 + 1e-4)
+
+
+def test_inverse_factor_is_the_cholesky_factor_of_the_inverse() -> None:
+    h = gram_of(correlated())
+    u = np.asarray(rounding.inverse_factor(jnp.asarray(h, jnp.float32), 0.01), np.float64)
+    assert np.allclose(u, np.triu(u))
+    damped = h + np.diag(0.01 * (np.diag(h) + 0.1 * np.diag(h).mean()))
+    np.testing.assert_allclose(u.T @ u @ damped, np.eye(K), atol=1e-3)
+
+
+@pytest.mark.parametrize("k", [K, 160])  # 160 rows: a second, partly empty block
+def test_compensation_matches_a_plain_float64_loop(k: int) -> None:
+    w = np.random.default_rng(3).normal(size=(k, N)).astype(np.float32)
+    h = gram_of(correlated(k))
+    grid = rounding.make_grid(*rounding.range_of(jnp.asarray(w).reshape(-1, G, N)), 3, False, "float16")
+    got = rounding.compensate(jnp.asarray(w), jnp.asarray(h, jnp.float32), grid, 3, 0.01)
+
+    order = np.argsort(-np.diag(h), kind="stable")
+    damped = h + np.diag(0.01 * (np.diag(h) + 0.1 * np.diag(h).mean()))
+    inverse = np.linalg.inv(damped[np.ix_(order, order)])
+    scale = np.repeat(np.asarray(grid.scale, np.float64), G, 0)[order]
+    zero = np.repeat(np.asarray(grid.zero, np.float64), G, 0)[order]
+    rest, codes = w[order].astype(np.float64), np.zeros((k, N))
+    for i in range(k):  # the textbook form: remove row i from the inverse after rounding it
+        codes[i] = np.clip(np.rint(rest[i] / scale[i]) + zero[i], 0, 7)
+        error = (rest[i] - (codes[i] - zero[i]) * scale[i]) / inverse[i, i]
+        rest -= inverse[:, i : i + 1] * error
+        inverse -= np.outer(inverse[:, i], inverse[i]) / inverse[i, i]
+    want = np.zeros((k, N))
+    want[order] = codes
+    assert (np.asarray(got) == want).mean() > 0.995  # float32 may fall on the other side of a half
+
+
+def test_refit_is_the_least_squares_optimum() -> None:
+    w = rng.normal(size=(K, N)).astype(np.float32)
+    h = gram_of(correlated())
+    grid = rounding.make_grid(*rounding.range_of(jnp.asarray(w).reshape(-1, G, N)), 3, False, "float32")
+    codes = rounding.encode(jnp.asarray(w).reshape(-1, G, N), grid, 3).reshape(K, N)
+    got = rounding.refit(jnp.asarray(w), jnp.asarray(h, jnp.float32), codes, grid, "float32")
+    root = np.linalg.cholesky(h).T
+    for n in range(N):
+        base = (np.asarray(codes)[:, n] - np.repeat(np.asarray(grid.zero)[:, n], G)).astype(np.float64)
+        design = np.stack([np.where(np.arange(K) // G == g, base, 0.0) for g in range(K // G)], axis=1)
+        best, *_ = np.linalg.lstsq(root @ design, root @ w[:, n].astype(np.float64), rcond=None)
+        loss = lambda s, d=design, n=n: np.square(root @ (d @ s - w[:, n])).sum()
+        assert loss(np.asarray(got.scale)[:, n]) <= loss(np.asarray(grid.scale)[:, n])
+        np.testing.assert_allclose(got.scale[:, n], best, rtol=2e-3)
+
+
+def hard_weights() -> np.ndarray:
+    w = np.random.default_rng(5).normal(size=(K, N)).astype(np.float32)
+    w[:G, 0] = 0.0  # an all-zero group
+    w[:, 1] = 0.0  # an all-zero column
+    w[:G, 2] = np.linspace(1.0, 1.1, G)  # a group far from zero
+    w[:, 3] = 1.1  # constant
+    w[4] *= 1000.0  # one channel dwarfs the rest
+    w[:G, 4] *= 1e-7
+    return w
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("compensated", [False, True])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_hard_inputs_are_finite_and_no_column_is_worse_than_nearest(bits: int, compensated: bool, symmetric: bool) -> None:
+    w = hard_weights()
+    x = correlated()
+    x[:, 7] = 0.0  # a dead channel
+    x[:, 9] *= 1000.0
+    h = gram_of(x)
+    leaf = LeafConfig(bits, G, symmetric)
+    r = round_matrix(
+        jnp.asarray(w), jnp.asarray(h, jnp.float32), leaf=leaf, compensated=compensated, clip=True, damping=0.01,
+        dtype="float16",
+    )  # fmt: skip
+    for a in jax.tree.leaves(r):
+        assert np.isfinite(np.asarray(a, np.float64)).all()
+    assert float(r.scale.min()) > 0
+    zero = np.repeat(np.asarray(r.zero, np.float64), G, 0)
+    back = (np.asarray(r.codes, np.float64) - zero) * np.repeat(np.asarray(r.scale, np.float64), G, 0)
+    loss = np.einsum("kn,kj,jn->n", back - w, h, back - w)
+    nearest = plain(w, G, bits, symmetric) - w
+    rtn = np.einsum("kn,kj,jn->n", nearest, h, nearest)
+    assert (loss <= rtn * (1 + 1e-3) + 1e-9).all()
+    assert (back[:, 1] == 0).all()
+    assert (back[:G, 0] == 0).all()
+
+
+def test_a_group_far_from_zero_survives() -> None:
+    """A grid without 0 in its range and a clamped zero point returns 0.1 for weights of 1.1."""
+    w = jnp.asarray(np.linspace(1.0, 1.1, G, dtype=np.float32)[:, None])
+    got = rounding.quantize_dequantize(w, G, 4, False, "float16")
+    assert float(jnp.abs(got - w).max()) < 0.04

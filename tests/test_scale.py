@@ -1,0 +1,117 @@
+"""The scale search against NumPy and against real activations."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_rounding import correlated, gram_of, plain
+
+from awq_jax import scale
+from awq_jax.config import LeafConfig
+
+K, G = 32, 16
+LEAF = LeafConfig(3, G, False)
+rng = np.random.default_rng(2)
+
+
+def problem(seed: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    x = correlated(seed=seed)
+    ws = [np.random.default_rng(seed + i).normal(size=(K, n)).astype(np.float32) for i, n in ((10, 5), (11, 8))]
+    return x, ws[0], ws[1], np.abs(x).mean(axis=0)
+
+
+def numpy_candidate(a: np.ndarray, share: np.ndarray, r: float, duo: bool) -> np.ndarray:
+    s = a**r / (share + 1e-4) ** (1 - r) if duo else a**r
+    return s / np.sqrt(s.max() * s.min())
+
+
+def numpy_share(*ws: np.ndarray) -> np.ndarray:
+    w = np.abs(np.concatenate(ws, axis=1)).astype(np.float64)
+    grouped = w.reshape(K // G, G, -1)
+    return (grouped / grouped.max(axis=1, keepdims=True)).reshape(K, -1).mean(axis=1)
+
+
+@pytest.mark.parametrize("duo", [True, False])
+@pytest.mark.parametrize("ratio", [0.0, 0.35, 0.95])
+def test_candidates_follow_the_paper(ratio: float, duo: bool) -> None:
+    _, w1, w2, a = problem()
+    share = scale.weight_share((jnp.asarray(w1)[None], jnp.asarray(w2)[None]), (LEAF, LEAF))
+    np.testing.assert_allclose(share[0], numpy_share(w1, w2), rtol=1e-5)
+    got = scale.candidate(jnp.asarray(a)[None], share, jnp.float32(ratio), jnp.float32(duo), None)
+    np.testing.assert_allclose(got[0], numpy_candidate(a, numpy_share(w1, w2), ratio, duo), rtol=1e-4)
+
+
+def test_dead_channels_keep_scale_one() -> None:
+    _, w1, _, a = problem()
+    a[[3, 17]] = 0.0
+    share = scale.weight_share((jnp.asarray(w1)[None],), (LEAF,))
+    got = scale.candidate(jnp.asarray(a)[None], share, jnp.float32(0.5), jnp.float32(1.0), None)[0]
+    assert got[3] == got[17] == 1.0
+    assert np.isfinite(got).all()
+
+
+def test_tied_channels_share_one_scale() -> None:
+    _, w1, _, a = problem()
+    ties = np.arange(K) % 8
+    share = scale.weight_share((jnp.asarray(w1)[None],), (LEAF,))
+    got = np.asarray(
+        scale.candidate(jnp.asarray(a)[None], share, jnp.float32(0.5), jnp.float32(1.0), jnp.asarray(ties))[0]
+    )
+    for t in range(8):
+        assert np.ptp(got[ties == t]) < 1e-6 * got.max()
+    log = np.log(numpy_candidate(a, numpy_share(w1), 0.5, True))
+    mean = np.array([log[ties == t].mean() for t in ties])
+    np.testing.assert_allclose(np.diff(np.log(got)), np.diff(mean), atol=1e-4)
+
+
+def test_search_returns_the_candidate_with_the_least_output_error() -> None:
+    x, w1, w2, a = problem()
+    found = scale.search(
+        (jnp.asarray(w1)[None], jnp.asarray(w2)[None]), jnp.asarray(gram_of(x), jnp.float32)[None],
+        jnp.asarray(a)[None], None, leaves=(LEAF, LEAF), n_grid=5, joint=False, dtype="float16",
+    )  # fmt: skip
+
+    def error(s: np.ndarray) -> float:
+        """Squared output error over the tokens themselves, in float64."""
+        total = 0.0
+        for w in (w1, w2):
+            back = plain((w * s[:, None]).astype(np.float32), G, 3, False) / s[:, None]
+            total += np.square(x.astype(np.float64) @ (back - w)).mean(axis=0).sum()
+        return total
+
+    share = numpy_share(w1, w2)
+    trials = {(r / 5, d): error(numpy_candidate(a, share, r / 5, d)) for r in range(5) for d in (True, False)}
+    best = min(trials.values())
+    assert best < error(np.ones(K))
+    np.testing.assert_allclose(float(found.loss_rtn[0]), error(np.ones(K)), rtol=1e-3)
+    np.testing.assert_allclose(float(found.loss[0]), best, rtol=5e-3)
+    np.testing.assert_allclose(error(np.asarray(found.scale[0], np.float64)), best, rtol=5e-3)
+
+
+def test_scale_one_wins_where_nothing_is_better() -> None:
+    """Weights on the grid already: any scale loses."""
+    grid = np.linspace(-1, 0.75, 8, dtype=np.float32)
+    w = rng.choice(grid, size=(K, 4))
+    w[::G], w[1::G] = grid[0], grid[-1]
+    x = correlated()
+    found = scale.search(
+        (jnp.asarray(w)[None],), jnp.asarray(gram_of(x), jnp.float32)[None], jnp.asarray(np.abs(x).mean(0))[None], None,
+        leaves=(LEAF,), n_grid=4, joint=False, dtype="float16",
+    )  # fmt: skip
+    assert float(found.loss_rtn[0]) < 1e-6
+    assert np.isnan(float(found.ratio[0]))
+    assert (np.asarray(found.scale) == 1).all()
+
+
+def test_experts_choose_apart_unless_joined() -> None:
+    probs = [problem(1), problem(7)]
+    w = tuple(jnp.stack([p[i] for p in probs]) for i in (1, 2))
+    h = jnp.stack([jnp.asarray(gram_of(p[0]), jnp.float32) for p in probs])
+    a = jnp.stack([p[3] for p in probs])
+    kw = dict(leaves=(LEAF, LEAF), n_grid=5, dtype="float16")
+    apart = scale.search(w, h, a, None, joint=False, **kw)
+    joint = scale.search(w, h, a, None, joint=True, **kw)
+    for e in range(2):
+        alone = scale.search(tuple(v[e : e + 1] for v in w), h[e : e + 1], a[e : e + 1], None, joint=False, **kw)
+        np.testing.assert_allclose(apart.scale[e], alone.scale[0], rtol=1e-6)
+    assert float(joint.ratio[0]) == float(joint.ratio[1])
+    assert float(joint.loss.sum()) <= float(joint.loss_rtn.sum())
