@@ -208,7 +208,7 @@ def test_float_modules_are_excluded_for_both_readers(tmp_path: Path) -> None:
     assert json.loads((dst / "config.json").read_text())["torch_dtype"] == "float16"
 
 
-GEMM_REFUSALS = {
+GEMM_REFUSALS: dict[str, tuple[list[tuple[str, Any]], str]] = {
     "bits": ([("a.weight", make(32, 8, bits=3))], "a.weight has 3 bits.*'awq-jax'"),
     "inv_scale": (
         [("a.weight", make(32, 8, inv_scale=jnp.ones(32)))],
@@ -248,7 +248,7 @@ def test_gemm_refuses_what_it_cannot_hold(tmp_path: Path, case: str, stream: boo
 
 def test_batched_weights_need_our_own_format(tmp_path: Path) -> None:
     one = make(32, 8)
-    arrays = {f: jnp.stack([getattr(one, f)] * 3) for f in ("qweight", "scales", "zeros")}
+    arrays: dict[str, Any] = {f: jnp.stack([getattr(one, f)] * 3) for f in ("qweight", "scales", "zeros")}
     experts = dataclasses.replace(one, axes="bkn", **arrays)
     with pytest.raises(FormatError, match="batch axes"):
         write(tmp_path, [("a.weight", experts)])

@@ -23,7 +23,7 @@ HIDDEN, FFN, HEADS, KV, VOCAB, LAYERS = 64, 96, 4, 2, 40, 2
 HEAD_DIM = HIDDEN // HEADS
 
 
-def half(data: bytes) -> np.float32:
+def half(data: bytes) -> Any:
     return np.frombuffer(data, "<f2")[0].astype(np.float32)
 
 
@@ -151,7 +151,7 @@ def hf_weights(biases: bool = False, head_norms: bool = False, tied: bool = Fals
 def to_gguf(weights: dict[str, np.ndarray], arch: gguf.MODEL_ARCH, permute: bool) -> dict[str, np.ndarray]:
     """As llama.cpp's converter does it: its own name table, q/k rows to interleaved order."""
     table = gguf.get_tensor_name_map(arch, LAYERS)
-    out = {}
+    out: dict[str, np.ndarray] = {}
     for name, w in weights.items():
         for proj, heads in (("q_proj", HEADS), ("k_proj", KV)):
             if permute and f".{proj}." in name:
@@ -162,7 +162,7 @@ def to_gguf(weights: dict[str, np.ndarray], arch: gguf.MODEL_ARCH, permute: bool
                     for half in (0, 1)
                 ]
                 w = w[order]
-        out[table.get_name(name, try_suffixes=(".weight", ".bias"))] = w
+        out[str(table.get_name(name, try_suffixes=(".weight", ".bias")))] = w
     return out
 
 
@@ -170,7 +170,7 @@ def to_gguf(weights: dict[str, np.ndarray], arch: gguf.MODEL_ARCH, permute: bool
 def test_blocks_against_their_definition(tmp_path: Path, kind: T) -> None:
     block, size = gguf.GGML_QUANT_SIZES[kind]
     data = random_blocks(kind, 40, 2, seed=int(kind))
-    meta = {"llama__embedding_length": 2 * block, "llama__attention__head_count": 2}
+    meta: dict[str, Any] = {"llama__embedding_length": 2 * block, "llama__attention__head_count": 2}
     source = registry.open_source(write(tmp_path / "m.gguf", {"token_embd.weight": (data, kind)}, **meta))
     got = source.read("model.embed_tokens.weight")
     blocks = data.tobytes()
@@ -260,7 +260,7 @@ def test_llama3_scaling_is_recovered_from_its_factors(tmp_path: Path) -> None:
         "original_max_position_embeddings": 8192,
     }
     theta = {"rope_theta": 50000.0}
-    sizes = {"hidden_size": HIDDEN, "num_attention_heads": HEADS, "max_position_embeddings": 1 << 17}
+    sizes: dict[str, Any] = {"hidden_size": HIDDEN, "num_attention_heads": HEADS, "max_position_embeddings": 1 << 17}
     scaled = ROPE_INIT_FUNCTIONS["llama3"](LlamaConfig(rope_parameters=rope | theta, **sizes), "cpu")[0].numpy()
     plain = 50000.0 ** -(np.arange(0, HEAD_DIM, 2) / HEAD_DIM)
     factors = (plain / scaled).astype(np.float32)
@@ -274,12 +274,13 @@ def test_llama3_scaling_is_recovered_from_its_factors(tmp_path: Path) -> None:
 
 
 def test_special_ids(tmp_path: Path) -> None:
-    key = "tokenizer__ggml__"
-    path = tmp_path / "m.gguf"
-    config = registry.open_source(write(path, tied(), **{key + "bos_token_id": 1, key + "eos_token_id": 2})).config
-    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (1, 2, None)
-    config = registry.open_source(write(path, tied(), **{key + "eos_token_id": 2, key + "eot_token_id": 5})).config
-    assert config["eos_token_id"] == [2, 5]
+    def config(**ids: int) -> dict[str, Any]:
+        metadata: dict[str, Any] = {f"tokenizer__ggml__{k}_token_id": v for k, v in ids.items()}
+        return registry.open_source(write(tmp_path / "m.gguf", tied(), **metadata)).config
+
+    first = config(bos=1, eos=2)
+    assert (first["bos_token_id"], first["eos_token_id"], first["pad_token_id"]) == (1, 2, None)
+    assert config(eos=2, eot=5)["eos_token_id"] == [2, 5]
 
 
 def q5_k() -> tuple[np.ndarray, T]:

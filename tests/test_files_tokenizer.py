@@ -41,13 +41,13 @@ def byte_level(pre: str) -> Tokenizer:
     """A small BPE trained on the spot, built the way the models of that kind are."""
     t = Tokenizer(models.BPE(ignore_merges=pre == "llama-bpe"))
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre not in ("llama-bpe", "qwen2"))
-    first: list[Any] = {
+    splits: dict[str, list[Any]] = {
         "smollm": [pre_tokenizers.Digits(individual_digits=True)],
         "llama-bpe": [pre_tokenizers.Split(Regex(LLAMA3), "isolated")],
         "qwen2": [pre_tokenizers.Split(Regex(QWEN2), "isolated")],
         "default": [],
-    }[pre]
-    t.pre_tokenizer = pre_tokenizers.Sequence([*first, level])
+    }
+    t.pre_tokenizer = pre_tokenizers.Sequence([*splits[pre], level])
     if pre == "qwen2":
         t.normalizer = normalizers.NFC()
     t.decoder = decoders.ByteLevel()
