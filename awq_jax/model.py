@@ -20,7 +20,7 @@ from awq_jax.detokenize import Detokenizer
 from awq_jax.errors import CalibrationError, ConfigError, ShapeError
 from awq_jax.generate import Generator, check_tokens
 from awq_jax.models import params as model_params
-from awq_jax.qtensor import QuantizedTensor, is_quantized
+from awq_jax.qtensor import is_quantized
 from awq_jax.report import Report
 from awq_jax.sampling import Sampling
 
@@ -71,6 +71,7 @@ class Model:
       source: where it was loaded from.
       apply: ``apply(params, tokens [B, T] int32) -> logits [B, T, vocab] float32``: pure, without a
         cache; what calibration and evaluation trace.
+      generator: `awq_jax.generate.Generator` of this model, for token ids without text.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class Model:
         self.settings: AwqConfig | None = None
         self.apply: Callable[[Any, jax.Array], jax.Array] = lambda p, tokens: nnx.merge(graphdef, p)(tokens)
         self._forward = jax.jit(self.apply)
-        self._generator = Generator(graphdef, config)
+        self.generator = Generator(graphdef, config)
 
     def __call__(self, tokens: Any) -> jax.Array:
         """Logits of every position; compiled once per shape.
@@ -162,7 +163,7 @@ class Model:
             emit(row, texts[row].push(token))
             return texts[row].stopped
 
-        self._generator.run(
+        self.generator.run(
             self.params,
             prompts,
             max_new_tokens=max_new_tokens,
@@ -229,7 +230,7 @@ class Model:
         from awq_jax import calibrate, data, quantize
 
         config = AwqConfig(**({"explicit_scale": False} | settings))
-        if any(map(is_quantized, jax.tree.leaves(self.params, is_leaf=is_quantized))):
+        if self._is_packed():
             raise ConfigError("the model is already quantized; load the float checkpoint")
         text = data.load(
             calib,
@@ -283,27 +284,10 @@ class Model:
 
     def _format(self) -> tuple[Format, str]:
         """The most widely readable format that can hold the weights, and why."""
-        leaves = paths.flatten(self.params)
-        packed = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, QuantizedTensor)}
-        if not packed:
+        if not self._is_packed():
             return "float", "no weight is quantized"
-        if len({q.group_size for q in packed.values()}) > 1:
-            return "awq-jax", "group sizes differ between layers"
-        for path, q in packed.items():
-            problem = _not_gemm(q)
-            if problem:
-                return "awq-jax", f"{path} {problem}"
-        return "gemm", "4-bit with folded scales"
+        problem = registry.unfit("gemm", model_params.tensors(self.params))
+        return ("awq-jax", problem) if problem else ("gemm", "it holds every weight")
 
-
-def _not_gemm(q: QuantizedTensor) -> str:
-    """Why AutoAWQ's GEMM layout cannot hold this weight; "" if it can."""
-    if q.bits != 4:
-        return f"has {q.bits} bits"
-    if q.inv_scale is not None:
-        return "has a scale that no parameter absorbs"
-    if q.n % 8 or q.scales.shape[-2] * q.group_size != q.k:
-        return f"is {q.k} x {q.n}: not whole groups of {q.group_size} by multiples of 8"
-    if bool((q.scales.astype(jnp.float16).astype(jnp.float32) != q.scales.astype(jnp.float32)).any()):
-        return "has scales that float16 cannot hold exactly"
-    return ""
+    def _is_packed(self) -> bool:
+        return any(map(is_quantized, paths.flatten(self.params).values()))

@@ -46,7 +46,7 @@ def test_greedy_equals_transformers_per_row(pair):
     """Rows of different length in one batch get what transformers gives each one alone."""
     model, reference = pair
     prompts = [[256, 10, 20, 30, 40], [7], [256, *range(60, 71)]]
-    ours = model._generator.run(
+    ours = model.generator.run(
         model.params, prompts, max_new_tokens=12, sampling=sampling.Sampling(), eos=model.eos_ids()
     )
     assert max(map(len, ours)) == 12
@@ -60,7 +60,7 @@ def test_greedy_equals_transformers_per_row(pair):
 
 def test_one_compilation_per_bucket(pair):
     model, _ = pair
-    generator = type(model._generator)(model._generator.graphdef, model.config)
+    generator = type(model.generator)(model.generator.graphdef, model.config)
     for n, steps in ((1, 9), (5, 20), (16, 30)):
         generator.run(model.params, [[9] * n, [8]], max_new_tokens=steps, sampling=sampling.Sampling())
     for temperature in (0.5, 2.0):
@@ -75,7 +75,7 @@ def test_seed_decides_and_rows_are_independent(pair):
     model, _ = pair
 
     def run(prompts, seed):
-        return model._generator.run(
+        return model.generator.run(
             model.params, prompts, max_new_tokens=8, sampling=sampling.Sampling(1.5, 50, 0.95), seed=seed
         )
 
@@ -236,5 +236,5 @@ def test_bad_requests(pair):
 
 def test_generation_stops_at_the_context(pair):
     model, _ = pair
-    out = model._generator.run(model.params, [[1] * 60, [2]], max_new_tokens=50, sampling=sampling.Sampling())
+    out = model.generator.run(model.params, [[1] * 60, [2]], max_new_tokens=50, sampling=sampling.Sampling())
     assert [len(r) for r in out] == [4, 50]
