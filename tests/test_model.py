@@ -121,5 +121,5 @@ def test_bad_input_is_refused_by_name(checkpoint, tmp_path):
     config = json.loads((checkpoint[0] / "config.json").read_text())
     shutil.copy(checkpoint[0] / "model.safetensors", tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "qwen3_moe"}))
-    with pytest.raises(errors.UnsupportedModelError, match="'qwen3_moe'.*relative is 'qwen3'"):
+    with pytest.raises(errors.UnsupportedModelError, match=r"'qwen3_moe'.*relative is 'qwen3'"):
         awq_jax.load(tmp_path)
