@@ -249,6 +249,7 @@ def test_rope_scaling(tmp_path: Path) -> None:
 
 
 def test_llama3_scaling_is_recovered_from_its_factors(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
