@@ -115,7 +115,10 @@ class _Run:
         if self.tap and not op.use.reason:
             tapped = self.tap(op.use, flat)
             if tapped is not None:
-                taps[op.use.index] = tapped
+                # The model goes on only when the tap is done: otherwise a compiler may keep every
+                # activation of the model for one great round of taps at the end.
+                x, taps[op.use.index] = jax.lax.optimization_barrier((x, tapped))
+                ins = [w, x] if op.weight == 0 else [x, w]
         if self.matmul and is_quantized(w) and w.live_axes == op.use.axes.lstrip("s"):
             return _restore_output(op, x, self.matmul(flat, w))
         return bind(op, [self.dense(v, a) for v, a in zip(op.ins, ins, strict=True)])[0]

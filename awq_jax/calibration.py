@@ -188,7 +188,7 @@ def _collector(apply_fn: Callable[..., Any], plan: Plan, include_head: bool) -> 
         out: dict[str, Stats] = {}
         for use in program.uses:
             if use.path in first:
-                one = _fit(tapped[use.index], first[use.path])
+                one = _fit(tapped[use.index], use, first[use.path])
                 out[use.path] = jax.tree.map(jnp.add, out[use.path], one) if use.path in out else one
         return out
 
@@ -211,12 +211,13 @@ def _moments(x: jax.Array) -> Stats:
     return Stats(gram, jnp.abs(x).astype(jnp.float32).sum(axis=-2), count, dropped)
 
 
-def _fit(stats: Stats, group: Group) -> Stats:
-    """Sum over iterations of a loop that shares the weight, so that shapes match the group's."""
-    lead = (*group.scan, *group.batch)
-    extra = stats.count.ndim - len(lead)
-    if extra < 0 or stats.count.shape[extra:] != lead:
+def _fit(stats: Stats, use: _jaxpr.Use, group: Group) -> Stats:
+    """Sum over iterations of loops that share the weight, so that shapes match the group's."""
+    shared = tuple(i for i, letter in enumerate(use.loops) if letter == "r")
+    stats = jax.tree.map(lambda a: a.sum(axis=shared), stats)
+    if stats.count.shape != (*group.scan, *group.batch):
         raise CalibrationError(
-            f"{group.name}: statistics of shape {stats.count.shape}, the plan says {lead}: it is for another model"
+            f"{group.name}: statistics of shape {stats.count.shape}, the plan says {(*group.scan, *group.batch)}: "
+            "it is for another model"
         )
-    return jax.tree.map(lambda a: a.sum(axis=tuple(range(extra))), stats)
+    return stats

@@ -21,7 +21,7 @@ from awq_jax.rounding import (
     refit,
 )
 
-REFITS = 2  # rounds of (refit the scales, compensate again on them)
+ROUNDS = 3  # of rounding on the current scales and refitting the scales to the codes
 
 
 class Rounded(NamedTuple):
@@ -105,13 +105,15 @@ def _best(
     if clip:
         start = clip_search(wg, diagonal_blocks(gram, leaf.group_size), bits, leaf.symmetric, dtype)
         best = _better(best, judge(encode(wg, start, bits), start))
-    if compensated:
-        grid = start
-        for _ in range(REFITS + 1):
-            codes = compensate(w, gram, grid, bits, damping)
-            best = _better(best, judge(codes, grid))
-            grid = refit(w, gram, codes, grid, dtype)
-            best = _better(best, judge(codes, grid))
+
+    def step(carry: tuple[_Candidate, Grid], _: None) -> tuple[tuple[_Candidate, Grid], None]:
+        best, grid = carry
+        codes = compensate(w, gram, grid, bits, damping) if compensated else encode(wg, grid, bits).reshape(w.shape)
+        best = _better(best, judge(codes, grid))
+        grid = refit(w, gram, codes, grid, dtype)
+        return (_better(best, judge(codes, grid)), grid), None
+
+    (best, _), _ = jax.lax.scan(step, (best, start), None, length=ROUNDS)
     return best
 
 

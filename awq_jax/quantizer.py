@@ -97,14 +97,17 @@ def quantize(
             scales[group.name] = find_scale(group, mine, leaves, calib.stats.get(group.name), config)
             bar.update()
         searched = time.perf_counter()
-        folded = fold.Folder(plan, {n: s.scale for n, s in scales.items() if s.scale is not None})
+        found = {n: s.scale for n, s in scales.items() if s.scale is not None}
+        folded = fold.Folder(plan, found)
         for group, mine in work:
             stats = calib.stats.get(group.name)
             for path, (q, row) in round_group(group, mine, leaves, folded, scales[group.name], stats, config).items():
                 packed[path] = q
                 rows.append(row)
             bar.update()
-    out = paths.map_with_path(lambda path, leaf: packed[path] if path in packed else folded.leaf(path, leaf), params)
+    # A weight that stays float is scaled only where something upstream absorbed the scale.
+    absorbed = fold.Folder(plan, {g.name: found[g.name] for g, _ in work if g.name in found and g.absorbers})
+    out = paths.map_with_path(lambda path, leaf: packed[path] if path in packed else absorbed.leaf(path, leaf), params)
     jax.block_until_ready(jax.tree.leaves(out))
     if not return_report:
         return out
