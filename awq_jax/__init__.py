@@ -22,28 +22,48 @@ _PUBLIC = {
 }
 _MODULES = ("convert", "data", "errors", "evaluate", "kernels", "linen", "models", "nnx")
 
-__all__ = [*_PUBLIC, *_MODULES]
+__all__ = [
+    "AwqConfig",
+    "Calibration",
+    "Plan",
+    "QuantizedTensor",
+    "Report",
+    "bind",
+    "calibrate",
+    "convert",
+    "data",
+    "discover",
+    "dot",
+    "errors",
+    "evaluate",
+    "kernels",
+    "linen",
+    "load",
+    "models",
+    "nnx",
+    "quantize",
+]
 
 if TYPE_CHECKING:
-    from awq_jax import convert as convert
-    from awq_jax import data as data
-    from awq_jax import errors as errors
-    from awq_jax import evaluate as evaluate
-    from awq_jax import kernels as kernels
-    from awq_jax import linen as linen
-    from awq_jax import models as models
-    from awq_jax import nnx as nnx
+    import awq_jax.convert as convert
+    import awq_jax.data as data
+    import awq_jax.errors as errors
+    import awq_jax.evaluate as evaluate
+    import awq_jax.kernels as kernels
+    import awq_jax.linen as linen
+    import awq_jax.models as models
+    import awq_jax.nnx as nnx
     from awq_jax.binding import bind as bind
     from awq_jax.calibration import Calibration as Calibration
     from awq_jax.calibration import calibrate as calibrate
     from awq_jax.config import AwqConfig as AwqConfig
     from awq_jax.discovery import discover as discover
-    from awq_jax.serving import dot as dot
     from awq_jax.model import load as load
     from awq_jax.plan import Plan as Plan
     from awq_jax.qtensor import QuantizedTensor as QuantizedTensor
     from awq_jax.quantizer import quantize as quantize
     from awq_jax.report import Report as Report
+    from awq_jax.serving import dot as dot
 
 
 def __getattr__(name: str) -> Any:

@@ -17,7 +17,6 @@ import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import awq_jax
@@ -36,7 +35,12 @@ def self_sampled(model: Model, rows: int, length: int, seed: int) -> np.ndarray:
         return False
 
     model.generator.run(
-        model.params, [[bos]] * rows, max_new_tokens=length - 1, sampling=Sampling(temperature=1.0), seed=seed, on_token=keep
+        model.params,
+        [[bos]] * rows,
+        max_new_tokens=length - 1,
+        sampling=Sampling(temperature=1.0),
+        seed=seed,
+        on_token=keep,
     )
     return np.asarray(out, np.int32)
 
@@ -63,7 +67,9 @@ def main() -> None:
         calib = ids[: args.samples * length].reshape(args.samples, length)
         scored = ids[-args.eval_tokens :]
         if args.eval_text:
-            scored = np.asarray(model.tokenizer(Path(args.eval_text).read_text())["input_ids"], np.int32)[: args.eval_tokens]
+            scored = np.asarray(model.tokenizer(Path(args.eval_text).read_text())["input_ids"], np.int32)[
+                : args.eval_tokens
+            ]
         elif len(ids) < calib.size + args.eval_tokens:
             raise SystemExit(f"{args.text} has {len(ids)} tokens: calibration and evaluation would overlap")
     else:
@@ -80,21 +86,37 @@ def main() -> None:
         start = time.perf_counter()
         extra = {k: json.loads(v) for k, v in (s.split("=", 1) for s in args.set)}
         model.params, report = awq_jax.quantize(
-            params, calibration, bits=args.bits, group_size=args.group_size, method=method, explicit_scale=False,
-            return_report=True, **extra,
+            params,
+            calibration,
+            bits=args.bits,
+            group_size=args.group_size,
+            method=method,
+            explicit_scale=False,
+            return_report=True,
+            **extra,
         )
         seconds = time.perf_counter() - start
         after = evaluate.perplexity(model, scored, context=length)
-        rows.append({"method": method, "ppl": after.ppl, "delta_nll": after.nll - before.nll, "seconds": round(seconds, 1)})
+        rows.append(
+            {"method": method, "ppl": after.ppl, "delta_nll": after.nll - before.nll, "seconds": round(seconds, 1)}
+        )
         rows[-1]["vs_rtn"] = rows[-1]["delta_nll"] / rows[0]["delta_nll"]
         rows[-1]["bits_per_weight"] = report.bits_per_weight
         print(rows[-1], flush=True)
     result = {
-        "model": Path(args.model).name, "bits": args.bits, "group_size": args.group_size,
-        "calibration_tokens": int(calib.size), "scored_tokens": before.tokens, "float_ppl": before.ppl,
-        "standard_error": before.standard_error, "calibrate_seconds": round(calibrated, 1), "rows": rows,
+        "model": Path(args.model).name,
+        "bits": args.bits,
+        "group_size": args.group_size,
+        "calibration_tokens": int(calib.size),
+        "scored_tokens": before.tokens,
+        "float_ppl": before.ppl,
+        "standard_error": before.standard_error,
+        "calibrate_seconds": round(calibrated, 1),
+        "rows": rows,
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-        "jax": jax.__version__, "device": str(jax.devices()[0]), "machine": platform.machine(),
+        "jax": jax.__version__,
+        "device": str(jax.devices()[0]),
+        "machine": platform.machine(),
     }
     print(json.dumps(result, indent=1))
     if args.out:

@@ -1,6 +1,6 @@
 """Calibrate once, keep the statistics on disk, and quantize to three settings from them.
 
-    python examples/calibrate_once.py SOURCE [CALIBRATION_FILE]
+python examples/calibrate_once.py SOURCE [CALIBRATION_FILE]
 """
 
 import sys
@@ -22,7 +22,9 @@ def main(source, stats_file=None, samples=16, eval_tokens=2048):
     params = model.params
     # Calibration text and evaluation text come from different ends of the same book.
     length = min(256, model.config.max_length)
-    text = data.load("default", model.tokenizer, samples=2 * samples, seq_len=length, vocab_size=model.config.vocab_size)
+    text = data.load(
+        "default", model.tokenizer, samples=2 * samples, seq_len=length, vocab_size=model.config.vocab_size
+    )
     calibration_tokens, held_out = text.tokens[:samples], text.tokens[samples:].reshape(-1)[:eval_tokens]
 
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,6 +1,6 @@
 """Quantize a checkpoint, save it in the layout vLLM and transformers read, load it, and chat.
 
-    python examples/checkpoint_chat.py SOURCE DESTINATION "What is the capital of France?"
+python examples/checkpoint_chat.py SOURCE DESTINATION "What is the capital of France?"
 """
 
 import sys

@@ -1,6 +1,6 @@
 """A Linen model of your own: train a little, quantize with three lines, serve packed.
 
-    python examples/linen_app.py
+python examples/linen_app.py
 """
 
 import flax.linen as nn

@@ -1,6 +1,6 @@
 """An NNX model of your own, quantized from raw batches and served packed under jit.
 
-    python examples/nnx_app.py
+python examples/nnx_app.py
 """
 
 import jax

@@ -62,7 +62,9 @@ def test_column_loss_is_the_mean_squared_output_error() -> None:
     x = correlated()
     delta = rng.normal(size=(K, N)).astype(np.float32)
     want = np.square(x.astype(np.float64) @ delta).mean(axis=0)
-    np.testing.assert_allclose(rounding.column_loss(jnp.asarray(delta), jnp.asarray(gram_of(x), jnp.float32)), want, rtol=1e-4)
+    np.testing.assert_allclose(
+        rounding.column_loss(jnp.asarray(delta), jnp.asarray(gram_of(x), jnp.float32)), want, rtol=1e-4
+    )
 
 
 def test_clip_search_finds_the_best_pair_of_the_grid() -> None:
@@ -132,7 +134,10 @@ def test_refit_is_the_least_squares_optimum() -> None:
         base = (np.asarray(codes)[:, n] - np.repeat(np.asarray(grid.zero)[:, n], G)).astype(np.float64)
         design = np.stack([np.where(np.arange(K) // G == g, base, 0.0) for g in range(K // G)], axis=1)
         best, *_ = np.linalg.lstsq(root @ design, root @ w[:, n].astype(np.float64), rcond=None)
-        loss = lambda s, d=design, n=n: np.square(root @ (d @ s - w[:, n])).sum()
+
+        def loss(s, d=design, n=n):
+            return np.square(root @ (d @ s - w[:, n])).sum()
+
         assert loss(np.asarray(got.scale)[:, n]) <= loss(np.asarray(grid.scale)[:, n])
         np.testing.assert_allclose(got.scale[:, n], best, rtol=2e-3)
 
@@ -151,7 +156,9 @@ def hard_weights() -> np.ndarray:
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("compensated", [False, True])
 @pytest.mark.parametrize("bits", [2, 4])
-def test_hard_inputs_are_finite_and_no_column_is_worse_than_nearest(bits: int, compensated: bool, symmetric: bool) -> None:
+def test_hard_inputs_are_finite_and_no_column_is_worse_than_nearest(
+    bits: int, compensated: bool, symmetric: bool
+) -> None:
     w = hard_weights()
     x = correlated()
     x[:, 7] = 0.0  # a dead channel

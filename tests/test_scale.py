@@ -107,7 +107,7 @@ def test_experts_choose_apart_unless_joined() -> None:
     w = tuple(jnp.stack([p[i] for p in probs]) for i in (1, 2))
     h = jnp.stack([jnp.asarray(gram_of(p[0]), jnp.float32) for p in probs])
     a = jnp.stack([p[3] for p in probs])
-    kw = dict(leaves=(LEAF, LEAF), n_grid=5, dtype="float16")
+    kw = {"leaves": (LEAF, LEAF), "n_grid": 5, "dtype": "float16"}
     apart = scale.search(w, h, a, None, joint=False, **kw)
     joint = scale.search(w, h, a, None, joint=True, **kw)
     for e in range(2):
