@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,8 @@ from awq_jax.moments import Moments, moments
 from awq_jax.plan import Group
 from awq_jax.qtensor import QuantizedTensor, split_shape
 from awq_jax.report import LayerReport
-from awq_jax.rounding import column_loss, quantize_dequantize
-from awq_jax.scale import search
+from awq_jax.rounding import column_loss, conditional_energy, quantize_dequantize
+from awq_jax.scale import Found, search
 from awq_jax.select import Target
 
 NO_TOKENS = "no finite activations were seen in calibration: rounded to nearest"
@@ -41,6 +41,12 @@ class GroupScale:
     scale: jax.Array | None
     ratio: float | None = None
     reason: str = ""
+
+
+class _SearchConfig(NamedTuple):
+    compensated: bool
+    n_grid: int
+    damping: float
 
 
 def find_scale(
@@ -78,7 +84,7 @@ def find_scale(
             instances.pad_channels(means.absmean[i], rows, 0.0),
             _padded_ties(group, rows),
             leaves=tuple(t.leaf for t in targets),
-            n_grid=config.n_grid,
+            config=_SearchConfig(config.method == "awq+gptq", config.n_grid, config.damping),
             joint=_ties_cross_experts(group),
             dtype=max((_scale_dtype(w, t.leaf) for w, t in zip(weights, targets, strict=True)), key=len),
         )
@@ -170,9 +176,23 @@ def _round_all(
     return jax.tree.map(lambda *xs: jnp.stack(xs), *parts)
 
 
-@functools.partial(jax.jit, static_argnames=("leaves", "n_grid", "joint", "dtype"))
-def _search(weights, gram, absmean, ties, *, leaves, n_grid, joint, dtype):
-    return search(weights, gram, absmean, ties, leaves=leaves, n_grid=n_grid, joint=joint, dtype=dtype)
+@functools.partial(jax.jit, static_argnames=("leaves", "config", "joint", "dtype"))
+def _search(
+    weights: tuple[jax.Array, ...],
+    gram: jax.Array,
+    absmean: jax.Array,
+    ties: jax.Array | None,
+    *,
+    leaves: tuple[LeafConfig, ...],
+    config: _SearchConfig,
+    joint: bool,
+    dtype: str,
+) -> Found:
+    magnitude = absmean
+    if config.compensated:
+        gram = jax.vmap(lambda h: conditional_energy(h, config.damping))(gram)
+        magnitude = jnp.sqrt(gram)
+    return search(weights, gram, magnitude, ties, leaves=leaves, n_grid=config.n_grid, joint=joint, dtype=dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("leaf", "method", "clip", "damping", "dtype"))

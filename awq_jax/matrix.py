@@ -13,6 +13,7 @@ from awq_jax.rounding import (
     clip_search,
     column_loss,
     compensate,
+    conditional_energy,
     decode,
     diagonal_blocks,
     encode,
@@ -103,7 +104,11 @@ def _best(
     best = judge(encode(wg, full, bits), full)
     start = full
     if clip:
-        start = clip_search(wg, diagonal_blocks(gram, leaf.group_size), bits, leaf.symmetric, dtype)
+        if compensated:
+            metric = conditional_energy(gram, damping).reshape(wg.shape[:2])
+        else:
+            metric = diagonal_blocks(gram, leaf.group_size)
+        start = clip_search(wg, metric, bits, leaf.symmetric, dtype)
         best = _better(best, judge(encode(wg, start, bits), start))
 
     def step(carry: tuple[_Candidate, Grid], _: None) -> tuple[tuple[_Candidate, Grid], None]:

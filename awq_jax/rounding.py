@@ -76,8 +76,26 @@ def quantize_dequantize(w: jax.Array, group: int, bits: int, symmetric: bool, dt
 
 
 def column_loss(delta: jax.Array, gram: jax.Array) -> jax.Array:
-    """``d_n^T gram d_n`` for every column of ``delta [K, N]``; never negative."""
-    return jnp.maximum((delta * (gram @ delta)).sum(axis=0), 0.0)
+    """``d_n^T gram d_n`` for every column of ``delta [K, N]``; never negative.
+
+    ``gram`` may be one energy per row, ``[K]``: a diagonal matrix.
+    """
+    spread = gram[:, None] * delta if gram.ndim == 1 else gram @ delta
+    return jnp.maximum((delta * spread).sum(axis=0), 0.0)
+
+
+def conditional_energy(gram: jax.Array, damping: float) -> jax.Array:
+    """What compensation cannot take away from each channel, ``[K]``.
+
+    With rows rounded in order of falling ``diag(gram)`` and every error spread over the rows still to
+    come, the squared output error is ``sum_k energy_k * e_k**2`` with e the rounding error of row k:
+    the energy is the variance of channel k given the channels rounded after it (the pivot of the
+    LDL factorisation), not the variance itself.
+    """
+    order = jnp.argsort(-jnp.diagonal(gram), stable=True)
+    u = inverse_factor(gram[order][:, order], damping)
+    energy = jnp.zeros_like(u[0]).at[order].set(1.0 / jnp.square(jnp.diagonal(u)))
+    return jnp.where(jnp.diagonal(gram) > 0, energy, 0.0)
 
 
 def diagonal_blocks(gram: jax.Array, group: int) -> jax.Array:
@@ -88,16 +106,17 @@ def diagonal_blocks(gram: jax.Array, group: int) -> jax.Array:
 
 
 def clip_search(
-    w: jax.Array, blocks: jax.Array, bits: int, symmetric: bool, dtype: str, steps: int = 10, floor: float = 0.5
+    w: jax.Array, metric: jax.Array, bits: int, symmetric: bool, dtype: str, steps: int = 10, floor: float = 0.5
 ) -> Grid:
     """Shrink each group's range so that its own squared output error is least.
 
     Paper section 3.2 ("clipping"), with upper and lower bound shrunk independently and the error
-    taken over the group's diagonal block of the Gram instead of sampled activations.
+    taken from second moments instead of sampled activations.
 
     Args:
       w: ``[G, g, N]``.
-      blocks: ``[G, g, g]``.
+      metric: what an error costs: the diagonal blocks of the Gram ``[G, g, g]``, or one energy per row
+        ``[G, g]`` (see `conditional_energy`).
       steps: factors tried per bound, evenly from 1 down to ``floor`` (exclusive).
     """
     low, high = range_of(w)
@@ -111,7 +130,8 @@ def clip_search(
     def loss_of(pair: jax.Array) -> tuple[Grid, jax.Array]:
         grid = make_grid(low * pair[0], high * pair[1], bits, symmetric, dtype)
         delta = decode(encode(w, grid, bits), grid) - w
-        return grid, (delta * jnp.einsum("Ghg,Ggn->Ghn", blocks, delta)).sum(axis=1)
+        spread = metric[:, :, None] * delta if metric.ndim == 2 else jnp.einsum("Ghg,Ggn->Ghn", metric, delta)
+        return grid, (delta * spread).sum(axis=1)
 
     def step(best: tuple[Grid, jax.Array], pair: jax.Array) -> tuple[tuple[Grid, jax.Array], None]:
         grid, loss = loss_of(pair)

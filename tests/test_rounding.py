@@ -123,6 +123,31 @@ def test_compensation_matches_a_plain_float64_loop(k: int) -> None:
     assert (np.asarray(got) == want).mean() > 0.995  # float32 may fall on the other side of a half
 
 
+def test_conditional_energy_predicts_the_error_that_compensation_leaves() -> None:
+    """Against the definition (variance given the rows that come later) and against compensation itself."""
+    h = gram_of(correlated())
+    damped = h + np.diag(0.01 * (np.diag(h) + 0.1 * np.diag(h).mean()))
+    order = np.argsort(-np.diag(h), kind="stable")
+    got = np.asarray(rounding.conditional_energy(jnp.asarray(h, jnp.float32), 0.01))
+    for place, k in enumerate(order):
+        later = order[place + 1 :]
+        cross = damped[np.ix_([k], later)]
+        want = (
+            damped[k, k] - (cross @ np.linalg.solve(damped[np.ix_(later, later)], cross.T)).item()
+            if len(later)
+            else damped[k, k]
+        )
+        np.testing.assert_allclose(got[k], want, rtol=2e-3)
+    w = np.random.default_rng(3).normal(size=(K, 400)).astype(np.float32)
+    low, high = rounding.range_of(jnp.asarray(w).reshape(-1, G, 400))
+    grid = rounding.make_grid(1.4 * low, 1.4 * high, 4, False, "float16")  # wide: nothing is clamped
+    codes = rounding.compensate(jnp.asarray(w), jnp.asarray(h, jnp.float32), grid, 4, 0.01)
+    delta = rounding.decode(codes.reshape(-1, G, 400), grid).reshape(K, 400) - w
+    left = float(rounding.column_loss(delta, jnp.asarray(h, jnp.float32)).mean())
+    step = np.square(np.repeat(np.asarray(grid.scale), G, 0)).mean(axis=1) / 12
+    assert 0.8 < left / (got * step).sum() < 1.2
+
+
 def test_refit_is_the_least_squares_optimum() -> None:
     w = rng.normal(size=(K, N)).astype(np.float32)
     h = gram_of(correlated())

@@ -1,5 +1,6 @@
 """The scale search against NumPy and against real activations."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -115,3 +116,13 @@ def test_experts_choose_apart_unless_joined() -> None:
         np.testing.assert_allclose(apart.scale[e], alone.scale[0], rtol=1e-6)
     assert float(joint.ratio[0]) == float(joint.ratio[1])
     assert float(joint.loss.sum()) <= float(joint.loss_rtn.sum())
+
+
+def test_a_diagonal_metric_is_the_full_one_without_correlations() -> None:
+    _, w1, _, a = problem()
+    energy = jnp.asarray(np.square(a))[None]
+    args = {"leaves": (LEAF,), "n_grid": 4, "joint": False, "dtype": "float16"}
+    full = scale.search((jnp.asarray(w1)[None],), jax.vmap(jnp.diag)(energy), jnp.asarray(a)[None], None, **args)
+    diagonal = scale.search((jnp.asarray(w1)[None],), energy, jnp.asarray(a)[None], None, **args)
+    np.testing.assert_allclose(diagonal.loss, full.loss, rtol=1e-5)
+    np.testing.assert_allclose(diagonal.scale, full.scale, rtol=1e-6)

@@ -1,0 +1,61 @@
+"""Quantize a checkpoint with AutoAWQ 0.2.9, for ``vs_autoawq.py``; runs in AutoAWQ's own environment.
+
+    python autoawq_driver.py MODEL_DIR TOKENS.json OUT_DIR --group-size 64 --dtype float32
+
+Imports nothing of awq_jax. One defect has to be worked around to get a usable result on a CPU: the scale
+search keeps ``{k: v.cpu() for k, v in module.state_dict().items()}`` to restore the weights after each
+trial ratio. On a GPU ``.cpu()`` copies; on a CPU it returns the live tensors, so the in-place scaling of
+the first trial also scales the "backup", and every later trial and the final weights are corrupt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from awq import AutoAWQForCausalLM
+from awq.quantize.quantizer import AwqQuantizer
+
+
+class SafeRestore(AwqQuantizer):
+    """The stock quantizer, with a backup of the weights that does not share their memory."""
+
+    def _compute_best_scale(
+        self, x: Any, w_mean: Any, x_mean: Any, module2inspect: torch.nn.Module, *rest: Any, **kw: Any
+    ) -> torch.Tensor:
+        copied = {name: tensor.clone() for name, tensor in module2inspect.state_dict().items()}
+        module2inspect.state_dict = lambda: copied  # the search asks once, before its first trial
+        try:
+            return super()._compute_best_scale(x, w_mean, x_mean, module2inspect, *rest, **kw)
+        finally:
+            del module2inspect.state_dict  # the class's own method again
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("tokens", type=Path, help="JSON list of lists of token ids, all of one length")
+    parser.add_argument("out")
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--dtype", default="float16", help="of the float weights and the search")
+    args = parser.parse_args()
+
+    rows = json.loads(args.tokens.read_text())
+    model = AutoAWQForCausalLM.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype), device_map="cpu")
+    model.quantize(
+        tokenizer=None,
+        quant_config={"zero_point": True, "q_group_size": args.group_size, "w_bit": args.bits, "version": "GEMM"},
+        calib_data=rows,
+        max_calib_samples=len(rows),
+        max_calib_seq_len=len(rows[0]),
+        quantizer_cls=SafeRestore,
+    )
+    model.save_quantized(args.out)
+
+
+if __name__ == "__main__":
+    main()
