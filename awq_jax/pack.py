@@ -49,11 +49,15 @@ def pack(codes: jax.Array, bits: int) -> jax.Array:
 def unpack(qweight: jax.Array, bits: int, rows: int) -> jax.Array:
     """Inverse of `pack`: uint32 ``[..., W, N]`` to uint8 codes ``[..., rows, N]``."""
     *lead, w, n = qweight.shape
+    mask = jnp.uint32(2**bits - 1)
+    if 32 % bits == 0:  # no code straddles words: one broadcast shift, which fuses with what follows
+        shifts = jnp.arange(0, 32, bits, dtype=jnp.uint32)[:, None]
+        codes = (qweight[..., :, None, :] >> shifts) & mask
+        return codes.astype(jnp.uint8).reshape(*lead, w * (32 // bits), n)[..., :rows, :]
     per, wide = _period(bits)
     blocks = -(-rows // per)
     q = jnp.pad(qweight, [(0, 0)] * len(lead) + [(0, blocks * wide - w), (0, 0)])
     q = q.reshape(*lead, blocks, wide, n)
-    mask = jnp.uint32(2**bits - 1)
     out = []
     for i in range(per):
         word, shift = divmod(i * bits, 32)
