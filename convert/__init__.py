@@ -1,0 +1,1 @@
+"""Checkpoint files: readers, writers and the mapping of names. Knows files and names only."""
