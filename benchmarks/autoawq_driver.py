@@ -1,6 +1,6 @@
 """Quantize a checkpoint with AutoAWQ 0.2.9, for ``vs_autoawq.py``; runs in AutoAWQ's own environment.
 
-    python autoawq_driver.py MODEL_DIR TOKENS.json OUT_DIR --group-size 64 --dtype float32
+    python autoawq_driver.py MODEL_DIR TOKENS.json OUT_DIR --group-size 64 --dtype bfloat16
 
 Imports nothing of awq_jax. One defect has to be worked around to get a usable result on a CPU: the scale
 search keeps ``{k: v.cpu() for k, v in module.state_dict().items()}`` to restore the weights after each
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("out")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=64)
-    parser.add_argument("--dtype", default="float16", help="of the float weights and the search")
+    parser.add_argument("--dtype", default="bfloat16", help="of the float weights and the search")
     args = parser.parse_args()
 
     rows = json.loads(args.tokens.read_text())
