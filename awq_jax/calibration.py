@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from awq_jax import _jaxpr
-from awq_jax.discovery import discover
+from awq_jax.discovery import discover, validate
 from awq_jax.errors import CalibrationError
 from awq_jax.plan import Group, Plan
 from awq_jax.verify import verify
@@ -102,9 +102,9 @@ class Calibration:
                     for g in plan.groups
                     if f"{g.name}:gram" in names
                 }
-        except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as e:
+                return cls(plan, stats, int(header["tokens"]))
+        except (SafetensorError, KeyError, TypeError, ValueError, OSError) as e:
             raise CalibrationError(f"{path} is not a complete calibration file ({e}): calibrate again") from None
-        return cls(plan, stats, int(header["tokens"]))
 
 
 def calibrate(
@@ -114,6 +114,7 @@ def calibrate(
     *,
     plan: Plan | None = None,
     include_head: bool = False,
+    check: Callable[[Plan], Any] | None = None,
     progress: bool = True,
 ) -> Calibration:
     """Stream ``batches`` through the model once and keep `Stats` of every scale group.
@@ -129,6 +130,7 @@ def calibrate(
         Batches of a different shape cost one more compilation.
       plan: scale groups; discovered from the model and verified on the first batch if absent.
       include_head: also keep statistics for the matmul that makes the model's output.
+      check: called with the plan before any batch is run; what it raises stops the calibration.
       progress: show a progress bar on stderr.
 
     Raises:
@@ -141,10 +143,13 @@ def calibrate(
     tokens = 0
     for batch in bar:
         args, kwargs = _arguments(batch)
-        if plan is None:
-            found = discover(apply_fn, params, *args, **kwargs)
-            plan = verify(found, apply_fn, params, *args, **kwargs)
         if step is None:
+            given = plan
+            plan = given or discover(apply_fn, params, *args, **kwargs)
+            validate(plan, params)
+            if check is not None:
+                check(plan)
+            plan = given or verify(plan, apply_fn, params, *args, **kwargs)
             step = jax.jit(_collector(apply_fn, plan, include_head))
             add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0)
         new = step(params, args, kwargs)

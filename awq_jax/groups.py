@@ -15,7 +15,6 @@ import numpy as np
 from awq_jax import fold, instances, pack
 from awq_jax.calibration import Stats
 from awq_jax.config import AwqConfig, LeafConfig
-from awq_jax.errors import CalibrationError
 from awq_jax.matrix import Rounded, round_matrix
 from awq_jax.moments import Moments, moments
 from awq_jax.plan import Group
@@ -57,18 +56,10 @@ def find_scale(
     Args:
       targets: the weights of the group that will be quantized (at least one).
       leaves: all float parameters by path.
-      stats: the group's calibration sums.
-
-    Raises:
-      CalibrationError: the method needs statistics and there are none for this group.
+      stats: the group's calibration sums; needed unless the method is ``"rtn"``.
     """
-    if config.method == "rtn":
+    if config.method == "rtn" or stats is None:
         return GroupScale(None)
-    if stats is None:
-        raise CalibrationError(
-            f"no statistics for {group.name}: calibrate with include_head=True if it is the model's output, "
-            "or with the plan in use"
-        )
     if not group.absorbers and not config.explicit_scale:
         return GroupScale(None, reason=group.reason or "no parameter can absorb the scale")
     means = moments(group, stats)
@@ -118,7 +109,9 @@ def round_group(
     for t in targets:
         by_leaf.setdefault(t.leaf, []).append(t)
     for leaf, alike in by_leaf.items():
-        weights = [instances.from_leaf(folded.leaf(t.site.path, leaves[t.site.path]), t, group) for t in alike]
+        # In float32: a scaled weight need not fit the leaf's own dtype, and codes are made of it anyway.
+        floats = [folded.leaf(t.site.path, jnp.asarray(leaves[t.site.path]).astype(jnp.float32)) for t in alike]
+        weights = [instances.from_leaf(w, t, group) for w, t in zip(floats, alike, strict=True)]
         whole = jnp.concatenate(weights, axis=-1)
         dtype = _scale_dtype(whole, leaf)
         parts = _round_all(whole, alike[0].rows, means, group, found, leaf, config, dtype)

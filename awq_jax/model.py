@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -205,6 +206,7 @@ class Model:
         *,
         samples: int = 128,
         seq_len: int = 512,
+        batch_size: int | None = None,
         seed: int = 0,
         progress: bool = True,
         **settings: Any,
@@ -215,6 +217,8 @@ class Model:
           calib: what `awq_jax.data.load` takes: a dataset's name, a file, texts or token ids.
           samples: calibration sequences.
           seq_len: tokens of each, at most the model's context.
+          batch_size: sequences per forward pass of the calibration; None takes as many as make about
+            2048 tokens. It changes memory and time, not the result (beyond the rounding of sums).
           seed: picks the calibration texts.
           progress: show progress bars on stderr.
           **settings: fields of `AwqConfig`. ``explicit_scale`` is False unless given, so that every
@@ -224,14 +228,25 @@ class Model:
           What was done, weight by weight.
 
         Raises:
-          ConfigError: on a bad setting.
+          ConfigError: on a bad setting, or if the model is quantized already.
+          ShapeError: listing the weights that the group size does not divide, before any work.
           CalibrationError: if the calibration data are empty or do not fit the model.
         """
-        from awq_jax import calibrate, data, quantize
+        from awq_jax import calibrate, data, discover, quantize
+        from awq_jax.select import select
+        from awq_jax.verify import verify
 
         config = AwqConfig(**({"explicit_scale": False} | settings))
+        if batch_size is not None and batch_size < 1:
+            raise ConfigError(f"batch_size must be at least 1, or None; got {batch_size}")
         if self._is_packed():
             raise ConfigError("the model is already quantized; load the float checkpoint")
+        clock = time.perf_counter
+        start = clock()
+        example = jax.ShapeDtypeStruct((1, min(8, self.config.max_length)), jnp.int32)
+        plan = discover(self.apply, self.params, example)
+        select(plan, config)  # what the settings cannot do is refused before the long work
+        planned = clock() - start
         text = data.load(
             calib,
             self.tokenizer,
@@ -243,10 +258,16 @@ class Model:
         tokens = np.asarray(text.tokens, np.int32)
         if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
             raise CalibrationError(f"calibration tokens lie outside the vocabulary of {self.config.vocab_size}")
-        rows = max(1, CALIBRATION_BATCH_TOKENS // tokens.shape[1])
+        rows = batch_size or max(1, CALIBRATION_BATCH_TOKENS // tokens.shape[1])
         batches = [tokens[i : i + rows] for i in range(0, len(tokens), rows)]
-        calibration = calibrate(self.apply, self.params, batches, include_head=config.quantize_head, progress=progress)
+        start = clock() - planned
+        plan = verify(plan, self.apply, self.params, batches[0])
+        calibration = calibrate(
+            self.apply, self.params, batches, plan=plan, include_head=config.quantize_head, progress=progress
+        )
+        calibrated = clock() - start
         self.params, report = quantize(self.params, calibration, config, progress=progress, return_report=True)
+        report.seconds["calibrate"] = calibrated
         self.settings = config
         return report
 

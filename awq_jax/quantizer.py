@@ -79,7 +79,14 @@ def quantize(
         if apply_fn is None:
             raise CalibrationError("raw batches need apply_fn=...; or pass the result of awq_jax.calibrate")
         _check_finite(params)
-        calib = calibrate(apply_fn, params, calib, include_head=config.quantize_head, progress=progress)
+        calib = calibrate(
+            apply_fn,
+            params,
+            calib,
+            include_head=config.quantize_head,
+            check=lambda plan: select(plan, config),
+            progress=progress,
+        )
     calibrated = time.perf_counter()
     plan: Plan = calib.plan
     validate(plan, params)
@@ -88,6 +95,12 @@ def quantize(
 
     leaves = paths.flatten(params)
     work = [(g, mine) for g in plan.groups if (mine := [targets[s.path] for s in g.sites if s.path in targets])]
+    absent = [g.name for g, _ in work if g.name not in calib.stats]
+    if absent and config.method != "rtn":
+        raise CalibrationError(
+            f"no statistics for {', '.join(absent)}: calibrate with include_head=True if it makes the model's output, "
+            "or with the plan in use"
+        )
     scales: dict[str, GroupScale] = {}
     packed: dict[str, QuantizedTensor] = {}
     rows: list[report.LayerReport] = []

@@ -151,11 +151,13 @@ def test_quantize_json_with_overrides_and_a_format_that_holds_them(checkpoint, t
     code, out, err = run(
         "quantize", checkpoint, tmp_path / "out", "--method", "rtn", "--bits", 3, "--group-size", 16, "--calib", text,
         "--override", "down_proj:bits=8,symmetric=true", "--skip", "o_proj", "--samples", 4, "--seq-len", 32, "--json",
-        "--report", tmp_path / "r.json", "--quiet",
+        "--batch-size", 3, "--report", tmp_path / "r.json", "--quiet",
     )  # fmt: skip
     assert code == 0, err
     got = json.loads(out)
     assert got["format"] == "awq-jax"
+    assert list(got["seconds"]) == ["text", "load", "calibrate", "search", "round", "save"]
+    assert got["seconds"]["calibrate"] > got["seconds"]["search"]  # nothing is searched when rounding to nearest
     bits = {r["path"].split("/")[-2]: (r["bits"], r["symmetric"]) for r in got["layers"]}
     assert bits["down_proj"] == (8, True)
     assert bits["q_proj"] == (3, False)

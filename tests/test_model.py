@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 
 import jax
 import numpy as np
@@ -108,12 +109,44 @@ def test_the_value_projection_absorbs_the_output_projections_scale():
         }
 
 
+def test_the_batch_size_does_not_change_the_statistics(checkpoint, quantized):
+    model = awq_jax.load(checkpoint[0])
+    calib = np.random.default_rng(1).integers(0, 256, (8, 16)).astype(np.int32)
+    report = model.quantize(calib, seq_len=16, group_size=32, batch_size=3, progress=False)
+    assert report.tokens == quantized[1].tokens
+    for a, b in zip(report.layers, quantized[1].layers, strict=True):
+        np.testing.assert_allclose(a.error_rtn, b.error_rtn, rtol=1e-3)
+    with pytest.raises(errors.ConfigError, match="batch_size must be at least 1"):
+        awq_jax.load(checkpoint[0]).quantize(calib, batch_size=0)
+
+
+def test_the_report_accounts_for_the_time_of_calibration(checkpoint):
+    model = awq_jax.load(checkpoint[0])
+    start = time.perf_counter()
+    report = model.quantize(TOKENS, seq_len=12, group_size=32, method="rtn", progress=False)
+    whole = time.perf_counter() - start
+    assert {"calibrate", "search", "round"} <= report.seconds.keys()
+    # Tracing, compiling and running the model: far more than handing finished statistics over.
+    assert 0.1 < report.seconds["calibrate"] < whole
+    assert 0.8 * whole < sum(report.seconds.values()) <= whole
+
+
+def test_settings_that_cannot_work_are_refused_before_any_text_is_read(checkpoint):
+    model = awq_jax.load(checkpoint[0])
+    with pytest.raises(errors.ShapeError, match=r"layers/0/mlp/down_proj/kernel: 96 rows, group size 64") as e:
+        model.quantize("no such file.txt", group_size=64, progress=False)
+    assert "layers/1/mlp/down_proj/kernel" in str(e.value)
+    with pytest.raises(errors.ConfigError, match="bits must be one of"):
+        model.quantize("no such file.txt", bits=5)
+    assert not any(map(is_quantized, paths.flatten(model.params).values()))
+
+
 def test_bad_input_is_refused_by_name(checkpoint, tmp_path):
     model = awq_jax.load(checkpoint[0])
     with pytest.raises(errors.ConfigError, match="dtype must be one of"):
         awq_jax.load(checkpoint[0], dtype="int8")
     with pytest.raises(errors.CalibrationError, match="outside the vocabulary"):
-        model.quantize(TOKENS + 280, seq_len=12, progress=False)
+        model.quantize(TOKENS + 280, seq_len=12, group_size=32, progress=False)
     with pytest.raises(errors.CheckpointError, match="exists"):
         model.save(checkpoint[0])
     with pytest.raises(errors.FormatError, match="'nope'"):

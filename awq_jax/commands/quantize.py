@@ -62,6 +62,8 @@ def add(subparsers: Any) -> None:
     c.add_argument(
         "--seq-len", type=common.positive, default=512, metavar="N", help="tokens each (default: %(default)s)"
     )
+    c.add_argument("--batch-size", type=common.positive, metavar="N",
+                   help="sequences per forward pass (default: about 2048 tokens)")  # fmt: skip
     c.add_argument("--seed", type=int, default=0, help="picks the excerpts (default: %(default)s)")
     o = p.add_argument_group("checkpoint")
     o.add_argument("--format", default="auto", choices=("auto", "gemm", "awq-jax"),
@@ -97,14 +99,12 @@ def run(args: argparse.Namespace) -> None:
     loaded = model.load(args.src, args.dtype)
     ready = clock()
     chosen = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    report = loaded.quantize(calib, progress=not args.quiet, **chosen)
+    report = loaded.quantize(calib, batch_size=args.batch_size, progress=not args.quiet, **chosen)
     quantized = clock()
     written = loaded.save(args.dst, format=args.format, overwrite=args.overwrite)
     saved = clock()
-    phases = {name: s for name, s in report.seconds.items() if name != "calibrate"}
-    calibrated = quantized - ready - sum(phases.values())  # what the call did besides
-    seconds = {"text": read - start, "load": ready - read, "calibrate": calibrated, **phases}
-    report = dataclasses.replace(report, seconds=seconds | {"save": saved - quantized})
+    seconds = {"text": read - start, "load": ready - read, **report.seconds, "save": saved - quantized}
+    report = dataclasses.replace(report, seconds=seconds)
     if args.report:
         write_report(report, args.report, f"{args.src}, {config.bits} bits")
     if args.json:
