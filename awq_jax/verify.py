@@ -63,7 +63,7 @@ def verify(
     def moved(some: list[Group]) -> float:
         names = {g.name for g in some}
         after = run(params, {n: random[n] if n in names else ones[n] for n in ones}, arrays)
-        return max((_distance(a, b) for a, b in zip(before, after, strict=True)), default=0.0)
+        return max((float(_distance(a, b)) for a, b in zip(before, after, strict=True)), default=0.0)
 
     bad = _culprits(groups, moved, tol)
     return dataclasses.replace(
@@ -88,15 +88,17 @@ def _rounding(groups: list[Group], params: Any) -> float:
     return max((16 * float(jnp.finfo(d).eps) for d in dtypes), default=0.0)
 
 
-def _distance(a: jax.Array, b: jax.Array) -> float:
-    """Largest difference relative to the largest finite value of ``a``; inf if NaNs moved."""
-    if a.size == 0:
-        return 0.0
-    x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    finite = np.isfinite(x)
-    if not finite.any() or (finite != np.isfinite(y)).any():
-        return float("inf")
-    return float(np.abs(x[finite] - y[finite]).max() / max(np.abs(x[finite]).max(), 1e-30))
+@jax.jit
+def _distance(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Largest difference relative to the largest finite value of ``a``; inf if NaNs moved.
+
+    Compiled: logits are large, and nothing of their size is kept besides them.
+    """
+    finite = jnp.isfinite(a)
+    wide = jnp.promote_types(a.dtype, jnp.float32)
+    moved = jnp.where(finite, jnp.abs(a.astype(wide) - b.astype(wide)), 0).max(initial=0)
+    size = jnp.where(finite, jnp.abs(a.astype(wide)), 0).max(initial=1e-30)
+    return jnp.where((finite == jnp.isfinite(b)).all() & (finite.any() | (a.size == 0)), moved / size, jnp.inf)
 
 
 def _culprits(groups: list[Group], moved: Callable[[list[Group]], float], tol: float) -> dict[str, float]:
