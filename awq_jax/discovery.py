@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from awq_jax import absorb, paths
+from awq_jax import absorb, labels, paths
 from awq_jax._graph import Val
 from awq_jax._scope import Node, Scope, flatten
 from awq_jax._trace import SAME_SHAPE, Program, trace
@@ -54,7 +55,7 @@ def discover(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> 
 
     shared: dict[Any, list[tuple[Scope, Node]]] = {}
     for path, uses in by_path.items():
-        roots = {(scope, _root(scope, node.x)) for scope, node in uses}
+        roots = {(scope, *_activation(scope, node)) for scope, node in uses}
         key = (*roots.pop(), _extent(program, uses[0][1])) if len(roots) == 1 else path
         shared.setdefault(key, []).extend(uses)
     behind = _flows_into_matmul(top)
@@ -100,13 +101,36 @@ def _plain(reader: str) -> str:
     }.get(reader, reader)
 
 
+def _activation(scope: Scope, node: Node) -> tuple[Val, bytes]:
+    """The value a site reads, and which of its elements meets which row of the weight.
+
+    Sites share statistics only if both are the same: the same value contracted over other axes, or
+    over the same axes in another order, has a Gram of its own.
+    """
+    v, lab, ties = node.x, absorb.site_labels(node), labels.Ties(0)
+    with contextlib.suppress(labels.Blocked):
+        while (source := _source(scope, v)) is not None:
+            made, k = scope.made_by[v]
+            _, lab = next(iter(labels.back(made, k, lab, ties)))
+            v = source
+    for axis in range(lab.ndim):
+        if (lab == lab.take([0], axis=axis)).all():
+            lab = lab.take([0], axis=axis)
+    return v, repr(lab.shape).encode() + lab.tobytes()
+
+
+def _source(scope: Scope, v: Val) -> Val | None:
+    """What ``v`` is a rearranged copy of; None if it is computed."""
+    node, _ = scope.made_by.get(v, (None, 0))
+    if node is None or node.name not in VIEWS or len(node.vals()) != 1 or len(node.outs) != 1:
+        return None
+    return node.vals()[0]
+
+
 def _root(scope: Scope, v: Val) -> Val:
     """The value an activation is a rearranged copy of."""
-    while v in scope.made_by:
-        node, _ = scope.made_by[v]
-        if node.name not in VIEWS or len(node.vals()) != 1 or len(node.outs) != 1:
-            break
-        v = node.vals()[0]
+    while (source := _source(scope, v)) is not None:
+        v = source
     return v
 
 

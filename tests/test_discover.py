@@ -167,6 +167,26 @@ def test_weight_read_by_two_inputs_has_a_group_of_its_own() -> None:
     assert "the matmul with w" in group_of(plan, "q").reason
 
 
+def test_one_activation_contracted_in_two_ways_makes_two_groups() -> None:
+    def fn(p: Any, x: jax.Array) -> jax.Array:
+        x = jnp.tanh(x)
+        a = jnp.einsum("thd,hdn->tn", x, p["a"]) + x.reshape(5, 16) @ p["same"]
+        return a + jnp.einsum("thd,dhn->tn", x, p["other_order"]) + jnp.einsum("thd,hn->tn", x @ p["heads"], p["o"])
+
+    shapes = spec(a=(4, 4, 8), same=(16, 8), other_order=(4, 4, 8), heads=(4, 4), o=(4, 8))
+    plan = discover(fn, shapes, jax.ShapeDtypeStruct((5, 4, 4), jnp.float32))
+    together = [{s.path for s in g.sites} for g in plan.groups]
+    assert {"a", "same"} in together
+    assert {"other_order"} in together
+
+    def mixer(p: Any, x: jax.Array) -> jax.Array:
+        return ((x := jnp.tanh(x)) @ p["channels"]) * (x.T @ p["tokens"]) @ p["o"]
+
+    shapes = spec(channels=(8, 8), tokens=(8, 8), o=(8, 8))
+    plan = discover(mixer, shapes, jax.ShapeDtypeStruct((8, 8), jnp.float32))
+    assert [[s.path for s in g.sites] for g in plan.groups] == [["channels"], ["tokens"], ["o"]]
+
+
 def test_unusable_weights_are_named() -> None:
     def fn(p: Any, x: jax.Array, ids: jax.Array) -> jax.Array:
         y = jax.nn.one_hot(ids, 6) @ p["embed"] + x @ p["stack"][0] + x @ p["stack"][1]
