@@ -64,10 +64,12 @@ class Calibration:
         """Statistics over the tokens of both.
 
         Raises:
-          CalibrationError: if the plans differ.
+          CalibrationError: if the plans differ, or only one has statistics of the model's output.
         """
         if self.plan.to_dict() != other.plan.to_dict():
             raise CalibrationError("cannot add calibrations of different plans: recalibrate both with the same plan")
+        if uneven := sorted(self.stats.keys() ^ other.stats.keys()):
+            raise CalibrationError(f"only one of two calibrations has statistics of {uneven[0]}: use one include_head")
         stats = {k: jax.tree.map(lambda a, b: a + b, v, other.stats[k]) for k, v in self.stats.items()}
         return Calibration(self.plan, stats, self.tokens + other.tokens)
 
@@ -75,7 +77,7 @@ class Calibration:
         """Write one safetensors file (statistics as float32, the plan as JSON in its metadata)."""
         path = Path(path)
         tensors = {
-            f"{name}:{f.name}": np.ascontiguousarray(getattr(s, f.name))
+            f"{name}:{f.name}": np.asarray(getattr(s, f.name), order="C")
             for name, s in self.stats.items()
             for f in dataclasses.fields(Stats)
         }
@@ -169,7 +171,7 @@ def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """Rows of the first array: ``[B, T]`` integer tokens, or ``[..., K]`` float features."""
-    for x in (*args, *kwargs.values()):
+    for x in jax.tree.leaves([*args, *kwargs.values()]):
         if hasattr(x, "shape") and len(x.shape):
             dims = x.shape if np.issubdtype(x.dtype, np.integer) else x.shape[:-1]
             return int(np.prod(dims))

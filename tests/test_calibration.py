@@ -92,7 +92,9 @@ def test_tuples_are_arguments_and_dicts_keyword_arguments() -> None:
     assert_sums(one.stats["down"], mlp_inputs(p, x + shift)["down"])
     two = whole(fn, p, [{"x": x, "shift": shift, "gain": jnp.float32(2.0)}])
     assert_sums(two.stats["down"], mlp_inputs(p, 2 * x + shift)["down"])
+    nested = whole(lambda p, inputs: fn(p, inputs["x"], inputs["shift"]), p, [({"shift": shift[None], "x": x},)])
     assert one.tokens == two.tokens == 9
+    assert nested.tokens > 0
 
 
 def test_integer_tokens_are_counted_whole() -> None:
@@ -197,6 +199,10 @@ def test_sums_of_different_plans_are_refused(calibration) -> None:
     other = whole(lambda p, x: mlp(p, x) ** 2, weights() | {"down": draw(F, N + 1)}, [draw(4, K)])
     with pytest.raises(CalibrationError, match="different plans"):
         _ = calibration + other
+    headless = whole(mlp, weights(), [draw(4, K)], plan=calibration.plan, include_head=False)
+    for a, b in ((calibration, headless), (headless, calibration)):
+        with pytest.raises(CalibrationError, match="include_head"):
+            _ = a + b
 
 
 def test_save_and_load_are_bitwise(calibration, tmp_path) -> None:
@@ -207,6 +213,7 @@ def test_save_and_load_are_bitwise(calibration, tmp_path) -> None:
     assert again.stats.keys() == calibration.stats.keys()
     for name, stats in calibration.stats.items():
         jax.tree.map(np.testing.assert_array_equal, again.stats[name], stats)
+        assert jax.tree.map(np.shape, again.stats[name]) == jax.tree.map(np.shape, stats)
     assert [f.name for f in tmp_path.iterdir()] == ["c.safetensors"]
     merged = again + calibration
     np.testing.assert_array_equal(merged.stats["up"].gram, 2 * np.asarray(calibration.stats["up"].gram))
