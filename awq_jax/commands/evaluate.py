@@ -28,7 +28,7 @@ def add(subparsers: Any) -> None:
     )
     p.add_argument("dir", metavar="DIR", help="checkpoint directory, .gguf file or hub id")
     p.add_argument("--text", required=True, metavar="FILE", help=".txt, .jsonl or .parquet, or 'default'")
-    p.add_argument("--against", metavar="DIR", help="also print KL(this model || DIR's model is the reference)")
+    p.add_argument("--against", metavar="DIR", help="also print KL(DIR's model || this model)")
     p.add_argument("--context", type=common.positive, help="tokens per window (default: 512, or the model's maximum)")
     p.add_argument("--stride", type=common.positive, help="tokens between windows (default: the context)")
     p.add_argument("--max-tokens", type=common.positive, metavar="N", help="score at most N tokens")
