@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -77,7 +77,7 @@ def find_scale(
             leaves=tuple(t.leaf for t in targets),
             config=_SearchConfig(config.method == "awq+gptq", config.n_grid, config.damping),
             joint=_ties_cross_experts(group),
-            dtype=max((_scale_dtype(w, t.leaf) for w, t in zip(weights, targets, strict=True)), key=len),
+            dtype=_widest(_scale_dtype(w, t.leaf) for w, t in zip(weights, targets, strict=True)),
         )
         for i in range(math.prod(group.scan))
     ]
@@ -267,6 +267,10 @@ def _scale_dtype(w: jax.Array, leaf: LeafConfig) -> str:
     """float16, which every runtime reads, unless the weights are too large or too small for it."""
     largest = float(jnp.abs(w).max()) * 2 / (2**leaf.bits - 1)
     return "float16" if largest == 0 or 2.0**-14 <= largest < 3e4 else "float32"
+
+
+def _widest(dtypes: Iterable[str]) -> str:
+    return "float32" if "float32" in dtypes else "float16"
 
 
 def _ties_cross_experts(group: Group) -> bool:
