@@ -85,6 +85,8 @@ def load(
     """
     if samples < 1 or seq_len < 1:
         raise CalibrationError(f"samples and seq_len must be at least 1; got {samples} and {seq_len}")
+    if seed < 0:
+        raise CalibrationError(f"seed must be 0 or more; got {seed}")
     if isinstance(source, CalibrationSet):
         check_tokens(source.tokens, vocab_size, "the calibration set")
         return source

@@ -214,6 +214,7 @@ def bad(checkpoint, tmp_path, **replace):
         ({"override": "down_proj=8"}, "not of the form"),
         ({"override": "down_proj:colour=8"}, "colour"),
         ({"bits": 3, "format": "gemm"}, "format gemm holds 4-bit"),
+        ({"seed": -1}, "seed must be 0 or more"),
         ({"calib": "nonsense"}, "unknown calibration source"),
         ({"calib": "no/such.txt"}, "no/such.txt does not exist"),
         ({"src": "no/such/model"}, "no/such/model"),
@@ -230,6 +231,16 @@ def test_bad_input_is_one_typed_line_before_any_work(checkpoint, tmp_path, repla
     assert "calibrate" not in err
     assert out == ""
     assert not (tmp_path / "out").exists()
+
+
+def test_overwriting_what_is_no_checkpoint_is_refused_before_any_work(checkpoint, tmp_path):
+    (tmp_path / "notes.txt").write_text("precious")
+    arguments = ("--calib", "default", "--group-size", 16, "--overwrite")
+    code, _, err = run("quantize", checkpoint, tmp_path, *arguments)
+    assert code == 2
+    assert "is not a checkpoint directory" in err
+    assert "calibrate" not in err
+    assert (tmp_path / "notes.txt").read_text() == "precious"
 
 
 def test_unknown_architecture_is_refused(tmp_path, checkpoint):

@@ -72,13 +72,16 @@ def as_options(message: str) -> str:
 
 
 def check_new_directory(path: Path, overwrite: bool) -> None:
-    """Refuse a destination that exists, or that cannot be created.
+    """Refuse a destination that exists (with ``overwrite``: one that is no checkpoint), or cannot be created.
 
     Raises:
       CheckpointError: naming the path and the remedy.
     """
     if path.exists() and not overwrite:
         raise CheckpointError(f"{path} exists; choose another directory or pass --overwrite")
+    from awq_jax.convert.shards import refuse_existing
+
+    refuse_existing(path.expanduser().absolute(), overwrite)
     parent = existing_parent(path)
     if not parent.is_dir():
         raise CheckpointError(f"cannot create {path}: {parent} is not a directory")
