@@ -17,7 +17,7 @@ from awq_jax.calibration import Stats
 from awq_jax.config import AwqConfig, LeafConfig
 from awq_jax.matrix import Rounded, round_matrix
 from awq_jax.moments import Moments, moments
-from awq_jax.plan import Group
+from awq_jax.plan import Group, Plan
 from awq_jax.qtensor import QuantizedTensor, split_shape
 from awq_jax.report import LayerReport
 from awq_jax.rounding import column_loss, conditional_energy, quantize_dequantize
@@ -84,8 +84,10 @@ def find_scale(
     ratios = np.concatenate([np.asarray(f.ratio) for f in found])
     if np.isnan(ratios).all():
         return GroupScale(None, reason="; ".join(filter(None, ("no scale beat plain rounding", means.note))))
-    scale = jnp.stack([f.scale[:, : group.channels] for f in found])
-    return GroupScale(scale.reshape(*group.scan, *group.batch, group.channels), float(np.nanmean(ratios)), means.note)
+    scale = jnp.stack([f.scale[:, : group.channels] for f in found]).reshape(*group.scan, *group.batch, group.channels)
+    if over := _overflows(group, targets, leaves, scale):
+        return GroupScale(None, reason=f"the scale does not fit into {over}")
+    return GroupScale(scale, float(np.nanmean(ratios)), means.note)
 
 
 def round_group(
@@ -267,6 +269,17 @@ def _scale_dtype(w: jax.Array, leaf: LeafConfig) -> str:
     """float16, which every runtime reads, unless the weights are too large or too small for it."""
     largest = float(jnp.abs(w).max()) * 2 / (2**leaf.bits - 1)
     return "float16" if largest == 0 or 2.0**-14 <= largest < 3e4 else "float32"
+
+
+def _overflows(group: Group, targets: list[Target], leaves: Mapping[str, Any], scale: jax.Array) -> str:
+    """What stays float and would become infinite in its own dtype, "" if nothing."""
+    if not group.absorbers:
+        return ""
+    folder = fold.Folder(Plan((group,)), {group.name: scale})
+    touched = dict.fromkeys([a.path for a in group.absorbers] + [s.path for s in group.sites])
+    stays = [path for path in touched if path not in {t.site.path for t in targets}]
+    over = (p for p in stays if not bool(jnp.isfinite(folder.leaf(p, leaves[p])).all()))
+    return next((f"{p} ({leaves[p].dtype})" for p in over), "")
 
 
 def _widest(dtypes: Iterable[str]) -> str:

@@ -376,6 +376,26 @@ def test_activations_that_overflow_in_half_precision_are_left_out_and_named() ->
         assert 0 < row.error < row.error_rtn
 
 
+def test_a_scale_that_overflows_what_absorbs_it_is_not_used() -> None:
+    rng = np.random.default_rng(0)
+    params = {
+        "g": jnp.full(32, 20, jnp.float16),
+        "a": jnp.asarray(rng.normal(size=(32, 32)) * 0.05, jnp.float16),
+        "b": jnp.asarray(rng.normal(size=(32, 32)), jnp.float16),
+    }
+    x = rng.normal(size=(200, 32))
+    x[:, :4] *= 1e-7
+    x[:, 4] *= 300
+
+    def fn(p, x):
+        return jax.nn.relu((x * p["g"]) @ p["a"]) @ p["b"]
+
+    calib = awq_jax.calibrate(fn, params, [jnp.asarray(x, jnp.float16)], progress=False)
+    packed, report = awq_jax.quantize(params, calib, group_size=32, method="awq", progress=False, return_report=True)
+    assert [r.reason for r in report.layers] == ["the scale does not fit into g (float16)"]
+    np.testing.assert_array_equal(packed["g"], params["g"])
+
+
 def test_statistics_without_a_finite_token_fall_back_to_nearest() -> None:
     p = block_params()
     calib = calibrate(block, p, [np.full((5, D), np.nan, np.float32)], include_head=True, progress=False)
