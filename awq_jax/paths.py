@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from awq_jax.errors import PlanError
 from awq_jax.qtensor import is_quantized
 
 
@@ -31,9 +32,19 @@ def path_str(path: tuple[Any, ...]) -> str:
 
 
 def flatten(params: Any) -> dict[str, Any]:
-    """``{path: leaf}`` in tree order; a `QuantizedTensor` counts as one leaf."""
+    """``{path: leaf}`` in tree order; a `QuantizedTensor` counts as one leaf.
+
+    Raises:
+      PlanError: two leaves have the same path, such as those of ``{"a/b": x, "a": {"b": y}}``.
+    """
     leaves, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)
-    return {path_str(p): leaf for p, leaf in leaves}
+    out: dict[str, Any] = {}
+    for p, leaf in leaves:
+        path = path_str(p)
+        if path in out:
+            raise PlanError(f"two parameters have the path {path}: rename one of them")
+        out[path] = leaf
+    return out
 
 
 def map_with_path(f: Callable[[str, Any], Any], params: Any) -> Any:

@@ -15,6 +15,7 @@ from flax import nnx, serialization
 from quant_helpers import assert_bitwise, random_packed
 
 from awq_jax import paths
+from awq_jax.errors import PlanError
 from awq_jax.nnx import Linear
 from awq_jax.qtensor import QuantizedTensor, is_quantized
 
@@ -51,6 +52,11 @@ def test_tree_map_and_flatten(params, state):
         shapes = {p: x.shape for p, x in paths.flatten(abstract).items()}
         assert shapes == {p: x.shape for p, x in paths.flatten(tree).items()}
     assert params["params"]["asymmetric"]["kernel"].shape == (40, 5)
+
+
+def test_two_leaves_of_one_path_are_refused():
+    with pytest.raises(PlanError, match="two parameters have the path a/b"):
+        paths.flatten({"a/b": jnp.ones(2), "a": {"b": jnp.ones(3)}})
 
 
 def test_settings_are_part_of_the_structure(params):
