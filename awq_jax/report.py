@@ -18,7 +18,8 @@ class LayerReport:
       bytes_before, bytes_after: size as float and packed.
       error_rtn: squared output error of plain rounding over the squared output, both expected
         over the calibration tokens; None without statistics.
-      error: the same of what was stored.
+      error: the same of what was stored. In both, a column that absorbs another group's scale counts
+        with the weight that scale gives it.
       ratio: the exponent chosen in the scale search; None where the scale is 1.
       clipped: share of (group, column) pairs whose range was shrunk.
       scale: ``"folded"``, ``"explicit"`` (kept beside the weight) or ``"none"``.
