@@ -132,7 +132,7 @@ class _Walk:
             self.absorb(v, lab, offset)
             return
         node, k = self.scope.made_by[v]
-        if offset and node.name not in labels.HOMOGENEOUS | {"reshape", "transpose", "squeeze", "broadcast_in_dim"}:
+        if offset and node.name not in labels.SAME_SHAPE | {"reshape", "transpose", "squeeze", "broadcast_in_dim"}:
             raise Blocked("an offset is added to a value that is not a plain parameter")
         if node.bodies:
             raise Blocked(f"it is the result of a {node.name}, not of one matmul")

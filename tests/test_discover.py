@@ -110,6 +110,15 @@ def test_offset_of_norms_stored_less_one() -> None:
     assert [a.offset for a in group_of(plan, "params/down/kernel").absorbers] == [0.0, 0.0]
 
 
+def test_an_offset_does_not_cross_a_sign() -> None:
+    def fn(p: Any, x: jax.Array) -> jax.Array:
+        return (jnp.tanh(x) * (1 + (-p["n"]))) @ p["b"]
+
+    plan = discover(fn, spec(n=(8,), b=(8, 8)), jax.ShapeDtypeStruct((4, 8), jnp.float32))
+    assert group_of(plan, "b").absorbers == ()
+    assert "offset" in group_of(plan, "b").reason
+
+
 def test_head_is_the_last_matmul_only() -> None:
     assert [s.path for _, s in plan_of("linen_unrolled").sites() if s.head] == ["params/head/kernel"]
     assert [s.path for _, s in plan_of("moe_einsum").sites() if s.head] == ["head"]
