@@ -139,6 +139,8 @@ def calibrate(
       CalibrationError: no batches, or every batch is empty.
       PlanError: ``plan`` does not describe ``params``.
     """
+    if isinstance(batches, str | Mapping):
+        raise CalibrationError(f"batches is a {type(batches).__name__}: pass a list of batches, [batch] if it is one")
     bar = tqdm(batches, desc="calibrate", unit="batch", disable=not progress)
     stats: dict[str, Stats] | None = None
     step: Callable[..., Any] | None = None

@@ -236,7 +236,7 @@ class Model:
         from awq_jax.select import select
         from awq_jax.verify import verify
 
-        config = AwqConfig(**({"explicit_scale": False} | settings))
+        config = AwqConfig.from_dict({"explicit_scale": False} | settings)
         if batch_size is not None and batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, or None; got {batch_size}")
         if self._is_packed():

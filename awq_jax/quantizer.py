@@ -67,7 +67,7 @@ def quantize(
     """
     if config is not None and settings:
         raise ConfigError("pass either an AwqConfig or settings, not both")
-    config = config or AwqConfig(**settings)
+    config = config or AwqConfig.from_dict(settings)
     started = time.perf_counter()
     if isinstance(calib, Plan):
         if config.method != "rtn":

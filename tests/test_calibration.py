@@ -274,6 +274,12 @@ def test_an_empty_set_is_refused(batches) -> None:
         whole(mlp, weights(), batches)
 
 
+@pytest.mark.parametrize("batches", ["pileval", {"x": draw(4, K)}])
+def test_a_single_batch_or_a_name_is_not_a_list_of_batches(batches) -> None:
+    with pytest.raises(CalibrationError, match="pass a list of batches"):
+        calibrate(mlp, weights(), batches, progress=False)
+
+
 def test_a_check_of_the_plan_stops_before_any_batch_is_run() -> None:
     def refuse(plan):
         raise PlanError(plan.groups[0].name)
