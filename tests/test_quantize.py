@@ -599,7 +599,7 @@ def test_bad_calls_are_refused() -> None:
         awq_jax.quantize(p, [], apply_fn=block, group_size=16, progress=False)
     with pytest.raises(ConfigError, match="not both"):
         awq_jax.quantize(p, calib, AwqConfig(), bits=3)
-    with pytest.raises(ConfigError, match="unknown settings.*groupsize"):
+    with pytest.raises(ConfigError, match=r"unknown settings.*groupsize"):
         awq_jax.quantize(p, calib, groupsize=16)
     packed = awq_jax.quantize(p, calib, method="rtn", group_size=16, progress=False)
     with pytest.raises(WeightError, match="up is quantized already"):
