@@ -115,6 +115,7 @@ def calibrate(
     batches: Iterable[Any],
     *,
     plan: Plan | None = None,
+    verified: bool = False,
     include_head: bool = False,
     check: Callable[[Plan], Any] | None = None,
     progress: bool = True,
@@ -130,7 +131,9 @@ def calibrate(
       params: parameter pytree, float leaves.
       batches: iterable of an array (one argument), a tuple (arguments) or a dict (keyword arguments).
         Batches of a different shape cost one more compilation.
-      plan: scale groups; discovered from the model and verified on the first batch if absent.
+      plan: scale groups, e.g. edited by hand; discovered from the model if absent. Either is proven on the
+        first batch (`awq_jax.verify.verify`): a group that moves the output loses its absorbers.
+      verified: ``plan`` has been proven already.
       include_head: also keep statistics for the matmul that makes the model's output.
       check: called with the plan before any batch is run; what it raises stops the calibration.
       progress: show a progress bar on stderr.
@@ -148,12 +151,12 @@ def calibrate(
     for batch in bar:
         args, kwargs = _arguments(batch)
         if step is None:
-            given = plan
-            plan = given or discover(apply_fn, params, *args, **kwargs)
+            plan = plan or discover(apply_fn, params, *args, **kwargs)
             validate(plan, params)
             if check is not None:
                 check(plan)
-            plan = given or verify(plan, apply_fn, params, *args, **kwargs)
+            if not verified:
+                plan = verify(plan, apply_fn, params, *args, **kwargs)
             step = jax.jit(_collector(apply_fn, plan, include_head))
             add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0)
         new = step(params, args, kwargs)
@@ -182,7 +185,7 @@ def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
 
 def _collector(apply_fn: Callable[..., Any], plan: Plan, include_head: bool) -> Callable[..., dict[str, Stats]]:
     """A jit-able ``(params, args, kwargs) -> {group: Stats}``; unused model outputs are dead code."""
-    first = {g.name: g for g in plan.groups if include_head or not all(s.head for s in g.sites)}
+    first = {g.sites[0].path: g for g in plan.groups if include_head or not all(s.head for s in g.sites)}
 
     def run(params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Stats]:
         program = _jaxpr.trace(apply_fn, params, *args, **kwargs)
@@ -197,8 +200,9 @@ def _collector(apply_fn: Callable[..., Any], plan: Plan, include_head: bool) -> 
         out: dict[str, Stats] = {}
         for use in program.uses:
             if use.path in first:
+                name = first[use.path].name
                 one = _fit(tapped[use.index], use, first[use.path])
-                out[use.path] = jax.tree.map(jnp.add, out[use.path], one) if use.path in out else one
+                out[name] = jax.tree.map(jnp.add, out[name], one) if name in out else one
         return out
 
     return run

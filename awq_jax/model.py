@@ -263,7 +263,13 @@ class Model:
         start = clock() - planned
         plan = verify(plan, self.apply, self.params, batches[0][:1, :64])  # a short probe: logits are large
         calibration = calibrate(
-            self.apply, self.params, batches, plan=plan, include_head=config.quantize_head, progress=progress
+            self.apply,
+            self.params,
+            batches,
+            plan=plan,
+            verified=True,
+            include_head=config.quantize_head,
+            progress=progress,
         )
         calibrated = clock() - start
         self.params, report = quantize(self.params, calibration, config, progress=progress, return_report=True)

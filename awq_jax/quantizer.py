@@ -91,6 +91,9 @@ def quantize(
     plan: Plan = calib.plan
     validate(plan, params)
     targets, skipped = select(plan, config)
+    if not targets:
+        why = "; ".join(f"{path}: {reason}" for path, reason in skipped.items()) or "the model has no matmul"
+        raise ConfigError(f"nothing would be quantized: {why}")
     _check_finite(params)
 
     leaves = paths.flatten(params)

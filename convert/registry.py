@@ -162,6 +162,9 @@ def write_checkpoint(
     encoder = _encoder(format, settings)
     target = Path(os.path.abspath(Path(dst).expanduser()))
     refuse_existing(target, overwrite)
+    source = getattr(extra, "directory", None)
+    if source is not None and Path(source).resolve() == target.resolve():
+        raise CheckpointError(f"{target} is where the weights come from; choose another target")
     if isinstance(tensors, list | tuple) and (why := unfit(format, tensors)):
         raise FormatError(why)  # before anything is written
     floats: dict[str, int] = {}

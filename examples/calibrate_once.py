@@ -11,13 +11,13 @@ import awq_jax
 from awq_jax import data, evaluate
 
 SETTINGS = {
-    "4-bit": {"bits": 4, "group_size": 32},
-    "3-bit": {"bits": 3, "group_size": 32},
-    "mixed": {"bits": 3, "group_size": 32, "overrides": {r"down_proj": {"bits": 4}}},
+    "4-bit": {"bits": 4},
+    "3-bit": {"bits": 3},
+    "mixed": {"bits": 3, "overrides": {r"down_proj": {"bits": 4}}},
 }
 
 
-def main(source, stats_file=None, samples=16, eval_tokens=2048):
+def main(source, stats_file=None, samples=16, eval_tokens=2048, group_size=32):
     model = awq_jax.load(source)
     params = model.params
     # Calibration text and evaluation text come from different ends of the same book.
@@ -34,7 +34,7 @@ def main(source, stats_file=None, samples=16, eval_tokens=2048):
         calib = awq_jax.Calibration.load(path)
         rows = {"float": evaluate.perplexity(model, held_out, context=length).nll}
         for name, settings in SETTINGS.items():
-            model.params = awq_jax.quantize(params, calib, **settings)
+            model.params = awq_jax.quantize(params, calib, group_size=group_size, **settings)
             rows[name] = evaluate.perplexity(model, held_out, context=length).nll
     for name, nll in rows.items():
         print(f"{name:8s} nll {nll:.4f}")

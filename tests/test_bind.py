@@ -131,7 +131,8 @@ def raw(model):
 OLD_XLA = pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="XLA:CPU of jax 0.10 ignores the barrier")
 
 
-@pytest.mark.parametrize("rows", [1, pytest.param(100, marks=OLD_XLA)])
+@OLD_XLA
+@pytest.mark.parametrize("rows", [1, 100])
 def test_unrolled_layers_are_not_all_dequantized_at_once(rows):
     layers = [{"kernel": jnp.zeros((128, 128))} for _ in range(8)]
 

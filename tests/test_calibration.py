@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import jax
@@ -316,3 +317,20 @@ def test_statistics_do_not_grow_with_the_number_of_batches(calibration) -> None:
 
     assert sizes(eight) == sizes(calibration)
     assert sum(a.nbytes for a in jax.tree.leaves(dict(eight.stats))) == 4 * (K * K + K + F * F + F + 2 * 2)
+
+
+def test_a_plan_edited_by_hand_is_proven_before_it_is_used() -> None:
+    batch = draw(4, 5, K)
+    found = whole(mlp, weights(), [batch]).plan
+    group = found.groups[0]
+    assert group.absorbers
+    renamed = dataclasses.replace(group, name="first")
+    kept = whole(mlp, weights(), [batch], plan=dataclasses.replace(found, groups=(renamed, *found.groups[1:])))
+    assert kept.plan.groups[0].absorbers
+    assert_sums(kept.stats["first"], mlp_inputs(weights(), batch)["up"])
+
+    wrong = dataclasses.replace(group.absorbers[0], index=np.roll(group.absorbers[0].index, 1))
+    shifted = dataclasses.replace(found, groups=(dataclasses.replace(group, absorbers=(wrong,)), *found.groups[1:]))
+    refused = whole(mlp, weights(), [batch], plan=shifted).plan.groups[0]
+    assert not refused.absorbers
+    assert "moved the output" in refused.reason

@@ -243,6 +243,15 @@ def test_overwriting_what_is_no_checkpoint_is_refused_before_any_work(checkpoint
     assert (tmp_path / "notes.txt").read_text() == "precious"
 
 
+def test_the_source_is_not_overwritten_by_the_result(checkpoint):
+    before = {f.name: f.read_bytes() for f in checkpoint.iterdir()}
+    arguments = ("--calib", "default", "--group-size", 16, "--overwrite")
+    code, _, err = run("quantize", checkpoint, checkpoint, *arguments)
+    assert code == 2
+    assert "is the source" in err
+    assert {f.name: f.read_bytes() for f in checkpoint.iterdir()} == before
+
+
 def test_unknown_architecture_is_refused(tmp_path, checkpoint):
     source = tmp_path / "src"
     source.mkdir()

@@ -16,7 +16,7 @@ from awq_jax.config import AwqConfig
 from awq_jax.convert import registry
 from awq_jax.convert.source import Source
 from awq_jax.discovery import discover
-from awq_jax.errors import ConfigError, FormatError
+from awq_jax.errors import CheckpointError, ConfigError, FormatError
 from awq_jax.models import params as model_params
 from awq_jax.plan import Plan
 
@@ -37,6 +37,8 @@ def check(src: str, dst: Path, config: AwqConfig, format: str) -> tuple[Source, 
       FormatError: if ``format`` is gemm and the outputs of a weight are not a multiple of 8.
     """
     source = registry.open_source(src)
+    if Path(src).expanduser().resolve() == dst.expanduser().resolve():
+        raise CheckpointError(f"{dst} is the source; choose another target")
     architecture = models.config_from_hf(source.config)
     if source.format not in FLOAT_FORMATS:
         raise ConfigError(f"{src} is quantized already ({source.format}); give the float checkpoint")
