@@ -41,7 +41,7 @@ def measured(command: list[str]) -> dict[str, Any]:
     print("+", " ".join(command), file=sys.stderr, flush=True)
     # A persistent compilation cache would hide what the first run costs.
     env = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
-    # Torch's threads spin while they wait; on a shared machine that alone was 7x the CPU seconds.
+    # By default torch's threads spin while they wait: on a busy machine two took 7x the CPU seconds of one.
     env["OMP_WAIT_POLICY"] = "PASSIVE"
     load = os.getloadavg()[0]
     start = time.perf_counter()
