@@ -1,11 +1,14 @@
 import json
+import shutil
 import subprocess
 import sys
 import time
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
+import awq_jax
 from awq_jax import cli
 from awq_jax.commands import common, preflight
 from awq_jax.commands import quantize as quantize_command
@@ -241,6 +244,21 @@ def test_overwriting_what_is_no_checkpoint_is_refused_before_any_work(checkpoint
     assert "is not a checkpoint directory" in err
     assert "calibrate" not in err
     assert (tmp_path / "notes.txt").read_text() == "precious"
+
+
+def test_a_format_that_turns_out_too_small_does_not_lose_the_work(checkpoint, tmp_path):
+    source, out = tmp_path / "src", tmp_path / "out"
+    shutil.copytree(checkpoint, source)
+    weights = load_file(source / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj.weight"
+    weights[name] = weights[name] * np.float32(1e8)  # its scales do not fit into float16
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    arguments = ("--calib", "default", "--samples", 1, "--seq-len", 16, "--group-size", 16, "--method", "rtn")
+    code, _, err = run("quantize", source, out, *arguments, "--format", "gemm")
+    assert code == 2
+    assert name in err
+    assert "Nothing is lost" in err
+    assert awq_jax.load(out).source.format == "awq-jax"
 
 
 def test_the_source_is_not_overwritten_by_the_result(checkpoint):

@@ -101,7 +101,11 @@ def run(args: argparse.Namespace) -> None:
     chosen = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     report = loaded.quantize(calib, batch_size=args.batch_size, progress=not args.quiet, **chosen)
     quantized = clock()
-    written = loaded.save(args.dst, format=args.format, overwrite=args.overwrite)
+    try:
+        written = loaded.save(args.dst, format=args.format, overwrite=args.overwrite)
+    except FormatError as e:
+        loaded.save(args.dst, format="awq-jax", overwrite=args.overwrite)
+        raise FormatError(f"{e}. Nothing is lost: the result is in {args.dst}, in the format awq-jax") from None
     saved = clock()
     seconds = {"text": read - start, "load": ready - read, **report.seconds, "save": saved - quantized}
     report = dataclasses.replace(report, seconds=seconds)
