@@ -12,11 +12,14 @@ import jax.numpy as jnp
 from awq_jax import pack
 from awq_jax.errors import ShapeError
 
+# Files are read into NumPy arrays, models hold JAX arrays; typed as the one that both can stand for.
+Array = Any
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QuantizedTensor:
-    """A groupwise quantized weight, ``w = (q - zero) * scale`` (a pytree node).
+    """A groupwise quantized weight, ``w = (q - zero) * scale`` or ``q * scale + offset`` (a pytree node).
 
     The leaf it replaces is seen as ``[*B, K, N]``: batch axes (scanned layers, experts), the
     contracted axes flattened, the output axes flattened. ``Kp`` is K rounded up to a multiple of
@@ -25,7 +28,8 @@ class QuantizedTensor:
     Attributes:
       qweight: uint32 ``[*B, ceil(Kp*bits/32), N]``, LSB-first along K (see `awq_jax.pack`).
       scales: float ``[*B, Kp/g, N]``.
-      zeros: uint8 ``[*B, Kp/g, N]``, or None if symmetric (zero point ``2**(bits-1)``).
+      zeros: uint8 ``[*B, Kp/g, N]``, or None if symmetric (zero point ``2**(bits-1)``) or if there
+        are ``offsets``.
       inv_scale: float ``[*B, K]`` or None: the activation is multiplied by it before the matmul.
       bits: bits per code.
       group_size: rows per scale, already resolved (never -1).
@@ -34,22 +38,28 @@ class QuantizedTensor:
       k_dims: sizes of the ``k`` axes, in order.
       n_dims: sizes of the ``n`` axes, in order.
       dtype: name of the dtype the weight dequantizes to.
+      offsets: float ``[*B, Kp/g, N]`` or None: ``w = q * scale + offset``, the form of MLX, GGUF's Q4_1
+        and AutoAWQ's gemv_fast, where the zero point need not be a whole number.
+      perm: int32 ``[*B, K]`` or None: packed row ``r`` belongs to input channel ``perm[r]`` (GPTQ's
+        act-order; groups are contiguous in packed rows).
 
     Slicing or stacking every array along leading batch axes (``jax.lax.scan``, ``vmap``,
     ``jax.tree.map(lambda a: a[i], q)``) gives a valid QuantizedTensor of the slice, as long as the
     axes removed are the first ``b`` axes of ``axes``.
     """
 
-    qweight: jax.Array
-    scales: jax.Array
-    zeros: jax.Array | None
-    inv_scale: jax.Array | None
+    qweight: Array
+    scales: Array
+    zeros: Array | None
+    inv_scale: Array | None
     bits: int = dataclasses.field(metadata={"static": True})
     group_size: int = dataclasses.field(metadata={"static": True})
     axes: str = dataclasses.field(metadata={"static": True})
     k_dims: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     n_dims: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     dtype: str = dataclasses.field(metadata={"static": True})
+    offsets: Array | None = None
+    perm: Array | None = None
 
     @property
     def k(self) -> int:
@@ -88,7 +98,7 @@ class QuantizedTensor:
 
     @property
     def symmetric(self) -> bool:
-        return self.zeros is None
+        return self.zeros is None and self.offsets is None
 
     @property
     def nbytes(self) -> int:
@@ -104,22 +114,28 @@ class QuantizedTensor:
         return pack.unpack(self.qweight, self.bits, self.scales.shape[-2] * self.group_size)
 
     def dequantize_canonical(self, dtype: Any = None) -> jax.Array:
-        """``(q - zero) * scale`` as ``[*B, K, N]``, *without* ``inv_scale``.
+        """The weight as packed, ``[*B, K, N]``: *without* ``inv_scale``, rows in packed order.
 
         Args:
-          dtype: dtype of the result (default: ``self.dtype``). The product is taken in float32.
+          dtype: dtype of the result (default: ``self.dtype``). The arithmetic is done in float32.
         """
         codes = self.codes().astype(jnp.float32)
         *lead, kp, n = codes.shape
         g = self.group_size
         codes = codes.reshape(*lead, kp // g, g, n)
-        zeros = 2.0 ** (self.bits - 1) if self.zeros is None else self.zeros.astype(jnp.float32)[..., None, :]
-        w = (codes - zeros) * self.scales.astype(jnp.float32)[..., None, :]
+        scales = self.scales.astype(jnp.float32)[..., None, :]
+        if self.offsets is not None:
+            w = codes * scales + self.offsets.astype(jnp.float32)[..., None, :]
+        else:
+            zeros = 2.0 ** (self.bits - 1) if self.zeros is None else self.zeros.astype(jnp.float32)[..., None, :]
+            w = (codes - zeros) * scales
         return w.reshape(*lead, kp, n)[..., : self.k, :].astype(dtype or self.dtype)
 
     def dequantize(self, dtype: Any = None) -> jax.Array:
-        """The float leaf this stands for, ``inv_scale`` applied to its rows."""
+        """The float leaf this stands for: rows in the order of the inputs, ``inv_scale`` applied."""
         w = self.dequantize_canonical(jnp.float32)
+        if self.perm is not None:
+            w = jnp.take_along_axis(w, jnp.argsort(self.perm, axis=-1)[..., None], axis=-2)
         if self.inv_scale is not None:
             w = w * self.inv_scale.astype(jnp.float32)[..., :, None]
         return self.canonical_to_leaf(w).astype(dtype or self.dtype)

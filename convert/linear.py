@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
+
 from awq_jax.qtensor import QuantizedTensor
 
 FLOATS = ("float16", "bfloat16", "float32")
@@ -20,6 +22,8 @@ def build(
     n: int,
     dtype: str,
     inv_scale: Any = None,
+    offsets: Any = None,
+    perm: Any = None,
 ) -> QuantizedTensor:
     """A linear in PyTorch's orientation (``axes="nk"``); arrays as `QuantizedTensor` describes them."""
     return QuantizedTensor(
@@ -33,7 +37,14 @@ def build(
         k_dims=(k,),
         n_dims=(n,),
         dtype=dtype,
+        offsets=offsets,
+        perm=perm,
     )
+
+
+def is_permutation(perm: np.ndarray) -> bool:
+    """Whether the last axis of ``perm`` holds each of ``0 … K-1`` once."""
+    return bool((np.sort(perm, axis=-1) == np.arange(perm.shape[-1])).all())
 
 
 def as_linear(q: QuantizedTensor) -> QuantizedTensor:

@@ -1,7 +1,8 @@
 """The library's own layout, ``awq-jax``: everything a `QuantizedTensor` can be, stored as it is in memory.
 
 A packed weight ``w`` becomes ``w.qweight`` (uint32, LSB first along K), ``w.scales``, and where present
-``w.zeros`` (uint8) and ``w.inv_scale``, all in one file. What the arrays do not say (bits, group size,
+``w.zeros`` (uint8), ``w.offsets``, ``w.perm`` (int32) and
+``w.inv_scale``, all in one file. What the arrays do not say (bits, group size,
 sizes, axes, dtype) is JSON under the key ``awq-jax:w`` of that file's header metadata.
 ``config.json`` has ``quantization_config: {"quant_method": "awq-jax", "format_version": 1, "settings"}``.
 """
@@ -10,23 +11,24 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from awq_jax import pack
-from awq_jax.config import BITS, AwqConfig
 from awq_jax.convert import linear
-from awq_jax.convert.source import DirectorySource
+from awq_jax.convert.format import BaseEncoder, Format, Record, quant_method
+from awq_jax.convert.source import DirectorySource, Info, Packed
 from awq_jax.errors import CheckpointError, FormatError, WeightError
 from awq_jax.qtensor import QuantizedTensor
 
 METHOD = "awq-jax"
 VERSION = 1
 KEY = "awq-jax:"
-FIELDS = ("bits", "group_size", "axes", "k_dims", "n_dims", "dtype", "zeros", "inv_scale")
+OPTIONAL = ("zeros", "offsets", "perm", "inv_scale")
+FIELDS = ("bits", "group_size", "axes", "k_dims", "n_dims", "dtype", *OPTIONAL)
 
 
 class NativeSource(DirectorySource):
@@ -63,9 +65,11 @@ class NativeSource(DirectorySource):
             info = json.loads(text)
         except (ValueError, RecursionError) as e:
             raise CheckpointError(f"{where} is not JSON; download the checkpoint again") from e
+        if isinstance(info, dict):
+            info = {"offsets": False, "perm": False} | info  # the first files had neither
         if not isinstance(info, dict) or set(info) != set(FIELDS) or not _sane(info):
             raise CheckpointError(f"{where} is incomplete or out of range; download the checkpoint again")
-        absent = [f"{name}.{p}" for p in ("zeros", "inv_scale") if not info[p]]
+        absent = [f"{name}.{p}" for p in OPTIONAL if not info[p]]
         for other in (name, *absent):
             if other in self.files.entries:
                 raise CheckpointError(f"{where} says there is no {other!r}, but it is stored; download it again")
@@ -77,6 +81,8 @@ class NativeSource(DirectorySource):
             "qweight": ((*batch, pack.words(groups * info["group_size"], info["bits"]), n), ("uint32",)),
             "scales": ((*batch, groups, n), linear.FLOATS),
             "zeros": ((*batch, groups, n), ("uint8",)),
+            "offsets": ((*batch, groups, n), linear.FLOATS),
+            "perm": ((*batch, k), ("int32",)),
             "inv_scale": ((*batch, k), linear.FLOATS),
         }
         for part in _parts(name, info):
@@ -91,12 +97,17 @@ class NativeSource(DirectorySource):
     def names(self) -> list[str]:
         return list(self._names)
 
-    def shape(self, name: str) -> tuple[int, ...]:
+    def info(self, name: str) -> Info:
         if name not in self.packed:
-            return super().shape(name)
-        info = self.packed[name]
-        sizes = {"b": iter(info["batch"]), "k": iter(info["k_dims"]), "n": iter(info["n_dims"])}
-        return tuple(next(sizes[a]) for a in info["axes"])
+            return super().info(name)
+        known = self.packed[name]
+        sizes = {"b": iter(known["batch"]), "k": iter(known["k_dims"]), "n": iter(known["n_dims"])}
+        shape = tuple(next(sizes[a]) for a in known["axes"])
+        nbytes = sum(self.files.entry(p).nbytes for p in _parts(name, known))
+        symmetric = not known["zeros"] and not known["offsets"]
+        scales = self.files.entry(f"{name}.scales").dtype.name
+        packed = Packed(known["bits"], known["group_size"], symmetric, scales, known["offsets"], known["perm"])
+        return Info(shape, known["dtype"], nbytes, packed)
 
     def read(self, name: str) -> np.ndarray | QuantizedTensor:
         if name not in self.packed:
@@ -104,13 +115,17 @@ class NativeSource(DirectorySource):
         info = self.packed[name]
         arrays = {p.removeprefix(f"{name}."): self.files.read(p) for p in _parts(name, info)}
         for part, array in arrays.items():
-            if part in ("scales", "inv_scale") and not np.isfinite(array).all():
+            if part in ("scales", "offsets", "inv_scale") and not np.isfinite(array).all():
                 raise WeightError(f"{name}.{part} of {self.directory} holds NaN or inf; download it again")
+        if "perm" in arrays and not linear.is_permutation(arrays["perm"]):
+            raise CheckpointError(f"{name}.perm of {self.directory} is not a permutation; download it again")
         return QuantizedTensor(
             qweight=arrays["qweight"],
             scales=arrays["scales"],
             zeros=arrays.get("zeros"),
             inv_scale=arrays.get("inv_scale"),
+            offsets=arrays.get("offsets"),
+            perm=arrays.get("perm"),
             bits=info["bits"],
             group_size=info["group_size"],
             axes=info["axes"],
@@ -120,14 +135,12 @@ class NativeSource(DirectorySource):
         )
 
 
-class NativeEncoder:
-    """Writer; see `awq_jax.convert.registry.Encoder`."""
+class NativeEncoder(BaseEncoder):
+    """Writer; see `awq_jax.convert.format.Encoder`."""
 
-    def __init__(self, settings: AwqConfig | None = None) -> None:
-        self._settings = settings
-
-    def accept(self, name: str, value: np.ndarray | QuantizedTensor) -> None:
-        """Nothing to refuse or to note: it holds everything."""
+    def fit(self, name: str, q: QuantizedTensor) -> QuantizedTensor | None:
+        """``q``: everything fits."""
+        return q
 
     def encode(self, name: str, q: QuantizedTensor) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         """Arrays to store and the header metadata that describes them."""
@@ -138,20 +151,19 @@ class NativeEncoder:
             "k_dims": list(q.k_dims),
             "n_dims": list(q.n_dims),
             "dtype": str(q.dtype),
-            "zeros": q.zeros is not None,
-            "inv_scale": q.inv_scale is not None,
+            **{part: getattr(q, part) is not None for part in OPTIONAL},
         }
         arrays = {part: np.asarray(getattr(q, part.removeprefix(f"{name}."))) for part in _parts(name, info)}
         return arrays, {KEY + name: json.dumps(info)}
 
-    def config(self) -> dict[str, Any]:
+    def config(self, records: Sequence[Record]) -> dict[str, Any]:
         """The ``quantization_config`` that `NativeSource` looks for."""
-        settings = None if self._settings is None else self._settings.to_dict()
-        return {"quant_method": METHOD, "format_version": VERSION, "settings": settings}
+        settings = None if self.target.settings is None else self.target.settings.to_dict()
+        return {"quantization_config": {"quant_method": METHOD, "format_version": VERSION, "settings": settings}}
 
 
 def _parts(name: str, info: Mapping[str, Any]) -> list[str]:
-    optional = [p for p in ("zeros", "inv_scale") if info[p]]
+    optional = [p for p in OPTIONAL if info[p]]
     return [f"{name}.{p}" for p in ("qweight", "scales", *optional)]
 
 
@@ -161,8 +173,8 @@ def _sane(info: Mapping[str, Any]) -> bool:
 
     axes = info["axes"]
     return (
-        info["bits"] in BITS
-        and type(info["bits"]) is int
+        type(info["bits"]) is int
+        and 2 <= info["bits"] <= 8
         and type(info["group_size"]) is int
         and 0 < info["group_size"] < 2**40
         and sizes(info["k_dims"])
@@ -172,5 +184,16 @@ def _sane(info: Mapping[str, Any]) -> bool:
         and axes.count("k") == len(info["k_dims"])
         and axes.count("n") == len(info["n_dims"])
         and info["dtype"] in linear.FLOATS
-        and all(isinstance(info[f], bool) for f in ("zeros", "inv_scale"))
+        and all(isinstance(info[f], bool) for f in OPTIONAL)
+        and not (info["zeros"] and info["offsets"])
     )
+
+
+FORMAT = Format(
+    name=METHOD,
+    title="awq_jax's own: as in memory",
+    holds="everything awq_jax has: 2 to 8 bits, explicit scales, stacks, padding, act-order, offsets",
+    matches=lambda config, names: quant_method(config) == METHOD,
+    reader=NativeSource,
+    encoder=NativeEncoder,
+)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import abc
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from awq_jax.convert.safetensors_io import SafetensorsDir, read_json
-from awq_jax.errors import CheckpointError
+from awq_jax.convert.linear import FLOATS
+from awq_jax.convert.safetensors_io import Entry, SafetensorsDir, read_json
+from awq_jax.errors import CheckpointError, WeightError
 from awq_jax.qtensor import QuantizedTensor
 
 # Besides weights and config.json, what makes a checkpoint directory usable. Never code, never pickles.
@@ -27,11 +31,47 @@ COMPANIONS = (
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """What a checkpoint's header says of a packed weight.
+
+    Attributes:
+      bits, group_size: as in `QuantizedTensor`.
+      symmetric: no zero points are stored (or all are the middle of the range).
+      scale_dtype: dtype of the scales as stored.
+      offsets, act_order: it has float offsets; its rows are permuted.
+    """
+
+    bits: int
+    group_size: int
+    symmetric: bool
+    scale_dtype: str
+    offsets: bool = False
+    act_order: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Info:
+    """What is known of a tensor without reading it.
+
+    Attributes:
+      shape: in PyTorch's orientation.
+      dtype: name of the dtype of a float tensor; of a packed one, the dtype it dequantizes to.
+      nbytes: bytes it occupies in the file.
+      packed: how it is quantized, or None if it is float.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+    packed: Packed | None = None
+
+
 class Source(Protocol):
     """A checkpoint opened for reading; tensors are read when asked for.
 
     Attributes:
-      format: ``"hf"``, ``"gguf"``, ``"awq-gemm"`` or ``"awq-jax"``.
+      format: name in `awq_jax.convert.registry.FORMATS`, or ``"hf"`` for float ones.
       config: content of ``config.json`` (synthesised for GGUF).
       generation_config: content of ``generation_config.json``, or ``{}``.
     """
@@ -46,11 +86,14 @@ class Source(Protocol):
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape in PyTorch's orientation (a linear is ``[out, in]``)."""
 
+    def info(self, name: str) -> Info:
+        """What the headers say of a tensor."""
+
     def read(self, name: str) -> np.ndarray | QuantizedTensor:
         """The tensor, in host memory.
 
-        A packed linear is a `QuantizedTensor` of NumPy arrays with ``axes="nk"``. AutoAWQ's layout
-        does not say what dtype a weight stands for, so it is ``"float32"`` there: exact.
+        A packed linear is a `QuantizedTensor` of NumPy arrays with ``axes="nk"``. Where a layout does
+        not say what dtype a weight stands for, it is ``"float32"``: exact.
 
         Raises:
           CheckpointError: if it is absent or damaged.
@@ -79,7 +122,11 @@ class DirectorySource:
         return self.files.names()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self.files.entry(name).shape
+        return self.info(name).shape
+
+    def info(self, name: str) -> Info:
+        entry = self.files.entry(name)
+        return Info(entry.shape, entry.dtype.name, entry.nbytes)
 
     def read(self, name: str) -> np.ndarray | QuantizedTensor:
         return self.files.read(name)
@@ -91,6 +138,77 @@ class DirectorySource:
 
     def companions(self) -> list[Path]:
         return [p for p in (self.directory / name for name in COMPANIONS) if p.is_file()]
+
+
+class PackedSource(DirectorySource):
+    """What the directory formats share that keep a packed linear as several tensors of one module.
+
+    A subclass says which tensors make a module (``required``, the first of them being the mark of a
+    packed module, and ``optional``), checks their shapes and dtypes (`describe`) and decodes them.
+
+    Raises:
+      CheckpointError: if a module's tensors are incomplete.
+    """
+
+    required: ClassVar[tuple[str, ...]]
+    optional: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, directory: Path, config: dict[str, Any]) -> None:
+        super().__init__(directory, config)
+        stored = set(self.files.names())
+        mark = f".{self.required[0]}"
+        self.packed: dict[str, tuple[str, Info]] = {}  # <module>.weight -> module, what it is
+        parts: set[str] = set()
+        for module in sorted(n.removesuffix(mark) for n in stored if n.endswith(mark)):
+            name = f"{module}.weight"
+            missing = [p for p in self.required if f"{module}.{p}" not in stored]
+            if missing or (name in stored and "weight" not in self.required):
+                problem = f"lacks {module}.{missing[0]}" if missing else f"holds both {name} and {module}{mark}"
+                raise CheckpointError(f"{directory} {problem}; download the checkpoint again")
+            present = [p for p in (*self.required, *self.optional) if f"{module}.{p}" in stored]
+            entries = {p: self.files.entry(f"{module}.{p}") for p in present}
+            shape, packed = self.describe(module, entries)
+            self.packed[name] = module, Info(shape, "float32", sum(e.nbytes for e in entries.values()), packed)
+            parts.update(f"{module}.{p}" for p in present)
+        self._names = sorted((stored - parts) | set(self.packed))
+
+    @abc.abstractmethod
+    def describe(self, module: str, entries: Mapping[str, Entry]) -> tuple[tuple[int, int], Packed]:
+        """``([N, K], how it is packed)`` from the headers of a module's tensors.
+
+        Raises:
+          CheckpointError: if shapes or dtypes do not fit each other, naming the tensor.
+        """
+
+    @abc.abstractmethod
+    def decode(self, arrays: Mapping[str, np.ndarray], shape: tuple[int, int], packed: Packed) -> QuantizedTensor:
+        """The canonical weight (see `awq_jax.convert.linear.build`) from a module's tensors.
+
+        Raises:
+          CheckpointError: if a value makes no sense (the caller adds the module's name).
+        """
+
+    def names(self) -> list[str]:
+        return list(self._names)
+
+    def info(self, name: str) -> Info:
+        return self.packed[name][1] if name in self.packed else super().info(name)
+
+    def read(self, name: str) -> np.ndarray | QuantizedTensor:
+        if name not in self.packed:
+            return super().read(name)
+        module, info = self.packed[name]
+        stored = self.files.entries
+        present = [p for p in (*self.required, *self.optional) if f"{module}.{p}" in stored]
+        arrays = {p: self.files.read(f"{module}.{p}") for p in present}
+        for part, array in arrays.items():
+            if array.dtype.name in FLOATS and not np.isfinite(array).all():
+                raise WeightError(f"{module}.{part} of {self.directory} holds NaN or inf; download it again")
+        assert info.packed is not None
+        try:
+            return self.decode(arrays, (info.shape[0], info.shape[1]), info.packed)
+        except CheckpointError as e:
+            raise CheckpointError(f"{self.directory}: {module}: {e}") from e
 
 
 def read_config(directory: Path) -> dict[str, Any]:

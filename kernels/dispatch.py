@@ -40,7 +40,7 @@ class Backend:
       name: what ``impl=`` calls it.
       obstacle: why it cannot serve a request, or None if it can.
       describe: which form it would use for a request, and why.
-      run: ``(x [*B, m, K], request, out_dtype) -> [*B, m, N]``, without ``inv_scale``.
+      run: ``(x [*B, m, K], request, out_dtype) -> [*B, m, N]``, without ``inv_scale`` and ``perm``.
     """
 
     name: str
@@ -103,6 +103,9 @@ def matmul(x: jax.Array, q: QuantizedTensor, *, impl: str = "auto", preferred_el
     if q.inv_scale is not None:
         inv = q.inv_scale.reshape(*batch, *[1] * (x.ndim - len(batch) - 1), q.k)
         x = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) * inv).astype(x.dtype)
+    if q.perm is not None:
+        perm = q.perm.reshape(*batch, *[1] * (x.ndim - len(batch) - 1), q.k)
+        x = jnp.take_along_axis(x, perm, axis=-1) if batch else x[..., q.perm]
     y = _pick(request, impl).run(x.reshape(*batch, request.m, q.k), request, out_dtype)
     return y.reshape(*x.shape[:-1], q.n)
 

@@ -28,7 +28,7 @@ def form(m: int, platform: str) -> tuple[str, str]:
 
 
 def matmul(x: jax.Array, q: QuantizedTensor, out_dtype: Any, platform: str) -> jax.Array:
-    """``x [*B, m, K] @ q [*B, K, N]`` in the form that suits; ``inv_scale`` is not applied here."""
+    """``x [*B, m, K] @ q [*B, K, N]`` in the form that suits; ``inv_scale`` and ``perm`` are not applied here."""
     run = grouped if form(x.shape[-2], platform)[0] == "grouped" else dequantize
     return run(x, q, out_dtype)
 
@@ -52,7 +52,8 @@ def dequantize(x: jax.Array, q: QuantizedTensor, out_dtype: Any) -> jax.Array:
 def grouped(x: jax.Array, q: QuantizedTensor, out_dtype: Any) -> jax.Array:
     """One small dot per group with signed integer codes; scales and zero points are applied after.
 
-    ``y = Σ_g s_g (x_g · c_g − (Σ x_g) (z_g − h))`` with ``c = q − h``, ``h = 2**(bits-1)``: codes
+    ``y = Σ_g s_g (x_g · c_g − (Σ x_g) (z_g − h))`` with ``c = q − h``, ``h = 2**(bits-1)`` (an offset
+    ``o_g`` instead of a zero point adds ``(Σ x_g) (h s_g + o_g)``): codes
     are exact in bfloat16, so nothing but the sums is rounded, and XLA on CUDA converts the codes
     inside the dot's operand load instead of writing the dequantized weight to memory.
 
@@ -72,10 +73,13 @@ def grouped(x: jax.Array, q: QuantizedTensor, out_dtype: Any) -> jax.Array:
     xg = jnp.moveaxis(x.reshape(*lead, rows, groups, g), -2, -3)
     c = _signed_codes(q).reshape(*lead, groups, g, q.n).astype(x.dtype)
     y = _batched_dot(xg, c)
+    scales, half, sums = q.scales.astype(acc)[..., :, None, :], 2 ** (q.bits - 1), xg.sum(-1, dtype=acc)[..., None]
     if q.zeros is not None:
-        shift = q.zeros.astype(acc) - 2 ** (q.bits - 1)
-        y = y - xg.sum(-1, dtype=acc)[..., None] * shift[..., :, None, :]
-    y = (y * q.scales.astype(acc)[..., :, None, :]).sum(-3)
+        y = y - sums * (q.zeros.astype(acc) - half)[..., :, None, :]
+    y = y * scales
+    if q.offsets is not None:
+        y = y + sums * (half * scales + q.offsets.astype(acc)[..., :, None, :])
+    y = y.sum(-3)
     return y[..., :m, :].astype(out_dtype)
 
 
@@ -83,7 +87,7 @@ def _signed_codes(q: QuantizedTensor) -> jax.Array:
     """``code - 2**(bits-1)`` as ``[*B, Kp, N]``, int4 where it fits: XLA then streams half the bytes."""
     if q.bits == 8:
         return lax.bitcast_convert_type(q.codes() ^ jnp.uint8(0x80), jnp.int8)
-    return (q.codes().astype(jnp.int8) - 2 ** (q.bits - 1)).astype(jnp.int4)
+    return (q.codes().astype(jnp.int8) - 2 ** (q.bits - 1)).astype(jnp.int4 if q.bits <= 4 else jnp.int8)
 
 
 def _batched_dot(a: jax.Array, b: jax.Array) -> jax.Array:

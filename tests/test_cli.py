@@ -128,7 +128,7 @@ def test_inspect_lists_every_tensor_and_what_is_float(packed, checkpoint):
     code, out, err = run("inspect", dst, "--json", "--quiet")
     assert code == 0, err
     got = json.loads(out)
-    assert got["format"] == "awq-gemm"
+    assert got["format"] == "gemm"
     assert (got["bits"], got["group_size"], got["quantized"]) == ([4], [16], 7)
     assert got["float_linears"] == ["lm_head.weight"]
     by_name = {t["name"]: t for t in got["tensors"]}

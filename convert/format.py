@@ -1,0 +1,158 @@
+"""What a checkpoint format is: a reader, an encoder, and a line on what it can hold."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from awq_jax.config import AwqConfig
+from awq_jax.convert.source import Source
+from awq_jax.qtensor import QuantizedTensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What was written for one tensor; plain data, so that it can be kept in a manifest.
+
+    Attributes:
+      name: Hugging Face name.
+      shape: in PyTorch's orientation.
+      dtype: of a float tensor as stored; of a packed one, of its scales.
+      bits: 0 for a float tensor.
+      group_size: 0 for a float tensor.
+      symmetric, act_order: of a packed tensor as stored.
+      nbytes: bytes of all that is stored for it.
+      deviation: largest difference between what is stored and what was read, in quantization steps
+        of the latter (0 for exact; for a float tensor relative to the largest value).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    bits: int = 0
+    group_size: int = 0
+    symmetric: bool = False
+    act_order: bool = False
+    nbytes: int = 0
+    deviation: float = 0.0
+
+    @property
+    def module(self) -> str:
+        """The name without ``.weight``."""
+        return self.name.removesuffix(".weight")
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What an encoder may want to know about the checkpoint it writes.
+
+    Attributes:
+      config: the source's ``config.json``.
+      dtype: of float tensors, ``"float32"``, ``"bfloat16"``, ``"float16"``; None keeps each one's own.
+      settings: the quantizer's, if known.
+    """
+
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    dtype: str | None = None
+    settings: AwqConfig | None = None
+
+
+class Encoder(Protocol):
+    """How a format stores tensors. Stateless: what it must know of other tensors it gets as records."""
+
+    def fit(self, name: str, q: QuantizedTensor) -> QuantizedTensor | None:
+        """The nearest weight the format can hold.
+
+        ``q`` itself (the same object) where it can be held as it is; a changed one where not, whose
+        deviation the caller measures and judges; None if the format keeps this tensor float.
+
+        Args:
+          name: Hugging Face name.
+          q: one matrix of NumPy arrays, ``axes="nk"`` unless it has batch axes.
+
+        Raises:
+          FormatError: if there is none; it names the tensor, the reason and the remedy.
+        """
+
+    def encode(self, name: str, q: QuantizedTensor) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+        """What to store for a weight that `fit` returned: arrays by name, and header metadata."""
+
+    def encode_float(self, name: str, value: np.ndarray) -> dict[str, np.ndarray]:
+        """What to store for a float tensor."""
+
+    def config(self, records: Sequence[Record]) -> dict[str, Any] | None:
+        """Entries to set in ``config.json``, usually ``{"quantization_config": {...}}``.
+
+        Raises:
+          FormatError: if the tensors do not go together in this format.
+        """
+
+
+class BaseEncoder:
+    """Defaults of an `Encoder`: float tensors are stored under their names."""
+
+    def __init__(self, target: Target = Target()) -> None:
+        self.target = target
+
+    def encode_float(self, name: str, value: np.ndarray) -> dict[str, np.ndarray]:
+        """The tensor under its name."""
+        return {name: value}
+
+    def config(self, records: Sequence[Record]) -> dict[str, Any] | None:
+        """Nothing to add."""
+        return None
+
+
+class FloatEncoder(BaseEncoder):
+    """Plain float: every packed weight is stored dequantized."""
+
+    def fit(self, name: str, q: QuantizedTensor) -> QuantizedTensor | None:
+        """None: all tensors are float."""
+        return None
+
+    def encode(self, name: str, q: QuantizedTensor) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+        raise AssertionError("never called: fit returns None")
+
+
+class Sink(Protocol):
+    """Where encoded tensors go. One per checkpoint written."""
+
+    def add(self, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
+        """Take the arrays that are stored for one tensor."""
+
+    def close(self) -> None:
+        """All tensors have been added."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """One checkpoint format.
+
+    Attributes:
+      name: what ``--to`` calls it.
+      title: whose it is and where it runs.
+      holds: what weights it can hold, in words.
+      matches: whether a directory with this ``config.json`` and these tensor names is in the format.
+      reader: opens such a directory; None if it is only written, or read from something else.
+      encoder: makes the encoder of a checkpoint; None if it is only read.
+      suffix: what a target must end with if it is a file (``".gguf"``), else "".
+    """
+
+    name: str
+    title: str
+    holds: str
+    matches: Callable[[Mapping[str, Any], Collection[str]], bool]
+    reader: Callable[[Path, dict[str, Any]], Source] | None
+    encoder: Callable[[Target], Encoder] | None
+    suffix: str = ""
+
+
+def quant_method(config: Mapping[str, Any]) -> str:
+    """``quantization_config.quant_method`` of a ``config.json`` in lower case, or ""."""
+    quant = config.get("quantization_config")
+    method = quant.get("quant_method") if isinstance(quant, dict) else None
+    return method.lower() if isinstance(method, str) else ""

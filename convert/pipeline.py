@@ -1,0 +1,157 @@
+"""Tensors through an encoder: fitted, judged, encoded, several at a time and in order."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import ml_dtypes
+import numpy as np
+
+from awq_jax.convert import codes, linear
+from awq_jax.convert.format import Encoder, Record, Target
+from awq_jax.errors import FormatError
+from awq_jax.qtensor import QuantizedTensor
+
+LIMIT = 0.5  # steps; what is further away is another quantization, not a rounding of this one
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A tensor to come: its name, and how to get it."""
+
+    name: str
+    read: Callable[[], np.ndarray | QuantizedTensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """A tensor ready to be stored."""
+
+    record: Record
+    arrays: dict[str, np.ndarray]
+    metadata: dict[str, str]
+
+
+def run(encoder: Encoder, jobs: Iterable[Job], target: Target, lossy: bool, workers: int = 1) -> Iterator[Encoded]:
+    """Encode jobs in order, ``workers`` at a time in threads (NumPy releases the interpreter lock).
+
+    Memory: ``workers + 1`` tensors.
+
+    Raises:
+      FormatError: a tensor does not fit, or only with a loss that was not allowed (``lossy``).
+    """
+    if workers <= 1:
+        for job in jobs:
+            yield encode(encoder, job.name, job.read(), target, lossy)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        waiting: collections.deque[Future[Encoded]] = collections.deque()
+        try:
+            for job in jobs:
+                if len(waiting) >= workers:
+                    yield waiting.popleft().result()
+                waiting.append(pool.submit(lambda j: encode(encoder, j.name, j.read(), target, lossy), job))
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def encode(encoder: Encoder, name: str, value: np.ndarray | QuantizedTensor, target: Target, lossy: bool) -> Encoded:
+    """One tensor; see `run`."""
+    if isinstance(value, QuantizedTensor):
+        q = linear.as_linear(value)
+        fitted = encoder.fit(name, q)
+        if fitted is not None:
+            deviation = 0.0 if fitted is q else steps(name, q, fitted)
+            _judge(name, deviation, lossy)
+            arrays, metadata = encoder.encode(name, fitted)
+            record = Record(
+                name=name,
+                shape=q.shape,
+                dtype=np.asarray(fitted.scales).dtype.name,
+                bits=fitted.bits,
+                group_size=fitted.group_size,
+                symmetric=fitted.symmetric,
+                act_order=fitted.perm is not None,
+                deviation=deviation,
+            )
+            return _sized(record, arrays, metadata)
+        return _sized(*_dequantized(encoder, name, q, target))
+    value = np.asarray(value)
+    floating = value.dtype.name in linear.FLOATS
+    stored = value.astype(DTYPES[target.dtype]) if target.dtype and floating else value
+    if floating and not np.isfinite(stored).all():
+        raise FormatError(f"{name} holds NaN or inf as {stored.dtype}; convert with dtype='float32', or fetch it again")
+    record = Record(name, tuple(value.shape), stored.dtype.name, deviation=_relative(value, stored))
+    return _sized(record, encoder.encode_float(name, stored), {})
+
+
+def steps(name: str, q: QuantizedTensor, fitted: QuantizedTensor) -> float:
+    """Largest difference between two packed forms of a weight, in steps (|scale|) of the first.
+
+    Raises:
+      FormatError: if they are not even of one size.
+    """
+    if q.shape != fitted.shape:
+        raise FormatError(f"{name}: shape {q.shape} became {fitted.shape}")
+    step = np.repeat(np.abs(np.asarray(q.scales, np.float64)), q.group_size, axis=0)[: q.k]
+    if q.perm is not None:
+        step[np.asarray(q.perm)] = step.copy()
+    if q.inv_scale is not None:
+        step = step * np.asarray(q.inv_scale, np.float64)[:, None]
+    return _ratio(codes.dequantize(q, np.float64), codes.dequantize(fitted, np.float64), step)
+
+
+def _dequantized(
+    encoder: Encoder, name: str, q: QuantizedTensor, target: Target
+) -> tuple[Record, dict[str, np.ndarray], dict[str, str]]:
+    """A packed weight stored as float: exact in float32, unless another dtype was asked for."""
+    if q.batch:
+        raise FormatError(f"{name} is a stack of packed matrices, which cannot be stored as float; save as 'awq-jax'")
+    w = codes.dequantize(q)
+    dtype = DTYPES[target.dtype or "float32"]
+    stored = np.ascontiguousarray(w.T if q.axes == "nk" else w).astype(dtype)
+    deviation = _relative(w.T, stored) if target.dtype else 0.0
+    return Record(name, stored.shape, stored.dtype.name, deviation=deviation), encoder.encode_float(name, stored), {}
+
+
+def _judge(name: str, deviation: float, lossy: bool) -> None:
+    if not np.isfinite(deviation):
+        raise FormatError(
+            f"{name} has scales that this format's dtype cannot hold (too large or too small); save as 'awq-jax', "
+            "which keeps their dtype"
+        )
+    if deviation > LIMIT:
+        raise FormatError(
+            f"{name} would move by {deviation:.3g} quantization steps in this format, which is another quantization; "
+            "convert to 'float' and quantize again, or choose a format that holds it"
+        )
+    if deviation and not lossy:
+        raise FormatError(
+            f"{name} is not held exactly by this format: it would move by {deviation:.2g} of a quantization step. Pass "
+            "--allow-lossy (allow_lossy=True), or choose a format that holds it (awq-jax convert --list)"
+        )
+
+
+def _ratio(a: np.ndarray, b: np.ndarray, step: np.ndarray) -> float:
+    difference = np.abs(a - b)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.where(difference == 0, 0.0, difference / step)
+    return float(ratio.max(initial=0.0))
+
+
+def _relative(a: np.ndarray, b: np.ndarray) -> float:
+    if a.dtype == b.dtype:
+        return 0.0
+    scale = float(np.abs(a.astype(np.float64)).max(initial=0.0))
+    return float(np.abs(a.astype(np.float64) - b.astype(np.float64)).max(initial=0.0) / scale) if scale else 0.0
+
+
+def _sized(record: Record, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> Encoded:
+    return Encoded(dataclasses.replace(record, nbytes=sum(a.nbytes for a in arrays.values())), arrays, metadata)

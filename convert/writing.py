@@ -1,0 +1,144 @@
+"""Writing a checkpoint from tensors in memory."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from awq_jax.config import AwqConfig
+from awq_jax.convert import pipeline, registry
+from awq_jax.convert.format import Encoder, Record, Target
+from awq_jax.convert.shards import ShardWriter, atomic_directory, refuse_existing, write_json
+from awq_jax.convert.source import COMPANIONS, Source
+from awq_jax.errors import CheckpointError, FormatError
+from awq_jax.qtensor import QuantizedTensor
+
+Tensors = Iterable[tuple[str, np.ndarray | QuantizedTensor]]
+
+
+def unfit(format: str, tensors: Tensors, allow_lossy: bool = False) -> str | None:
+    """Why ``format`` cannot hold these tensors as they are (with the remedy), or None. Writes nothing.
+
+    Raises:
+      FormatError: for an unknown format.
+    """
+    target = Target()
+    encoder = encoder_of(format, target)
+    records = []
+    try:
+        for name, value in tensors:
+            records.append(pipeline.encode(encoder, name, value, target, allow_lossy).record)
+            if isinstance(value, QuantizedTensor) and not records[-1].bits:
+                return f"{name} is packed, and {format} would hold it as float"
+        encoder.config(records)
+    except FormatError as e:
+        return str(e)
+    return None
+
+
+def write_checkpoint(
+    dst: str | Path,
+    tensors: Tensors,
+    config: Mapping[str, Any],
+    format: str,
+    settings: AwqConfig | None = None,
+    tokenizer: Any = None,
+    extra: Source | None = None,
+    max_shard_bytes: int = 4 << 30,
+    overwrite: bool = False,
+    allow_lossy: bool = False,
+) -> list[Record]:
+    """Write a checkpoint directory: all of it or nothing.
+
+    The files are written to a hidden sibling of ``dst`` which is renamed at the end. Memory: one shard.
+
+    Args:
+      dst: directory to create.
+      tensors: Hugging Face names and tensors in PyTorch's orientation. A packed weight that is one
+        matrix may have any ``axes``; it is stored as ``[out, in]``.
+      config: the source's ``config.json``; its quantization and dtype entries are replaced.
+      format: a name in `awq_jax.convert.registry.FORMATS`.
+      settings: the quantizer's; recorded by ``"awq-jax"``.
+      tokenizer: saved with ``save_pretrained`` if ``extra`` brings no tokenizer files.
+      extra: its tokenizer files and generation config are copied.
+      max_shard_bytes: bound on the tensor bytes of one file.
+      overwrite: replace ``dst`` if it is empty or a checkpoint.
+      allow_lossy: store weights the format cannot hold exactly as near as it can.
+
+    Returns:
+      What was written, tensor by tensor.
+
+    Raises:
+      FormatError: the format is unknown or cannot hold a tensor; named, with the remedy.
+      CheckpointError: ``dst`` exists, or the disk refuses.
+    """
+    target = Target(config=config, settings=settings)
+    encoder = encoder_of(format, target)
+    path = Path(os.path.abspath(Path(dst).expanduser()))
+    refuse_existing(path, overwrite)
+    refuse_source(path, extra)
+    records = []
+    with atomic_directory(path, overwrite) as directory:
+        writer = ShardWriter(directory, max_shard_bytes)
+        for name, value in tensors:
+            encoded = pipeline.encode(encoder, name, value, target, allow_lossy)
+            writer.add(encoded.arrays, encoded.metadata)
+            records.append(encoded.record)
+            del value, encoded  # only the writer's shard stays in memory
+        writer.close()
+        write_json(directory / "config.json", final_config(config, encoder.config(records), records))
+        copy_companions(directory, tokenizer, extra)
+    return records
+
+
+def encoder_of(format: str, target: Target) -> Encoder:
+    """A fresh encoder.
+
+    Raises:
+      FormatError: if the format is unknown or only read.
+    """
+    make = registry.get(format).encoder
+    if make is None:
+        raise FormatError(f"{format} can be read, not written")
+    return make(target)
+
+
+def refuse_source(target: Path, source: Source | None) -> None:
+    """Raise `CheckpointError` if ``target`` is where the weights come from."""
+    directory = getattr(source, "directory", None)
+    if directory is not None and Path(directory).resolve() == target.resolve():
+        raise CheckpointError(f"{target} is where the weights come from; choose another target")
+
+
+def final_config(
+    config: Mapping[str, Any], changes: Mapping[str, Any] | None, records: Sequence[Record]
+) -> dict[str, Any]:
+    """The source's config with this checkpoint's quantization and the dtype most float bytes have."""
+    stale = ("quantization_config", "quantization", "torch_dtype", "dtype")
+    out = {k: v for k, v in config.items() if k not in stale}
+    floats: dict[str, int] = {}
+    for r in records:
+        if not r.bits and jnp.issubdtype(r.dtype, jnp.floating):
+            floats[r.dtype] = floats.get(r.dtype, 0) + r.nbytes
+    dtype = max(sorted(floats), key=lambda d: floats[d]) if floats else "float16"
+    out["torch_dtype"] = out["dtype"] = dtype  # transformers before and since version 5
+    return {**out, **(changes or {})}
+
+
+def copy_companions(directory: Path, tokenizer: Any, extra: Source | None) -> None:
+    """Tokenizer files and generation config of ``extra`` into ``directory``, or else ``tokenizer`` saved there."""
+    files = [] if extra is None else [p for p in extra.companions() if p.name in COMPANIONS]
+    for path in files:
+        shutil.copyfile(path, directory / path.name)
+    if any(p.name.startswith(("tokenizer", "vocab")) for p in files):
+        return
+    if tokenizer is None and extra is not None:
+        tokenizer = extra.tokenizer()
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
