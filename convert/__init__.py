@@ -1,1 +1,27 @@
 """Checkpoint files: readers, writers and the mapping of names. Knows files and names only."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+_PUBLIC = {
+    "Conversion": "conversion",
+    "checkpoint": "conversion",
+    "open_source": "registry",
+    "write_checkpoint": "writing",
+}
+__all__ = ["Conversion", "checkpoint", "open_source", "write_checkpoint"]
+
+if TYPE_CHECKING:
+    from awq_jax.convert.conversion import Conversion as Conversion
+    from awq_jax.convert.conversion import checkpoint as checkpoint
+    from awq_jax.convert.registry import open_source as open_source
+    from awq_jax.convert.writing import write_checkpoint as write_checkpoint
+
+
+def __getattr__(name: str) -> Any:
+    # PEP 562: a submodule may be imported without all the others.
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(f"awq_jax.convert.{_PUBLIC[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

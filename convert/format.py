@@ -124,8 +124,8 @@ class Sink(Protocol):
     def add(self, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
         """Take the arrays that are stored for one tensor."""
 
-    def close(self) -> None:
-        """All tensors have been added."""
+    def close(self, config: dict[str, Any]) -> Path:
+        """All tensors have been added; ``config`` is the final ``config.json``. Returns what to rename."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +139,8 @@ class Format:
       matches: whether a directory with this ``config.json`` and these tensor names is in the format.
       reader: opens such a directory; None if it is only written, or read from something else.
       encoder: makes the encoder of a checkpoint; None if it is only read.
+      sink: for a container other than sharded safetensors: makes it, in an empty directory, for a
+        target and the source (whose tokenizer it may need).
       suffix: what a target must end with if it is a file (``".gguf"``), else "".
     """
 
@@ -148,6 +150,7 @@ class Format:
     matches: Callable[[Mapping[str, Any], Collection[str]], bool]
     reader: Callable[[Path, dict[str, Any]], Source] | None
     encoder: Callable[[Target], Encoder] | None
+    sink: Callable[[Path, Target, Source], Sink] | None = None
     suffix: str = ""
 
 

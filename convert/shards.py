@@ -7,13 +7,13 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from awq_jax.convert.safetensors_io import DTYPES, INDEX, SINGLE
+from awq_jax.convert.safetensors_io import DTYPES, INDEX, SINGLE, read_header
 from awq_jax.errors import CheckpointError, ConfigError
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -27,19 +27,27 @@ class ShardWriter:
     Args:
       directory: where the files go; it must exist.
       max_shard_bytes: bound on the tensor bytes of a file.
+      done: tensor names of the shards an earlier run has finished in this directory (`part_name`).
+      on_shard: called with a shard's number once it is on disk.
     """
 
-    def __init__(self, directory: Path, max_shard_bytes: int) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        max_shard_bytes: int,
+        done: Sequence[Sequence[str]] = (),
+        on_shard: Callable[[int], None] | None = None,
+    ) -> None:
         if max_shard_bytes < 1:
             raise ConfigError(f"max_shard_bytes must be positive; got {max_shard_bytes}")
         self._directory = directory
         self._limit = max_shard_bytes
         self._pending: dict[str, np.ndarray] = {}
         self._metadata: dict[str, str] = {}
-        self._shards: list[list[str]] = []
-        self._names: set[str] = set()
+        self._shards: list[list[str]] = [list(names) for names in done]
+        self._on_shard = on_shard
+        self._names: set[str] = {name for names in done for name in names}
         self._bytes = 0
-        self._total = 0
 
     def add(self, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
         """Add tensors that belong in one file, and what the file's header should say about them.
@@ -59,7 +67,6 @@ class ShardWriter:
         self._pending.update(tensors)
         self._metadata.update(metadata or {})
         self._bytes += size
-        self._total += size
 
     def close(self) -> None:
         """Write what is left, give the files their final names, and write the index if there are several."""
@@ -67,17 +74,22 @@ class ShardWriter:
             self._flush()
         count = len(self._shards)
         weight_map: dict[str, str] = {}
+        total = 0
         for i, names in enumerate(self._shards):
+            total += sum(e.nbytes for e in read_header(self._directory / part_name(i))[0].values())
             final = SINGLE if count == 1 else f"model-{i + 1:05}-of-{count:05}.safetensors"
-            os.rename(self._directory / _part(i), self._directory / final)
+            os.rename(self._directory / part_name(i), self._directory / final)
             weight_map.update(dict.fromkeys(names, final))
         if count > 1:
-            index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(weight_map.items()))}
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
             write_json(self._directory / INDEX, index)
 
     def _flush(self) -> None:
-        write_file(self._directory / _part(len(self._shards)), self._pending, {"format": "pt", **self._metadata})
+        number = len(self._shards)
+        write_file(self._directory / part_name(number), self._pending, {"format": "pt", **self._metadata})
         self._shards.append(list(self._pending))
+        if self._on_shard is not None:
+            self._on_shard(number)
         self._pending, self._metadata, self._bytes = {}, {}, 0
 
 
@@ -123,33 +135,42 @@ def atomic_directory(dst: Path, overwrite: bool = False) -> Iterator[Path]:
       CheckpointError: if ``dst`` exists and may not be replaced, or the disk refuses.
     """
     refuse_existing(dst, overwrite)
-    token = f"{os.getpid()}-{secrets.token_hex(4)}"
-    temporary, old = dst.parent / f".{dst.name}.partial-{token}", dst.parent / f".{dst.name}.old-{token}"
+    temporary = dst.parent / f".{dst.name}.partial-{os.getpid()}-{secrets.token_hex(4)}"
     try:
         dst.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
         yield temporary
-        _sync_directory(temporary)
-        refuse_existing(dst, overwrite)
-        if dst.exists():
-            os.rename(dst, old)
-        try:
-            os.rename(temporary, dst)
-        except OSError:
-            if old.exists():
-                os.rename(old, dst)
-            raise
-        _sync_directory(dst.parent)
+        install(temporary, dst, overwrite)
     except OSError as e:
         raise CheckpointError(f"cannot write {dst}: {e}") from e
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        if dst.exists():
-            shutil.rmtree(old, ignore_errors=True)
 
 
-def refuse_existing(dst: Path, overwrite: bool) -> None:
-    """Raise unless ``dst`` may be created.
+def install(temporary: Path, dst: Path, overwrite: bool) -> None:
+    """Rename a finished directory to ``dst``; what was there is removed only then.
+
+    Raises:
+      CheckpointError: if ``dst`` exists and may not be replaced.
+      OSError: if the disk refuses; ``dst`` is then what it was.
+    """
+    _sync_directory(temporary)
+    refuse_existing(dst, overwrite)
+    old = dst.parent / f".{dst.name}.old-{os.getpid()}-{secrets.token_hex(4)}"
+    if dst.exists():
+        os.rename(dst, old)
+    try:
+        os.rename(temporary, dst)
+    except OSError:
+        if old.exists():
+            os.rename(old, dst)
+        raise
+    _sync_directory(dst.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def refuse_existing(dst: Path, overwrite: bool, file: bool = False) -> None:
+    """Raise unless ``dst``, a directory (or ``file``), may be created.
 
     Raises:
       CheckpointError: if it exists and ``overwrite`` is false, or it is not an (empty) checkpoint.
@@ -160,12 +181,17 @@ def refuse_existing(dst: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise CheckpointError(f"{dst} exists; choose another target or pass overwrite=True")
+    if file:
+        if dst.is_symlink() or not dst.is_file():
+            raise CheckpointError(f"{dst} exists and is not a file, so it stays; choose another target")
+        return
     replaceable = dst.is_dir() and not dst.is_symlink() and ((dst / "config.json").exists() or not any(dst.iterdir()))
     if not replaceable:
         raise CheckpointError(f"{dst} exists and is not a checkpoint directory, so it stays; choose another target")
 
 
-def _part(i: int) -> str:
+def part_name(i: int) -> str:
+    """File name of shard ``i`` until all are written."""
     return f"part-{i:05}.safetensors"
 
 

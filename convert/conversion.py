@@ -1,0 +1,220 @@
+"""`checkpoint`: any format to any other, tensor by tensor, resumable and all or nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from awq_jax.convert import manifest, pipeline, registry
+from awq_jax.convert.format import Encoder, Format, Record, Target
+from awq_jax.convert.shards import ShardWriter, install, refuse_existing, write_json
+from awq_jax.convert.source import Source
+from awq_jax.convert.writing import copy_companions, encoder_of, final_config, refuse_source
+from awq_jax.errors import AwqError, CheckpointError, ConfigError
+
+log = logging.getLogger(__name__)
+
+WORKERS = 4  # at most, by default: reading and writing are as slow as encoding then
+SPARE = 64 << 20  # bytes left free on the disk
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """What a conversion did.
+
+    Attributes:
+      source, target: formats.
+      records: every tensor written.
+      seconds: of this run.
+      resumed: tensors that an earlier, interrupted run had written.
+    """
+
+    source: str
+    target: str
+    records: tuple[Record, ...]
+    seconds: float
+    resumed: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Tensor bytes written."""
+        return sum(r.nbytes for r in self.records)
+
+    @property
+    def inexact(self) -> tuple[Record, ...]:
+        """Tensors that moved, the worst first."""
+        return tuple(sorted((r for r in self.records if r.deviation), key=lambda r: -r.deviation))
+
+
+def checkpoint(
+    src: str | Path | Source,
+    dst: str | Path,
+    to: str,
+    *,
+    dtype: str | None = None,
+    allow_lossy: bool = False,
+    overwrite: bool = False,
+    max_shard_bytes: int = 1 << 30,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Conversion:
+    """Convert a checkpoint. Memory: one shard and ``workers + 1`` tensors.
+
+    The result is built in a hidden directory beside ``dst`` and renamed at the end. If the run is
+    killed, the same call continues after the last finished shard and ends with the same bytes.
+
+    Args:
+      src: a directory, ``.gguf`` file or hub id in any readable format, or an open source.
+      dst: directory to create (for GGUF: a file that ends in ``.gguf``).
+      to: a name in `awq_jax.convert.registry.FORMATS`.
+      dtype: of float tensors, ``"float32"``, ``"bfloat16"`` or ``"float16"``. Default: as stored, and
+        float32 for packed weights that are stored dequantized, which is exact.
+      allow_lossy: store weights that the format cannot hold exactly as near as it can.
+      overwrite: replace ``dst`` if it is a checkpoint.
+      max_shard_bytes: bound on the tensor bytes of one file.
+      workers: tensors encoded at a time.
+      progress: called with the bytes read and those to read in all.
+
+    Returns:
+      What was written, and how far each tensor moved.
+
+    Raises:
+      FormatError: a format is unknown, or a tensor does not fit (named, with the remedy).
+      CheckpointError: ``src`` is damaged, ``dst`` exists, or the disk is full or refuses.
+      WeightError: a tensor holds NaN or inf.
+      ConfigError: an argument is out of range.
+    """
+    start = time.perf_counter()
+    format = registry.get(to)
+    if dtype is not None and dtype not in pipeline.DTYPES:
+        raise ConfigError(f"dtype must be one of {', '.join(pipeline.DTYPES)}; got {dtype!r}")
+    path = Path(os.path.abspath(Path(dst).expanduser()))
+    if not path.name.endswith(format.suffix):
+        raise ConfigError(f"{to} is a single file; give a target like {path}{format.suffix}")
+    refuse_existing(path, overwrite, file=bool(format.suffix))
+    source = registry.open_source(src, packed=True) if isinstance(src, str | Path) else src
+    refuse_source(path, source)
+    target = Target(config=source.config, dtype=dtype)
+    encoder = encoder_of(to, target)
+    job = _Job(source, format, encoder, target, allow_lossy, workers or min(WORKERS, os.cpu_count() or 1), progress)
+    run = _to_sink if format.sink else _to_directory
+    try:
+        records, resumed = run(job, path, overwrite, max_shard_bytes)
+    except OSError as e:
+        raise CheckpointError(f"cannot write {path}: {e}. Free some space and run the same command again") from e
+    return Conversion(source.format, to, tuple(records), time.perf_counter() - start, resumed)
+
+
+@dataclasses.dataclass
+class _Job:
+    source: Source
+    format: Format
+    encoder: Encoder
+    target: Target
+    lossy: bool
+    workers: int
+    progress: Callable[[int, int], None] | None
+
+    def encoded(self, skip: frozenset[str] = frozenset()) -> Iterator[pipeline.Encoded]:
+        """All tensors that are not in ``skip``, encoded."""
+        names = sorted(self.source.names(), key=_natural)
+        sizes = {n: self.source.info(n).nbytes for n in names}
+        total, read = sum(sizes.values()), sum(sizes[n] for n in skip if n in sizes)
+        jobs = (pipeline.Job(n, lambda n=n: self.source.read(n)) for n in names if n not in skip)
+        for encoded in pipeline.run(self.encoder, jobs, self.target, self.lossy, self.workers):
+            yield encoded
+            read += sizes[encoded.record.name]
+            if self.progress is not None:
+                self.progress(read, total)
+
+    def estimate(self) -> int:
+        """Bytes the result will take, roughly (from above)."""
+        total = 0
+        for name in self.source.names():
+            info = self.source.info(name)
+            elements = math.prod(info.shape)
+            if (info.packed is None and self.target.dtype) or (info.packed and self.format.name == "float"):
+                total += elements * np.dtype(pipeline.DTYPES[self.target.dtype or "float32"]).itemsize
+            else:
+                total += info.nbytes
+        return total
+
+
+def _to_directory(job: _Job, path: Path, overwrite: bool, max_shard_bytes: int) -> tuple[list[Record], int]:
+    """Shards of safetensors in a working directory that survives a crash."""
+    work = path.parent / f".{path.name}.converting"
+    settings = {"to": job.format.name, "dtype": job.target.dtype, "lossy": job.lossy, "shard": max_shard_bytes}
+    with manifest.opened(work, manifest.fingerprint(job.source, **settings)) as done:
+        records, resumed = list(done.records), len(done.records)
+        _check_space(path, job.estimate() - sum(r.nbytes for r in records))
+        new: list[pipeline.Encoded] = []
+
+        def on_shard(number: int) -> None:
+            done.add(number, [e.record for e in new], [name for e in new for name in e.arrays])
+            new.clear()
+
+        try:
+            writer = ShardWriter(work, max_shard_bytes, done.shards, on_shard)
+            for encoded in job.encoded(frozenset(r.name for r in records)):
+                writer.add(encoded.arrays, encoded.metadata)  # may finish the shard of those before it
+                new.append(encoded)
+                records.append(encoded.record)
+            changes = job.encoder.config(records)
+            writer.close()
+            write_json(work / "config.json", final_config(job.source.config, changes, records))
+            copy_companions(work, None, job.source)
+            (work / manifest.NAME).unlink()
+            install(work, path, overwrite)
+        except AwqError:  # running it again would end the same way
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+    return records, resumed
+
+
+def _to_sink(job: _Job, path: Path, overwrite: bool, max_shard_bytes: int) -> tuple[list[Record], int]:
+    """A container of its own, written beside the target and renamed."""
+    format = job.format
+    assert format.sink is not None
+    work = path.parent / f".{path.name}.converting-{os.getpid()}"
+    shutil.rmtree(work, ignore_errors=True)
+    try:
+        work.mkdir(parents=True)
+        _check_space(path, job.estimate())
+        sink = format.sink(work, job.target, job.source)
+        records = []
+        for encoded in job.encoded():
+            sink.add(encoded.arrays, encoded.metadata)
+            records.append(encoded.record)
+            del encoded
+        changes = job.encoder.config(records)
+        finished = sink.close(final_config(job.source.config, changes, records))
+        if format.suffix:
+            refuse_existing(path, overwrite, file=True)
+            os.replace(finished, path)
+        else:
+            install(work, path, overwrite)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return records, 0
+
+
+def _check_space(path: Path, needed: int) -> None:
+    free = shutil.disk_usage(path.parent).free
+    if free < needed + SPARE:
+        raise CheckpointError(
+            f"{path.parent} has {free / 1e9:.2f} GB free, and the result needs about {needed / 1e9:.2f} GB; free some "
+            "space or choose another disk"
+        )
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sort key that puts layer 2 before layer 10."""
+    return [(int(p), "") if p.isdigit() else (-1, p) for p in name.split(".")]
