@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 import awq_jax
-from awq_jax.commands import common, demo, evaluate, generate, inspect, quantize
+from awq_jax.commands import common, convert, demo, evaluate, generate, inspect, quantize
 from awq_jax.errors import AwqError
 
 _EXAMPLES = """examples:
@@ -18,6 +18,7 @@ _EXAMPLES = """examples:
   awq-jax quantize ./Qwen3-0.6B ./Qwen3-0.6B-awq --report report.html
   awq-jax eval ./Qwen3-0.6B-awq --text book.txt --against ./Qwen3-0.6B
   awq-jax generate ./Qwen3-0.6B-awq "Why is the sky blue?" --chat
+  awq-jax convert ./Qwen3-0.6B-awq ./Qwen3-0.6B-ct --to compressed-tensors
   awq-jax inspect ./Qwen3-0.6B-awq"""
 
 
@@ -25,13 +26,13 @@ def build_parser() -> argparse.ArgumentParser:
     """The whole command line; JAX is not imported for it."""
     parser = argparse.ArgumentParser(
         prog="awq-jax",
-        description="Quantize language models to 2, 3, 4 or 8 bits with AWQ, in JAX; score, run and inspect them.",
+        description="Quantize language models to 2, 3, 4 or 8 bits with AWQ, in JAX; score, run, convert and inspect them.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"awq-jax {awq_jax.__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (quantize, evaluate, generate, inspect, demo):
+    for command in (quantize, convert, evaluate, generate, inspect, demo):
         command.add(subparsers)
     return parser
 

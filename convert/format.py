@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -129,6 +129,22 @@ class Sink(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
+class Example:
+    """What weights a format's own tools usually write; see `awq_jax.convert.losses`.
+
+    Attributes:
+      form: whole ``zeros``, ``symmetric``, or float ``offsets``.
+      negative: scales have either sign.
+    """
+
+    form: Literal["zeros", "symmetric", "offsets"] = "zeros"
+    bits: int = 4
+    group_size: int = 128
+    scale_dtype: str = "float16"
+    negative: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Format:
     """One checkpoint format.
 
@@ -142,6 +158,7 @@ class Format:
       sink: for a container other than sharded safetensors: makes it, in an empty directory, for a
         target and the source (whose tokenizer it may need).
       suffix: what a target must end with if it is a file (``".gguf"``), else "".
+      example: what its own tools usually write; None if it is not a quantized format.
     """
 
     name: str
@@ -152,6 +169,7 @@ class Format:
     encoder: Callable[[Target], Encoder] | None
     sink: Callable[[Path, Target, Source], Sink] | None = None
     suffix: str = ""
+    example: Example | None = Example()
 
 
 def quant_method(config: Mapping[str, Any]) -> str:

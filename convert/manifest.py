@@ -84,9 +84,7 @@ def opened(directory: Path, fingerprint: str) -> Iterator[Manifest]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
-            raise CheckpointError(
-                f"another process is writing {directory}; wait for it, or take another target"
-            ) from e
+            raise CheckpointError(f"another process is writing {directory}; wait for it, or take another target") from e
         manifest = Manifest(file, directory)
         if not manifest._read(fingerprint):
             manifest = Manifest(file, directory)

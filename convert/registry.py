@@ -23,6 +23,7 @@ _FORMATS = (
         matches=lambda config, names: "quantization_config" not in config and "quantization" not in config,
         reader=hf.HfSource,
         encoder=FloatEncoder,
+        example=None,
     ),
 )
 FORMATS: Mapping[str, Format] = {f.name: f for f in _FORMATS}

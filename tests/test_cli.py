@@ -15,7 +15,7 @@ from awq_jax.commands import quantize as quantize_command
 from awq_jax.errors import CheckpointError, ConfigError
 
 TEXT = "It is a truth universally acknowledged, that a test must be able to fail.\n" * 40
-COMMANDS = ("quantize", "eval", "generate", "inspect", "demo")
+COMMANDS = ("quantize", "convert", "eval", "generate", "inspect", "demo")
 
 
 @pytest.fixture(scope="module")
@@ -340,3 +340,35 @@ def test_plan_needs_no_weights():
     config = {"model_type": "llama", "vocab_size": 32000, "max_position_embeddings": 4096} | sizes
     plan = preflight.plan(models.config_from_hf(config | {"rms_norm_eps": 1e-5}))
     assert "layers/0/self_attn/q_proj/kernel" in {site.path for _, site in plan.sites()}
+
+
+def test_convert(packed, tmp_path):
+    code, out, err = run("convert", packed[0], tmp_path / "float", "--to", "float", "--dtype", "bfloat16", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["target_format"] == "float"
+    assert found["exact"] is False
+    assert {t["dtype"] for t in found["tensors"]} == {"bfloat16"}
+    code, out, err = run(
+        "convert", packed[0], tmp_path / "own", "--to", "awq-jax", "--max-shard-size", "20KB", "--quiet"
+    )
+    assert code == 0, err
+    assert "exactly those of the source" in out
+    assert len(list((tmp_path / "own").glob("*.safetensors"))) > 1
+    code, out, _ = run("convert", "--list")
+    assert code == 0
+    assert "gemm" in out
+    assert set(json.loads(run("convert", "--list", "--json")[1])["conversions"]) >= {"gemm", "awq-jax"}
+
+
+def test_convert_refuses(packed, tmp_path):
+    assert "--list" in run("convert", packed[0])[2]
+    assert "must be one of" in run("convert", packed[0], tmp_path / "x", "--to", "nothing")[2]
+    assert run("convert", packed[0], tmp_path / "x", "--to", "float", "--max-shard-size", "many")[0] == 2
+    assert not (tmp_path / "x").exists()
+
+
+def test_sizes():
+    from awq_jax.commands.convert import size
+
+    assert [size(t) for t in ("10", "2k", "500MB", "1.5GiB", "3 KiB")] == [10, 2000, 500_000_000, 3 << 29, 3072]

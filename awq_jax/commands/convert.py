@@ -1,0 +1,153 @@
+"""``awq-jax convert``: a checkpoint from one format to another."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+from awq_jax.commands import common
+from awq_jax.errors import ConfigError
+
+_EXAMPLES = """
+awq-jax convert ./model-awq ./model-ct --to compressed-tensors
+awq-jax convert ./model-awq ./model-mlx --to mlx --allow-lossy
+awq-jax convert ./model-gptq ./model-float --to float --dtype bfloat16
+awq-jax convert ./model-awq ./model.gguf --to gguf-q4_1 --allow-lossy
+awq-jax convert --list
+"""
+
+
+def add(subparsers: Any) -> None:
+    """Register the command."""
+    p = common.parser(
+        subparsers,
+        "convert",
+        run,
+        "change a checkpoint's format",
+        "Write a checkpoint in another format, tensor by tensor: memory is one shard and a few tensors. The weights "
+        "are the same to the bit, or it says by how much they would move and stops unless --allow-lossy is given. A "
+        "run that was killed continues where it was when the same command is given again.",
+        _EXAMPLES,
+    )
+    p.add_argument("src", metavar="SRC", nargs="?", help="checkpoint directory, .gguf file or hub id; any format")
+    p.add_argument("dst", metavar="DST", nargs="?", help="directory to create (for GGUF: a file, MODEL.gguf)")
+    p.add_argument("--to", metavar="FORMAT", help="target format, see --list")
+    p.add_argument("--list", action="store_true", help="formats, what they hold, and which conversions are exact")
+    p.add_argument("--allow-lossy", action="store_true", help="accept weights that move by a fraction of a step")
+    p.add_argument(
+        "--dtype", choices=common.DTYPES, help="of float tensors (default: as stored; dequantized weights: float32)"
+    )
+    p.add_argument("--overwrite", action="store_true", help="replace DST if it is a checkpoint")
+    p.add_argument(
+        "--max-shard-size", type=size, default=1 << 30, metavar="SIZE", help="of a file, e.g. 500MB (default: 1GiB)"
+    )
+    p.add_argument("--workers", type=common.positive, metavar="N", help="tensors encoded at a time (default: up to 4)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Convert, or list."""
+    if args.list:
+        _list(args)
+        return
+    if not (args.src and args.dst and args.to):
+        raise ConfigError("give SRC, DST and --to FORMAT, or --list to see the formats")
+    from tqdm import tqdm
+
+    from awq_jax import convert
+
+    with tqdm(desc="convert", unit="B", unit_scale=True, disable=args.quiet, leave=False, delay=1) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        result = convert.checkpoint(
+            args.src,
+            args.dst,
+            args.to,
+            dtype=args.dtype,
+            allow_lossy=args.allow_lossy,
+            overwrite=args.overwrite,
+            max_shard_bytes=args.max_shard_size,
+            workers=args.workers,
+            progress=progress,
+        )
+    if args.json:
+        print(common.to_json(_data(args.dst, result)))
+        return
+    from awq_jax import render
+
+    packed = sum(1 for r in result.records if r.bits)
+    rows = [
+        ("written", f"{Path(args.dst)} ({result.target}, from {result.source})"),
+        ("tensors", f"{len(result.records)}, of which {packed} quantized"),
+        ("size", render.size(result.nbytes)),
+        ("time", f"{result.seconds:.1f} s, {result.nbytes / 1e6 / max(result.seconds, 1e-9):.0f} MB/s"),
+    ]
+    if result.resumed:
+        rows.append(("continued", f"{result.resumed} tensors were there from an interrupted run"))
+    rows.append(("weights", _exactness(result)))
+    print("\n".join(render.columns(rows)))
+
+
+def size(text: str) -> int:
+    """An argparse type: bytes, with KB/MB/GB (decimal) or KiB/MiB/GiB."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    if not match or float(match[1]) <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size like 500MB or 2GiB")
+    base = 1024 if match[3] else 1000
+    return int(float(match[1]) * base ** ("KMGT".find(match[2].upper()) + 1 if match[2] else 0))
+
+
+def _exactness(result: Any) -> str:
+    moved = [r for r in result.inexact if r.bits]
+    cast = [r for r in result.inexact if not r.bits]
+    parts = []
+    if moved:
+        worst = moved[0]
+        parts.append(f"{len(moved)} moved by at most {worst.deviation:.2g} of a quantization step ({worst.name})")
+    if cast:
+        worst = cast[0]
+        parts.append(
+            f"{len(cast)} rounded to {worst.dtype}, at most {worst.deviation:.2g} of the largest ({worst.name})"
+        )
+    return "; ".join(parts) or "exactly those of the source"
+
+
+def _data(dst: str, result: Any) -> dict[str, Any]:
+    return {
+        "written": str(dst),
+        "source_format": result.source,
+        "target_format": result.target,
+        "seconds": result.seconds,
+        "bytes": result.nbytes,
+        "resumed": result.resumed,
+        "exact": not result.inexact,
+        "largest_deviation_steps": max((r.deviation for r in result.inexact if r.bits), default=0.0),
+        "tensors": [dataclasses.asdict(r) for r in result.records],
+    }
+
+
+def _list(args: argparse.Namespace) -> None:
+    from awq_jax import render
+    from awq_jax.convert import losses
+    from awq_jax.convert.registry import FORMATS
+
+    table = losses.table()
+    if args.json:
+        about = {
+            f.name: {"title": f.title, "holds": f.holds, "read": f.reader is not None, "written": f.encoder is not None}
+            for f in FORMATS.values()
+        }
+        print(common.to_json({"formats": about, "conversions": table}))
+        return
+    print(
+        "\n".join(
+            render.columns([("format", "whose", "holds"), *((f.name, f.title, f.holds) for f in FORMATS.values())])
+        )
+    )
+    print("\nConversions: = exact, a number = largest shift in quantization steps (needs --allow-lossy), - impossible")
+    print("\n".join(render.columns(losses.grid(table))))
