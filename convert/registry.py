@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from awq_jax.convert import autoawq, hf, native
+from awq_jax.convert import autoawq, hf, mlx, native
 from awq_jax.convert.format import FloatEncoder, Format
 from awq_jax.convert.safetensors_io import find_files, read_header, read_json
 from awq_jax.convert.source import Source, read_config
@@ -16,6 +16,7 @@ from awq_jax.errors import CheckpointError, FormatError
 _FORMATS = (
     autoawq.FORMAT,
     native.FORMAT,
+    mlx.FORMAT,
     Format(
         name="float",
         title="Hugging Face float checkpoint: transformers, vLLM and everything else",
