@@ -20,6 +20,7 @@ from awq_jax.labels import UNIT, UNREAD, Blocked, Ties
 from awq_jax.plan import Absorber
 
 CHOICES = 8  # products with two candidate factors that one search may meet
+FILLS = labels.SAME_SHAPE | {"broadcast_in_dim", "reshape"}
 COMPARISONS = frozenset(("gt", "ge", "lt", "le", "eq", "ne"))
 
 
@@ -110,10 +111,12 @@ class _Walk:
         return Found(absorbers, None if (ties == np.arange(n)).all() else ties)
 
     def push(self, v: object, lab: np.ndarray, offset: float = 0.0) -> None:
-        if not isinstance(v, Val):
-            if (lab >= 0).any() and not labels.is_zero(v):
+        constant = self.constant(v)
+        if not isinstance(constant, Val):
+            if (lab >= 0).any() and not labels.is_zero(constant):
                 raise Blocked("a constant is added to it")
             return
+        assert isinstance(v, Val)
         if v in self.pending:
             self.pending[v] = self.ties.join(self.pending[v], lab)
             if self.offsets.get(v, 0.0) != offset:
@@ -125,6 +128,15 @@ class _Walk:
         # Latest first: all readers that carry the scale are done before the value itself.
         made = self.scope.made_by.get(v)
         heapq.heappush(self.heap, (-made[0].index if made else 1, next(self.counter), v))
+
+    def constant(self, v: object) -> object:
+        """The constant that ``v`` is filled with (``jnp.where(mask, x, 0)``), or a value that is none."""
+        while isinstance(v, Val) and v in self.scope.made_by:
+            node = self.scope.made_by[v][0]
+            if node.name not in FILLS or len(node.ins) != 1:
+                break
+            v = node.ins[0]
+        return v
 
     def visit(self, v: Val, lab: np.ndarray) -> None:
         offset = self.offsets.get(v, 0.0)

@@ -109,9 +109,10 @@ def reshape(lab: np.ndarray, new: tuple[int, ...], old: tuple[int, ...]) -> np.n
 
 def _window(lab: np.ndarray, shape: tuple[int, ...], where: tuple[slice, ...]) -> np.ndarray:
     """Labels of a value of which only ``where`` is read."""
-    size = [1 if n == 1 else s for n, s in zip(lab.shape, shape, strict=True)]
+    whole = [w.indices(s) == (0, s, 1) for w, s in zip(where, shape, strict=True)]
+    size = [1 if n == 1 and all_read else s for n, s, all_read in zip(lab.shape, shape, whole, strict=True)]
     out = np.full(size, UNREAD, np.int32)
-    out[tuple(slice(None) if n == 1 else w for n, w in zip(lab.shape, where, strict=True))] = lab
+    out[tuple(slice(None) if n == 1 else w for n, w in zip(size, where, strict=True))] = lab
     return out
 
 

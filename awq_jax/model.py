@@ -15,7 +15,7 @@ from flax import nnx
 
 from awq_jax import models, paths
 from awq_jax.config import AwqConfig
-from awq_jax.convert import registry
+from awq_jax.convert import registry, writing
 from awq_jax.convert.source import Source
 from awq_jax.detokenize import Detokenizer
 from awq_jax.errors import CalibrationError, ConfigError, ShapeError
@@ -297,9 +297,9 @@ class Model:
         if format == "auto":
             chosen, why = self._format()
             log.info("saving as %s: %s", chosen, why)
-        registry.write_checkpoint(
+        writing.write_checkpoint(
             dst,
-            model_params.tensors(self.params),
+            model_params.tensors(self.params, self.config),
             self.hf_config,
             chosen,
             self.settings,
@@ -313,7 +313,7 @@ class Model:
         """The most widely readable format that can hold the weights, and why."""
         if not self._is_packed():
             return "float", "no weight is quantized"
-        problem = registry.unfit("gemm", model_params.tensors(self.params))
+        problem = writing.unfit("gemm", model_params.tensors(self.params, self.config))
         return ("awq-jax", problem) if problem else ("gemm", "it holds every weight")
 
     def _is_packed(self) -> bool:

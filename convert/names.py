@@ -5,59 +5,87 @@ from __future__ import annotations
 import dataclasses
 import re
 
+SUFFIXES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """One pattern of names. Fields in braces stand for digits (``{i}``) or a word (any other).
-
-    Attributes:
-      name: Hugging Face tensor name.
-      path: parameter path (see `awq_jax.paths`).
-      transpose: a PyTorch ``[out, in]`` weight against our ``[in, out]`` kernel.
-    """
-
-    name: str
-    path: str
-    transpose: bool = False
-
-
-RULES = (
-    Rule("model.embed_tokens.weight", "embed_tokens/embedding"),
-    Rule("model.layers.{i}.{block}.{proj}_proj.weight", "layers/{i}/{block}/{proj}_proj/kernel", transpose=True),
-    Rule("model.layers.{i}.{block}.{proj}_proj.bias", "layers/{i}/{block}/{proj}_proj/bias"),
-    Rule("model.layers.{i}.self_attn.{norm}_norm.weight", "layers/{i}/self_attn/{norm}_norm/scale"),
-    Rule("model.layers.{i}.{norm}_layernorm.weight", "layers/{i}/{norm}_layernorm/scale"),
-    Rule("model.norm.weight", "norm/scale"),
-    Rule("lm_head.weight", "lm_head/kernel", transpose=True),
-)
+DEFAULTS = {
+    "layers": "model.layers",
+    "embed_tokens": "model.embed_tokens",
+    "norm": "model.norm",
+}
 
 # Buffers that old checkpoints store and every reader recomputes.
-IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")
+IGNORED = re.compile(r"\.rotary_emb\.inv_freq$|(^|\.)(attn|attention)\.(masked_)?bias$")
 
 
-def to_path(name: str) -> tuple[str, bool] | None:
-    """``(path, transpose)`` of a Hugging Face tensor, or None if no rule matches."""
-    return _translate(name, [(r.name, r.path, r.transpose) for r in RULES])
+@dataclasses.dataclass(frozen=True)
+class Names:
+    """What a family's checkpoints call the tensors of the decoder.
+
+    Without entries the names are Llama's: the path with dots for slashes behind ``model.``.
+
+    Attributes:
+      entries: ``(module, theirs)`` pairs that differ from Llama's. ``module`` is a path in the
+        decoder with dots, relative to its layer for what is inside of one: ``self_attn.q_proj``,
+        ``mlp``, ``norm``, ``layers``. An entry also renames all that is below it. With the name of a
+        parameter at its end (``mlp.experts.down_proj.kernel``) ``theirs`` is the whole tensor name,
+        without ``.weight``. ``{e}`` in ``theirs`` is the number of an expert: one tensor for each.
+      aliases: other spellings of a tensor's name that are read but never written: ``(theirs, other)``
+        beginnings.
+      linear_out_in: linears are stored ``[out, in]``; False for GPT-2's ``[in, out]``.
+    """
+
+    entries: tuple[tuple[str, str], ...] = ()
+    aliases: tuple[tuple[str, str], ...] = ()
+    linear_out_in: bool = True
+
+    def of(self, path: str) -> str:
+        """The tensor name of a parameter path; with ``{e}`` left in it where each expert has its own."""
+        *modules, leaf = path.split("/")
+        inside = modules[0] == "layers"
+        prefix = f"{self._top('layers')}.{modules[1]}." if inside else ""
+        module = ".".join(modules[2:] if inside else modules)
+        table = dict(self.entries)
+        whole = f"{module}.{leaf}" if module else leaf
+        if whole in table:
+            return prefix + table[whole]
+        name = self._renamed(module, table) if inside else self._top(module)
+        return ".".join(filter(None, (prefix + name, SUFFIXES.get(leaf, leaf))))
+
+    def spellings(self, name: str) -> list[str]:
+        """All names under which the tensor called ``name`` may be stored, the usual one first."""
+        out = [name]
+        for theirs, other in (*self.aliases, (self._base(), "")):
+            if theirs and name.startswith(theirs):
+                out.append(other + name[len(theirs) :])
+        return out
+
+    def transposed(self, path: str, name: str) -> bool:
+        """Whether the file stores the last two axes the other way round."""
+        return (
+            path.endswith("/kernel") and name.endswith(".weight") and (self.linear_out_in or path == "lm_head/kernel")
+        )
+
+    def _base(self) -> str:
+        """``"model."``: what checkpoints saved without a head leave out."""
+        first, dot, _ = self._top("layers").rpartition(".")
+        return first.split(".")[0] + dot
+
+    def _top(self, module: str) -> str:
+        return self._renamed(module, DEFAULTS | dict(self.entries))
+
+    @staticmethod
+    def _renamed(module: str, table: dict[str, str]) -> str:
+        parts = module.split(".")
+        for n in range(len(parts), 0, -1):
+            theirs = table.get(".".join(parts[:n]))
+            if theirs is not None:
+                return ".".join(filter(None, (theirs, *parts[n:])))
+        return module
 
 
-def to_name(path: str) -> tuple[str, bool] | None:
-    """``(name, transpose)`` of a parameter path, or None if no rule matches."""
-    return _translate(path, [(r.path, r.name, r.transpose) for r in RULES])
+LLAMA = Names()
 
 
-def _translate(text: str, table: list[tuple[str, str, bool]]) -> tuple[str, bool] | None:
-    for source, target, transpose in table:
-        match = re.fullmatch(_pattern(source), text)
-        if match:
-            return target.format(**match.groupdict()), transpose
-    return None
-
-
-def _pattern(template: str) -> str:
-    parts = re.split(r"\{(\w+)\}", template)  # literal, field, literal, field, ...
-    out = [re.escape(p) if k % 2 == 0 else f"(?P<{p}>{_field(p)})" for k, p in enumerate(parts)]
-    return "".join(out)
-
-
-def _field(name: str) -> str:
-    return r"\d+" if name == "i" else r"\w+?"
+def names(entries: dict[str, str], *, aliases: dict[str, str] | None = None, linear_out_in: bool = True) -> Names:
+    """`Names` from dictionaries."""
+    return Names(tuple(entries.items()), tuple((aliases or {}).items()), linear_out_in)

@@ -279,3 +279,40 @@ def test_validate_names_the_path() -> None:
     for message, bad in wrong.items():
         with pytest.raises(PlanError, match=message):
             validate(bad, case.params)
+
+
+def test_one_row_cut_out_of_a_fused_projection_carries_its_own_scale():
+    """q, k and v of one matrix, side by side for each head: only the values' columns absorb."""
+
+    def fn(p, x):
+        y = (x @ p["qkv"]).reshape(-1, 2, 3, 4)
+        q, k, v = y[:, :, 0], y[:, :, 1], y[:, :, 2]
+        weights = jax.nn.softmax(jnp.einsum("thd,shd->hts", q, k))
+        return jnp.einsum("hts,shd->thd", weights, v).reshape(-1, 8) @ p["o"]
+
+    p = {"qkv": np.ones((6, 24), np.float32), "o": np.ones((8, 5), np.float32)}
+    group = next(g for g in discover(fn, p, np.ones((3, 6), np.float32)).groups if g.name == "o")
+    index = np.full((2, 3, 4), -1)
+    index[:, 2] = np.arange(8).reshape(2, 4)
+    np.testing.assert_array_equal(group.absorbers[0].index, index.reshape(1, 24))
+    assert group.ties is None
+
+
+def test_a_mask_of_zeros_ties_no_channels():
+    def fn(p, x, keep):
+        h = jnp.where(keep[:, None], jax.nn.silu(x @ p["gate"]) * (x @ p["up"]), 0)
+        return jnp.where(h > 1, h, jnp.zeros_like(h)) @ p["down"], jnp.where(keep[:, None], x @ p["up2"], 1.0) @ p["b"]
+
+    p = {k: np.ones((6, 6), np.float32) for k in ("gate", "up", "down", "up2", "b")}
+    groups = {g.name: g for g in discover(fn, p, np.ones((3, 6), np.float32), np.ones(3, bool)).groups}
+    assert not groups["down"].absorbers  # which rows are kept depends on the scale
+    assert not groups["b"].absorbers  # a one is not scaled with the rest
+
+    def masked(p, x, keep):
+        return jnp.where(keep[:, None], jax.nn.silu(x @ p["gate"]) * (x @ p["up"]), 0) @ p["down"]
+
+    group = next(
+        g for g in discover(masked, p, np.ones((3, 6), np.float32), np.ones(3, bool)).groups if g.name == "down"
+    )
+    assert [a.path for a in group.absorbers] == ["up"]
+    assert group.ties is None

@@ -153,6 +153,6 @@ def test_bad_input_is_refused_by_name(checkpoint, tmp_path):
         model.save(tmp_path / "x", format="nope")
     config = json.loads((checkpoint[0] / "config.json").read_text())
     shutil.copy(checkpoint[0] / "model.safetensors", tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "qwen3_moe"}))
-    with pytest.raises(errors.UnsupportedModelError, match=r"'qwen3_moe'.*relative is 'qwen3'"):
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "llama9"}))
+    with pytest.raises(errors.UnsupportedModelError, match=r"'llama9'.*relative is 'llama'"):
         awq_jax.load(tmp_path)

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -68,15 +69,27 @@ CASES = (
 
 
 def torch_model(family: str, seed: int = 0, **changes: Any) -> torch.nn.Module:
+    """A random float32 model in eval mode, of the sizes above."""
+    return randomized(family, SIZES | changes, seed=seed)
+
+
+def randomized(family: str, config: dict[str, Any], attention: str = "eager", seed: int = 0) -> torch.nn.Module:
     """A random float32 model in eval mode; norms and biases are random too, so that each one counts."""
-    config = AutoConfig.for_model(family, **(SIZES | changes))
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+    settings = AutoConfig.for_model(family, **config)
+    model = AutoModelForCausalLM.from_config(settings, attn_implementation=attention, dtype=torch.float32)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if p.ndim == 1:
-                p.copy_(torch.randn_like(p) * 0.2 + (1.0 if "norm" in name else 0.0))
+            if p.ndim == 1 or "norm" in name:
+                one = name.endswith("weight") and "gemma" not in family
+                p.copy_(torch.randn_like(p) * 0.2 + (1.0 if one else 0.0))
     return model.eval()
+
+
+def close(ours: Any, theirs: Any, tol: float = 1e-4) -> None:
+    """Largest difference relative to the largest value."""
+    theirs = np.asarray(theirs)
+    np.testing.assert_allclose(ours, theirs, atol=tol * np.abs(theirs).max(), rtol=0)
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

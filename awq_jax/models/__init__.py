@@ -1,14 +1,26 @@
 """Reference decoder (Flax NNX) and the model families it runs."""
 
-from awq_jax.models.config import LayerConfig, ModelConfig, RopeConfig
+from awq_jax.models.config import (
+    AttentionConfig,
+    LayerConfig,
+    MLPConfig,
+    ModelConfig,
+    MoEConfig,
+    NormConfig,
+    RopeConfig,
+)
 from awq_jax.models.decoder import Cache, Decoder, init_cache
 from awq_jax.models.registry import config_from_hf, supported
 
 __all__ = [
+    "AttentionConfig",
     "Cache",
     "Decoder",
     "LayerConfig",
+    "MLPConfig",
+    "MoEConfig",
     "ModelConfig",
+    "NormConfig",
     "RopeConfig",
     "config_from_hf",
     "init_cache",

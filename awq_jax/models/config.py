@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-RopeKind = Literal["default", "linear", "dynamic", "yarn", "llama3"]
+from awq_jax.convert.names import LLAMA, Names
+
+RopeKind = Literal["default", "linear", "dynamic", "yarn", "llama3", "longrope"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,6 +17,8 @@ class RopeConfig:
     Attributes:
       kind: the scaling rule; the fields below it does not use keep their defaults.
       theta: base of the geometric series of wavelengths.
+      dims: how many leading channels of a head are rotated; None for all.
+      interleaved: channels ``(2i, 2i + 1)`` are a pair, instead of ``(i, i + dims / 2)``.
       factor: by how much the context is stretched.
       original_length: context length before stretching, in tokens.
       low_freq_factor, high_freq_factor: ``llama3``: wavelengths longer than
@@ -22,11 +26,15 @@ class RopeConfig:
         ``original_length / high_freq_factor`` not at all.
       beta_fast, beta_slow: ``yarn``: rotations over the original context between which to blend.
       truncate: ``yarn``: round the blend's ends to whole dimensions.
-      attention_factor: ``yarn``: multiplies cosines and sines.
+      short_factors, long_factors: ``longrope``: what each wavelength is multiplied by, for rows within
+        the original context and for longer ones.
+      attention_factor: ``yarn``, ``longrope``: multiplies cosines and sines.
     """
 
     kind: RopeKind = "default"
     theta: float = 10000.0
+    dims: int | None = None
+    interleaved: bool = False
     factor: float = 1.0
     original_length: int = 0
     low_freq_factor: float = 1.0
@@ -34,20 +42,120 @@ class RopeConfig:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
     attention_factor: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
-class LayerConfig:
-    """What may differ between the layers of one model.
+class NormConfig:
+    """A normalisation over the last axis.
 
     Attributes:
-      window: a token attends to itself and the ``window - 1`` tokens before it; None for all.
-      rope: rotate queries and keys.
+      kind: ``rms`` divides by the root mean square; ``layer`` subtracts the mean first.
+      eps: added to the mean square.
+      scale, bias: which parameters it has.
+      offset: the scale is ``offset + parameter`` (Gemma: 1).
     """
 
+    kind: Literal["rms", "layer"] = "rms"
+    eps: float = 1e-6
+    scale: bool = True
+    bias: bool = False
+    offset: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    """Softmax attention.
+
+    Attributes:
+      heads, kv_heads, head_dim: query heads, key/value heads (a divisor), channels of each.
+      fused: one matrix makes queries, keys and values: ``concatenated`` as all q, all k, all v;
+        ``grouped`` per key/value head as its q heads, its k, its v. None: three matrices.
+      qkv_bias, o_bias: which linears have a bias.
+      norm: of queries and keys, before they are rotated; None for none.
+      norm_over: ``head``: over the channels of a head, one scale for all heads; ``heads``: the same
+        with a scale for each head; ``width``: over all heads together.
+      scale: of the scores; None for ``head_dim ** -0.5``.
+      cap: scores are ``cap * tanh(scores / cap)``.
+      clip: queries, keys and values are clipped to ``[-clip, clip]``.
+      sinks: a learned score per head takes part in the softmax and attends to nothing.
+      alibi: scores grow with the key's position, by a slope per head (arXiv 2108.12409); the float
+        type in which it is computed (it decides which positions can be told apart), None for none.
+      alibi_scaled: the position's share is multiplied by the scale of the scores too.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    fused: Literal["concatenated", "grouped"] | None = None
+    qkv_bias: bool = False
+    o_bias: bool = False
+    norm: NormConfig | None = None
+    norm_over: Literal["head", "heads", "width"] = "head"
+    scale: float | None = None
+    cap: float | None = None
+    clip: float | None = None
+    sinks: bool = False
+    alibi: Literal["float32", "bfloat16"] | None = None
+    alibi_scaled: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class MLPConfig:
+    """``down(act(gate(x)) * up(x))``, or ``down(act(up(x)))`` if not gated.
+
+    Attributes:
+      size: inner width.
+      activation: name in `awq_jax.models.mlp.ACTIVATIONS`.
+      gated: there is a gate.
+      fused: one matrix makes the gate and then the up half.
+      bias: the linears have biases.
+    """
+
+    size: int
+    activation: str = "silu"
+    gated: bool = True
+    fused: bool = False
+    bias: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """A mixture of experts in place of an MLP (see `awq_jax.models.moe`).
+
+    Attributes:
+      experts: how many.
+      top_k: how many of them a token goes through.
+      expert: each of them.
+      shared: an MLP that every token goes through besides; None for none.
+      shared_gate: it is multiplied by a sigmoid of its own linear of the token.
+      normalize: the weights of a token's experts add up to 1.
+    """
+
+    experts: int
+    top_k: int
+    expert: MLPConfig
+    shared: MLPConfig | None = None
+    shared_gate: bool = False
+    normalize: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerConfig:
+    """One layer.
+
+    Attributes:
+      attention, mlp: its two halves.
+      rope: rotates queries and keys; None if they are not rotated.
+      window: a token attends to itself and the ``window - 1`` tokens before it; None for all.
+    """
+
+    attention: AttentionConfig
+    mlp: MLPConfig | MoEConfig
+    rope: RopeConfig | None = None
     window: int | None = None
-    rope: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,35 +166,46 @@ class ModelConfig:
       family: Hugging Face ``model_type``.
       vocab_size: rows of the embedding.
       hidden_size: width of the residual stream.
-      intermediate_size: width of the gated MLP.
-      num_heads, num_kv_heads, head_dim: query heads, key/value heads (a divisor), channels of each.
       layers: one entry per layer.
       max_length: longest sequence the model was made for, in tokens.
-      norm_eps: added to the mean square in RMSNorm.
-      activation: name in `awq_jax.models.decoder.ACTIVATIONS`.
-      rope: rotary embedding.
-      qkv_bias, o_bias, mlp_bias: which linears have a bias.
-      qk_norm: RMSNorm over the channels of each query and key head.
+      norm: of the residual stream.
+      norms: where it stands: ``pre`` before attention and MLP, ``post`` behind each and before the
+        sum, ``sandwich`` both, ``residual`` behind each sum.
+      parallel: attention and MLP read the same residual stream and are added together; ``one`` norm
+        for both, or ``two``. None: one after the other.
+      final_norm: the last hidden states are normalised.
+      embed_norm: the embedding is normalised.
+      embed_scale, residual_scale, logit_scale: multiply the embedding, what each half of a layer adds
+        to the residual stream, and the logits.
+      logit_cap: logits are ``cap * tanh(logits / cap)``.
+      positions: rows of a learned absolute position embedding; None for none.
+      position_offset: row of the first position.
+      embed_size: width of the token embedding, projected to and from ``hidden_size``; None: the same.
       tied: the output projection is the transposed embedding.
+      head_bias: the output projection has a bias.
+      names: what the checkpoint calls its tensors.
     """
 
     family: str
     vocab_size: int
     hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
     layers: tuple[LayerConfig, ...]
     max_length: int
-    norm_eps: float = 1e-6
-    activation: str = "silu"
-    rope: RopeConfig = RopeConfig()
-    qkv_bias: bool = False
-    o_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False
+    norm: NormConfig = NormConfig()
+    norms: Literal["pre", "post", "sandwich", "residual"] = "pre"
+    parallel: Literal["one", "two"] | None = None
+    final_norm: bool = True
+    embed_norm: bool = False
+    embed_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_cap: float | None = None
+    positions: int | None = None
+    position_offset: int = 0
+    embed_size: int | None = None
     tied: bool = False
+    head_bias: bool = False
+    names: Names = LLAMA
 
     @property
     def num_layers(self) -> int:

@@ -7,8 +7,6 @@ module transform is used: split the state, call under `jax.jit`.
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,17 +14,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from awq_jax.models import rope
-from awq_jax.models.config import LayerConfig, ModelConfig
+from awq_jax.models.attention import Attention, Pair, Step
+from awq_jax.models.config import LayerConfig, ModelConfig, MoEConfig
+from awq_jax.models.mlp import MLP
+from awq_jax.models.moe import MoE
+from awq_jax.models.norm import Norm
 from awq_jax.nnx import Linear
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "silu": jax.nn.silu,
-    "swish": jax.nn.silu,
-    "relu": jax.nn.relu,
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_new": jax.nn.gelu,
-    "gelu_pytorch_tanh": jax.nn.gelu,
-}
 
 
 @jax.tree_util.register_dataclass
@@ -43,132 +36,63 @@ class Cache:
 
 def init_cache(config: ModelConfig, batch: int, length: int, dtype: Any) -> Cache:
     """An empty cache for ``batch`` rows of up to ``length`` tokens."""
-    shape = (batch, length, config.num_kv_heads, config.head_dim)
-    return Cache(*(tuple(jnp.zeros(shape, dtype) for _ in config.layers) for _ in range(2)))
-
-
-class RMSNorm(nnx.Module):
-    """``scale * x / rms(x)`` over the last axis, in float32, returned in the dtype of ``x``."""
-
-    def __init__(self, size: int, eps: float):
-        self.scale = nnx.Param(jnp.ones(size))
-        self.eps = eps
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        h = x.astype(jnp.float32)
-        h = h * jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + self.eps)
-        return self.scale.get_value() * h.astype(x.dtype)
-
-
-class Attention(nnx.Module):
-    """Grouped-query attention."""
-
-    def __init__(self, config: ModelConfig, layer: LayerConfig, rngs: nnx.Rngs):
-        c, inner, kv = config, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.q_proj = Linear(c.hidden_size, inner, use_bias=c.qkv_bias, rngs=rngs)
-        self.k_proj = Linear(c.hidden_size, kv, use_bias=c.qkv_bias, rngs=rngs)
-        self.v_proj = Linear(c.hidden_size, kv, use_bias=c.qkv_bias, rngs=rngs)
-        self.o_proj = Linear(inner, c.hidden_size, use_bias=c.o_bias, rngs=rngs)
-        if c.qk_norm:
-            self.q_norm = RMSNorm(c.head_dim, c.norm_eps)
-            self.k_norm = RMSNorm(c.head_dim, c.norm_eps)
-        self.config, self.layer = config, layer
-
-    def __call__(
-        self,
-        x: jax.Array,
-        positions: jax.Array,
-        angles: tuple[jax.Array, jax.Array],
-        past: tuple[jax.Array, jax.Array] | None,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """``x [B, T, hidden]`` -> the same shape, and this layer's keys and values ``[B, S, KV, head_dim]``."""
-        c = self.config
-        batch, length, _ = x.shape
-        q = self.q_proj(x).reshape(batch, length, c.num_heads, c.head_dim)
-        k = self.k_proj(x).reshape(batch, length, c.num_kv_heads, c.head_dim)
-        v = self.v_proj(x).reshape(batch, length, c.num_kv_heads, c.head_dim)
-        if c.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if self.layer.rope:
-            q, k = rope.rotate(q, *angles), rope.rotate(k, *angles)
-        if past is not None:
-            k, v = (_write(old, new, positions[:, 0]) for old, new in zip(past, (k, v), strict=True))
-        out = attend(q, k, v, positions, self.layer.window)
-        return self.o_proj(out.reshape(batch, length, c.num_heads * c.head_dim)), (k, v)
-
-
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, window: int | None) -> jax.Array:
-    """Causal attention of ``q [B, T, H, D]`` over ``k, v [B, S, KV, D]``, slot s holding position s.
-
-    Args:
-      positions: int32 ``[B, T]`` of the queries.
-      window: see `LayerConfig`.
-
-    Returns:
-      ``[B, T, H, D]``.
-    """
-    batch, length, heads, dim = q.shape
-    kv = k.shape[2]
-    q = q.reshape(batch, length, kv, heads // kv, dim)
-    scores = jnp.einsum("btkgd,bskd->bkgts", q, k) * dim**-0.5
-    ahead = positions[:, :, None] - jnp.arange(k.shape[1])
-    seen = ahead >= 0
-    if window is not None:
-        seen &= ahead < window
-    scores = jnp.where(seen[:, None, None], scores.astype(jnp.float32), -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    return jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(batch, length, heads, dim)
-
-
-def _write(old: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
-    """Put ``new [B, T, ...]`` into ``old [B, S, ...]`` at each row's ``start [B]``."""
-    return jax.vmap(lambda o, n, s: jax.lax.dynamic_update_slice_in_dim(o, n, s, axis=0))(old, new, start)
-
-
-class MLP(nnx.Module):
-    """Gated MLP: ``down(act(gate(x)) * up(x))``."""
-
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        size, inner = config.hidden_size, config.intermediate_size
-        self.gate_proj = Linear(size, inner, use_bias=config.mlp_bias, rngs=rngs)
-        self.up_proj = Linear(size, inner, use_bias=config.mlp_bias, rngs=rngs)
-        self.down_proj = Linear(inner, size, use_bias=config.mlp_bias, rngs=rngs)
-        self.activation = config.activation
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down_proj(ACTIVATIONS[self.activation](self.gate_proj(x)) * self.up_proj(x))
+    shapes = [(batch, length, layer.attention.kv_heads, layer.attention.head_dim) for layer in config.layers]
+    return Cache(*(tuple(jnp.zeros(shape, dtype) for shape in shapes) for _ in range(2)))
 
 
 class Layer(nnx.Module):
-    """Pre-norm block: attention, then MLP, each added to the residual stream."""
+    """Attention and MLP, each added to the residual stream; norms where `ModelConfig.norms` says.
+
+    ``input_layernorm`` and ``post_attention_layernorm`` stand before attention and MLP (``residual``:
+    behind their sums), ``attention_output_layernorm`` and ``mlp_output_layernorm`` behind them.
+    """
 
     def __init__(self, config: ModelConfig, layer: LayerConfig, rngs: nnx.Rngs):
-        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.self_attn = Attention(config, layer, rngs)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mlp = MLP(config, rngs)
+        c, size = config, config.hidden_size
+        if c.norms != "post":
+            self.input_layernorm = Norm(c.norm, size)
+            if c.parallel != "one":
+                self.post_attention_layernorm = Norm(c.norm, size)
+        if c.norms in ("post", "sandwich"):
+            self.attention_output_layernorm = Norm(c.norm, size)
+            self.mlp_output_layernorm = Norm(c.norm, size)
+        self.self_attn = Attention(size, layer, rngs)
+        self.mlp = MoE(size, layer.mlp, rngs) if isinstance(layer.mlp, MoEConfig) else MLP(size, layer.mlp, rngs)
+        self.config = config
 
-    def __call__(
-        self,
-        x: jax.Array,
-        positions: jax.Array,
-        angles: tuple[jax.Array, jax.Array],
-        past: tuple[jax.Array, jax.Array] | None,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    def __call__(self, x: jax.Array, step: Step, past: Pair | None) -> tuple[jax.Array, Pair]:
         """As `Attention.__call__`."""
-        attended, kv = self.self_attn(self.input_layernorm(x), positions, angles, past)
-        x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), kv
+        c = self.config
+        pre, post = c.norms in ("pre", "sandwich"), c.norms in ("post", "sandwich")
+        h = self.input_layernorm(x) if pre else x
+        attended, kv = self.self_attn(h, step, past)
+        if c.parallel:
+            if c.parallel == "two":
+                h = self.post_attention_layernorm(x)
+            return x + (attended + self._mlp(h, step)) * c.residual_scale, kv
+        if post:
+            attended = self.attention_output_layernorm(attended)
+        x = x + attended * c.residual_scale
+        if c.norms == "residual":
+            x = self.input_layernorm(x)
+        out = self._mlp(self.post_attention_layernorm(x) if pre else x, step)
+        if post:
+            out = self.mlp_output_layernorm(out)
+        x = x + out * c.residual_scale
+        return self.post_attention_layernorm(x) if c.norms == "residual" else x, kv
+
+    def _mlp(self, x: jax.Array, step: Step) -> jax.Array:
+        return self.mlp(x, step.decoding) if isinstance(self.mlp, MoE) else self.mlp(x)
 
 
 class Embedding(nnx.Module):
-    """Token embedding ``[vocab, hidden]``, also the output projection of tied models."""
+    """Embedding ``[rows, size]``; that of the tokens is also the output projection of tied models."""
 
-    def __init__(self, vocab: int, size: int, rngs: nnx.Rngs):
-        self.embedding = nnx.Param(jax.random.normal(rngs.params(), (vocab, size)) * size**-0.5)
+    def __init__(self, rows: int, size: int, rngs: nnx.Rngs):
+        self.embedding = nnx.Param(jax.random.normal(rngs.params(), (rows, size)) * size**-0.5)
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        return self.embedding.get_value()[tokens]
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        return self.embedding.get_value()[ids]
 
     def attend(self, x: jax.Array) -> jax.Array:
         return jnp.einsum("...d,vd->...v", x, self.embedding.get_value())
@@ -183,12 +107,22 @@ class Decoder(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        c, size = config, config.hidden_size
+        embed = c.embed_size or size
         self.config = config
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, rngs)
+        self.embed_tokens = Embedding(c.vocab_size, embed, rngs)
+        if embed != size:
+            self.project_in = Linear(embed, size, use_bias=False, rngs=rngs)
+            self.project_out = Linear(size, embed, use_bias=False, rngs=rngs)
+        if c.positions is not None:
+            self.embed_positions = Embedding(c.positions, size, rngs)
+        if c.embed_norm:
+            self.embed_norm = Norm(c.norm, size)
         self.layers = nnx.List([Layer(config, layer, rngs) for layer in config.layers])
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        if not config.tied:
-            self.lm_head = Linear(config.hidden_size, config.vocab_size, use_bias=False, rngs=rngs)
+        if c.final_norm:
+            self.norm = Norm(c.norm, size)
+        if not c.tied:
+            self.lm_head = Linear(embed, c.vocab_size, use_bias=c.head_bias, rngs=rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Logits of every position, without a cache.
@@ -214,17 +148,37 @@ class Decoder(nnx.Module):
         Returns:
           ``[B, T, hidden]`` and the new cache.
         """
-        x = self.embed_tokens(tokens)
-        angles = rope.cos_sin(self.config.rope, self.config.head_dim, positions)
+        x = self.embed(tokens, positions)
+        ropes = {layer.rope: layer.attention.head_dim for layer in self.config.layers if layer.rope is not None}
+        angles = {turn: rope.cos_sin(turn, dim, positions) for turn, dim in ropes.items()}
+        step = Step(positions, angles, decoding=cache is not None and tokens.shape[1] == 1)
         keys, values = [], []
         for i, layer in enumerate(self.layers):
             past = None if cache is None else (cache.keys[i], cache.values[i])
-            x, (k, v) = layer(x, positions, angles, past)
+            x, (k, v) = layer(x, step, past)
             keys.append(k)
             values.append(v)
-        return self.norm(x), Cache(tuple(keys), tuple(values))
+        if self.config.final_norm:
+            x = self.norm(x)
+        return x, Cache(tuple(keys), tuple(values))
+
+    def embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+        """What the first layer reads, ``[B, T, hidden]``."""
+        c = self.config
+        x = self.embed_tokens(tokens)
+        if c.embed_scale != 1.0:
+            x = x * jnp.asarray(c.embed_scale, x.dtype)
+        if c.embed_size not in (None, c.hidden_size):
+            x = self.project_in(x)
+        if c.positions is not None:
+            x = x + self.embed_positions(positions + c.position_offset)
+        return self.embed_norm(x) if c.embed_norm else x
 
     def head(self, x: jax.Array) -> jax.Array:
         """Hidden states ``[..., hidden]`` to float32 logits ``[..., vocab]``."""
-        logits = self.embed_tokens.attend(x) if self.config.tied else self.lm_head(x)
-        return logits.astype(jnp.float32)
+        c = self.config
+        if c.embed_size not in (None, c.hidden_size):
+            x = self.project_out(x)
+        logits = self.embed_tokens.attend(x) if c.tied else self.lm_head(x)
+        logits = logits.astype(jnp.float32) * c.logit_scale
+        return logits if c.logit_cap is None else c.logit_cap * jnp.tanh(logits / c.logit_cap)

@@ -1,53 +1,42 @@
-"""The part of a Hugging Face ``config.json`` that Llama's relatives share."""
+"""Hugging Face's ``config.json`` to `ModelConfig`: what families share, and the spellings of its keys."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from typing import Any, cast, get_args
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 from awq_jax.errors import ConfigError, UnsupportedModelError
-from awq_jax.models.config import LayerConfig, ModelConfig, RopeConfig, RopeKind
-from awq_jax.models.decoder import ACTIVATIONS
+from awq_jax.models.config import (
+    AttentionConfig,
+    LayerConfig,
+    MLPConfig,
+    ModelConfig,
+    MoEConfig,
+    NormConfig,
+    RopeConfig,
+)
+from awq_jax.models.hf_rope import rope_config
+from awq_jax.models.mlp import ACTIVATIONS
+
+# What other families call Llama's keys; the first that is there counts.
+SPELLINGS = {
+    "hidden_size": ("n_embd", "n_embed", "d_model"),
+    "num_hidden_layers": ("n_layer", "n_layers"),
+    "num_attention_heads": ("n_head", "n_heads"),
+    "max_position_embeddings": ("n_positions", "max_seq_len", "seq_length"),
+    "intermediate_size": ("n_inner", "ffn_dim", "ffn_hidden_size"),
+    "hidden_act": ("hidden_activation", "activation_function", "activation"),
+    "norm_eps": ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon"),
+}
 
 
-def base(hf: Mapping[str, Any], *, default_theta: float = 10000.0, **changes: Any) -> ModelConfig:
-    """A `ModelConfig` with the fields all relatives name alike; ``changes`` override.
-
-    Raises:
-      ConfigError: if a required key is missing or sizes contradict each other.
-      UnsupportedModelError: for an activation or rope scaling the decoder does not have.
-    """
-    heads = required(hf, "num_attention_heads")
-    rope = rope_config(hf, default_theta)
-    activation = hf.get("hidden_act") or "silu"
-    if activation not in ACTIVATIONS:
-        raise UnsupportedModelError(
-            f"hidden_act {activation!r} is not supported; the decoder has {', '.join(sorted(ACTIVATIONS))}"
-        )
-    max_length = required(hf, "max_position_embeddings")
-    fields: dict[str, Any] = {
-        "family": hf["model_type"],
-        "vocab_size": required(hf, "vocab_size"),
-        "hidden_size": required(hf, "hidden_size"),
-        "intermediate_size": required(hf, "intermediate_size"),
-        "num_heads": heads,
-        "num_kv_heads": hf.get("num_key_value_heads") or heads,
-        "head_dim": hf.get("head_dim") or required(hf, "hidden_size") // heads,
-        "layers": (LayerConfig(),) * required(hf, "num_hidden_layers"),
-        "max_length": int(max_length * rope.factor) if rope.kind == "dynamic" else max_length,
-        "norm_eps": float(hf.get("rms_norm_eps", 1e-6)),
-        "activation": activation,
-        "rope": rope,
-        "tied": bool(hf.get("tie_word_embeddings", False)),
-    }
-    config = ModelConfig(**(fields | changes))
-    if config.num_heads % config.num_kv_heads or config.head_dim % 2:
-        raise ConfigError(
-            f"{config.num_heads} query heads over {config.num_kv_heads} key/value heads of {config.head_dim} "
-            "channels: the heads must divide evenly and the channels be even; check config.json"
-        )
-    return config
+def get(hf: Mapping[str, Any], key: str, default: Any = None) -> Any:
+    """A value of the config under any of its `SPELLINGS`; ``default`` if it is absent or null."""
+    for name in (key, *SPELLINGS.get(key, ())):
+        if hf.get(name) is not None:
+            return hf[name]
+    return default
 
 
 def required(hf: Mapping[str, Any], key: str) -> int:
@@ -56,77 +45,118 @@ def required(hf: Mapping[str, Any], key: str) -> int:
     Raises:
       ConfigError: naming the key.
     """
-    value = hf.get(key)
+    value = get(hf, key)
     if not isinstance(value, int) or value <= 0:
         raise ConfigError(f"config.json: {key} must be a positive integer; got {value!r}")
     return value
 
 
-def windows(hf: Mapping[str, Any], layers: int, window: int | None) -> tuple[int | None, ...]:
-    """Sliding window of each layer from ``layer_types`` or Qwen's ``max_window_layers``."""
-    types = hf.get("layer_types")
-    if types is None:
-        first = hf.get("max_window_layers", 28)
-        types = ["sliding_attention" if window is not None and i >= first else "full_attention" for i in range(layers)]
+def base(
+    hf: Mapping[str, Any],
+    *,
+    attention: Mapping[str, Any] | None = None,
+    mlp: Mapping[str, Any] | None = None,
+    norm: Mapping[str, Any] | None = None,
+    mlps: Sequence[MLPConfig | MoEConfig] | None = None,
+    ropes: RopeConfig | Sequence[RopeConfig | None] | Literal["llama"] | None = "llama",
+    windows: Sequence[int | None] | None = None,
+    **fields: Any,
+) -> ModelConfig:
+    """A Llama with changes.
+
+    Args:
+      hf: content of ``config.json``.
+      attention, mlp, norm: fields of `AttentionConfig`, `MLPConfig`, `NormConfig` that differ.
+      mlps: of each layer, if they are not alike.
+      ropes: of all layers, or of each; None for no rotation.
+      windows: sliding window of each layer.
+      **fields: of `ModelConfig`.
+
+    Raises:
+      ConfigError: if a required key is missing or sizes contradict each other.
+      UnsupportedModelError: for an activation or rope scaling the decoder does not have.
+    """
+    count = required(hf, "num_hidden_layers")
+    if ropes == "llama":
+        ropes = rope_config(hf)
+    each: list[RopeConfig | None] = [ropes] * count if ropes is None or isinstance(ropes, RopeConfig) else list(ropes)
+    heads = attention_config(hf, **(attention or {}))
+    per_mlp = list(mlps) if mlps is not None else [mlp_config(hf, **(mlp or {}))] * count
+    per_window = list(windows) if windows is not None else [None] * count
+    layers = [LayerConfig(heads, *t) for t in zip(per_mlp, each, per_window, strict=True)]
+    length = required(hf, "max_position_embeddings")
+    stretch = each[0].factor if each[0] is not None and each[0].kind == "dynamic" else 1
+    known: dict[str, Any] = {
+        "family": hf["model_type"],
+        "vocab_size": required(hf, "vocab_size"),
+        "hidden_size": required(hf, "hidden_size"),
+        "max_length": int(length * stretch),
+        "norm": dataclasses.replace(NormConfig(eps=float(get(hf, "norm_eps", 1e-6))), **(norm or {})),
+        "tied": bool(hf.get("tie_word_embeddings", False)),
+    }
+    return ModelConfig(**(known | {"layers": tuple(layers)} | fields))
+
+
+def attention_config(hf: Mapping[str, Any], **changes: Any) -> AttentionConfig:
+    """Llama's attention with changes.
+
+    Raises:
+      ConfigError: if the heads do not divide evenly.
+    """
+    heads = required(hf, "num_attention_heads")
+    size = required(hf, "hidden_size")
+    known: dict[str, Any] = {
+        "heads": heads,
+        "kv_heads": hf.get("num_key_value_heads") or heads,
+        "head_dim": hf.get("head_dim") or size // heads,
+    }
+    config = AttentionConfig(**(known | changes))
+    if config.heads % config.kv_heads or config.head_dim % 2:
+        raise ConfigError(
+            f"{config.heads} query heads over {config.kv_heads} key/value heads of {config.head_dim} "
+            "channels: the heads must divide evenly and the channels be even; check config.json"
+        )
+    return config
+
+
+def mlp_config(hf: Mapping[str, Any], **changes: Any) -> MLPConfig:
+    """Llama's MLP with changes.
+
+    Raises:
+      UnsupportedModelError: for an activation the decoder does not have.
+    """
+    if "size" not in changes:
+        changes["size"] = required(hf, "intermediate_size")
+    if "activation" not in changes:
+        changes["activation"] = get(hf, "hidden_act", "silu")
+    if changes["activation"] not in ACTIVATIONS:
+        raise UnsupportedModelError(
+            f"hidden_act {changes['activation']!r} is not supported; the decoder has {', '.join(sorted(ACTIVATIONS))}"
+        )
+    return MLPConfig(**changes)
+
+
+def layer_types(hf: Mapping[str, Any], default: Sequence[str] | None = None) -> list[str]:
+    """``sliding_attention`` or ``full_attention`` for each layer.
+
+    Args:
+      hf: content of ``config.json``.
+      default: where it does not say; None for full attention everywhere.
+
+    Raises:
+      UnsupportedModelError: for another kind of layer.
+      ConfigError: if it does not list all layers.
+    """
+    count = required(hf, "num_hidden_layers")
+    types = list(hf.get("layer_types") or default or ["full_attention"] * count)
     unknown = set(types) - {"sliding_attention", "full_attention"}
     if unknown:
         raise UnsupportedModelError(f"layer_types {sorted(unknown)} are not supported")
-    if len(types) < layers:
-        raise ConfigError(f"config.json: layer_types has {len(types)} entries for {layers} layers")
-    return tuple(window if t == "sliding_attention" else None for t in types[:layers])
+    if len(types) < count:
+        raise ConfigError(f"config.json: layer_types has {len(types)} entries for {count} layers")
+    return types[:count]
 
 
-def rope_config(hf: Mapping[str, Any], default_theta: float) -> RopeConfig:
-    """Rope constants, from ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling``.
-
-    Raises:
-      UnsupportedModelError: for an unknown scaling.
-      ConfigError: if a constant it needs is missing.
-    """
-    data = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
-    kind = data.get("rope_type") or data.get("type") or "default"
-    theta = float(data.get("rope_theta") or hf.get("rope_theta") or default_theta)
-    if kind == "default":
-        return RopeConfig(theta=theta)
-    if kind not in get_args(RopeKind):
-        raise UnsupportedModelError(
-            f"rope scaling {kind!r} is not supported; the decoder has {', '.join(get_args(RopeKind))}"
-        )
-    length = required(hf, "max_position_embeddings")
-    original = length
-    if kind != "dynamic":
-        original = hf.get("original_max_position_embeddings") or data.get("original_max_position_embeddings") or length
-    factor = data.get("factor")
-    if factor is None and kind == "yarn":
-        factor = length / original
-    if factor is None:
-        raise ConfigError(f"config.json: rope scaling {kind!r} needs a factor")
-    extra: dict[str, Any] = {}
-    if kind == "llama3":
-        missing = {"low_freq_factor", "high_freq_factor"} - set(data)
-        if missing:
-            raise ConfigError(f"config.json: rope scaling 'llama3' needs {sorted(missing)}")
-        extra = {k: float(data[k]) for k in ("low_freq_factor", "high_freq_factor")}
-    if kind == "yarn":
-        extra = {
-            "beta_fast": float(data.get("beta_fast") or 32),
-            "beta_slow": float(data.get("beta_slow") or 1),
-            "truncate": bool(data.get("truncate", True)),
-            "attention_factor": _yarn_attention(data, factor),
-        }
-    return RopeConfig(
-        kind=cast(RopeKind, kind), theta=theta, factor=float(factor), original_length=int(original), **extra
-    )
-
-
-def _yarn_attention(data: Mapping[str, Any], factor: float) -> float:
-    """Temperature of the attention, folded into cosines and sines (arXiv 2309.00071, section 3.4)."""
-    if data.get("attention_factor") is not None:
-        return float(data["attention_factor"])
-
-    def temperature(m: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1.0
-
-    if data.get("mscale") and data.get("mscale_all_dim"):
-        return temperature(data["mscale"]) / temperature(data["mscale_all_dim"])
-    return temperature(1.0)
+def windows(types: Sequence[str], window: int | None) -> list[int | None]:
+    """Sliding window of each layer, from its type."""
+    return [window if t == "sliding_attention" else None for t in types]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from awq_jax import paths
-from awq_jax.convert import names
+from awq_jax.convert.names import IGNORED, Names
 from awq_jax.errors import ShapeError, WeightError
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.decoder import Decoder
@@ -26,17 +26,33 @@ class Tensors(Protocol):
     def read(self, name: str) -> np.ndarray | QuantizedTensor: ...
 
 
+class Stored(NamedTuple):
+    """How a checkpoint holds a parameter.
+
+    Attributes:
+      names: its tensors: one, or one for each expert.
+      shape: of each as stored.
+      transpose: the last two axes are the other way round there.
+      stacked: our parameter has an axis for the experts in front.
+    """
+
+    names: list[str]
+    shape: tuple[int, ...]
+    transpose: bool
+    stacked: bool
+
+
 def abstract(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
     """The decoder's static part, and its state with shapes in place of arrays."""
     return nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
 
 
 def load(source: Tensors, config: ModelConfig, state: nnx.State, dtype: str | None = None) -> nnx.State:
-    """Fill an `abstract` state from a checkpoint; never holds a second copy of more than one tensor.
+    """Fill an `abstract` state from a checkpoint; never holds a second copy of more than one parameter.
 
     Args:
       source: tensors by Hugging Face name.
-      config: the architecture, for messages and tied heads.
+      config: the architecture: names, and tied heads.
       state: from `abstract`.
       dtype: float dtype of the result; None takes the embedding's as stored.
 
@@ -47,56 +63,64 @@ def load(source: Tensors, config: ModelConfig, state: nnx.State, dtype: str | No
       WeightError: a tensor is missing, unexpected, not floating point, or holds NaN or inf.
       ShapeError: a tensor's shape is not what the config implies.
     """
-    shapes = {path: tuple(leaf.shape) for path, leaf in paths.flatten(state).items()}
-    found = _match(source.names(), shapes, config)
+    wanted = {path: stored(config.names, path, tuple(leaf.shape)) for path, leaf in paths.flatten(state).items()}
+    found = _match(source.names(), wanted, config)
     leaves: dict[str, jax.Array | QuantizedTensor] = {}
-    order = sorted(found, key=lambda p: p != "embed_tokens/embedding")  # first, as it decides the dtype
-    for path in order:
-        name, transpose = found[path]
-        value = source.read(name)
-        if dtype is None:
-            dtype = str(value.dtype)
-        if isinstance(value, QuantizedTensor):
-            leaves[path] = _packed(value, name, shapes[path], transpose, dtype)
-        else:
-            leaves[path] = _dense(value, name, shapes[path], transpose, dtype)
-        del value
+    for path in sorted(wanted, key=lambda p: p != "embed_tokens/embedding"):  # first, as it decides the dtype
+        parts = []
+        for name in wanted[path].names:
+            value = source.read(found[name])
+            if dtype is None:
+                dtype = str(value.dtype)
+            parts.append(_one(value, found[name], wanted[path], dtype))
+            del value
+        leaves[path] = _stack(parts, path) if wanted[path].stacked else parts[0]
     return paths.map_with_path(lambda path, _: leaves[path], state)
 
 
-def tensors(state: nnx.State) -> Iterator[tuple[str, np.ndarray | QuantizedTensor]]:
-    """The state as Hugging Face names and tensors, in PyTorch's orientation, one at a time.
-
-    Raises:
-      WeightError: for a parameter that has no Hugging Face name.
-    """
+def tensors(state: nnx.State, config: ModelConfig) -> Iterator[tuple[str, np.ndarray | QuantizedTensor]]:
+    """The state as Hugging Face names and tensors, one at a time; packed ones in PyTorch's orientation."""
     for path, leaf in paths.flatten(state).items():
-        target = names.to_name(path)
-        if target is None:
-            raise WeightError(f"parameter {path!r} has no Hugging Face name")
-        name, transpose = target
-        if isinstance(leaf, QuantizedTensor):
-            yield name, dataclasses.replace(leaf, axes=leaf.axes[::-1] if transpose else leaf.axes)
+        how = stored(config.names, path, tuple(leaf.shape))
+        for e, name in enumerate(how.names):
+            one = jax.tree.map(lambda a, e=e: a[e], leaf) if how.stacked else leaf
+            if isinstance(one, QuantizedTensor):
+                axes = one.live_axes
+                yield name, dataclasses.replace(one, axes="nk" if axes == "kn" else axes)
+            else:
+                yield name, np.asarray(jnp.swapaxes(one, -1, -2) if how.transpose else one)
+
+
+def stored(names: Names, path: str, shape: tuple[int, ...]) -> Stored:
+    """How a checkpoint holds the parameter at ``path`` of ``shape``."""
+    name = names.of(path)
+    transpose = names.transposed(path, name)
+    stacked = "{e}" in name
+    inner = shape[1:] if stacked else shape
+    if transpose:
+        inner = (*inner[:-2], inner[-1], inner[-2])
+    return Stored([name.format(e=e) for e in range(shape[0])] if stacked else [name], inner, transpose, stacked)
+
+
+def _match(available: list[str], wanted: dict[str, Stored], config: ModelConfig) -> dict[str, str]:
+    """Tensor name -> the name it has in this checkpoint; complains about whatever does not pair up."""
+    there = set(available)
+    found: dict[str, str] = {}
+    missing = []
+    for name in (n for how in wanted.values() for n in how.names):
+        spelled = next((n for n in config.names.spellings(name) if n in there), None)
+        if spelled is None:
+            missing.append(name)
         else:
-            yield name, np.asarray(leaf.T if transpose else leaf)
-
-
-def _match(available: list[str], shapes: dict[str, Any], config: ModelConfig) -> dict[str, tuple[str, bool]]:
-    """``path -> (name, transpose)``; complains about whatever does not pair up."""
-    found: dict[str, tuple[str, bool]] = {}
-    unexpected = []
-    for name in available:
-        target = names.to_path(name)
-        if target and target[0] in shapes:
-            found[target[0]] = (name, target[1])
-        elif not names.IGNORED.search(name) and not (config.tied and name == "lm_head.weight"):
-            unexpected.append(name)
+            found[name] = spelled
+    head = config.names.of("lm_head/kernel")
+    known = {*found.values(), *(config.names.spellings(head) if config.tied else ())}
+    unexpected = [n for n in available if n not in known and not IGNORED.search(n)]
     if unexpected:
         raise WeightError(
             f"the checkpoint holds {_some(unexpected)}, which a {config.family} model with this config.json does not "
             "have; check model_type, the biases and num_hidden_layers"
         )
-    missing = [target[0] for path in shapes if path not in found and (target := names.to_name(path))]
     if missing:
         raise WeightError(f"the checkpoint lacks {_some(missing)}; is it complete?")
     return found
@@ -107,24 +131,40 @@ def _some(items: list[str]) -> str:
     return ", ".join(items[:3]) + more
 
 
-def _check_shape(name: str, got: tuple[int, ...], want: tuple[int, ...]) -> None:
-    if got != want:
-        raise ShapeError(f"{name} has shape {got}; config.json implies {want}")
-
-
-def _dense(value: np.ndarray, name: str, shape: tuple[int, ...], transpose: bool, dtype: str) -> jax.Array:
-    _check_shape(name, tuple(value.shape), shape[::-1] if transpose else shape)
+def _one(value: np.ndarray | QuantizedTensor, name: str, how: Stored, dtype: str) -> jax.Array | QuantizedTensor:
+    """A tensor as read, checked, in our orientation."""
+    if isinstance(value, QuantizedTensor):
+        return _packed(value, name, how, dtype)
+    _check_shape(name, tuple(value.shape), how.shape)
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise WeightError(f"{name} is {value.dtype}, not floating point; was it quantized by an unknown tool?")
     array = jnp.asarray(value).astype(dtype)
     if not bool(jnp.isfinite(array).all()):
         raise WeightError(f"{name} holds NaN or inf as {dtype}; re-download it, or load with dtype='float32'")
-    return array.T if transpose else array
+    return jnp.swapaxes(array, -1, -2) if how.transpose else array
 
 
-def _packed(value: QuantizedTensor, name: str, shape: tuple[int, ...], transpose: bool, dtype: str) -> QuantizedTensor:
-    _check_shape(name, value.shape, shape[::-1] if transpose else shape)
+def _packed(value: QuantizedTensor, name: str, how: Stored, dtype: str) -> QuantizedTensor:
+    # One matrix is canonical inside whatever its orientation, and PyTorch's in every file.
+    linear = len(how.shape) == 2 and not value.batch
+    want = how.shape if how.transpose or not linear else how.shape[::-1]
+    _check_shape(name, value.shape, want)
     if not bool(jnp.isfinite(value.scales).all()):
         raise WeightError(f"the scales of {name} hold NaN or inf; re-download the checkpoint")
     value = jax.tree.map(jnp.asarray, value)
-    return dataclasses.replace(value, axes=value.axes[::-1] if transpose else value.axes, dtype=dtype)
+    return dataclasses.replace(value, axes="kn" if linear else value.axes, dtype=dtype)
+
+
+def _check_shape(name: str, got: tuple[int, ...], want: tuple[int, ...]) -> None:
+    if got != want:
+        raise ShapeError(f"{name} has shape {got}; config.json implies {want}")
+
+
+def _stack(parts: list[Any], path: str) -> jax.Array | QuantizedTensor:
+    """The experts' matrices as one parameter; all float unless all are packed alike."""
+    packed = [isinstance(p, QuantizedTensor) for p in parts]
+    if all(packed) and len({jax.tree.structure(p) for p in parts}) == 1:
+        join: Callable[..., Any] = lambda *a: jnp.stack(a)  # noqa: E731
+        out = jax.tree.map(join, *parts)
+        return dataclasses.replace(out, axes="b" + out.axes)
+    return jnp.stack([p.dequantize() if q else p for p, q in zip(parts, packed, strict=True)])

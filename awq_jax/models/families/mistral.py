@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from awq_jax.models.config import LayerConfig, ModelConfig
+from awq_jax.models.config import ModelConfig
 from awq_jax.models.hf_config import base, required
 
 
 def config(hf: Mapping[str, Any]) -> ModelConfig:
     """``model_type`` "mistral"."""
-    window = hf.get("sliding_window", 4096)
-    return base(hf, layers=(LayerConfig(window=window),) * required(hf, "num_hidden_layers"))
+    return base(hf, windows=[hf.get("sliding_window", 4096)] * required(hf, "num_hidden_layers"))

@@ -1,0 +1,158 @@
+"""Softmax attention with a key/value cache."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from awq_jax.models import rope
+from awq_jax.models.config import AttentionConfig, LayerConfig, RopeConfig
+from awq_jax.models.norm import Norm
+from awq_jax.nnx import Linear
+
+Pair = tuple[jax.Array, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What the layers share in one call.
+
+    Attributes:
+      positions: int32 ``[B, T]``.
+      angles: cosines and sines for every `RopeConfig` of the model.
+      decoding: one new token per row follows a cache.
+    """
+
+    positions: jax.Array
+    angles: dict[RopeConfig, Pair]
+    decoding: bool = False
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention, driven by `AttentionConfig`."""
+
+    def __init__(self, size: int, layer: LayerConfig, rngs: nnx.Rngs):
+        c = layer.attention
+        inner, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
+        if c.fused:
+            self.qkv_proj = Linear(size, inner + 2 * kv, use_bias=c.qkv_bias, rngs=rngs)
+        else:
+            self.q_proj = Linear(size, inner, use_bias=c.qkv_bias, rngs=rngs)
+            self.k_proj = Linear(size, kv, use_bias=c.qkv_bias, rngs=rngs)
+            self.v_proj = Linear(size, kv, use_bias=c.qkv_bias, rngs=rngs)
+        self.o_proj = Linear(inner, size, use_bias=c.o_bias, rngs=rngs)
+        if c.norm is not None:
+            self.q_norm, self.k_norm = (Norm(c.norm, *_norm_shape(c, n)) for n in (c.heads, c.kv_heads))
+        if c.sinks:
+            self.sinks = nnx.Param(jnp.zeros(c.heads))
+        self.layer = layer
+
+    def __call__(self, x: jax.Array, step: Step, past: Pair | None) -> tuple[jax.Array, Pair]:
+        """``x [B, T, hidden]`` -> the same shape, and this layer's keys and values ``[B, S, KV, head_dim]``."""
+        c, turn = self.layer.attention, self.layer.rope
+        q, k, v = self.project(x)
+        if turn is not None:
+            cos, sin = step.angles[turn]
+            q, k = rope.rotate(q, cos, sin, turn.interleaved), rope.rotate(k, cos, sin, turn.interleaved)
+        if past is not None:
+            k, v = (_write(old, new, step.positions[:, 0]) for old, new in zip(past, (k, v), strict=True))
+        sinks = self.sinks.get_value() if c.sinks else None
+        out = attend(q, k, v, step.positions, c, self.layer.window, sinks)
+        return self.o_proj(out.reshape(*x.shape[:-1], -1)), (k, v)
+
+    def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Normalised queries, keys, and values ``[B, T, heads, head_dim]``, not yet rotated."""
+        c = self.layer.attention
+        lead, kv = x.shape[:-1], c.kv_heads * c.head_dim
+        if c.fused:
+            y = _clip(self.qkv_proj(x), c)
+            if c.fused == "grouped":
+                y = y.reshape(*lead, c.kv_heads, c.heads // c.kv_heads + 2, c.head_dim)
+                q, k, v = y[..., :-2, :], y[..., -2, :], y[..., -1, :]
+            else:
+                q, k, v = y[..., : -2 * kv], y[..., -2 * kv : -kv], y[..., -kv:]
+        else:
+            q, k, v = (_clip(f(x), c) for f in (self.q_proj, self.k_proj, self.v_proj))
+        if c.norm is not None and c.norm_over == "width":
+            q = self.q_norm(q.reshape(*lead, c.heads * c.head_dim))
+            k = self.k_norm(k.reshape(*lead, kv))
+        q = q.reshape(*lead, c.heads, c.head_dim)
+        k, v = (a.reshape(*lead, c.kv_heads, c.head_dim) for a in (k, v))
+        if c.norm is not None and c.norm_over != "width":
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
+
+
+def _norm_shape(c: AttentionConfig, heads: int) -> tuple[int, ...]:
+    return {"head": (c.head_dim,), "heads": (heads, c.head_dim), "width": (heads * c.head_dim,)}[c.norm_over]
+
+
+def _clip(x: jax.Array, c: AttentionConfig) -> jax.Array:
+    return x if c.clip is None else jnp.clip(x, -c.clip, c.clip)
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    positions: jax.Array,
+    c: AttentionConfig,
+    window: int | None,
+    sinks: jax.Array | None = None,
+) -> jax.Array:
+    """Causal attention of ``q [B, T, H, D]`` over ``k [B, S, KV, D]``, slot s holding position s.
+
+    Args:
+      v: ``[B, S, KV, Dv]``.
+      positions: int32 ``[B, T]`` of the queries.
+      c: scale, cap and position bias of the scores.
+      window: see `LayerConfig`.
+      sinks: ``[H]``.
+
+    Returns:
+      ``[B, T, H, Dv]``.
+    """
+    batch, length, heads, dim = q.shape
+    kv = k.shape[2]
+    scale = dim**-0.5 if c.scale is None else c.scale
+    q = q.reshape(batch, length, kv, heads // kv, dim)
+    scores = (jnp.einsum("btkgd,bskd->bkgts", q, k) * scale).astype(jnp.float32)
+    if c.cap is not None:
+        scores = c.cap * jnp.tanh(scores / c.cap)
+    if c.alibi is not None:
+        bias = alibi(heads, k.shape[1], c.alibi) * (scale if c.alibi_scaled else 1.0)
+        scores = scores + bias.reshape(kv, heads // kv, 1, -1)
+    ahead = positions[:, :, None] - jnp.arange(k.shape[1])
+    seen = ahead >= 0
+    if window is not None:
+        seen &= ahead < window
+    scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
+    if sinks is not None:
+        sink = jnp.broadcast_to(sinks.astype(jnp.float32).reshape(kv, -1, 1, 1), (*scores.shape[:-1], 1))
+        scores = jnp.concatenate([scores, sink], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    if sinks is not None:
+        weights = weights[..., :-1]
+    return jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(batch, length, heads, v.shape[-1])
+
+
+def alibi(heads: int, length: int, dtype: str) -> jax.Array:
+    """Slope of each head times the key's position, float32 ``[heads, length]``.
+
+    Slopes are a geometric series from ``2 ** (-8 / n)``, n being the power of two below ``heads``;
+    further heads take every other member of the next finer series.
+    """
+    n = 2 ** math.floor(math.log2(heads))
+    slopes = [2 ** (-8 * i / n) for i in range(1, n + 1)]
+    slopes += [2 ** (-4 * i / n) for i in range(1, 2 * (heads - n), 2)]
+    grid = jnp.asarray(slopes, dtype)[:, None] * jnp.arange(length).astype(dtype)
+    return grid.astype(jnp.float32)
+
+
+def _write(old: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+    """Put ``new [B, T, ...]`` into ``old [B, S, ...]`` at each row's ``start [B]``."""
+    return jax.vmap(lambda o, n, s: jax.lax.dynamic_update_slice_in_dim(o, n, s, axis=0))(old, new, start)

@@ -1,0 +1,45 @@
+"""BLOOM: ALiBi, a normalised embedding, q, k, v fused by head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from awq_jax.convert.names import names
+from awq_jax.errors import UnsupportedModelError
+from awq_jax.models.config import ModelConfig
+from awq_jax.models.hf_config import base, get, required
+
+NAMES = names(
+    {
+        "layers": "transformer.h",
+        "embed_tokens": "transformer.word_embeddings",
+        "embed_norm": "transformer.word_embeddings_layernorm",
+        "norm": "transformer.ln_f",
+        "self_attn.qkv_proj": "self_attention.query_key_value",
+        "self_attn.o_proj": "self_attention.dense",
+        "mlp.up_proj": "mlp.dense_h_to_4h",
+        "mlp.down_proj": "mlp.dense_4h_to_h",
+    }
+)
+LENGTH = 2048  # of training; the config does not always say, and the model has no limit of its own
+
+
+def config(hf: Mapping[str, Any]) -> ModelConfig:
+    """``model_type`` "bloom".
+
+    Raises:
+      UnsupportedModelError: for a residual stream that starts behind the norm.
+    """
+    if hf.get("apply_residual_connection_post_layernorm", False):
+        raise UnsupportedModelError("bloom with apply_residual_connection_post_layernorm")
+    return base(
+        {"max_position_embeddings": LENGTH} | dict(hf),
+        attention={"fused": "grouped", "qkv_bias": True, "o_bias": True, "alibi": "float32"},
+        mlp={"size": 4 * required(hf, "hidden_size"), "gated": False, "bias": True, "activation": "gelu_new"},
+        norm={"kind": "layer", "eps": float(get(hf, "norm_eps", 1e-5)), "bias": True},
+        ropes=None,
+        embed_norm=True,
+        tied=bool(hf.get("tie_word_embeddings", True)),
+        names=NAMES,
+    )

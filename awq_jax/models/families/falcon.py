@@ -1,0 +1,55 @@
+"""Falcon: 7B (one key/value head, one norm), 40B (grouped heads, two norms), and RW (ALiBi)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from awq_jax.convert.names import names
+from awq_jax.models.config import ModelConfig
+from awq_jax.models.hf_config import base, get, required
+
+ENTRIES = {
+    "layers": "transformer.h",
+    "embed_tokens": "transformer.word_embeddings",
+    "norm": "transformer.ln_f",
+    "self_attn.qkv_proj": "self_attention.query_key_value",
+    "self_attn.o_proj": "self_attention.dense",
+    "mlp.up_proj": "mlp.dense_h_to_4h",
+    "mlp.down_proj": "mlp.dense_4h_to_h",
+}
+NAMES = names(ENTRIES)
+TWO_NORMS = names(ENTRIES | {"input_layernorm": "ln_attn", "post_attention_layernorm": "ln_mlp"})
+
+
+def config(hf: Mapping[str, Any]) -> ModelConfig:
+    """``model_type`` "falcon"."""
+    heads, new = required(hf, "num_attention_heads"), bool(hf.get("new_decoder_architecture", False))
+    several = new or not hf.get("multi_query", True)
+    two = new and hf.get("num_ln_in_parallel_attn") in (None, 2)
+    parallel = ("two" if two else "one") if hf.get("parallel_attn", True) or new else None
+    bias = bool(hf.get("bias", False))
+    alibi = bool(hf.get("alibi", False))
+    changes: dict[str, Any] = {"ropes": None} if alibi else {}
+    return base(
+        {"max_position_embeddings": 2048} | dict(hf),
+        attention={
+            "kv_heads": (hf.get("num_kv_heads") or heads) if several else 1,
+            "fused": "grouped",
+            "qkv_bias": bias,
+            "o_bias": bias,
+            "alibi": "bfloat16" if alibi else None,
+            "alibi_scaled": alibi,
+        },
+        mlp={
+            "size": hf.get("ffn_hidden_size") or 4 * required(hf, "hidden_size"),
+            "activation": get(hf, "hidden_act", "gelu"),
+            "gated": False,
+            "bias": bias,
+        },
+        norm={"kind": "layer", "eps": float(get(hf, "norm_eps", 1e-5)), "bias": True},
+        parallel=parallel,
+        tied=bool(hf.get("tie_word_embeddings", True)),
+        names=TWO_NORMS if two else NAMES,
+        **changes,
+    )

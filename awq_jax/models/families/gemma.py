@@ -1,0 +1,32 @@
+"""Gemma: norms that store their scale less one, a scaled embedding, a head size of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from awq_jax.models.config import ModelConfig
+from awq_jax.models.hf_config import base
+
+
+def gemma_base(hf: Mapping[str, Any], attention: Mapping[str, Any] | None = None, **changes: Any) -> ModelConfig:
+    """What all Gemmas share."""
+    activation = hf.get("hidden_activation") or hf.get("hidden_act") or "gelu"
+    if activation == "gelu":  # the first release's configs mean the approximation by it
+        activation = "gelu_pytorch_tanh"
+    bias = bool(hf.get("attention_bias", False))
+    fields = {"head_dim": hf.get("head_dim") or 256, "qkv_bias": bias, "o_bias": bias}
+    return base(
+        hf,
+        attention=fields | dict(attention or {}),
+        mlp={"activation": activation},
+        norm={"offset": 1.0},
+        embed_scale=float(hf["hidden_size"]) ** 0.5,
+        tied=bool(hf.get("tie_word_embeddings", True)),
+        **changes,
+    )
+
+
+def config(hf: Mapping[str, Any]) -> ModelConfig:
+    """``model_type`` "gemma"."""
+    return gemma_base(hf)

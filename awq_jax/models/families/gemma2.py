@@ -1,0 +1,36 @@
+"""Gemma 2: a norm before and behind each half of a layer, soft caps, a window on every other layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from awq_jax.convert.names import names
+from awq_jax.models.config import ModelConfig
+from awq_jax.models.families.gemma import gemma_base
+from awq_jax.models.hf_config import layer_types, required, windows
+
+NAMES = names(
+    {
+        "attention_output_layernorm": "post_attention_layernorm",
+        "post_attention_layernorm": "pre_feedforward_layernorm",
+        "mlp_output_layernorm": "post_feedforward_layernorm",
+    }
+)
+
+
+def config(hf: Mapping[str, Any]) -> ModelConfig:
+    """``model_type`` "gemma2"."""
+    count = required(hf, "num_hidden_layers")
+    types = layer_types(hf, ["full_attention" if i % 2 else "sliding_attention" for i in range(count)])
+    return gemma_base(
+        hf,
+        attention={
+            "scale": float(hf.get("query_pre_attn_scalar", 256)) ** -0.5,
+            "cap": hf.get("attn_logit_softcapping", 50.0),
+        },
+        windows=windows(types, hf.get("sliding_window", 4096)),
+        norms="sandwich",
+        logit_cap=hf.get("final_logit_softcapping", 30.0),
+        names=NAMES,
+    )

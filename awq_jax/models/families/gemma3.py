@@ -1,0 +1,44 @@
+"""Gemma 3 (text): five layers with a window and a short rope to one without, norms of queries and keys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from awq_jax.errors import UnsupportedModelError
+from awq_jax.models.config import ModelConfig, NormConfig
+from awq_jax.models.families.gemma import gemma_base
+from awq_jax.models.families.gemma2 import NAMES
+from awq_jax.models.hf_config import get, layer_types, required, windows
+from awq_jax.models.hf_rope import rope_config
+
+
+def config(hf: Mapping[str, Any]) -> ModelConfig:
+    """``model_type`` "gemma3_text".
+
+    Raises:
+      UnsupportedModelError: for embedding models, which attend in both directions.
+    """
+    if hf.get("use_bidirectional_attention"):
+        raise UnsupportedModelError("a gemma3_text model with use_bidirectional_attention is not a decoder")
+    count, period = required(hf, "num_hidden_layers"), hf.get("sliding_window_pattern") or 6
+    types = layer_types(hf, ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(count)])
+    data = hf.get("rope_parameters") or {}
+    theta, local = hf.get("rope_theta") or 1e6, hf.get("rope_local_base_freq") or 1e4
+    old = {"rope_theta": theta} | dict(hf.get("rope_scaling") or {})
+    full = {"rope_theta": theta} | dict(data.get("full_attention") or {}) if data else old
+    short = {"rope_theta": local} | dict(data.get("sliding_attention") or {})
+    ropes = {"full_attention": rope_config(hf, data=full), "sliding_attention": rope_config(hf, data=short)}
+    return gemma_base(
+        hf,
+        attention={
+            "scale": float(hf.get("query_pre_attn_scalar", 256)) ** -0.5,
+            "cap": hf.get("attn_logit_softcapping"),
+            "norm": NormConfig(eps=float(get(hf, "norm_eps", 1e-6)), offset=1.0),
+        },
+        ropes=[ropes[t] for t in types],
+        windows=windows(types, hf.get("sliding_window", 4096)),
+        norms="sandwich",
+        logit_cap=hf.get("final_logit_softcapping"),
+        names=NAMES,
+    )

@@ -1,0 +1,50 @@
+"""GPT-2: LayerNorm, learned positions, fused q, k, v, and linears stored [in, out]."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from awq_jax.convert.names import names
+from awq_jax.errors import UnsupportedModelError
+from awq_jax.models.config import ModelConfig
+from awq_jax.models.hf_config import base, get, required
+
+ENTRIES = {
+    "layers": "transformer.h",
+    "embed_tokens": "transformer.wte",
+    "embed_positions": "transformer.wpe",
+    "norm": "transformer.ln_f",
+    "input_layernorm": "ln_1",
+    "post_attention_layernorm": "ln_2",
+    "self_attn.qkv_proj": "attn.c_attn",
+    "self_attn.o_proj": "attn.c_proj",
+    "mlp.up_proj": "mlp.c_fc",
+    "mlp.down_proj": "mlp.c_proj",
+}
+NAMES = names(ENTRIES, linear_out_in=False)
+
+
+def config(hf: Mapping[str, Any]) -> ModelConfig:
+    """``model_type`` "gpt2".
+
+    Raises:
+      UnsupportedModelError: for scores scaled by the layer's number.
+    """
+    if hf.get("scale_attn_by_inverse_layer_idx", False) or not hf.get("scale_attn_weights", True):
+        raise UnsupportedModelError("gpt2 with scale_attn_by_inverse_layer_idx or without scaled scores")
+    return base(
+        hf,
+        attention={"fused": "concatenated", "qkv_bias": True, "o_bias": True},
+        mlp={
+            "size": get(hf, "intermediate_size", 4 * required(hf, "hidden_size")),
+            "activation": get(hf, "hidden_act", "gelu_new"),
+            "gated": False,
+            "bias": True,
+        },
+        norm={"kind": "layer", "eps": float(get(hf, "norm_eps", 1e-5)), "bias": True},
+        ropes=None,
+        positions=required(hf, "max_position_embeddings"),
+        tied=bool(hf.get("tie_word_embeddings", True)),
+        names=NAMES,
+    )

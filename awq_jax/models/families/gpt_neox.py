@@ -1,0 +1,45 @@
+"""GPT-NeoX and Pythia: attention and MLP side by side behind two norms, q, k, v fused by head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from awq_jax.convert.names import names
+from awq_jax.models.config import ModelConfig
+from awq_jax.models.hf_config import base, get, required
+from awq_jax.models.hf_rope import rope_config
+
+NAMES = names(
+    {
+        "layers": "gpt_neox.layers",
+        "embed_tokens": "gpt_neox.embed_in",
+        "norm": "gpt_neox.final_layer_norm",
+        "lm_head": "embed_out",
+        "self_attn.qkv_proj": "attention.query_key_value",
+        "self_attn.o_proj": "attention.dense",
+        "mlp.up_proj": "mlp.dense_h_to_4h",
+        "mlp.down_proj": "mlp.dense_4h_to_h",
+    },
+    aliases={"embed_out.": "lm_head."},
+)
+
+
+def config(hf: Mapping[str, Any]) -> ModelConfig:
+    """``model_type`` "gpt_neox"."""
+    bias = bool(hf.get("attention_bias", True))
+    rope = rope_config(hf, theta=hf.get("rotary_emb_base") or 10000.0, fraction=hf.get("rotary_pct") or 0.25)
+    return base(
+        hf,
+        attention={
+            "kv_heads": required(hf, "num_attention_heads"),
+            "fused": "grouped",
+            "qkv_bias": bias,
+            "o_bias": bias,
+        },
+        mlp={"gated": False, "bias": True, "activation": get(hf, "hidden_act", "gelu")},
+        norm={"kind": "layer", "eps": float(get(hf, "norm_eps", 1e-5)), "bias": True},
+        ropes=rope,
+        parallel="two" if hf.get("use_parallel_residual", True) else None,
+        names=NAMES,
+    )

@@ -1,0 +1,41 @@
+"""GPT-J: attention and MLP side by side behind one norm, neighbouring channels rotated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from awq_jax.convert.names import names
+from awq_jax.models.config import ModelConfig, RopeConfig
+from awq_jax.models.hf_config import base, get, required
+
+NAMES = names(
+    {
+        "layers": "transformer.h",
+        "embed_tokens": "transformer.wte",
+        "norm": "transformer.ln_f",
+        "input_layernorm": "ln_1",
+        "self_attn": "attn",
+        "self_attn.o_proj": "attn.out_proj",
+        "mlp.up_proj": "mlp.fc_in",
+        "mlp.down_proj": "mlp.fc_out",
+    }
+)
+
+
+def config(hf: Mapping[str, Any]) -> ModelConfig:
+    """``model_type`` "gptj"."""
+    return base(
+        hf,
+        mlp={
+            "size": get(hf, "intermediate_size", 4 * required(hf, "hidden_size")),
+            "activation": get(hf, "hidden_act", "gelu_new"),
+            "gated": False,
+            "bias": True,
+        },
+        norm={"kind": "layer", "eps": float(get(hf, "norm_eps", 1e-5)), "bias": True},
+        ropes=RopeConfig(dims=hf.get("rotary_dim"), interleaved=True),
+        parallel="one",
+        head_bias=True,
+        names=NAMES,
+    )

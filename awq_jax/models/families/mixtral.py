@@ -1,0 +1,33 @@
+"""Mixtral: Mistral with experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from awq_jax.convert.names import names
+from awq_jax.models.config import ModelConfig, MoEConfig
+from awq_jax.models.hf_config import base, mlp_config, required
+from awq_jax.models.hf_rope import rope_config
+
+NAMES = names(
+    {
+        "mlp": "block_sparse_moe",
+        "mlp.experts.gate_proj": "block_sparse_moe.experts.{e}.w1",
+        "mlp.experts.up_proj": "block_sparse_moe.experts.{e}.w3",
+        "mlp.experts.down_proj": "block_sparse_moe.experts.{e}.w2",
+    }
+)
+
+
+def config(hf: Mapping[str, Any]) -> ModelConfig:
+    """``model_type`` "mixtral"."""
+    count = required(hf, "num_hidden_layers")
+    moe = MoEConfig(required(hf, "num_local_experts"), required(hf, "num_experts_per_tok"), mlp_config(hf))
+    return base(
+        hf,
+        mlps=[moe] * count,
+        ropes=rope_config(hf, theta=1e6),
+        windows=[hf.get("sliding_window")] * count,
+        names=NAMES,
+    )

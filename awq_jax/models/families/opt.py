@@ -1,0 +1,47 @@
+"""OPT: LayerNorm, learned positions that begin at row 2, ReLU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from awq_jax.convert.names import names
+from awq_jax.models.config import ModelConfig
+from awq_jax.models.hf_config import base, get, required
+
+NAMES = names(
+    {
+        "layers": "model.decoder.layers",
+        "embed_tokens": "model.decoder.embed_tokens",
+        "embed_positions": "model.decoder.embed_positions",
+        "project_in": "model.decoder.project_in",
+        "project_out": "model.decoder.project_out",
+        "norm": "model.decoder.final_layer_norm",
+        "input_layernorm": "self_attn_layer_norm",
+        "post_attention_layernorm": "final_layer_norm",
+        "self_attn.o_proj": "self_attn.out_proj",
+        "mlp.up_proj": "fc1",
+        "mlp.down_proj": "fc2",
+    }
+)
+
+
+def config(hf: Mapping[str, Any]) -> ModelConfig:
+    """``model_type`` "opt"."""
+    bias = bool(hf.get("enable_bias", True))
+    affine = bool(hf.get("layer_norm_elementwise_affine", True))
+    before = bool(hf.get("do_layer_norm_before", True))
+    return base(
+        hf,
+        attention={"qkv_bias": bias, "o_bias": bias},
+        mlp={"gated": False, "bias": bias, "activation": get(hf, "hidden_act", "relu")},
+        norm={"kind": "layer", "eps": 1e-5, "scale": affine, "bias": affine},
+        norms="pre" if before else "residual",
+        final_norm=before and not hf.get("_remove_final_layer_norm", False),
+        ropes=None,
+        positions=required(hf, "max_position_embeddings") + 2,
+        position_offset=2,
+        embed_size=hf.get("word_embed_proj_dim"),
+        tied=bool(hf.get("tie_word_embeddings", True)),
+        names=NAMES,
+    )

@@ -1,0 +1,37 @@
+"""Phi 1 and 2: LayerNorm, half of a head rotated, attention and MLP side by side behind one norm."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from awq_jax.convert.names import names
+from awq_jax.models.config import ModelConfig, NormConfig
+from awq_jax.models.hf_config import base, get
+from awq_jax.models.hf_rope import rope_config
+
+NAMES = names(
+    {
+        "norm": "model.final_layernorm",
+        "self_attn.o_proj": "self_attn.dense",
+        "self_attn.q_norm": "self_attn.q_layernorm",
+        "self_attn.k_norm": "self_attn.k_layernorm",
+        "mlp.up_proj": "mlp.fc1",
+        "mlp.down_proj": "mlp.fc2",
+    }
+)
+
+
+def config(hf: Mapping[str, Any]) -> ModelConfig:
+    """``model_type`` "phi"."""
+    norm = NormConfig("layer", eps=float(get(hf, "norm_eps", 1e-5)), bias=True)
+    return base(
+        hf,
+        attention={"qkv_bias": True, "o_bias": True, "norm": norm if hf.get("qk_layernorm", False) else None},
+        mlp={"gated": False, "bias": True, "activation": get(hf, "hidden_act", "gelu_new")},
+        norm={"kind": "layer", "bias": True},
+        ropes=rope_config(hf, fraction=0.5),
+        parallel="one",
+        head_bias=True,
+        names=NAMES,
+    )

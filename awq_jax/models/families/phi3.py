@@ -1,0 +1,24 @@
+"""Phi-3 and Phi-4: Llama with fused q, k, v and fused gate and up, and long-context rope."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from awq_jax.models.config import ModelConfig
+from awq_jax.models.hf_config import base, required
+from awq_jax.models.hf_rope import rope_config
+
+
+def config(hf: Mapping[str, Any]) -> ModelConfig:
+    """``model_type`` "phi3"."""
+    data = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
+    if data.get("rope_type", data.get("type")) == "yarn":  # the first release's name for it
+        data |= {"rope_type": "longrope"}
+    return base(
+        hf,
+        attention={"fused": "concatenated"},
+        mlp={"fused": True},
+        ropes=rope_config(hf, data=data),
+        windows=[hf.get("sliding_window")] * required(hf, "num_hidden_layers"),
+    )

@@ -1,0 +1,25 @@
+"""Qwen2 and Qwen2.5: biases on q, k and v; optionally a sliding window from some layer on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from awq_jax.models.config import ModelConfig
+from awq_jax.models.hf_config import base, layer_types, required, windows
+
+
+def qwen_windows(hf: Mapping[str, Any]) -> list[int | None]:
+    """The window applies only if ``use_sliding_window`` is set."""
+    window = hf.get("sliding_window", 4096) if hf.get("use_sliding_window", False) else None
+    first = hf.get("max_window_layers", 28)
+    default = [
+        "sliding_attention" if window is not None and i >= first else "full_attention"
+        for i in range(required(hf, "num_hidden_layers"))
+    ]
+    return windows(layer_types(hf, default), window)
+
+
+def config(hf: Mapping[str, Any]) -> ModelConfig:
+    """``model_type`` "qwen2"."""
+    return base(hf, windows=qwen_windows(hf), attention={"qkv_bias": True})

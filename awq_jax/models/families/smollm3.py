@@ -1,0 +1,31 @@
+"""SmolLM3: Llama where every fourth layer does not rotate queries and keys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from awq_jax.models.config import ModelConfig
+from awq_jax.models.hf_config import base, layer_types, required, windows
+from awq_jax.models.hf_rope import rope_config
+
+
+def config(hf: Mapping[str, Any]) -> ModelConfig:
+    """``model_type`` "smollm3"."""
+    count = required(hf, "num_hidden_layers")
+    rotates = hf.get("no_rope_layers")  # despite its name: 1 where the layer rotates
+    if rotates is None:
+        interval = hf.get("no_rope_layer_interval", 4)
+        rotates = [int((i + 1) % interval != 0) for i in range(count)]
+    rope = rope_config(hf, theta=2000000.0)
+    window = hf.get("sliding_window") if hf.get("use_sliding_window", False) else None
+    types = layer_types(hf, ["full_attention" if r else "sliding_attention" for r in rotates])
+    bias = bool(hf.get("attention_bias", False))
+    return base(
+        hf,
+        ropes=[rope if r else None for r in rotates[:count]],
+        windows=windows(types, window),
+        attention={"qkv_bias": bias, "o_bias": bias},
+        mlp={"bias": bool(hf.get("mlp_bias", False))},
+        tied=bool(hf.get("tie_word_embeddings", True)),
+    )

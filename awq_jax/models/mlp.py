@@ -1,0 +1,50 @@
+"""The dense half of a layer that has no attention."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from awq_jax.models.config import MLPConfig
+from awq_jax.nnx import Linear
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_new": jax.nn.gelu,
+    "gelu_fast": jax.nn.gelu,
+    "gelu_pytorch_tanh": jax.nn.gelu,
+}
+
+
+class MLP(nnx.Module):
+    """``down(act(gate(x)) * up(x))``, or ``down(act(up(x)))``: see `MLPConfig`."""
+
+    def __init__(self, size: int, config: MLPConfig, rngs: nnx.Rngs):
+        inner, bias = config.size, config.bias
+        if config.gated and config.fused:
+            self.gate_up_proj = Linear(size, 2 * inner, use_bias=bias, rngs=rngs)
+        else:
+            if config.gated:
+                self.gate_proj = Linear(size, inner, use_bias=bias, rngs=rngs)
+            self.up_proj = Linear(size, inner, use_bias=bias, rngs=rngs)
+        self.down_proj = Linear(inner, size, use_bias=bias, rngs=rngs)
+        self.config = config
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``x [..., hidden]`` to the same shape."""
+        act = ACTIVATIONS[self.config.activation]
+        if not self.config.gated:
+            return self.down_proj(act(self.up_proj(x)))
+        if self.config.fused:
+            gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
+        else:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(act(gate) * up)

@@ -1,0 +1,125 @@
+"""Mixture of experts.
+
+A whole sequence goes through every expert, and what a token was not routed to is masked out: one
+batched matmul per matrix, whose activations calibration can tell apart by expert. A single new
+token per row gathers its experts' weights instead.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from awq_jax import kernels
+from awq_jax.models.config import MoEConfig
+from awq_jax.models.mlp import ACTIVATIONS, MLP
+from awq_jax.nnx import Linear
+from awq_jax.qtensor import QuantizedTensor
+
+
+class Experts(nnx.Module):
+    """One linear per expert: ``kernel [E, K, N]``, which may be packed, and optionally ``bias [E, N]``."""
+
+    def __init__(self, experts: int, size: int, out: int, use_bias: bool, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(jax.random.normal(rngs.params(), (experts, size, out)) * size**-0.5)
+        if use_bias:
+            self.bias = nnx.Param(jnp.zeros((experts, out)))
+        self.use_bias = use_bias
+
+    def __call__(self, x: jax.Array, chosen: jax.Array | None = None) -> jax.Array:
+        """Each expert on its rows.
+
+        Args:
+          x: ``[T, K]``, read by all experts, or ``[E, T, K]``.
+          chosen: int32 ``[P]``: use these experts only, ``x`` being ``[P, T, K]``.
+
+        Returns:
+          ``[E, T, N]``, or ``[P, T, N]``.
+        """
+        w: Any = self.kernel.get_value()
+        if chosen is not None:
+            w = jax.tree.map(lambda a: a[chosen], w)
+        if isinstance(w, QuantizedTensor):
+            rows = jnp.broadcast_to(x, (w.batch[0], *x.shape[-2:]))
+            y = kernels.matmul(rows, w).astype(jnp.promote_types(x.dtype, w.dtype))
+        else:
+            y = jnp.einsum("tk,ekn->etn" if x.ndim == 2 else "etk,ekn->etn", x, w)
+        if self.use_bias:
+            bias = self.bias.get_value()
+            y = y + (bias if chosen is None else bias[chosen])[:, None]
+        return y
+
+
+class ExpertMLP(nnx.Module):
+    """The experts' MLPs, side by side."""
+
+    def __init__(self, size: int, config: MoEConfig, rngs: nnx.Rngs):
+        c, n = config.expert, config.experts
+        if c.fused:
+            self.gate_up_proj = Experts(n, size, 2 * c.size, c.bias, rngs)
+        else:
+            self.gate_proj = Experts(n, size, c.size, c.bias, rngs)
+            self.up_proj = Experts(n, size, c.size, c.bias, rngs)
+        self.down_proj = Experts(n, c.size, size, c.bias, rngs)
+        self.config = config
+
+    def __call__(self, x: jax.Array, weights: jax.Array) -> jax.Array:
+        """All tokens ``x [T, hidden]`` through all experts, summed with ``weights [T, E]``."""
+        routed = (weights > 0).T[..., None]
+        inner = jnp.where(routed, self.inner(x, None), 0)  # calibration skips rows of zeros
+        return jnp.einsum("etd,te->td", self.down_proj(inner), weights.astype(x.dtype))
+
+    def chosen(self, x: jax.Array, weights: jax.Array, experts: jax.Array) -> jax.Array:
+        """Tokens ``x [T, hidden]`` through ``experts [T, k]`` only, summed with ``weights [T, k]``."""
+        tokens, k = experts.shape
+        rows = jnp.repeat(x, k, axis=0)[:, None]
+        pick = experts.reshape(-1)
+        y = self.down_proj(self.inner(rows, pick), pick).reshape(tokens, k, -1)
+        return jnp.einsum("tkd,tk->td", y, weights.astype(x.dtype))
+
+    def inner(self, x: jax.Array, pick: jax.Array | None) -> jax.Array:
+        c = self.config.expert
+        if c.fused:
+            gate, up = jnp.split(self.gate_up_proj(x, pick), 2, axis=-1)
+        else:
+            gate, up = self.gate_proj(x, pick), self.up_proj(x, pick)
+        return ACTIVATIONS[c.activation](gate) * up
+
+
+class MoE(nnx.Module):
+    """Router, experts, and an optional expert that all tokens share."""
+
+    def __init__(self, size: int, config: MoEConfig, rngs: nnx.Rngs):
+        self.gate = Linear(size, config.experts, use_bias=False, rngs=rngs)
+        self.experts = ExpertMLP(size, config, rngs)
+        if config.shared is not None:
+            self.shared_expert = MLP(size, config.shared, rngs)
+            if config.shared_gate:
+                self.shared_expert_gate = Linear(size, 1, use_bias=False, rngs=rngs)
+        self.config = config
+
+    def __call__(self, x: jax.Array, decoding: bool) -> jax.Array:
+        """``x [B, T, hidden]`` to the same shape; ``decoding`` if one token per row follows a cache."""
+        c = self.config
+        rows = x.reshape(-1, x.shape[-1])
+        weights, chosen = self.route(self.gate(rows))
+        if decoding and rows.shape[0] * c.top_k <= c.experts:
+            y = self.experts.chosen(rows, weights, chosen)
+        else:
+            dense = jnp.zeros((rows.shape[0], c.experts), weights.dtype)
+            y = self.experts(rows, dense.at[jnp.arange(rows.shape[0])[:, None], chosen].set(weights))
+        if c.shared is not None:
+            extra = self.shared_expert(rows)
+            y = y + (jax.nn.sigmoid(self.shared_expert_gate(rows)) * extra if c.shared_gate else extra)
+        return y.reshape(x.shape)
+
+    def route(self, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Router ``logits [T, E]`` to the weights (float32) and numbers of each token's experts, ``[T, k]``."""
+        c = self.config
+        weights, chosen = jax.lax.top_k(jax.nn.softmax(logits.astype(jnp.float32), axis=-1), c.top_k)
+        if c.normalize:
+            weights = weights / weights.sum(axis=-1, keepdims=True)
+        return weights, chosen

@@ -1,0 +1,96 @@
+"""One tiny random checkpoint of every model family: what differs from the sizes all share."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One architecture variant.
+
+    Attributes:
+      name: of the test.
+      family: ``model_type``; its first case has its name.
+      config: keys of transformers' config class.
+      unscaled: groups of layer 1 that nothing absorbs, by the name of their first site.
+      attention: implementation in transformers that is right for it.
+    """
+
+    name: str
+    family: str
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    unscaled: tuple[str, ...] = ()
+    attention: str = "eager"
+
+
+LLAMA: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+TIED = {"tie_word_embeddings": True}
+GEMMA = TIED | {"head_dim": 16, "query_pre_attn_scalar": 12, "sliding_window": 5}
+GPT2 = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.3}
+GPT2 |= {"bos_token_id": 1, "eos_token_id": 2}
+BLOOM = {"vocab_size": 64, "hidden_size": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.3}
+FALCON = {k: v for k, v in LLAMA.items() if k not in ("intermediate_size", "num_key_value_heads")} | TIED
+OPT = {k: v for k, v in LLAMA.items() if k not in ("intermediate_size", "num_key_value_heads")} | TIED
+OPT |= {"ffn_dim": 48, "word_embed_proj_dim": 32, "init_std": 0.3}
+LONG = {"rope_type": "longrope", "short_factor": [1.0, 1.5, 2.0, 3.0], "long_factor": [2.0, 3.0, 4.0, 5.0]}
+POST_NORM = ("mlp/up_proj/kernel", "self_attn/q_proj/kernel")
+PLAIN_MLP = ("mlp/down_proj/kernel",)
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_experts": 4}
+
+CASES = (
+    Case("llama", "llama"),
+    Case("llama-biases", "llama", TIED | {"attention_bias": True, "mlp_bias": True, "head_dim": 12}),
+    Case("mistral", "mistral", {"sliding_window": 5, "head_dim": 16}),
+    Case("mixtral", "mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+    Case("qwen2", "qwen2", TIED),
+    Case("qwen2_moe", "qwen2_moe", EXPERTS | {"shared_expert_intermediate_size": 40, "mlp_only_layers": [0]}),
+    Case("qwen3", "qwen3", {"head_dim": 16}),
+    Case("smollm3", "smollm3", {"no_rope_layer_interval": 2}),
+    Case("gemma", "gemma", TIED | {"head_dim": 16}),
+    Case("gemma2", "gemma2", GEMMA | {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0}),
+    Case("gemma3", "gemma3_text", GEMMA | {"layer_types": ["sliding_attention", "full_attention"]}),
+    Case("phi", "phi", {"num_key_value_heads": 4}, PLAIN_MLP),
+    Case("phi-norms", "phi", {"num_key_value_heads": 2, "qk_layernorm": True}, PLAIN_MLP),
+    Case("phi3", "phi3", {"sliding_window": 5}),
+    Case("phi3-long", "phi3", {"rope_scaling": LONG, "original_max_position_embeddings": 8}),
+    Case("gpt2", "gpt2", GPT2, PLAIN_MLP),
+    Case("gptj", "gptj", GPT2 | {"rotary_dim": 4}, PLAIN_MLP),
+    Case("gpt_neox", "gpt_neox", {"rotary_pct": 0.5}, PLAIN_MLP),
+    Case("gpt_neox-serial", "gpt_neox", {"use_parallel_residual": False, "attention_bias": False}, PLAIN_MLP),
+    Case("opt", "opt", OPT),
+    Case("opt-350m", "opt", OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 16}, POST_NORM),
+    Case("bloom", "bloom", BLOOM, PLAIN_MLP),
+    Case("bloom-6-heads", "bloom", BLOOM | {"hidden_size": 48, "n_head": 6}, PLAIN_MLP),
+    Case("falcon", "falcon", FALCON, PLAIN_MLP),
+    Case("falcon-40b", "falcon", FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}, PLAIN_MLP),
+    Case(
+        "falcon-rw",
+        "falcon",
+        FALCON | {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True},
+        PLAIN_MLP,
+        "sdpa",  # eager adds ALiBi twice
+    ),
+    Case("cohere", "cohere", TIED | {"use_qk_norm": True, "logit_scale": 0.5}),
+)
+
+SHARED_SIZES = {"gpt2", "gptj", "bloom", "falcon", "opt"}  # whose config class takes other keys
+
+
+def config_of(case: Case) -> dict[str, Any]:
+    """The keys for `transformers.AutoConfig.for_model`."""
+    return dict(case.config) if case.family in SHARED_SIZES else LLAMA | case.config
