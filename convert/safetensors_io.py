@@ -181,26 +181,40 @@ def checked(directory: Path, name: str) -> Path:
     path = directory / name
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; download the checkpoint again")
+    refuse_outside(path, directory)
+    return path
+
+
+def refuse_outside(path: Path, directory: Path) -> None:
+    """Refuse a link that leads out of the checkpoint: converting it would publish another file's content.
+
+    Raises:
+      CheckpointError: naming the link and where it leads; see `SafetensorsDir` for what is allowed.
+    """
     real, root = path.resolve(), directory.resolve()
     cache = root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--")
     if not real.is_relative_to(root) and not (cache and real.is_relative_to(root.parent.parent / "blobs")):
         raise CheckpointError(
             f"{path} is a link to {real}, outside the checkpoint; copy the file there or open the real directory"
         )
-    return path
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """A JSON object from a file of a checkpoint.
 
     Raises:
-      CheckpointError: if it cannot be read or is something else.
+      CheckpointError: if it cannot be read, is something else, or is a link out of its directory.
     """
     try:
+        refuse_outside(path, path.parent)
+        if path.stat().st_size > MAX_HEADER:
+            raise CheckpointError(f"{path} has over {MAX_HEADER} bytes, too many for a JSON file; download it again")
         data = _loads(path.read_bytes())
     except OSError as e:
         raise CheckpointError(f"cannot read {path}: {e}") from e
     except (ValueError, RecursionError) as e:
+        if isinstance(e, CheckpointError):
+            raise
         raise CheckpointError(f"{path} is not valid JSON: {_short(e)}; download it again") from e
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} must hold a JSON object; it holds a {type(data).__name__}")
@@ -282,6 +296,7 @@ def _loads(data: bytes) -> Any:
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out = dict(pairs)
+    "".join(out).encode()  # half of a surrogate pair is no text; raises UnicodeEncodeError, a ValueError
     if len(out) != len(pairs):
         seen: set[str] = set()
         twice = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 
 from awq_jax.convert.linear import FLOATS
-from awq_jax.convert.safetensors_io import Entry, SafetensorsDir, read_json
+from awq_jax.convert.safetensors_io import Entry, SafetensorsDir, read_json, refuse_outside
 from awq_jax.errors import CheckpointError, WeightError
 from awq_jax.qtensor import QuantizedTensor
 
@@ -146,7 +146,10 @@ class DirectorySource:
         return tokenizer.from_directory(self.directory)
 
     def companions(self) -> list[Path]:
-        return [p for p in (self.directory / name for name in COMPANIONS) if p.is_file()]
+        found = [p for p in (self.directory / name for name in COMPANIONS) if p.is_file()]
+        for path in found:
+            refuse_outside(path, self.directory)
+        return found
 
 
 class PackedSource(DirectorySource):
