@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from awq_jax.convert import linear
+from awq_jax.convert import linear, nibbles
 from awq_jax.convert.fitting import (
     DEFAULT_FLOAT,
     check_integer,
@@ -30,24 +30,7 @@ from awq_jax.errors import CheckpointError, FormatError
 from awq_jax.qtensor import QuantizedTensor
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble i of a word holds column ORDER[i] of its eight
-CHUNK = 1 << 16  # words transposed at a time: stays in cache
 PARTS = ("qweight", "qzeros", "scales")
-
-
-def transpose_nibbles(x: np.ndarray) -> np.ndarray:
-    """uint32 ``[8, ...]`` seen as 8x8 matrices of nibbles, transposed: nibble j of word i swaps with i of j.
-
-    Three rounds of swapping blocks of 4, 2 and 1 nibbles (Hacker's Delight, 7-3).
-    """
-    x = x.copy()
-    for block, mask in ((4, 0x0000FFFF), (2, 0x00FF00FF), (1, 0x0F0F0F0F)):
-        shift = np.uint32(4 * block)
-        for i in range(8):
-            if not i & block:
-                swap = ((x[i] >> shift) ^ x[i + block]) & np.uint32(mask)
-                x[i + block] ^= swap
-                x[i] ^= swap << shift
-    return x
 
 
 def unpack_qweight(qweight: np.ndarray) -> np.ndarray:
@@ -59,11 +42,11 @@ def unpack_qweight(qweight: np.ndarray) -> np.ndarray:
         words = np.concatenate([words, np.zeros((rows * 8 - k, c), np.uint32)])
     words = words.reshape(rows, 8, c)
     out = np.empty((rows, c, 8), np.uint32)
-    step = max(1, CHUNK // max(1, 8 * c))
-    for r in range(0, rows, step):
-        t = transpose_nibbles(words[r : r + step].transpose(1, 0, 2))
+    for part, x, spare in nibbles.chunks(8, rows, c):
+        x[...] = words[part].transpose(1, 0, 2)
+        nibbles.transpose8(x.reshape(8, -1), spare)
         for i, j in enumerate(ORDER):
-            out[r : r + step, :, j] = t[i]
+            out[part, :, j] = x[i]
     return out.reshape(rows, c * 8)
 
 
@@ -73,10 +56,11 @@ def pack_qweight(canonical: np.ndarray, k: int) -> np.ndarray:
     c = n // 8
     words = canonical.reshape(rows, c, 8)
     out = np.empty((rows, 8, c), np.uint32)
-    step = max(1, CHUNK // max(1, n))
-    for r in range(0, rows, step):
-        t = transpose_nibbles(np.stack([words[r : r + step, :, j] for j in ORDER]))
-        out[r : r + step] = t.transpose(1, 0, 2)
+    for part, x, spare in nibbles.chunks(8, rows, c):
+        for i, j in enumerate(ORDER):
+            x[i] = words[part, :, j]
+        nibbles.transpose8(x.reshape(8, -1), spare)
+        out[part] = x.transpose(1, 0, 2)
     return out.reshape(rows * 8, c)[:k].view(np.int32)
 
 
