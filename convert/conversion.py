@@ -62,7 +62,7 @@ def checkpoint(
     dtype: str | None = None,
     allow_lossy: bool = False,
     overwrite: bool = False,
-    max_shard_bytes: int = 1 << 30,
+    max_shard_bytes: int = 512 << 20,
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Conversion:

@@ -42,7 +42,7 @@ def add(subparsers: Any) -> None:
     )
     p.add_argument("--overwrite", action="store_true", help="replace DST if it is a checkpoint")
     p.add_argument(
-        "--max-shard-size", type=size, default=1 << 30, metavar="SIZE", help="of a file, e.g. 500MB (default: 1GiB)"
+        "--max-shard-size", type=size, default=512 << 20, metavar="SIZE", help="of a file, e.g. 2GB (default: 512MiB)"
     )
     p.add_argument("--workers", type=common.positive, metavar="N", help="tensors encoded at a time (default: up to 4)")
 
