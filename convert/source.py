@@ -40,6 +40,10 @@ COMPANIONS = (
 )
 
 
+# Names of codes in one layout or another; a float tensor is never called so.
+MARKS = ("qweight", "weight_packed", "biases")
+
+
 @dataclasses.dataclass(frozen=True)
 class Packed:
     """What a checkpoint's header says of a packed weight.
@@ -182,7 +186,19 @@ class PackedSource(DirectorySource):
             shape, packed = self.describe(module, entries)
             self.packed[name] = module, Info(shape, "float32", sum(e.nbytes for e in entries.values()), packed)
             parts.update(f"{module}.{p}" for p in present)
+        self._refuse_stray(stored - parts)
         self._names = sorted((stored - parts) | set(self.packed))
+
+    def _refuse_stray(self, rest: set[str]) -> None:
+        """Refuse parts of packed modules without the mark of one: they would be taken for float tensors."""
+        known = {*self.required, *self.optional, *MARKS} - {"bias"}
+        for name in sorted(rest):
+            module, _, part = name.rpartition(".")
+            if part in known and (part != "weight" or self.files.entry(name).dtype.kind in "iu"):
+                raise CheckpointError(
+                    f"{self.directory} holds {name}, which belongs to no packed module of its format {self.format}: "
+                    f"those have {module}.{self.required[0]}; download the checkpoint again"
+                )
 
     @abc.abstractmethod
     def describe(self, module: str, entries: Mapping[str, Entry]) -> tuple[tuple[int, int], Packed]:

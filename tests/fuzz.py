@@ -17,8 +17,8 @@ import signal
 import sys
 import tempfile
 import time
-import tracemalloc
 import traceback
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -394,9 +394,8 @@ class Tally:
         return sum(n for (f, _, o), n in self.counts.items() if o == outcome and format in ("", f))
 
 
-def run(directory: Path, cases: int, seed: int = 0, first: int = 0) -> Tally:
-    """``cases`` cases from number ``first`` on in a new ``directory``."""
-    seeds = corpus(directory / "corpus")
+def run(directory: Path, seeds: list[Seed], cases: int, seed: int = 0, first: int = 0) -> Tally:
+    """``cases`` cases from number ``first`` on, in a sandbox in ``directory``."""
     fuzzer = Fuzzer(directory / "sandbox", seeds)
     tally = Tally()
     tracemalloc.start()
@@ -421,7 +420,8 @@ def main() -> int:
     args = parser.parse_args()
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as directory:
-        tally = run(Path(directory), args.cases, args.seed, args.first)
+        seeds = corpus(Path(directory, "corpus"))
+        tally = run(Path(directory), seeds, args.cases, args.seed, args.first)
     outcomes = sorted({o for _, _, o in tally.counts})
     for title, at in (("format", 0), ("mutation", 1)):
         print(f"{title:20}" + "".join(f"{o:>14.13}" for o in outcomes))

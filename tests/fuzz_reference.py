@@ -32,10 +32,12 @@ def reference(path: Path) -> dict[str, np.ndarray]:
         return gguf_tensors(path)
     config = json.loads((path / "config.json").read_text("utf-8"))
     stored, metadata = containers(path)
-    quant = config.get("quantization_config", config.get("quantization"))
-    if quant is None:
+    if "quantization_config" not in config and "quantization" not in config:
         return dict(stored)
-    method = str(quant.get("quant_method", "mlx")).lower()
+    quant = config.get("quantization_config")
+    method = str(quant.get("quant_method", "mlx") if isinstance(quant, dict) else "mlx").lower()
+    if method == "mlx":
+        quant = config.get("quantization", quant)
     if method == "awq":
         method = str(quant.get("version") or quant.get("checkpoint_format") or quant.get("format") or "gemm").lower()
     decode = READERS[method]
@@ -198,7 +200,8 @@ def mlx(parts: Tensors, quant: Any, module: str) -> tuple[np.ndarray | None, tup
     if "biases" not in parts:
         return None, ()
     own = quant.get(module)
-    bits, group = ((own if isinstance(own, dict) else quant)[key] for key in ("bits", "group_size"))
+    chosen = own if isinstance(own, dict) else quant
+    bits, group = chosen.get("bits", 4), chosen.get("group_size", 64)
     k = parts["weight"].shape[1] * 32 // bits
     assert parts["scales"].shape[1] * group == k
     q = fields(parts["weight"], bits, k, 1)
