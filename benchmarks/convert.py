@@ -76,7 +76,8 @@ def work(args: argparse.Namespace) -> None:
     peak = int(status.split("VmHWM:")[1].split()[0])
     row = {
         "to": args.to[0], "workers": args.workers, "output_mb": round(result.nbytes / 1e6),
-        "seconds": round(seconds, 2), "cpu_seconds": round(cpu, 2), "mb_per_second": round(result.nbytes / 1e6 / seconds),
+        "seconds": round(seconds, 2), "cpu_seconds": round(cpu, 2),
+        "mb_per_second": round(result.nbytes / 1e6 / seconds),
         "mb_per_cpu_second": round(result.nbytes / 1e6 / cpu), "peak_rss_mb": peak // 1024,
         "largest_deviation_steps": max((r.deviation for r in result.inexact), default=0.0),
     }  # fmt: skip
