@@ -1,45 +1,34 @@
-"""GGUF files as float sources: llama.cpp's names, row order and metadata turned into Hugging Face's.
-
-Block formats are dequantized to float32 by ``gguf.quants``.
-"""
+"""GGUF files as sources: llama.cpp's names, row order and metadata turned into Hugging Face's."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
+from awq_jax.convert.gguf_blocks import BLOCK, KINDS, from_blocks
 from awq_jax.convert.gguf_config import ARCHITECTURES, hf_config
 from awq_jax.convert.gguf_file import GgufFile
-from awq_jax.errors import CheckpointError, FormatError
+from awq_jax.convert.gguf_names import rotated, to_hf_name, unpermute
+from awq_jax.convert.source import Info, Packed
+from awq_jax.errors import CheckpointError, FormatError, WeightError
+from awq_jax.qtensor import QuantizedTensor
 
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q6_K", "Q4_K")
-
-_LAYER = {
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_GLOBAL = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
+FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _RECOMPUTED = ("rope_freqs.weight",)  # constants of the rope scaling; see gguf_config
 
 
 class GgufSource:
-    """A GGUF file of the Llama family; every tensor reads as float32.
+    """A GGUF file of the Llama family.
+
+    Args:
+      path: the file.
+      packed: read Q4_0, Q4_1 and Q8_0 matrices as they are, in groups of 32, and float tensors in
+        their own dtype. Otherwise, and for the other block types, tensors are dequantized to float32
+        by ``gguf.quants``.
 
     Raises:
       FormatError: a tensor's type or name is not supported; the message gives both.
@@ -49,14 +38,15 @@ class GgufSource:
 
     format = "gguf"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, packed: bool = False) -> None:
         import gguf
 
         self.file = GgufFile(path)
         self.config: dict[str, Any] = hf_config(self.file)
         self.generation_config: dict[str, Any] = {}
+        self._packed = packed
         self._arch = str(self.file.metadata["general.architecture"])
-        self._names: dict[str, str] = {}
+        self._names: dict[str, tuple[str, str]] = {}  # Hugging Face's -> the file's, and its type
         for name, info in self.file.tensors.items():
             if name in _RECOMPUTED:
                 continue
@@ -69,7 +59,7 @@ class GgufSource:
             hf_name = to_hf_name(name)
             if hf_name is None:
                 raise FormatError(f"{path}: tensor {name!r} is not one a {self._arch} model is known to have")
-            self._names[hf_name] = name
+            self._names[hf_name] = name, kind
 
     def names(self) -> list[str]:
         """Hugging Face tensor names, sorted."""
@@ -77,22 +67,42 @@ class GgufSource:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape in PyTorch's orientation."""
-        return self.file.tensors[self._stored(name)].shape
+        return self.file.tensors[self._stored(name)[0]].shape
 
-    def read(self, name: str) -> np.ndarray:
-        """The tensor as float32, rows in Hugging Face's order.
+    def info(self, name: str) -> Info:
+        """What the header says of a tensor."""
+        stored, kind = self._stored(name)
+        tensor = self.file.tensors[stored]
+        packed = None
+        if self._is_packed(name):
+            packed = Packed(KINDS[kind].bits, BLOCK, not KINDS[kind].offset, "float16", offsets=KINDS[kind].offset)
+        dtype = FLOATS[kind].name if self._packed and kind in FLOATS else "float32"
+        return Info(tensor.shape, dtype, tensor.nbytes, packed)
+
+    def read(self, name: str) -> np.ndarray | QuantizedTensor:
+        """The tensor, rows in Hugging Face's order.
 
         Raises:
           CheckpointError: if it is absent or the file was cut meanwhile.
+          WeightError: if a packed one has a scale that is NaN or inf.
         """
         import gguf
 
-        info = self.file.tensors[self._stored(name)]
-        kind = gguf.GGMLQuantizationType(info.type_id)
-        raw = self.file.raw(info.name)
-        rows = raw.reshape(-1, raw.size // max(1, int(np.prod(info.shape[:-1]))))
-        weight = np.asarray(gguf.quants.dequantize(rows, kind), np.float32).reshape(info.shape)
+        stored, kind = self._stored(name)
+        shape = self.file.tensors[stored].shape
+        raw = self.file.raw(stored)
+        rows = raw.reshape(-1, raw.size // max(1, int(np.prod(shape[:-1]))))
         heads = self._rotated_heads(name)
+        if self._is_packed(name):
+            q = from_blocks(unpermute(rows, heads) if heads else rows, kind, *shape)
+            if not np.isfinite(q.scales).all() or (q.offsets is not None and not np.isfinite(q.offsets).all()):
+                raise WeightError(f"{self.file.path}: a scale of tensor {stored!r} is NaN or inf; download it again")
+            return q
+        if self._packed and kind in FLOATS:
+            weight = raw.view(FLOATS[kind]).reshape(shape)
+        else:
+            weight = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[kind])
+            weight = np.asarray(weight, np.float32).reshape(shape)
         return unpermute(weight, heads) if heads else weight
 
     def tokenizer(self) -> Any:
@@ -105,31 +115,18 @@ class GgufSource:
         """None: the tokenizer is inside the file."""
         return []
 
-    def _stored(self, name: str) -> str:
+    def _stored(self, name: str) -> tuple[str, str]:
         if name not in self._names:
             raise CheckpointError(f"no tensor {name!r} in {self.file.path}")
         return self._names[name]
 
+    def _is_packed(self, name: str) -> bool:
+        stored, kind = self._stored(name)
+        return self._packed and kind in KINDS and len(self.file.tensors[stored].shape) == 2
+
     def _rotated_heads(self, name: str) -> int:
         """Heads of a query or key projection whose rows llama.cpp reordered; 0 for the others."""
-        match = re.search(r"\.self_attn\.([qk])_proj\.", name)
-        if not match or not ARCHITECTURES[self._arch].interleaved_rope:
+        which = rotated(name)
+        if not which or not ARCHITECTURES[self._arch].interleaved_rope:
             return 0
-        return self.config["num_attention_heads" if match[1] == "q" else "num_key_value_heads"]
-
-
-def to_hf_name(name: str) -> str | None:
-    """llama.cpp's tensor name to Hugging Face's, or None."""
-    if name in _GLOBAL:
-        return _GLOBAL[name]
-    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
-    if not match or match[2] not in _LAYER:
-        return None
-    return f"model.layers.{match[1]}.{_LAYER[match[2]]}.{match[3]}"
-
-
-def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of q/k from pairs (2i, 2i+1), as llama.cpp rotates them, to halves (i, i + d/2)."""
-    rows = weight.shape[0]
-    paired = weight.reshape(heads, rows // heads // 2, 2, *weight.shape[1:])
-    return np.ascontiguousarray(paired.swapaxes(1, 2)).reshape(weight.shape)
+        return self.config["num_attention_heads" if which == "q" else "num_key_value_heads"]

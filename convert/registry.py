@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from awq_jax.convert import autoawq, hf, mlx, native
+from awq_jax.convert import autoawq, compressed_tensors, gptq, hf, mlx, native
 from awq_jax.convert.format import FloatEncoder, Format
 from awq_jax.convert.safetensors_io import find_files, read_header, read_json
 from awq_jax.convert.source import Source, read_config
@@ -15,6 +15,9 @@ from awq_jax.errors import CheckpointError, FormatError
 
 _FORMATS = (
     autoawq.FORMAT,
+    compressed_tensors.FORMAT,
+    gptq.FORMAT,
+    gptq.FORMAT_V2,
     native.FORMAT,
     mlx.FORMAT,
     Format(
@@ -61,7 +64,7 @@ def open_source(path: str | Path, packed: bool = False) -> Source:
             raise CheckpointError(f"{local} is not a .gguf file; for safetensors pass the directory they are in")
         from awq_jax.convert.gguf import GgufSource
 
-        return GgufSource(local)
+        return GgufSource(local, packed)
     if not local.is_dir():
         raise CheckpointError(f"{local} does not exist; pass a checkpoint directory, a .gguf file or a hub id")
     return _open_directory(local)
@@ -87,9 +90,15 @@ def _open_directory(directory: Path) -> Source:
 
 
 def _with_legacy(directory: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """``config`` with the settings that AutoAWQ once kept in a file of their own."""
+    """``config`` with the settings that AutoAWQ and AutoGPTQ once kept in files of their own."""
+    known = {"quantization_config", "quantization", "compression_config"}
+    if known & set(config):
+        return config
+    gptq_settings = directory / "quantize_config.json"
+    if gptq_settings.is_file():
+        return {**config, "quantization_config": {"quant_method": "gptq", **read_json(gptq_settings)}}
     legacy = directory / "quant_config.json"
-    if "quantization_config" in config or "quantization" in config or not legacy.is_file():
+    if not legacy.is_file():
         return config
     old = read_json(legacy)
     quant = {
