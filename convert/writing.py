@@ -120,7 +120,7 @@ def final_config(
     config: Mapping[str, Any], changes: Mapping[str, Any] | None, records: Sequence[Record]
 ) -> dict[str, Any]:
     """The source's config with this checkpoint's quantization and the dtype most float bytes have."""
-    stale = ("quantization_config", "quantization", "torch_dtype", "dtype")
+    stale = ("quantization_config", "quantization", "compression_config", "torch_dtype", "dtype")
     out = {k: v for k, v in config.items() if k not in stale}
     floats: dict[str, int] = {}
     for r in records:
