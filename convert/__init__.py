@@ -9,13 +9,17 @@ _PUBLIC = {
     "Conversion": "conversion",
     "checkpoint": "conversion",
     "open_source": "registry",
+    "restore": "orbax_io",
+    "store": "orbax_io",
     "write_checkpoint": "writing",
 }
-__all__ = ["Conversion", "checkpoint", "open_source", "write_checkpoint"]
+__all__ = ["Conversion", "checkpoint", "open_source", "restore", "store", "write_checkpoint"]
 
 if TYPE_CHECKING:
     from awq_jax.convert.conversion import Conversion as Conversion
     from awq_jax.convert.conversion import checkpoint as checkpoint
+    from awq_jax.convert.orbax_io import restore as restore
+    from awq_jax.convert.orbax_io import store as store
     from awq_jax.convert.registry import open_source as open_source
     from awq_jax.convert.writing import write_checkpoint as write_checkpoint
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -123,13 +123,14 @@ class DirectorySource:
     """What directory formats share: config, tokenizer, and float tensors from safetensors."""
 
     format = "hf"
+    container: ClassVar[Callable[[Path], Any]] = SafetensorsDir  # or what has its interface
 
     def __init__(self, directory: Path, config: dict[str, Any]) -> None:
         self.directory = directory
         self.config = config
         generation = directory / "generation_config.json"
         self.generation_config: dict[str, Any] = read_json(generation) if generation.is_file() else {}
-        self.files = SafetensorsDir(directory)
+        self.files: SafetensorsDir = self.container(directory)
 
     def names(self) -> list[str]:
         return self.files.names()
