@@ -42,21 +42,26 @@ def group_index(perm: np.ndarray, group_size: int) -> np.ndarray:
     return index
 
 
-def permutation(index: np.ndarray, groups: int) -> np.ndarray | None:
-    """`QuantizedTensor.perm` from the group of each input channel (``g_idx``); None if they are in order.
+def permutation(index: np.ndarray, groups: int, where: str = "g_idx") -> np.ndarray | None:
+    """`QuantizedTensor.perm` from the group of each input channel; None if they are in order.
+
+    Args:
+      index: integers ``[K]``, GPTQ's ``g_idx``.
+      groups: how many there are.
+      where: what ``index`` is called, for messages.
 
     Raises:
       CheckpointError: if a group does not exist, or the groups are not of one size.
     """
     k = len(index)
     if index.min() < 0 or index.max() >= groups:
-        raise CheckpointError(f"its g_idx names groups {index.min()} to {index.max()}, there are {groups} of them")
+        raise CheckpointError(f"{where} names groups {index.min()} to {index.max()}, there are {groups} of them")
     if (np.diff(index) >= 0).all() and (np.bincount(index, minlength=groups) * groups == k).all():
         return None
     sizes = np.bincount(index, minlength=groups)
     if (sizes * groups != k).any():
         raise CheckpointError(
-            f"its g_idx makes groups of {sizes.min()} to {sizes.max()} inputs; only groups of one size are readable"
+            f"{where} makes groups of {sizes.min()} to {sizes.max()} inputs; only groups of one size are readable"
         )
     return np.argsort(index, kind="stable").astype(np.int32)
 

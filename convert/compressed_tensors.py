@@ -121,7 +121,17 @@ class CompressedSource(PackedSource):
                 f"{self.directory}: {module}.weight_g_idx is {index.dtype} {index.shape}; it must hold {k} integers"
             )
         symmetric = scheme.symmetric and zero is None
-        return (n, k), Packed(scheme.bits, k // groups, symmetric, s.dtype.name, act_order=scheme.act_order)
+        ordered = index is not None and self._ordered(f"{module}.weight_g_idx", groups)
+        if ordered and not scheme.act_order:
+            raise CheckpointError(
+                f"{self.directory}: {module}.weight_g_idx is in act-order, and actorder of its config group not 'group'"
+            )
+        return (n, k), Packed(scheme.bits, k // groups, symmetric, s.dtype.name, act_order=ordered)
+
+    def _ordered(self, part: str, groups: int) -> bool:
+        index = self.files.read(part)
+        empty = bool((index == -1).all())  # made, never filled in
+        return not empty and arrange.permutation(index, groups, f"{self.directory}: {part}") is not None
 
     def _shape(self, module: str, entry: Entry) -> tuple[int, int]:
         """``(N, K)``, the only tensor whose values say what the others should be."""
@@ -144,12 +154,8 @@ class CompressedSource(PackedSource):
         zeros = arrays.get("weight_zero_point")
         if zeros is not None:
             zeros = self._zeros(zeros, bits, n, groups)
-        index, perm = arrays.get("weight_g_idx"), None
-        if index is not None and not (index == -1).all():  # -1: never filled in
-            perm = arrange.permutation(index, groups)
+        perm = arrange.permutation(arrays["weight_g_idx"], groups) if packed.act_order else None
         if perm is not None:
-            if not packed.act_order:
-                raise CheckpointError("its weight_g_idx is in act-order, but its config group has no actorder 'group'")
             qweight = arrange.take_rows(qweight, bits, perm)
         return linear.build(qweight, scales, zeros, bits, packed.group_size, k, n, "float32", perm=perm)
 

@@ -1,7 +1,7 @@
 """GPTQ's layout: AutoGPTQ's, which numbers its zero points from 1 (v1), and GPTQModel's v2.
 
-Per linear ``m`` of K inputs and N outputs: ``m.qweight`` int32 ``[ceil(K*bits/32), N]``, codes as one
-stream of bits along K, lowest first, which is our own form; ``m.qzeros`` int32 ``[K/g, ceil(N*bits/32)]``,
+Per linear ``m`` of K inputs and N outputs: ``m.qweight`` int32 ``[K*bits/32, N]``, codes as one
+stream of bits along K, lowest first, which is our own form; ``m.qzeros`` int32 ``[K/g, N*bits/32]``,
 packed the same way along N; ``m.scales`` float16 ``[K/g, N]``; ``m.g_idx`` int32 ``[K]``, the group of
 each input. ``w = (q - z[g_idx]) * s[g_idx]``. ``qzeros`` holds z in v2 (``checkpoint_format``
 ``"gptq_v2"``) and z - 1 in v1 (``"gptq"``).
@@ -89,10 +89,10 @@ class GptqSource(PackedSource):
         k = index.shape[0] if index else groups * size if size > 0 else q.shape[0] * 32 // bits
         expected = -(-k // size) if size > 0 else 1
         if (
-            q.shape[0] != -(-k * bits // 32)
+            q.shape[0] * 32 != k * bits
             or groups != expected
             or s.shape[1] != n
-            or z.shape != (groups, -(-n * bits // 32))
+            or (z.shape[0], z.shape[1] * 32) != (groups, n * bits)
         ):
             raise CheckpointError(
                 f"{self.directory}: {module} has qweight {q.shape}, qzeros {z.shape}, scales {s.shape} and {k} inputs, "
@@ -107,7 +107,9 @@ class GptqSource(PackedSource):
                 f"{self.directory}: {module} has dtypes {q.dtype}, {z.dtype}, {s.dtype}; the GPTQ layout has int32, "
                 "int32 and a floating-point type"
             )
-        return (n, k), Packed(bits, k // groups, scheme.symmetric, s.dtype.name, act_order=scheme.act_order)
+        part = f"{module}.g_idx"
+        ordered = index and arrange.permutation(self.files.read(part), groups, f"{self.directory}: {part}") is not None
+        return (n, k), Packed(bits, k // groups, scheme.symmetric, s.dtype.name, act_order=bool(ordered))
 
     def decode(self, arrays: Mapping[str, np.ndarray], shape: tuple[int, int], packed: Packed) -> QuantizedTensor:
         n, k = shape
@@ -116,7 +118,7 @@ class GptqSource(PackedSource):
         implied = packed.symmetric and bool(np.all(zeros == 2 ** (bits - 1)))
         qweight = arrays["qweight"].view(np.uint32)
         index = arrays.get("g_idx")
-        perm = None if index is None else arrange.permutation(index, groups)
+        perm = arrange.permutation(index, groups) if packed.act_order and index is not None else None
         if perm is not None:
             qweight = arrange.take_rows(qweight, bits, perm)
         stored = None if implied else zeros

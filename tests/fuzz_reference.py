@@ -167,7 +167,8 @@ def marlin(parts: Tensors, quant: Any, module: str) -> tuple[np.ndarray | None, 
 def compressed_tensors(parts: Tensors, quant: Any, module: str) -> tuple[np.ndarray | None, tuple[str, ...]]:
     if "weight_packed" not in parts:
         return None, ()
-    (group,) = quant["config_groups"].values()
+    groups = list(quant["config_groups"].values())
+    group = groups[0] if len(groups) == 1 else next(g for g in groups if module in g["targets"])
     bits = group["weights"]["num_bits"]
     n, k = (int(d) for d in parts["weight_shape"])
     middle = 1 << (bits - 1)
@@ -190,8 +191,8 @@ def gptq(parts: Tensors, quant: Any, module: str) -> tuple[np.ndarray | None, tu
     n, k = parts["qweight"].shape[1], parts["qweight"].shape[0] * 32 // bits
     q = fields(parts["qweight"], bits, k, 0)
     z = fields(parts["qzeros"], bits, n, 1)
-    if str(quant.get("checkpoint_format") or "gptq").lower() == "gptq":
-        z = z + 1
+    if str(quant.get("checkpoint_format") or quant.get("format") or "gptq").lower() == "gptq":
+        z = (z + 1) % (1 << bits)
     at = parts["g_idx"] if "g_idx" in parts else np.arange(k) // (k // len(s))
     return ((q - z[at]) * s[at]).T, ("qweight", "qzeros", "scales", "g_idx")
 
