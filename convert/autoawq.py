@@ -2,35 +2,26 @@
 
 Per linear ``m`` of K inputs and N outputs: ``m.qweight`` int32 ``[K, N/8]``, ``m.qzeros`` int32
 ``[K/g, N/8]``, ``m.scales`` float16 (GPTQModel: also bfloat16) ``[K/g, N]``. Nibble i of a word is
-column ``8c + ORDER[i]``; ``w = (q - z) * s``.
+column ``8c + ORDER[i]``; ``w = (q - z) * s``. Symmetric weights store z = 8 as well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from awq_jax.convert import linear, nibbles
-from awq_jax.convert.fitting import (
-    DEFAULT_FLOAT,
-    check_integer,
-    common_group,
-    float_modules,
-    half_scales,
-    integer_zeros,
-    packed_records,
-)
-from awq_jax.convert.format import BaseEncoder, Format, Record, quant_method
+from awq_jax.convert.awq_common import AwqEncoder, AwqSource, packed_of, version, whole_zeros
+from awq_jax.convert.format import Format, quant_method
 from awq_jax.convert.safetensors_io import Entry
-from awq_jax.convert.source import Packed, PackedSource
-from awq_jax.errors import CheckpointError, FormatError
+from awq_jax.convert.source import Packed
+from awq_jax.errors import FormatError
 from awq_jax.qtensor import QuantizedTensor
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble i of a word holds column ORDER[i] of its eight
-PARTS = ("qweight", "qzeros", "scales")
 
 
 def unpack_qweight(qweight: np.ndarray) -> np.ndarray:
@@ -82,28 +73,7 @@ def pack_qzeros(zeros: np.ndarray) -> np.ndarray:
     return out.view(np.int32)
 
 
-def settings(config: Mapping[str, Any]) -> tuple[int, bool]:
-    """``(group_size, zero_point)`` of a checkpoint whose ``quant_method`` is ``awq``.
-
-    Raises:
-      FormatError: if it is not the GEMM layout, or not 4 bits.
-    """
-    quant = config["quantization_config"]
-    version = quant.get("version") or quant.get("checkpoint_format") or quant.get("format") or "gemm"
-    if str(version).lower() != "gemm":
-        raise FormatError(f"AWQ version {version!r} is not readable; of the AWQ layouts, 'gemm' is")
-    if quant.get("bits", 4) != 4:
-        raise FormatError(f"quantization_config: the gemm layout is 4-bit; bits is {quant['bits']!r}")
-    group, zero_point = quant.get("group_size", 128), quant.get("zero_point", True)
-    if type(group) is not int or not (group == -1 or group > 0) or not isinstance(zero_point, bool):
-        raise FormatError(
-            f"quantization_config: group_size must be a positive integer or -1 and zero_point true or false; "
-            f"got {group!r} and {zero_point!r}"
-        )
-    return group, zero_point
-
-
-class GemmSource(PackedSource):
+class GemmSource(AwqSource):
     """Reader; see the module.
 
     Raises:
@@ -112,29 +82,24 @@ class GemmSource(PackedSource):
     """
 
     format = "gemm"
-    required = PARTS
+    required = ("qweight", "qzeros", "scales")
 
     def __init__(self, directory: Path, config: dict[str, Any]) -> None:
-        self.group_size, self.zero_point = settings(config)
+        found = version(config["quantization_config"])
+        if found != self.format:
+            raise FormatError(
+                f"AWQ version {found!r:.80} is not readable; known are gemm, gemv, gemv_fast, marlin and llm-awq"
+            )
         super().__init__(directory, config)
 
     def describe(self, module: str, entries: Mapping[str, Entry]) -> tuple[tuple[int, int], Packed]:
-        q, z, s = (entries[p] for p in PARTS)
-        if len(q.shape) != 2 or len(s.shape) != 2 or 0 in (*q.shape, *s.shape):
-            raise CheckpointError(f"{self.directory}: {module}.qweight has shape {q.shape}, scales {s.shape}")
-        k, n, groups = q.shape[0], q.shape[1] * 8, s.shape[0]
-        expected = -(-k // self.group_size) if self.group_size > 0 else 1
-        if k % groups or groups != expected or s.shape[1] != n or z.shape != (groups, n // 8):
-            raise CheckpointError(
-                f"{self.directory}: {module} has qweight {q.shape}, qzeros {z.shape} and scales {s.shape}, which do "
-                f"not fit each other or the group size {self.group_size} of config.json"
-            )
-        if q.dtype != np.int32 or z.dtype != q.dtype or s.dtype.name not in linear.FLOATS:
-            raise CheckpointError(
-                f"{self.directory}: {module} has dtypes {q.dtype}, {z.dtype}, {s.dtype}; the gemm layout has int32, "
-                "int32 and a floating-point type"
-            )
-        return (n, k), Packed(4, k // groups, not self.zero_point, s.dtype.name)
+        self.check_types(module, entries, {"qweight": "int32", "qzeros": "int32"}, ["scales"])
+        q, z, s = (entries[p].shape for p in self.required)
+        k, n = q[0], q[1] * 8
+        groups = self.groups(k, s[0])
+        if groups is None or s[1] != n or z != (groups, n // 8):
+            raise self.misfit(module, entries)
+        return (n, k), packed_of(k, groups, self.zero_point, entries["scales"])
 
     def decode(self, arrays: Mapping[str, np.ndarray], shape: tuple[int, int], packed: Packed) -> QuantizedTensor:
         zeros = unpack_qzeros(arrays["qzeros"])
@@ -146,45 +111,14 @@ class GemmSource(PackedSource):
         )
 
 
-class GemmEncoder(BaseEncoder):
+class GemmEncoder(AwqEncoder):
     """Writer; see `awq_jax.convert.format.Encoder`."""
 
     version = "gemm"
 
-    def fit(self, name: str, q: QuantizedTensor) -> QuantizedTensor | None:
-        if DEFAULT_FLOAT.search(name.removesuffix(".weight")):
-            return None
-        check_integer(name, q, bits=(4,), columns=8, format=self.version)
-        return half_scales(integer_zeros(q))
-
     def encode(self, name: str, q: QuantizedTensor) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-        scales = np.asarray(q.scales).astype(np.float16)
-        zeros = np.full(scales.shape, 8, np.uint8) if q.zeros is None else np.asarray(q.zeros)
-        arrays = (pack_qweight(np.asarray(q.qweight), q.k), pack_qzeros(zeros), scales)
-        module = name.removesuffix(".weight")
-        return {f"{module}.{p}": a for p, a in zip(PARTS, arrays, strict=True)}, {}
-
-    def config(self, records: Sequence[Record]) -> dict[str, Any]:
-        """The ``quantization_config`` transformers and vLLM expect."""
-        return {"quantization_config": awq_config(records, self.version)}
-
-
-def awq_config(records: Sequence[Record], version: str) -> dict[str, Any]:
-    """``quantization_config`` of an AutoAWQ layout.
-
-    Raises:
-      FormatError: if nothing is quantized, the group sizes differ, or a float module cannot be
-        excluded by name.
-    """
-    packed = packed_records(records, version)
-    return {
-        "quant_method": "awq",
-        "bits": 4,
-        "group_size": common_group(packed, version),
-        "zero_point": not all(r.symmetric for r in packed),
-        "version": version,
-        "modules_to_not_convert": float_modules(records, version) or None,
-    }
+        qweight, qzeros = pack_qweight(np.asarray(q.qweight), q.k), pack_qzeros(whole_zeros(q))
+        return self.stored(name, q, qweight=qweight, qzeros=qzeros, scales=np.asarray(q.scales).astype(np.float16)), {}
 
 
 FORMAT = Format(

@@ -7,13 +7,17 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from awq_jax.convert import autoawq, compressed_tensors, gptq, hf, mlx, native
+from awq_jax.convert import autoawq, compressed_tensors, gemv, gemv_fast, gptq, hf, llm_awq, marlin, mlx, native
 from awq_jax.convert.format import FloatEncoder, Format
 from awq_jax.convert.safetensors_io import find_files, read_header, read_json
 from awq_jax.convert.source import Source, read_config
 from awq_jax.errors import CheckpointError, FormatError
 
 _FORMATS = (
+    llm_awq.FORMAT,  # before those whose config it may share
+    gemv.FORMAT,
+    gemv_fast.FORMAT,
+    marlin.FORMAT,
     autoawq.FORMAT,
     compressed_tensors.FORMAT,
     gptq.FORMAT,
