@@ -58,6 +58,10 @@ class Attention(nnx.Module):
         if turn is not None:
             cos, sin = step.angles[turn]
             q, k = rope.rotate(q, cos, sin, turn.interleaved), rope.rotate(k, cos, sin, turn.interleaved)
+        if c.query_growth is not None:
+            beta, length = c.query_growth
+            growth = 1 + beta * jnp.log1p((step.positions // length).astype(jnp.float32))
+            q = q * growth[..., None, None].astype(q.dtype)
         if past is not None:
             k, v = (_write(old, new, step.positions[:, 0]) for old, new in zip(past, (k, v), strict=True))
         sinks = self.sinks.get_value() if c.sinks else None
@@ -124,7 +128,7 @@ def attend(
     if c.cap is not None:
         scores = c.cap * jnp.tanh(scores / c.cap)
     if c.alibi is not None:
-        bias = alibi(heads, k.shape[1], c.alibi) * (scale if c.alibi_scaled else 1.0)
+        bias = alibi(heads, k.shape[1], c.alibi, c.alibi_max) * (scale if c.alibi_scaled else 1.0)
         scores = scores + bias.reshape(kv, heads // kv, 1, -1)
     ahead = positions[:, :, None] - jnp.arange(k.shape[1])
     seen = ahead >= 0
@@ -140,15 +144,15 @@ def attend(
     return jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(batch, length, heads, v.shape[-1])
 
 
-def alibi(heads: int, length: int, dtype: str) -> jax.Array:
+def alibi(heads: int, length: int, dtype: str, steepness: float = 8.0) -> jax.Array:
     """Slope of each head times the key's position, float32 ``[heads, length]``.
 
-    Slopes are a geometric series from ``2 ** (-8 / n)``, n being the power of two below ``heads``;
+    Slopes are a geometric series from ``2 ** (-steepness / n)``, n being the power of two below ``heads``;
     further heads take every other member of the next finer series.
     """
     n = 2 ** math.floor(math.log2(heads))
-    slopes = [2 ** (-8 * i / n) for i in range(1, n + 1)]
-    slopes += [2 ** (-4 * i / n) for i in range(1, 2 * (heads - n), 2)]
+    slopes = [2 ** (-steepness * i / n) for i in range(1, n + 1)]
+    slopes += [2 ** (-steepness * i / (2 * n)) for i in range(1, 2 * (heads - n), 2)]
     grid = jnp.asarray(slopes, dtype)[:, None] * jnp.arange(length).astype(dtype)
     return grid.astype(jnp.float32)
 

@@ -84,6 +84,9 @@ class AttentionConfig:
       alibi: scores grow with the key's position, by a slope per head (arXiv 2108.12409); the float
         type in which it is computed (it decides which positions can be told apart), None for none.
       alibi_scaled: the position's share is multiplied by the scale of the scores too.
+      alibi_max: the gentlest slope is ``2 ** -alibi_max``.
+      query_growth: ``(beta, length)``: the query at position p is multiplied by
+        ``1 + beta * log(1 + p // length)``; None for no growth.
     """
 
     heads: int
@@ -100,6 +103,8 @@ class AttentionConfig:
     sinks: bool = False
     alibi: Literal["float32", "bfloat16"] | None = None
     alibi_scaled: bool = False
+    alibi_max: float = 8.0
+    query_growth: tuple[float, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
