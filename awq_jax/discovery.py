@@ -12,13 +12,14 @@ import numpy as np
 
 from awq_jax import absorb, labels, paths
 from awq_jax._graph import Val
-from awq_jax._scope import Node, Scope, flatten
+from awq_jax._scope import OUTPUT, Node, Scope, flatten
 from awq_jax._trace import SAME_SHAPE, Program, trace
 from awq_jax.errors import PlanError
 from awq_jax.plan import Group, Plan, Site
 
 # Operations that may hide a matmul from us.
 OPAQUE = frozenset(("conv_general_dilated", "shard_map", "pallas_call", "custom_partitioning"))
+CHOOSERS = frozenset(("top_k", "argmax", "argmin", "sort"))
 VIEWS = SAME_SHAPE | {"reshape", "transpose", "squeeze"}
 
 
@@ -151,12 +152,13 @@ def _extent(program: Program, node: Node) -> tuple[tuple[int, ...], tuple[int, .
 
 def _group(program: Program, key: Any, uses: list[tuple[Scope, Node]], behind: dict[Node, bool]) -> Group:
     sites: dict[str, Site] = {}
-    for _, node in uses:
+    for scope, node in uses:
         use = node.use
         assert use is not None
         old = sites.get(use.path)
         head = not behind.get(node, True) and (old is None or old.head)
-        sites[use.path] = Site(use.path, use.axes, program.leaves[use.path], head)
+        router = _chooses(scope, node) or (old is not None and old.router)
+        sites[use.path] = Site(use.path, use.axes, program.leaves[use.path], head, router)
     scan, batch, channels = _extent(program, uses[0][1])
     name = next(iter(sites))
     if isinstance(key, str):
@@ -170,6 +172,23 @@ def _group(program: Program, key: Any, uses: list[tuple[Scope, Node]], behind: d
 
 def _kind(scope: Scope) -> str:
     return scope.outer[1].name if scope.outer else ""
+
+
+def _chooses(scope: Scope, node: Node) -> bool:
+    """Whether what a matmul computes, with no other matmul between, decides a choice among its outputs."""
+    todo, seen = list(node.outs), set(node.outs)
+    while todo:
+        for index, _ in scope.readers.get(todo.pop(), []):
+            if index == OUTPUT:
+                continue
+            reader = scope.nodes[index]
+            if reader.name in CHOOSERS:
+                return True
+            if reader.name not in ("dot_general", "ragged_dot_general") and not reader.bodies:
+                new = [v for v in reader.outs if v not in seen]
+                seen.update(new)
+                todo += new
+    return False
 
 
 def _flows_into_matmul(top: Scope) -> dict[Node, bool]:

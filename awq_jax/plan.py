@@ -25,12 +25,14 @@ class Site:
         contracted, ``n`` output. ``s`` axes come first.
       shape: shape of the leaf.
       head: its result is the model's output with no further matmul behind it.
+      router: its result picks what runs (the experts of a token), so that a small error may change all.
     """
 
     path: str
     axes: str
     shape: tuple[int, ...]
     head: bool = False
+    router: bool = False
 
     @property
     def canonical_axes(self) -> str:
@@ -132,7 +134,14 @@ class Plan:
                 Group(
                     name=g["name"],
                     sites=tuple(
-                        Site(s["path"], s["axes"], tuple(s["shape"]), bool(s.get("head", False))) for s in g["sites"]
+                        Site(
+                            s["path"],
+                            s["axes"],
+                            tuple(s["shape"]),
+                            bool(s.get("head", False)),
+                            bool(s.get("router", False)),
+                        )
+                        for s in g["sites"]
                     ),
                     channels=int(g["channels"]),
                     absorbers=tuple(

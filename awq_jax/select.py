@@ -51,6 +51,10 @@ def select(plan: Plan, config: AwqConfig) -> tuple[dict[str, Target], dict[str, 
             skipped[site.path] = "matched a skip pattern"
         elif site.head and not config.quantize_head:
             skipped[site.path] = "makes the model's output (quantize_head=True quantizes it)"
+        elif site.router and not site.head:
+            skipped[site.path] = "routes tokens to experts"
+        elif math.prod(site.shape) == k:
+            skipped[site.path] = "makes one number of each token"
         elif leaf.group_size == -1:
             targets[site.path] = Target(site, group, dataclasses.replace(leaf, group_size=k), k)
         elif k % leaf.group_size and config.on_indivisible != "pad":

@@ -51,6 +51,10 @@ LONG = {"rope_type": "longrope", "short_factor": [1.0, 1.5, 2.0, 3.0], "long_fac
 POST_NORM = ("mlp/up_proj/kernel", "self_attn/q_proj/kernel")
 PLAIN_MLP = ("mlp/down_proj/kernel",)
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_experts": 4}
+PHIMOE = {"num_local_experts": 4, "num_experts_per_tok": 2, "attention_bias": True, "lm_head_bias": True}
+# transformers 5 takes the short factors for every length, so they are the same here.
+MSCALE = {"rope_type": "longrope", "short_factor": [1.0, 1.5, 2.0, 3.0], "long_factor": [1.0, 1.5, 2.0, 3.0]}
+MSCALE |= {"original_max_position_embeddings": 8, "short_mscale": 1.1, "long_mscale": 1.2}
 
 CASES = (
     Case("llama", "llama"),
@@ -60,6 +64,10 @@ CASES = (
     Case("qwen2", "qwen2", TIED),
     Case("qwen2_moe", "qwen2_moe", EXPERTS | {"shared_expert_intermediate_size": 40, "mlp_only_layers": [0]}),
     Case("qwen3", "qwen3", {"head_dim": 16}),
+    Case("qwen3_moe", "qwen3_moe", EXPERTS | {"head_dim": 16, "norm_topk_prob": True, "mlp_only_layers": [0]}),
+    Case("olmoe", "olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
+    Case("olmoe-clip", "olmoe", {"num_experts": 4, "clip_qkv": 1.5}, ("self_attn/o_proj/kernel",)),
+    Case("phimoe", "phimoe", PHIMOE | {"rope_scaling": MSCALE, "sliding_window": None}),
     Case("smollm3", "smollm3", {"no_rope_layer_interval": 2}),
     Case("gemma", "gemma", TIED | {"head_dim": 16}),
     Case("gemma2", "gemma2", GEMMA | {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0}),

@@ -316,3 +316,19 @@ def test_a_mask_of_zeros_ties_no_channels():
     )
     assert [a.path for a in group.absorbers] == ["up"]
     assert group.ties is None
+
+
+def test_a_router_is_told_from_other_weights():
+    """Its scores decide which experts run; a gate that only multiplies does not choose, nor does what comes before."""
+
+    def fn(p, x):
+        x = x + x @ p["first"]
+        scores, chosen = jax.lax.top_k(jax.nn.softmax(x @ p["router"]), 2)
+        y = jnp.einsum("tk,ekn->etn", x, p["experts"])[chosen[:, 0], jnp.arange(x.shape[0])]
+        return y * scores[:, :1] * jax.nn.sigmoid(x @ p["gate"]) @ p["last"]
+
+    p = {k: np.ones((6, 6), np.float32) for k in ("first", "gate", "last")}
+    p |= {"router": np.ones((6, 4), np.float32), "experts": np.ones((4, 6, 6), np.float32)}
+    plan = discover(fn, p, np.ones((3, 6), np.float32))
+    assert [s.path for _, s in plan.sites() if s.router] == ["router"]
+    assert plan.to_dict() == Plan.from_dict(json.loads(json.dumps(plan.to_dict()))).to_dict()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import families
 import jax
 import jax.numpy as jnp
+import model_table
 import numpy as np
 import pytest
 import torch
@@ -16,15 +18,20 @@ from tiny import close, randomized
 
 import awq_jax
 from awq_jax import models, paths, verify
-from awq_jax.convert import registry
+from awq_jax.config import AwqConfig
+from awq_jax.convert import registry, writing
 from awq_jax.models import params as model_params
+from awq_jax.models.moe import by_expert
+from awq_jax.qtensor import QuantizedTensor, is_quantized, split_shape
+from awq_jax.sampling import Sampling
+from awq_jax.select import select
 
 PROMPT, STEPS = 10, 2
 LENGTHS = np.array([PROMPT, 6])
 TOKENS = np.random.default_rng(0).integers(3, 64, (2, PROMPT + STEPS)).astype(np.int32)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Pair:
     """The same random model in transformers and here."""
 
@@ -36,6 +43,10 @@ class Pair:
 
     def apply(self, params, tokens):
         return nnx.merge(self.graphdef, params)(tokens)
+
+    @functools.cached_property
+    def run(self):
+        return jax.jit(self.apply)
 
 
 @pytest.fixture(scope="module", params=families.CASES, ids=lambda c: c.name)
@@ -69,7 +80,7 @@ def test_logits_equal_transformers(pair):
             pair.theirs(torch.tensor(t[None, : n + STEPS])).logits[0].numpy()
             for t, n in zip(TOKENS, LENGTHS, strict=True)
         ]
-    ours = np.asarray(jax.jit(pair.apply)(pair.params, TOKENS))
+    ours = np.asarray(pair.run(pair.params, TOKENS))
     close(ours[mask], whole[mask])
 
     @functools.partial(jax.jit, donate_argnums=3)
@@ -114,3 +125,65 @@ def test_plan_is_exact_and_complete(pair, case):
 
 def test_every_family_has_a_case():
     assert {c.family for c in families.CASES} == set(models.supported())
+
+
+def test_the_table_of_families_is_current():
+    assert model_table.PAGE.read_text() == model_table.page(), "run python tests/model_table.py"
+
+
+def packed_like(target, rng):
+    """Random codes in place of a weight, with the axes that the quantizer would give it."""
+    batch, k_dims, n_dims = split_shape(target.site.shape, target.site.canonical_axes)
+    k, n, g = target.k, math.prod(n_dims), target.leaf.group_size
+    return QuantizedTensor(
+        qweight=jnp.asarray(rng.integers(0, 2**32, (*batch, k // 8, n), dtype=np.uint32)),
+        scales=jnp.asarray(rng.uniform(0.01, 0.06, (*batch, k // g, n)), jnp.float16),
+        zeros=jnp.asarray(rng.integers(5, 11, (*batch, k // g, n), dtype=np.uint8)),
+        inv_scale=None,
+        bits=4,
+        group_size=g,
+        axes=target.site.canonical_axes,
+        k_dims=k_dims,
+        n_dims=n_dims,
+        dtype="float32",
+    )
+
+
+def test_packed_weights_come_back(pair, tmp_path):
+    """Logits are those of the dequantized weights, and what is saved as GEMM is loaded to the bit."""
+    plan = awq_jax.discover(pair.apply, pair.params, jax.ShapeDtypeStruct((1, 4), np.int32))
+    targets, _ = select(plan, AwqConfig(group_size=16, on_indivisible="float"))
+    rng = np.random.default_rng(0)
+    packed = paths.map_with_path(lambda p, w: packed_like(targets[p], rng) if p in targets else w, pair.params)
+    dense = paths.map_with_path(lambda _, w: w.dequantize() if is_quantized(w) else w, packed)
+    close(pair.run(packed, TOKENS), pair.run(dense, TOKENS))
+
+    source, tensors = pair.source, model_params.tensors(packed, pair.config)
+    writing.write_checkpoint(tmp_path / "gemm", tensors, source.config, "gemm", None, tokenizer=None, extra=source)
+    again = model_params.load(registry.open_source(tmp_path / "gemm"), pair.config, pair.params, "float32")
+    for path, leaf in paths.flatten(again).items():
+        want = by_expert(paths.flatten(packed)[path])
+        assert is_quantized(leaf) == (path in targets)
+        for a, b in zip(jax.tree.leaves(leaf), jax.tree.leaves(want), strict=True):
+            np.testing.assert_array_equal(a, b, err_msg=path)
+
+
+@pytest.mark.slow
+def test_a_mixture_of_experts_is_quantized_and_comes_back(tmp_path):
+    """Through `Model.quantize`: routers stay float, experts share their inputs' scale with them."""
+    case = next(c for c in families.CASES if c.name == "mixtral")
+    randomized(case.family, families.config_of(case)).save_pretrained(tmp_path / "float")
+    model = awq_jax.load(tmp_path / "float")
+    report = model.quantize(TOKENS, seq_len=12, group_size=16, method="awq", progress=False)
+    assert report.skipped["layers/1/mlp/gate/kernel"] == "routes tokens to experts"
+    assert "layers/1/mlp/experts/down_proj/kernel" in {x.path for x in report.layers}
+    assert model.save(tmp_path / "packed") == "gemm"
+    again = awq_jax.load(tmp_path / "packed", dtype="float32")
+    close(again(TOKENS), model(TOKENS), tol=2e-3)
+    prompts = [[5, 6, 7], [8, 9]]  # two rows of two experts each: their weights are gathered
+    greedy = Sampling(0.0, 0, 1.0)
+    text = again.generator.run(again.params, prompts, max_new_tokens=3, sampling=greedy)
+    for prompt, answer in zip(prompts, text, strict=True):
+        for n in range(3):
+            logits = again(np.array([prompt + answer[:n]]))[0, -1]
+            assert logits[answer[n]] >= logits.max() - 1e-4

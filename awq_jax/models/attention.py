@@ -73,17 +73,18 @@ class Attention(nnx.Module):
         c = self.layer.attention
         lead, kv = x.shape[:-1], c.kv_heads * c.head_dim
         if c.fused:
-            y = _clip(self.qkv_proj(x), c)
+            y = self.qkv_proj(x)
             if c.fused == "grouped":
                 y = y.reshape(*lead, c.kv_heads, c.heads // c.kv_heads + 2, c.head_dim)
                 q, k, v = y[..., :-2, :], y[..., -2, :], y[..., -1, :]
             else:
                 q, k, v = y[..., : -2 * kv], y[..., -2 * kv : -kv], y[..., -kv:]
         else:
-            q, k, v = (_clip(f(x), c) for f in (self.q_proj, self.k_proj, self.v_proj))
+            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if c.norm is not None and c.norm_over == "width":
             q = self.q_norm(q.reshape(*lead, c.heads * c.head_dim))
             k = self.k_norm(k.reshape(*lead, kv))
+        q, k, v = (_clip(a, c) for a in (q, k, v))
         q = q.reshape(*lead, c.heads, c.head_dim)
         k, v = (a.reshape(*lead, c.kv_heads, c.head_dim) for a in (k, v))
         if c.norm is not None and c.norm_over != "width":

@@ -29,6 +29,7 @@ class RopeConfig:
       short_factors, long_factors: ``longrope``: what each wavelength is multiplied by, for rows within
         the original context and for longer ones.
       attention_factor: ``yarn``, ``longrope``: multiplies cosines and sines.
+      long_attention_factor: ``longrope``: the same for longer rows; None for the same number.
     """
 
     kind: RopeKind = "default"
@@ -45,6 +46,7 @@ class RopeConfig:
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
     attention_factor: float = 1.0
+    long_attention_factor: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +139,13 @@ class MoEConfig:
       shared: an MLP that every token goes through besides; None for none.
       shared_gate: it is multiplied by a sigmoid of its own linear of the token.
       normalize: the weights of a token's experts add up to 1.
+      score: a token's weights are the ``softmax`` over all experts, the ``sigmoid`` of each expert's
+        logit, or chosen one by one by ``sparsemixer`` (arXiv 2409.12136) with its ``jitter``.
+      groups, top_groups: experts stand in groups of equal size; only those of a token's best
+        ``top_groups`` are chosen from. A group is as good as its ``group_best`` best experts together.
+      correction: a bias per expert is added to the scores for the choice, but not to the weights.
+      scale: multiplies the weights.
+      router_bias: the router has a bias.
     """
 
     experts: int
@@ -145,6 +154,14 @@ class MoEConfig:
     shared: MLPConfig | None = None
     shared_gate: bool = False
     normalize: bool = True
+    score: Literal["softmax", "sigmoid", "sparsemixer"] = "softmax"
+    jitter: float = 0.0
+    groups: int = 1
+    top_groups: int = 1
+    group_best: int = 1
+    correction: bool = False
+    scale: float = 1.0
+    router_bias: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ token per row gathers its experts' weights instead.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -16,8 +17,25 @@ from flax import nnx
 from awq_jax import kernels
 from awq_jax.models.config import MoEConfig
 from awq_jax.models.mlp import ACTIVATIONS, MLP
+from awq_jax.models.routing import route
 from awq_jax.nnx import Linear
 from awq_jax.qtensor import QuantizedTensor
+
+
+def by_expert(w: Any) -> Any:
+    """A packed ``[E, K, N]`` leaf whose experts share one activation (axes ``nkn``) as a batch (``bkn``)."""
+    if not isinstance(w, QuantizedTensor) or w.axes != "nkn":
+        return w
+    experts, n = w.n_dims
+
+    def columns(a: jax.Array) -> jax.Array:  # [R, E * N] -> [E, R, N]
+        return jnp.moveaxis(a.reshape(*a.shape[:-1], experts, n), -2, 0)
+
+    def rows(a: jax.Array | None) -> jax.Array | None:  # [K] -> [E, K]
+        return None if a is None else jnp.broadcast_to(a, (experts, *a.shape))
+
+    tables = {f: columns(a) for f in ("qweight", "scales", "zeros", "offsets") if (a := getattr(w, f)) is not None}
+    return dataclasses.replace(w, **tables, inv_scale=rows(w.inv_scale), perm=rows(w.perm), axes="bkn", n_dims=(n,))
 
 
 class Experts(nnx.Module):
@@ -39,7 +57,7 @@ class Experts(nnx.Module):
         Returns:
           ``[E, T, N]``, or ``[P, T, N]``.
         """
-        w: Any = self.kernel.get_value()
+        w = by_expert(self.kernel.get_value())
         if chosen is not None:
             w = jax.tree.map(lambda a: a[chosen], w)
         if isinstance(w, QuantizedTensor):
@@ -93,7 +111,12 @@ class MoE(nnx.Module):
     """Router, experts, and an optional expert that all tokens share."""
 
     def __init__(self, size: int, config: MoEConfig, rngs: nnx.Rngs):
-        self.gate = Linear(size, config.experts, use_bias=False, rngs=rngs)
+        # A small difference may change a choice: logits are never rounded to 16 bits.
+        self.gate = Linear(
+            size, config.experts, use_bias=config.router_bias, preferred_element_type=jnp.float32, rngs=rngs
+        )
+        if config.correction:
+            self.correction = nnx.Param(jnp.zeros(config.experts))
         self.experts = ExpertMLP(size, config, rngs)
         if config.shared is not None:
             self.shared_expert = MLP(size, config.shared, rngs)
@@ -105,7 +128,8 @@ class MoE(nnx.Module):
         """``x [B, T, hidden]`` to the same shape; ``decoding`` if one token per row follows a cache."""
         c = self.config
         rows = x.reshape(-1, x.shape[-1])
-        weights, chosen = self.route(self.gate(rows))
+        correction = self.correction.get_value() if c.correction else None
+        weights, chosen = route(self.gate(rows), c, correction)
         if decoding and rows.shape[0] * c.top_k <= c.experts:
             y = self.experts.chosen(rows, weights, chosen)
         else:
@@ -115,11 +139,3 @@ class MoE(nnx.Module):
             extra = self.shared_expert(rows)
             y = y + (jax.nn.sigmoid(self.shared_expert_gate(rows)) * extra if c.shared_gate else extra)
         return y.reshape(x.shape)
-
-    def route(self, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Router ``logits [T, E]`` to the weights (float32) and numbers of each token's experts, ``[T, k]``."""
-        c = self.config
-        weights, chosen = jax.lax.top_k(jax.nn.softmax(logits.astype(jnp.float32), axis=-1), c.top_k)
-        if c.normalize:
-            weights = weights / weights.sum(axis=-1, keepdims=True)
-        return weights, chosen

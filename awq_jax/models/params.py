@@ -16,6 +16,7 @@ from awq_jax.convert.names import IGNORED, Names
 from awq_jax.errors import ShapeError, WeightError
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.decoder import Decoder
+from awq_jax.models.moe import by_expert
 from awq_jax.qtensor import QuantizedTensor
 
 
@@ -82,6 +83,7 @@ def tensors(state: nnx.State, config: ModelConfig) -> Iterator[tuple[str, np.nda
     """The state as Hugging Face names and tensors, one at a time; packed ones in PyTorch's orientation."""
     for path, leaf in paths.flatten(state).items():
         how = stored(config.names, path, tuple(leaf.shape))
+        leaf = by_expert(leaf) if how.stacked else leaf
         for e, name in enumerate(how.names):
             one = jax.tree.map(lambda a, e=e: a[e], leaf) if how.stacked else leaf
             if isinstance(one, QuantizedTensor):

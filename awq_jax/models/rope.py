@@ -26,15 +26,18 @@ def cos_sin(config: RopeConfig, head_dim: int, positions: jax.Array) -> tuple[ja
       Two float32 arrays ``[B, T, 1, dims / 2]``, ``dims`` being the rotated channels.
     """
     dims = config.dims or head_dim
+    factor: float | jax.Array = config.attention_factor
     if config.kind == "dynamic":
         inv_freq = _dynamic(config, dims, positions)
     elif config.kind == "longrope":
         inv_freq = _longrope(config, dims, positions)
+        if config.long_attention_factor is not None:
+            factor = jnp.where(_beyond(config, positions)[..., None], config.long_attention_factor, factor)
     else:
         inv_freq = jnp.asarray(inverse_frequencies(config, dims))
     angles = positions[..., None].astype(jnp.float32) * inv_freq
     angles = angles[..., None, :]
-    return jnp.cos(angles) * config.attention_factor, jnp.sin(angles) * config.attention_factor
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, interleaved: bool = False) -> jax.Array:
@@ -104,5 +107,9 @@ def _longrope(config: RopeConfig, dims: int, positions: jax.Array) -> jax.Array:
     """Two sets of stretched wavelengths, picked by each row's length (arXiv 2402.13753); ``[B, 1, dims / 2]``."""
     plain = inverse_frequencies(config, dims)
     short, long = (jnp.asarray(plain / np.asarray(f, np.float32)) for f in (config.short_factors, config.long_factors))
-    beyond = positions.max(axis=-1) + 1 > config.original_length
-    return jnp.where(beyond[:, None, None], long, short)
+    return jnp.where(_beyond(config, positions), long, short)
+
+
+def _beyond(config: RopeConfig, positions: jax.Array) -> jax.Array:
+    """Which rows are longer than the original context; bool ``[B, 1, 1]``."""
+    return (positions.max(axis=-1) + 1 > config.original_length)[:, None, None]

@@ -1,0 +1,23 @@
+"""GLM-4 9B: half of a head rotated in neighbouring channels, fused gate and up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from awq_jax.models.config import ModelConfig
+from awq_jax.models.hf_config import base, get
+from awq_jax.models.hf_rope import rope_config
+
+
+def config(hf: Mapping[str, Any], **fields: Any) -> ModelConfig:
+    """``model_type`` "glm"; ``fields`` of `ModelConfig` that differ in its relatives."""
+    hf = {"head_dim": 128, "num_key_value_heads": 2} | dict(hf)
+    return base(
+        hf,
+        attention={"qkv_bias": bool(hf.get("attention_bias", True))},
+        mlp={"fused": True},
+        norm={"eps": float(get(hf, "norm_eps", 1.5625e-7))},
+        ropes=rope_config(hf, fraction=0.5, interleaved=True),
+        **fields,
+    )

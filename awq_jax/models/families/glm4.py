@@ -1,0 +1,22 @@
+"""GLM-4-0414 and GLM-Z1: GLM with a norm before and behind each half of a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from awq_jax.convert.names import names
+from awq_jax.models.config import ModelConfig
+from awq_jax.models.families import glm
+
+NAMES = names(
+    {
+        "attention_output_layernorm": "post_self_attn_layernorm",
+        "mlp_output_layernorm": "post_mlp_layernorm",
+    }
+)
+
+
+def config(hf: Mapping[str, Any]) -> ModelConfig:
+    """``model_type`` "glm4"."""
+    return glm.config(hf, norms="sandwich", names=NAMES)

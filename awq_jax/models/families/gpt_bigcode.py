@@ -1,0 +1,39 @@
+"""GPT-BigCode (SantaCoder, StarCoder): GPT-2 with one key/value head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from awq_jax.convert.names import names
+from awq_jax.models.config import ModelConfig
+from awq_jax.models.families.gpt2 import ENTRIES
+from awq_jax.models.hf_config import base, get, required
+
+NAMES = names(ENTRIES)  # its linears are stored [out, in]
+
+
+def config(hf: Mapping[str, Any]) -> ModelConfig:
+    """``model_type`` "gpt_bigcode"."""
+    one = bool(hf.get("multi_query", True))
+    return base(
+        hf,
+        attention={
+            "kv_heads": 1 if one else required(hf, "num_attention_heads"),
+            "fused": "concatenated" if one else "grouped",
+            "qkv_bias": True,
+            "o_bias": True,
+            "scale": None if hf.get("scale_attn_weights", True) else 1.0,
+        },
+        mlp={
+            "size": get(hf, "intermediate_size", 4 * required(hf, "hidden_size")),
+            "activation": get(hf, "hidden_act", "gelu_pytorch_tanh"),
+            "gated": False,
+            "bias": True,
+        },
+        norm={"kind": "layer", "eps": float(get(hf, "norm_eps", 1e-5)), "bias": True},
+        ropes=None,
+        positions=required(hf, "max_position_embeddings"),
+        tied=bool(hf.get("tie_word_embeddings", True)),
+        names=NAMES,
+    )

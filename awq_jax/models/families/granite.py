@@ -1,0 +1,22 @@
+"""Granite: Llama with multipliers on the embedding, the scores, the residual stream and the logits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from awq_jax.models.config import ModelConfig
+from awq_jax.models.hf_config import base
+
+
+def config(hf: Mapping[str, Any]) -> ModelConfig:
+    """``model_type`` "granite"."""
+    bias = bool(hf.get("attention_bias", False))
+    return base(
+        hf,
+        attention={"qkv_bias": bias, "o_bias": bias, "scale": float(hf.get("attention_multiplier", 1.0))},
+        mlp={"bias": bool(hf.get("mlp_bias", False))},
+        embed_scale=float(hf.get("embedding_multiplier", 1.0)),
+        residual_scale=float(hf.get("residual_multiplier", 1.0)),
+        logit_scale=1 / float(hf.get("logits_scaling", 1.0)),
+    )

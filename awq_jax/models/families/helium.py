@@ -1,0 +1,21 @@
+"""Helium 1: Llama with neighbouring channels rotated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from awq_jax.models.config import ModelConfig
+from awq_jax.models.hf_config import base, get
+from awq_jax.models.hf_rope import rope_config
+
+
+def config(hf: Mapping[str, Any]) -> ModelConfig:
+    """``model_type`` "helium"."""
+    return base(
+        hf,
+        attention={"head_dim": hf.get("head_dim") or 128, "qkv_bias": bool(hf.get("attention_bias", False))},
+        mlp={"bias": bool(hf.get("mlp_bias", False))},
+        norm={"eps": float(get(hf, "norm_eps", 1e-8))},
+        ropes=rope_config(hf, theta=100000.0, interleaved=True),
+    )

@@ -1,0 +1,19 @@
+"""InternLM3: Llama with a head size of its own and keys for its biases."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from awq_jax.models.config import ModelConfig
+from awq_jax.models.hf_config import base
+
+
+def config(hf: Mapping[str, Any]) -> ModelConfig:
+    """``model_type`` "internlm3"."""
+    bias = bool(hf.get("bias", hf.get("mlp_bias", False)))
+    return base(
+        hf,
+        attention={"qkv_bias": bool(hf.get("qkv_bias", hf.get("attention_bias", False))), "o_bias": bias},
+        mlp={"bias": bias},
+    )

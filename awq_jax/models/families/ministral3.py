@@ -1,0 +1,23 @@
+"""Ministral 3: Mistral with a YaRN rope and queries that grow with their position."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from awq_jax.models.config import ModelConfig
+from awq_jax.models.hf_config import base, required
+
+
+def config(hf: Mapping[str, Any]) -> ModelConfig:
+    """``model_type`` "ministral3"."""
+    data = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+    beta, length = data.get("llama_4_scaling_beta"), data.get("original_max_position_embeddings")
+    return base(
+        hf,
+        attention={
+            "head_dim": hf.get("head_dim") or 128,
+            "query_growth": (float(beta), int(length)) if beta and length else None,
+        },
+        windows=[hf.get("sliding_window")] * required(hf, "num_hidden_layers"),
+    )

@@ -1,0 +1,19 @@
+"""OLMo: Llama with a LayerNorm that has no parameters, optionally with q, k and v clipped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from awq_jax.models.config import ModelConfig
+from awq_jax.models.hf_config import base
+
+
+def config(hf: Mapping[str, Any]) -> ModelConfig:
+    """``model_type`` "olmo"."""
+    bias = bool(hf.get("attention_bias", False))
+    return base(
+        hf,
+        attention={"qkv_bias": bias, "o_bias": bias, "clip": hf.get("clip_qkv")},
+        norm={"kind": "layer", "eps": 1e-5, "scale": False},
+    )

@@ -1,0 +1,31 @@
+"""OLMo 2: norms behind each half of a layer, and one over all queries and one over all keys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from awq_jax.convert.names import names
+from awq_jax.models.config import ModelConfig, NormConfig
+from awq_jax.models.hf_config import base, get
+
+NAMES = names(
+    {
+        "attention_output_layernorm": "post_attention_layernorm",
+        "mlp_output_layernorm": "post_feedforward_layernorm",
+    }
+)
+
+
+def config(hf: Mapping[str, Any], **changes: Any) -> ModelConfig:
+    """``model_type`` "olmo2"; ``changes`` are arguments of `base` that differ in its relatives."""
+    bias = bool(hf.get("attention_bias", False))
+    eps = float(get(hf, "norm_eps", 1e-5))
+    return base(
+        hf,
+        attention={"qkv_bias": bias, "o_bias": bias, "norm": NormConfig(eps=eps), "norm_over": "width"},
+        norm={"eps": eps},
+        norms="post",
+        names=NAMES,
+        **changes,
+    )

@@ -1,0 +1,35 @@
+"""OLMoE: Llama with experts, and norms over all queries and all keys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from awq_jax.models.config import ModelConfig, MoEConfig, NormConfig
+from awq_jax.models.families.qwen2_moe import NAMES
+from awq_jax.models.hf_config import base, get, mlp_config, required
+
+
+def config(hf: Mapping[str, Any]) -> ModelConfig:
+    """``model_type`` "olmoe"."""
+    moe = MoEConfig(
+        required(hf, "num_experts"),
+        required(hf, "num_experts_per_tok"),
+        mlp_config(hf),
+        normalize=bool(hf.get("norm_topk_prob", False)),
+    )
+    bias, eps = bool(hf.get("attention_bias", False)), float(get(hf, "norm_eps", 1e-5))
+    clip = hf.get("clip_qkv")
+    return base(
+        hf,
+        attention={
+            "qkv_bias": bias,
+            "o_bias": bias,
+            "norm": NormConfig(eps=eps),
+            "norm_over": "width",
+            "clip": None if clip is None else float(clip),
+        },
+        norm={"eps": eps},
+        mlps=[moe] * required(hf, "num_hidden_layers"),
+        names=NAMES,
+    )

@@ -1,0 +1,58 @@
+"""Phi-3.5 MoE: Mixtral with LayerNorm, biases, SparseMixer routing and long-context rope."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from awq_jax.errors import ConfigError, UnsupportedModelError
+from awq_jax.models.config import ModelConfig, MoEConfig, RopeConfig
+from awq_jax.models.families.mixtral import NAMES
+from awq_jax.models.hf_config import base, get, mlp_config, required
+from awq_jax.models.hf_rope import rope_config
+
+
+def config(hf: Mapping[str, Any]) -> ModelConfig:
+    """``model_type`` "phimoe".
+
+    Raises:
+      UnsupportedModelError: for another number of experts per token than SparseMixer is defined for.
+      ConfigError: if a constant of the rope is missing.
+    """
+    count, top = required(hf, "num_hidden_layers"), required(hf, "num_experts_per_tok")
+    if top != 2:
+        raise UnsupportedModelError(f"phimoe chooses 2 experts per token; config.json says {top}")
+    moe = MoEConfig(
+        required(hf, "num_local_experts"),
+        top,
+        mlp_config(hf),
+        score="sparsemixer",
+        jitter=float(hf.get("router_jitter_noise", 0.01)),
+    )
+    bias = bool(hf.get("attention_bias", False))
+    return base(
+        hf,
+        attention={"qkv_bias": bias, "o_bias": bias},
+        mlps=[moe] * count,
+        norm={"kind": "layer", "eps": float(get(hf, "norm_eps", 1e-5)), "bias": True},
+        ropes=_rope(hf),
+        windows=[hf.get("sliding_window")] * count,
+        head_bias=bool(hf.get("lm_head_bias", False)),
+        names=NAMES,
+    )
+
+
+def _rope(hf: Mapping[str, Any]) -> RopeConfig:
+    """Long-context rope whose attention factors are given instead of computed."""
+    data = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
+    if data.get("rope_type", data.get("type", "default")) == "default":
+        return rope_config(hf, theta=1e6)
+    missing = {"short_mscale", "long_mscale"} - set(data)
+    if missing:
+        raise ConfigError(f"config.json: the rope scaling of phimoe needs {sorted(missing)}")
+    return rope_config(
+        hf,
+        theta=1e6,
+        attention_factor=float(data["short_mscale"]),
+        long_attention_factor=float(data["long_mscale"]),
+    )

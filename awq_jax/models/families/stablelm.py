@@ -1,0 +1,35 @@
+"""StableLM: LayerNorm, a quarter of a head rotated; StableLM 2 12B: a norm of each head, attention beside the MLP."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from awq_jax.convert.names import names
+from awq_jax.models.config import ModelConfig, NormConfig
+from awq_jax.models.hf_config import base, get
+from awq_jax.models.hf_rope import rope_config
+
+NAMES = names(
+    {
+        "self_attn.q_norm.scale": "self_attn.q_layernorm.norms.{e}.weight",
+        "self_attn.k_norm.scale": "self_attn.k_layernorm.norms.{e}.weight",
+    }
+)
+
+
+def config(hf: Mapping[str, Any]) -> ModelConfig:
+    """``model_type`` "stablelm"."""
+    norm = NormConfig("layer", eps=float(get(hf, "norm_eps", 1e-5)))
+    return base(
+        hf,
+        attention={
+            "qkv_bias": bool(hf.get("use_qkv_bias", False)),
+            "norm": norm if hf.get("qk_layernorm", False) else None,
+            "norm_over": "heads",
+        },
+        norm={"kind": "layer", "eps": norm.eps, "bias": True},
+        ropes=rope_config(hf, fraction=0.25),
+        parallel="one" if hf.get("use_parallel_residual", False) else None,
+        names=NAMES,
+    )

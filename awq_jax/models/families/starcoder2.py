@@ -1,0 +1,26 @@
+"""StarCoder2: LayerNorm, biases, an MLP without gate, and optionally a sliding window."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from awq_jax.convert.names import names
+from awq_jax.models.config import ModelConfig
+from awq_jax.models.hf_config import base, get, required
+
+NAMES = names({"mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj"})
+
+
+def config(hf: Mapping[str, Any]) -> ModelConfig:
+    """``model_type`` "starcoder2"."""
+    bias = bool(hf.get("use_bias", True))
+    return base(
+        hf,
+        attention={"qkv_bias": bias, "o_bias": bias},
+        mlp={"gated": False, "bias": bias, "activation": get(hf, "hidden_act", "gelu_pytorch_tanh")},
+        norm={"kind": "layer", "eps": float(get(hf, "norm_eps", 1e-5)), "bias": True},
+        windows=[hf.get("sliding_window")] * required(hf, "num_hidden_layers"),
+        tied=bool(hf.get("tie_word_embeddings", True)),
+        names=NAMES,
+    )

@@ -1,0 +1,86 @@
+"""Writes docs/models.md from what discovery finds in the tiny model of every family.
+
+python tests/model_table.py            # write it
+python tests/model_table.py --check    # exit with 1 if it is not current
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import families
+import jax
+import numpy as np
+from flax import nnx
+from transformers import AutoConfig
+
+import awq_jax
+from awq_jax import models
+from awq_jax.models import params
+from awq_jax.models.families import FAMILIES
+from awq_jax.plan import Group, Plan
+
+PAGE = Path(__file__).parents[1] / "docs" / "models.md"
+HEADER = """# Model families
+
+`awq_jax.models.supported()` lists the values of `model_type` in `config.json` that the reference decoder reads. GGUF
+files of Llama, Mistral, Qwen2, Qwen3 and SmolLM3 are read too. [Adding a family](adding-a-family.md) takes one short
+function. Any other Flax model needs none: `awq_jax.calibrate(apply_fn, params, batches)` and
+`awq_jax.quantize(params, calib)` take it as it is.
+
+Nobody wrote the groups below down: they are what `awq_jax.discover` finds in each family's forward pass, and a test
+proves each of them by folding random scales. `q k v <- input_layernorm` reads: these linears share their input, and the
+scale that AWQ gives its channels is divided out of that norm. Linears under "not scaled" are quantized too, with their
+input as it is (or with a scale that is stored beside them: `explicit_scale=True`). Routers and shared experts' gates
+stay float.
+
+This page is generated: `python tests/model_table.py` (`--check` tells whether it is current).
+
+| `model_type` | what it is | groups and what absorbs their scale | not scaled, and why |
+|---|---|---|---|
+"""
+
+
+def plan_of(case: families.Case) -> Plan:
+    """What discovery finds in a case's model, from shapes alone."""
+    hf = AutoConfig.for_model(case.family, **families.config_of(case)).to_dict()
+    graphdef, state = params.abstract(models.config_from_hf(hf))
+    return awq_jax.discover(lambda p, t: nnx.merge(graphdef, p)(t), state, jax.ShapeDtypeStruct((1, 4), np.int32))
+
+
+def page() -> str:
+    """The whole of docs/models.md."""
+    rows = []
+    for family in sorted(FAMILIES):
+        about = (sys.modules[FAMILIES[family].__module__].__doc__ or "").splitlines()[0].rstrip(".")
+        cases = [c for c in families.CASES if c.family == family]
+        groups = [g for c in cases for g in plan_of(c).groups if g.name.startswith("layers/")]
+        scaled = dict.fromkeys(f"{_sites(g)} <- {_absorbers(g)}" for g in groups if g.absorbers)
+        rest = dict.fromkeys(f"{_sites(g)}: {_reason(g)}" for g in groups if not g.absorbers)
+        rows.append(f"| `{family}` | {about} | {'; '.join(scaled)} | {'; '.join(rest) or '-'} |")
+    return HEADER + "\n".join(rows) + "\n"
+
+
+def _short(path: str) -> str:
+    name = re.sub(r"^layers/\d+/|/(kernel|scale|bias)$|_proj\b", "", path)
+    return re.sub(r"^(self_attn|mlp)/", "", name).replace("/", ".")
+
+
+def _sites(group: Group) -> str:
+    return " ".join(_short(s.path) for s in group.sites)
+
+
+def _absorbers(group: Group) -> str:
+    return " ".join(dict.fromkeys(_short(a.path) for a in group.absorbers))
+
+
+def _reason(group: Group) -> str:
+    return re.sub(r" \(\w+\.py:\d+\)", "", group.reason).replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--check"]:
+        sys.exit(PAGE.read_text() != page())
+    PAGE.write_text(page())
