@@ -12,11 +12,8 @@ Orbax's documentation: https://orbax.readthedocs.io/en/latest/guides/checkpoint/
 
 from __future__ import annotations
 
-import contextlib
-import json
-import logging
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +21,14 @@ import numpy as np
 
 from awq_jax import paths
 from awq_jax.convert.format import Format, Record, Target, quant_method
-from awq_jax.convert.native import KEY, VERSION, NativeEncoder, NativeSource
-from awq_jax.convert.safetensors_io import DTYPES, Entry, read_json
+from awq_jax.convert.native import VERSION, NativeEncoder, NativeSource
+from awq_jax.convert.orbax_files import OrbaxFiles, Spool, nested, orbax
 from awq_jax.convert.shards import atomic_directory, write_json
 from awq_jax.convert.source import Source
-from awq_jax.errors import BackendError, CheckpointError
-from awq_jax.qtensor import QuantizedTensor, is_quantized
+from awq_jax.errors import CheckpointError
+from awq_jax.qtensor import is_quantized
 
 METHOD = "awq-jax-orbax"
-PARAMS = "params"
-STATIC = "awq-jax.json"
-SPOOL = "spool.bin"
-ALIGN = 64  # bytes; of arrays in the spool
-BOMB = 256  # arrays together are at most this many times larger than their files: zstd makes zeros that small
 
 
 def restore(path: str | Path) -> dict[str, Any]:
@@ -55,7 +47,7 @@ def restore(path: str | Path) -> dict[str, Any]:
     """
     directory = Path(path).expanduser()
     source = OrbaxSource(directory, {"quantization_config": {"format_version": VERSION}})
-    return _nested({name: source.read(name) for name in source.names()})
+    return nested({name: source.read(name) for name in source.names()})
 
 
 def store(path: str | Path, params: Any) -> None:
@@ -71,10 +63,10 @@ def store(path: str | Path, params: Any) -> None:
       CheckpointError: ``path`` exists, or a key holds a dot or a slash.
       BackendError: Orbax is not installed.
     """
-    _orbax()
+    orbax()
     encoder = NativeEncoder()
     with atomic_directory(Path(os.path.abspath(Path(path).expanduser()))) as directory:
-        spool = _Spool(directory)
+        spool = Spool(directory)
         for key, leaf in paths.flatten(params).items():
             if "." in key:
                 raise CheckpointError(f"the key {key!r} holds a dot, which separates keys in the file; rename it")
@@ -82,80 +74,6 @@ def store(path: str | Path, params: Any) -> None:
             arrays, metadata = encoder.encode(name, leaf) if is_quantized(leaf) else ({name: np.asarray(leaf)}, {})
             spool.add(arrays, metadata)
         spool.close()
-
-
-def holds_params(directory: Path) -> bool:
-    """Whether a directory looks like one of these checkpoints."""
-    return (directory / PARAMS / "_METADATA").is_file()
-
-
-class OrbaxFiles:
-    """The arrays of a checkpoint by name; has the interface of `SafetensorsDir`.
-
-    Raises:
-      CheckpointError: the files are absent or damaged.
-      BackendError: Orbax is not installed.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self._path = directory / PARAMS
-        if not holds_params(directory) or not (directory / STATIC).is_file():
-            raise CheckpointError(f"{directory} has no {PARAMS}/_METADATA and {STATIC}; it is not an Orbax checkpoint")
-        _refuse_links(self._path)
-        static = read_json(directory / STATIC).get("packed")
-        if not isinstance(static, dict) or not all(isinstance(v, dict) for v in static.values()):
-            raise CheckpointError(f"{directory / STATIC} has no object 'packed'; write the checkpoint again")
-        self.metadata = {STATIC: {KEY + name: json.dumps(info) for name, info in static.items()}}
-        with _handler() as handler, _explained(self._path):
-            tree = handler.metadata(self._path).item_metadata.tree
-        self.entries: dict[str, Entry] = {}
-        self._keys: dict[str, tuple[str, ...]] = {}
-        for keys, leaf in _leaves(tree):
-            name = ".".join(keys)
-            shape, dtype = getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
-            if name in self.entries or shape is None or dtype is None or np.dtype(dtype) not in DTYPES.values():
-                raise CheckpointError(f"{self._path}: {name[:200]!r} is not an array, or stored twice; write it again")
-            self._keys[name] = keys
-            size = int(np.prod([int(d) for d in shape], dtype=object)) * np.dtype(dtype).itemsize
-            self.entries[name] = Entry(self._path, np.dtype(dtype), tuple(int(d) for d in shape), 0, size)
-        total = sum(e.nbytes for e in self.entries.values())
-        stored = sum(f.stat().st_size for f in self._path.rglob("*") if f.is_file())
-        if total > BOMB * stored:
-            raise CheckpointError(f"{self._path} claims {total} bytes of arrays and has {stored}; write it again")
-
-    def names(self) -> list[str]:
-        """Array names, sorted."""
-        return sorted(self.entries)
-
-    def entry(self, name: str) -> Entry:
-        """Shape and dtype of an array.
-
-        Raises:
-          CheckpointError: if there is no such array.
-        """
-        if name not in self.entries:
-            raise CheckpointError(f"no array {name!r} in {self._path}")
-        return self.entries[name]
-
-    def read(self, name: str) -> np.ndarray:
-        """One array; the others are not read.
-
-        Raises:
-          CheckpointError: if it is absent or damaged.
-        """
-        entry = self.entry(name)
-        item: Any = 0
-        for key in reversed(self._keys[name]):
-            item = {key: item}
-        with _handler() as handler, _explained(self._path):
-            value = handler.restore(self._path, _orbax().args.PyTreeRestore(item=item, partial_restore=True))
-        for key in self._keys[name]:
-            value = value[key]
-        value = np.asarray(value)
-        if value.shape != entry.shape or value.dtype != entry.dtype:
-            raise CheckpointError(f"{self._path}: {name} is {value.dtype} {value.shape}; write the checkpoint again")
-        return value
 
 
 class OrbaxSource(NativeSource):
@@ -186,9 +104,9 @@ class OrbaxSink:
     """
 
     def __init__(self, directory: Path, target: Target, source: Source) -> None:
-        _orbax()  # missing is reported before the work
+        orbax()  # missing is reported before the work
         self._directory, self._source = directory, source
-        self._spool = _Spool(directory)
+        self._spool = Spool(directory)
 
     def add(self, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
         """See `awq_jax.convert.format.Sink`."""
@@ -202,134 +120,6 @@ class OrbaxSink:
         write_json(self._directory / "config.json", config)
         copy_companions(self._directory, None, self._source)
         return self._directory
-
-
-class _Spool:
-    """Arrays in one file, until Orbax gets all of them as a tree of memory maps."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._places: dict[str, tuple[int, np.dtype, tuple[int, ...]]] = {}
-        self._static: dict[str, Any] = {}
-        self._end = 0
-        (directory / SPOOL).touch()
-
-    def add(self, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None) -> None:
-        with (self._directory / SPOOL).open("ab") as f:
-            for name, array in arrays.items():
-                if name in self._places:
-                    raise CheckpointError(f"array {name!r} was given twice; every name is written once")
-                if "" in name.split(".") or "/" in name or "\0" in name:
-                    raise CheckpointError(f"array {name!r} cannot be a path in an Orbax tree; rename it")
-                self._places[name] = self._end, array.dtype, array.shape
-                f.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-                f.write(bytes(-array.nbytes % ALIGN))
-                self._end += array.nbytes + -array.nbytes % ALIGN
-        self._static |= {k.removeprefix(KEY): json.loads(v) for k, v in (metadata or {}).items()}
-
-    def close(self) -> None:
-        spool = self._directory / SPOOL
-        whole = np.memmap(spool, np.uint8, "r") if self._end else np.zeros(0, np.uint8)
-        arrays = {}
-        for name, (begin, dtype, shape) in self._places.items():
-            size = int(np.prod(shape)) * dtype.itemsize
-            arrays[name] = np.asarray(whole[begin : begin + size]).view(dtype).reshape(shape)
-        path = self._directory / PARAMS
-        with _handler() as handler, _explained(path):
-            handler.save(path, _orbax().args.PyTreeSave(_nested(arrays)))
-        write_json(self._directory / STATIC, {"format_version": VERSION, "packed": self._static})
-        del whole, arrays
-        spool.unlink()
-
-
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Names with dots as nested dicts.
-
-    Raises:
-      CheckpointError: if one name is the beginning of another.
-    """
-    out: dict[str, Any] = {}
-    for name, value in flat.items():
-        *above, last = name.split(".")
-        at = out
-        for key in above:
-            at = at.setdefault(key, {})
-            if not isinstance(at, dict):
-                raise CheckpointError(f"{name} lies below another tensor, which a tree cannot hold; save as 'awq-jax'")
-        if last in at:
-            raise CheckpointError(f"{name} lies above another tensor, which a tree cannot hold; save as 'awq-jax'")
-        at[last] = value
-    return out
-
-
-def _leaves(tree: Any, above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """``(keys, leaf)`` of a nested dict."""
-    if not isinstance(tree, Mapping):
-        yield above, tree
-        return
-    for key, value in tree.items():
-        if not isinstance(key, str) or "." in key:
-            raise CheckpointError(f"the Orbax tree has the key {key!r:.100}; of awq_jax's checkpoints none has")
-        yield from _leaves(value, (*above, key))
-
-
-def _refuse_links(path: Path) -> None:
-    """What Orbax would follow without asking."""
-    for root, folders, files in os.walk(path):
-        for name in (*folders, *files):
-            if os.path.islink(os.path.join(root, name)):
-                raise CheckpointError(f"{root}/{name} is a link, which no Orbax checkpoint has; copy the file there")
-
-
-def _orbax() -> Any:
-    """``orbax.checkpoint``.
-
-    Raises:
-      BackendError: if it is not installed.
-    """
-    try:
-        import orbax.checkpoint as ocp
-    except ImportError as e:
-        raise BackendError(
-            f"Orbax checkpoints need a package that is missing: pip install orbax-checkpoint ({e})"
-        ) from e
-    return ocp
-
-
-@contextlib.contextmanager
-def _handler() -> Iterator[Any]:
-    """A checkpointer of trees that neither copies arrays before it writes them nor talks."""
-    import jax
-
-    ocp = _orbax()
-    kinds = ocp.type_handlers
-    # One zarr directory per array: the single database that is Orbax's default is built in memory.
-    handler = ocp.PyTreeCheckpointHandler(
-        use_ocdbt=False,
-        type_handler_registry=kinds.create_type_handler_registry(
-            (np.ndarray, kinds.NumpyHandler(deepcopy_host_arrays=False)), (jax.Array, kinds.ArrayHandler())
-        ),
-    )
-    log = logging.getLogger("absl")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        with ocp.Checkpointer(handler) as checkpointer:
-            yield checkpointer
-    finally:
-        log.setLevel(level)
-
-
-@contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Whatever Orbax, zarr and TensorStore raise, as one of ours: they have no common class."""
-    try:
-        yield
-    except (CheckpointError, BackendError):
-        raise
-    except Exception as e:
-        problem = (str(e).strip().splitlines() or [""])[0]
-        raise CheckpointError(f"{path} is damaged or cannot be written: {type(e).__name__}: {problem[:300]}") from e
 
 
 def _matches(config: Mapping[str, Any], names: Collection[str]) -> bool:

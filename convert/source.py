@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -123,7 +123,7 @@ class DirectorySource:
     """What directory formats share: config, tokenizer, and float tensors from safetensors."""
 
     format = "hf"
-    container: ClassVar[Callable[[Path], Any]] = SafetensorsDir  # or what has its interface
+    container: ClassVar[type[Any]] = SafetensorsDir  # or what has its interface
 
     def __init__(self, directory: Path, config: dict[str, Any]) -> None:
         self.directory = directory
