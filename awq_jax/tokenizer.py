@@ -17,14 +17,18 @@ _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3 = _CONTRACTION + r"\p{N}{1,3}" + _REST
 _QWEN2 = _CONTRACTION + r"\p{N}" + _REST
+_CASED = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"  # words that are cut where capitals begin
+_LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_TEKKEN = rf"{_CASED}*{_LOWER}+|{_CASED}+{_LOWER}*|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPLITS: Mapping[str, str] = {
     **dict.fromkeys(("llama3", "llama-v3", "llama-bpe", "smaug-bpe", "dbrx"), _LLAMA3),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _QWEN2),
+    "tekken": _TEKKEN,
 }
 DIGITS = ("smollm", "starcoder", "refact", "command-r")  # every digit alone, then GPT-2's pattern
 GPT2 = ("gpt-2", "gpt2", "default")
 NORMALIZED = ("qwen2", "deepseek-r1-qwen")  # NFC first
-BOS_BY_DEFAULT = ("llama3", "llama-v3", "llama-bpe")
+BOS_BY_DEFAULT = ("llama3", "llama-v3", "llama-bpe", "tekken")  # and take a word that is a token as it is
 
 CONTROL, USER_DEFINED = 3, 4  # token types: special; matched whole, yet ordinary text
 KEY = "tokenizer.ggml."
@@ -123,7 +127,7 @@ def _bpe(metadata: Mapping[str, Any], tokens: list[str], path: Path | str) -> An
         models.BPE(
             vocab={t: i for i, t in enumerate(tokens)},
             merges=[_merge(m, path) for m in merges],
-            ignore_merges=pre in BOS_BY_DEFAULT,  # Llama 3 takes a word that is a token as it is
+            ignore_merges=pre in BOS_BY_DEFAULT,
         )
     )
     if pre in NORMALIZED:
@@ -150,7 +154,7 @@ def _spm(metadata: Mapping[str, Any], tokens: list[str]) -> Any:
     tokenizer = Tokenizer(
         models.BPE(
             vocab={t: i for i, t in enumerate(tokens)},
-            merges=_merges_from_scores(tokens, ranks),
+            merges=merges_from_scores(tokens, ranks),
             unk_token=tokens[unknown],
             fuse_unk=True,
             byte_fallback=True,
@@ -165,8 +169,13 @@ def _spm(metadata: Mapping[str, Any], tokens: list[str]) -> Any:
     return tokenizer
 
 
-def _merges_from_scores(tokens: list[str], scores: list[float]) -> list[tuple[str, str]]:
-    """Every way to join two pieces into a third, the best-scored result first, then by id."""
+def merges_from_scores(tokens: list[str], scores: list[float]) -> list[tuple[str, str]]:
+    """Every way to join two pieces into a third, the best-scored result first, then by id.
+
+    Args:
+      tokens: SentencePiece's pieces, by id.
+      scores: of each.
+    """
     ids = {t: i for i, t in enumerate(tokens)}
     merges = []
     for i, token in enumerate(tokens):

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 
 from awq_jax.convert.gguf_blocks import BLOCK, KINDS, from_blocks
-from awq_jax.convert.gguf_config import ARCHITECTURES, hf_config
+from awq_jax.convert.gguf_config import ARCHITECTURES, ROPE, hf_config
 from awq_jax.convert.gguf_file import GgufFile
 from awq_jax.convert.gguf_names import rotated, to_hf_name, unpermute
 from awq_jax.convert.source import Info, Packed
@@ -18,7 +18,6 @@ from awq_jax.qtensor import QuantizedTensor
 
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q6_K", "Q4_K")
 FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
-_RECOMPUTED = ("rope_freqs.weight",)  # constants of the rope scaling; see gguf_config
 
 
 class GgufSource:
@@ -48,7 +47,7 @@ class GgufSource:
         self._arch = str(self.file.metadata["general.architecture"])
         self._names: dict[str, tuple[str, str]] = {}  # Hugging Face's -> the file's, and its type
         for name, info in self.file.tensors.items():
-            if name in _RECOMPUTED:
+            if name == ROPE:  # in the config
                 continue
             kind = gguf.GGMLQuantizationType(info.type_id).name
             if kind not in TYPES:

@@ -27,6 +27,16 @@ class Architecture:
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
+ROPE = "rope_freqs.weight"
+# Constants of Llama 3's scaling, as in config.json, with the values of all published models but for the
+# factor. llama.cpp's converter does not keep them; our own files have them under rope.scaling.llama3.
+LLAMA3: Mapping[str, float] = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192.0,
+}
+
 ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": Architecture("LlamaForCausalLM", True),  # also Mistral, SmolLM2, TinyLlama, Yi
     "qwen2": Architecture("Qwen2ForCausalLM", False),
@@ -140,8 +150,8 @@ def _rope(file: GgufFile, get: _Keys) -> tuple[float, dict[str, Any] | None]:
     kind = get.text("rope.scaling.type") or "none"
     factor = float(get("rope.scaling.factor", 0) or get("rope.scale_linear", 0))
     original = int(get("rope.scaling.original_context_length", 0)) or get.positive("context_length")
-    if "rope_freqs.weight" in file.tensors:
-        return theta, _llama3(file, theta)
+    if ROPE in file.tensors:
+        return theta, _llama3(file, get, theta)
     if kind == "yarn":
         scaling = {"rope_type": "yarn", "factor": factor or 1.0, "original_max_position_embeddings": original}
         for ours, theirs in (
@@ -162,26 +172,35 @@ def _rope(file: GgufFile, get: _Keys) -> tuple[float, dict[str, Any] | None]:
     return theta, None
 
 
-def _llama3(file: GgufFile, theta: float) -> dict[str, Any]:
+def _llama3(file: GgufFile, get: _Keys, theta: float) -> dict[str, Any]:
     """Llama 3's scaling, of which GGUF keeps only the divisors of the frequencies.
 
-    All published models use low_freq_factor 1, high_freq_factor 4 over 8192 positions; the factor is the
-    largest divisor. The divisors are recomputed from that and must agree.
+    Where the file does not say more, the constants are `LLAMA3` and the factor is the largest divisor.
+    The divisors are recomputed from that and must agree.
     """
-    stored = file.raw("rope_freqs.weight").view("<f4").astype(np.float64)
-    scaling = {
-        "rope_type": "llama3",
-        "factor": float(stored.max()),
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
-    turns = 8192 / (2 * np.pi * theta ** (np.arange(stored.size) / stored.size))  # rotations over the context
-    smooth = np.clip((turns - 1.0) / 3.0, 0.0, 1.0)
-    expected = 1.0 / ((1.0 - smooth) / scaling["factor"] + smooth)
+    stored = file.raw(ROPE).view("<f4").astype(np.float64)
+    usual = {**LLAMA3, "factor": float(stored.max(initial=0.0))}
+    constants = {k: _shortest(get(f"rope.scaling.llama3.{k}", v)) for k, v in usual.items()}
+    expected = llama3_divisors(theta, stored.size, **constants) if all(constants.values()) else np.zeros(1)
     if not np.isfinite(stored).all() or not np.allclose(stored, expected, rtol=1e-3):
-        raise UnsupportedModelError(f"{file.path}: the frequency factors in 'rope_freqs.weight' are not Llama 3's")
-    return scaling
+        raise UnsupportedModelError(f"{file.path}: the frequency factors in {ROPE!r} are not Llama 3's")
+    original = int(constants["original_max_position_embeddings"])
+    return {"rope_type": "llama3", **constants, "original_max_position_embeddings": original}
+
+
+def llama3_divisors(
+    theta: float,
+    count: int,
+    factor: float,
+    low_freq_factor: float,
+    high_freq_factor: float,
+    original_max_position_embeddings: float,
+) -> np.ndarray:
+    """What Llama 3 divides its ``count`` frequencies by, float32: 1 for the fast ones, ``factor`` for the slow."""
+    plain = theta ** -(np.arange(count) / count)
+    turns = original_max_position_embeddings * plain / (2 * np.pi)  # over the original context
+    smooth = np.clip((turns - low_freq_factor) / ((high_freq_factor - low_freq_factor) or 1e-9), 0.0, 1.0)
+    return (1.0 / ((1.0 - smooth) / factor + smooth)).astype(np.float32)
 
 
 def _token(file: GgufFile, which: str) -> int | None:

@@ -1,0 +1,126 @@
+"""The GGUF container, written tensor by tensor.
+
+The header of a GGUF file names every tensor, so it can only be written last: data goes to a file of its
+own, which is copied behind the header at the end.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from awq_jax.convert import gguf_metadata, gguf_tokenizer
+from awq_jax.convert.format import Target
+from awq_jax.convert.gguf_config import ROPE
+from awq_jax.convert.source import Source
+from awq_jax.errors import CheckpointError
+
+ALIGNMENT = 32  # of tensor data; GGUF's default
+QUANTIZATION_VERSION = 2  # of ggml's block layouts
+COPY = 16 << 20
+TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+class GgufSink:
+    """Takes what `awq_jax.convert.gguf_encoder` makes; one file. See `awq_jax.convert.format.Sink`.
+
+    Everything that can be refused before there are tensors is refused when it is made. Memory: the
+    tensors of one call.
+
+    Args:
+      directory: an empty one to work in, with room for twice the result.
+      target: its config is that of the source.
+      source: its tokenizer goes into the file.
+      file_type: ``general.file_type``, the commonest block type.
+
+    Raises:
+      FormatError: llama.cpp has no such architecture, rotation or tokenizer.
+      CheckpointError: config or tokenizer lack something.
+    """
+
+    def __init__(self, directory: Path, target: Target, source: Source, file_type: int) -> None:
+        self._path = directory / "model.gguf"
+        self._config = target.config
+        self._arch = gguf_metadata.architecture(target.config)
+        keys, freqs = gguf_metadata.metadata(target.config)
+        origin = Path(getattr(source, "directory", None) or source.file.path)
+        self._keys: dict[str, Any] = {
+            "general.type": "model",
+            "general.name": origin.name.removesuffix(".gguf"),
+            "general.quantization_version": QUANTIZATION_VERSION,
+            "general.file_type": file_type,
+            **keys,
+            **gguf_tokenizer.metadata(source.tokenizer(), target.config),
+        }
+        self._tensors: dict[str, tuple[tuple[int, ...], str, int]] = {}  # shape, type, bytes
+        self._data = (directory / "data").open("wb")
+        if freqs is not None:
+            self.add({ROPE: freqs})
+
+    def add(self, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
+        """Write tensors by their names in the file; ``metadata`` has the type of those that are blocks.
+
+        Raises:
+          CheckpointError: for a name given twice.
+        """
+        import gguf
+
+        for name, array in arrays.items():
+            if name in self._tensors:
+                raise CheckpointError(f"tensor {name!r} was given twice; every name is written once")
+            kind = (metadata or {}).get(name) or TYPES[array.dtype.name]
+            shape = tuple(array.shape)
+            if array.dtype == np.uint8:
+                shape = gguf.quant_shape_from_byte_shape(shape, gguf.GGMLQuantizationType[kind])
+            self._tensors[name] = shape, kind, array.nbytes
+            self._data.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            self._data.write(bytes(-array.nbytes % ALIGNMENT))
+
+    def close(self, config: dict[str, Any]) -> Path:
+        """Write the file.
+
+        Returns:
+          Its path.
+
+        Raises:
+          CheckpointError: a tensor is missing or does not fit the config.
+          FormatError: llama.cpp does not know one.
+        """
+        import gguf
+
+        self._data.close()
+        shapes = {name: shape for name, (shape, _, _) in self._tensors.items() if name != ROPE}
+        gguf_metadata.expected(self._config, shapes)
+        writer = gguf.GGUFWriter(self._path, self._arch)
+        for key, value in self._keys.items():
+            _put(writer, key, value)
+        for name, (shape, kind, nbytes) in self._tensors.items():
+            writer.add_tensor_info(name, shape, np.dtype(np.float32), nbytes, gguf.GGMLQuantizationType[kind])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        writer.close()
+        with self._path.open("ab") as out, Path(self._data.name).open("rb") as data:
+            out.write(bytes(-out.tell() % ALIGNMENT))
+            shutil.copyfileobj(data, out, COPY)
+        Path(self._data.name).unlink()
+        return self._path
+
+
+def _put(writer: Any, key: str, value: Any) -> None:
+    """A key with the type that llama.cpp expects: bool, uint32, float32, string or array."""
+    match value:
+        case bool():
+            writer.add_bool(key, value)
+        case int():
+            writer.add_uint32(key, value)
+        case float():
+            writer.add_float32(key, value)
+        case str():
+            writer.add_string(key, value)
+        case _:
+            writer.add_array(key, value)
