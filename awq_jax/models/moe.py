@@ -34,7 +34,9 @@ def by_expert(w: Any) -> Any:
     def rows(a: jax.Array | None) -> jax.Array | None:  # [K] -> [E, K]
         return None if a is None else jnp.broadcast_to(a, (experts, *a.shape))
 
-    tables = {f: columns(a) for f in ("qweight", "scales", "zeros", "offsets") if (a := getattr(w, f)) is not None}
+    tables: dict[str, Any] = {
+        f: columns(a) for f in ("qweight", "scales", "zeros", "offsets") if (a := getattr(w, f)) is not None
+    }
     return dataclasses.replace(w, **tables, inv_scale=rows(w.inv_scale), perm=rows(w.perm), axes="bkn", n_dims=(n,))
 
 
