@@ -7,7 +7,21 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from awq_jax.convert import autoawq, compressed_tensors, gemv, gemv_fast, gptq, hf, llm_awq, marlin, mlx, native
+from awq_jax.convert import (
+    autoawq,
+    compressed_tensors,
+    gemv,
+    gemv_fast,
+    gguf_encoder,
+    gptq,
+    hf,
+    llm_awq,
+    marlin,
+    mlx,
+    native,
+    orbax_files,
+    orbax_io,
+)
 from awq_jax.convert.format import FloatEncoder, Format
 from awq_jax.convert.safetensors_io import find_files, read_header, read_json
 from awq_jax.convert.source import Source, read_config
@@ -24,6 +38,8 @@ _FORMATS = (
     gptq.FORMAT_V2,
     native.FORMAT,
     mlx.FORMAT,
+    orbax_io.FORMAT,
+    *gguf_encoder.FORMATS,
     Format(
         name="float",
         title="Hugging Face float checkpoint: transformers, vLLM and everything else",
@@ -116,5 +132,7 @@ def _with_legacy(directory: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _names(directory: Path) -> Collection[str]:
-    """Tensor names of a directory, from the headers alone."""
+    """Tensor names of a directory, from the headers alone; none of an Orbax checkpoint."""
+    if orbax_files.holds_params(directory):
+        return ()
     return {name for file in find_files(directory)[1] for name in read_header(file)[0]}
