@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 _PUBLIC = {
     "Conversion": "conversion",
+    "apply_search": "awq_search",
     "checkpoint": "conversion",
     "open_source": "registry",
     "restore": "orbax_io",
     "store": "orbax_io",
     "write_checkpoint": "writing",
 }
-__all__ = ["Conversion", "checkpoint", "open_source", "restore", "store", "write_checkpoint"]
+__all__ = ["Conversion", "apply_search", "checkpoint", "open_source", "restore", "store", "write_checkpoint"]
 
 if TYPE_CHECKING:
+    from awq_jax.convert.awq_search import apply_search as apply_search
     from awq_jax.convert.conversion import Conversion as Conversion
     from awq_jax.convert.conversion import checkpoint as checkpoint
     from awq_jax.convert.orbax_io import restore as restore

@@ -104,5 +104,6 @@ def fingerprint(source: Source, **settings: Any) -> str:
     where = Path(getattr(source, "directory", None) or source.file.path)
     files = sorted(where.iterdir()) if where.is_dir() else [where]
     state = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
-    text = json.dumps([state, sorted((k, str(v)) for k, v in settings.items())])
+    identity = getattr(source, "identity", "")  # of a source that changes what the files hold
+    text = json.dumps([state, identity, sorted((k, str(v)) for k, v in settings.items())])
     return hashlib.sha256(text.encode()).hexdigest()
