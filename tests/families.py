@@ -66,7 +66,12 @@ CASES = (
     Case("qwen3", "qwen3", {"head_dim": 16}),
     Case("qwen3_moe", "qwen3_moe", EXPERTS | {"head_dim": 16, "norm_topk_prob": True, "mlp_only_layers": [0]}),
     Case("olmoe", "olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
-    Case("olmoe-clip", "olmoe", {"num_experts": 4, "clip_qkv": 1.5}, ("self_attn/o_proj/kernel",)),
+    Case(
+        "olmoe-clip",
+        "olmoe",
+        {"num_experts": 4, "num_experts_per_tok": 2, "clip_qkv": 1.5},
+        ("self_attn/o_proj/kernel",),
+    ),
     Case("phimoe", "phimoe", PHIMOE | {"rope_scaling": MSCALE, "sliding_window": None}),
     Case("smollm3", "smollm3", {"no_rope_layer_interval": 2}),
     Case("gemma", "gemma", TIED | {"head_dim": 16}),

@@ -27,6 +27,7 @@ SPELLINGS = {
     "max_position_embeddings": ("n_positions", "max_seq_len", "seq_length"),
     "intermediate_size": ("n_inner", "ffn_dim", "ffn_hidden_size"),
     "hidden_act": ("hidden_activation", "activation_function", "activation"),
+    "num_experts": ("num_local_experts", "n_routed_experts"),
     "norm_eps": ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon"),
 }
 

@@ -5,19 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from awq_jax.models.config import ModelConfig, MoEConfig, NormConfig
+from awq_jax.models.config import ModelConfig, NormConfig
 from awq_jax.models.families.qwen2_moe import NAMES
-from awq_jax.models.hf_config import base, get, mlp_config, required
+from awq_jax.models.hf_config import base, get, required
+from awq_jax.models.hf_moe import moe_config
 
 
 def config(hf: Mapping[str, Any]) -> ModelConfig:
     """``model_type`` "olmoe"."""
-    moe = MoEConfig(
-        required(hf, "num_experts"),
-        required(hf, "num_experts_per_tok"),
-        mlp_config(hf),
-        normalize=bool(hf.get("norm_topk_prob", False)),
-    )
     bias, eps = bool(hf.get("attention_bias", False)), float(get(hf, "norm_eps", 1e-5))
     clip = hf.get("clip_qkv")
     return base(
@@ -30,6 +25,6 @@ def config(hf: Mapping[str, Any]) -> ModelConfig:
             "clip": None if clip is None else float(clip),
         },
         norm={"eps": eps},
-        mlps=[moe] * required(hf, "num_hidden_layers"),
+        mlps=[moe_config(hf)] * required(hf, "num_hidden_layers"),
         names=NAMES,
     )

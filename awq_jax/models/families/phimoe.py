@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from awq_jax.errors import ConfigError, UnsupportedModelError
-from awq_jax.models.config import ModelConfig, MoEConfig, RopeConfig
+from awq_jax.models.config import ModelConfig, RopeConfig
 from awq_jax.models.families.mixtral import NAMES
-from awq_jax.models.hf_config import base, get, mlp_config, required
+from awq_jax.models.hf_config import base, get, required
+from awq_jax.models.hf_moe import moe_config
 from awq_jax.models.hf_rope import rope_config
 
 
@@ -19,16 +20,10 @@ def config(hf: Mapping[str, Any]) -> ModelConfig:
       UnsupportedModelError: for another number of experts per token than SparseMixer is defined for.
       ConfigError: if a constant of the rope is missing.
     """
-    count, top = required(hf, "num_hidden_layers"), required(hf, "num_experts_per_tok")
-    if top != 2:
-        raise UnsupportedModelError(f"phimoe chooses 2 experts per token; config.json says {top}")
-    moe = MoEConfig(
-        required(hf, "num_local_experts"),
-        top,
-        mlp_config(hf),
-        score="sparsemixer",
-        jitter=float(hf.get("router_jitter_noise", 0.01)),
-    )
+    moe = moe_config(hf, score="sparsemixer", jitter=float(hf.get("router_jitter_noise", 0.01)))
+    if moe.top_k != 2:
+        raise UnsupportedModelError(f"phimoe chooses 2 experts per token; config.json says {moe.top_k}")
+    count = required(hf, "num_hidden_layers")
     bias = bool(hf.get("attention_bias", False))
     return base(
         hf,

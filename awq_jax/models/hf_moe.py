@@ -1,0 +1,48 @@
+"""`MoEConfig` from ``config.json``, and which layers have experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from awq_jax.errors import ConfigError
+from awq_jax.models.config import MLPConfig, MoEConfig
+from awq_jax.models.hf_config import mlp_config, required
+
+
+def moe_config(hf: Mapping[str, Any], **changes: Any) -> MoEConfig:
+    """Experts of ``moe_intermediate_size`` (or ``intermediate_size``) behind a softmax, with changes.
+
+    Args:
+      hf: content of ``config.json``.
+      **changes: fields of `MoEConfig`.
+
+    Raises:
+      ConfigError: if a key is missing, or sizes contradict each other.
+      UnsupportedModelError: for an activation the decoder does not have.
+    """
+    known: dict[str, Any] = {
+        "experts": required(hf, "num_experts"),
+        "top_k": required(hf, "num_experts_per_tok"),
+        "normalize": bool(hf.get("norm_topk_prob", False)),
+    }
+    if "expert" not in changes:
+        size = "moe_intermediate_size" if hf.get("moe_intermediate_size") else "intermediate_size"
+        known["expert"] = mlp_config(hf, size=required(hf, size))
+    c = MoEConfig(**(known | changes))
+    if c.experts % c.groups or c.top_groups > c.groups or c.group_best > c.experts // c.groups:
+        raise ConfigError(
+            f"config.json: {c.experts} experts in {c.groups} groups, {c.top_groups} of them chosen: groups must "
+            f"be of equal size, with {c.group_best} experts or more, and be as many as are chosen"
+        )
+    if c.top_k > c.top_groups * (c.experts // c.groups):
+        raise ConfigError(
+            f"config.json: {c.top_k} experts per token of {c.experts} in {c.top_groups} of {c.groups} groups"
+        )
+    return c
+
+
+def after_dense(hf: Mapping[str, Any], moe: MoEConfig) -> list[MLPConfig | MoEConfig]:
+    """Experts in all layers but the first ``first_k_dense_replace``."""
+    dense = hf.get("first_k_dense_replace") or 0
+    return [mlp_config(hf) if i < dense else moe for i in range(required(hf, "num_hidden_layers"))]
