@@ -134,6 +134,7 @@ class Example:
 
     Attributes:
       form: whole ``zeros``, ``symmetric``, or float ``offsets``.
+      whole: offsets are those of whole zero points, rounded to the dtype of the scales.
       negative: scales have either sign.
     """
 
@@ -141,6 +142,7 @@ class Example:
     bits: int = 4
     group_size: int = 128
     scale_dtype: str = "float16"
+    whole: bool = False
     negative: bool = False
 
 

@@ -131,5 +131,5 @@ FORMAT = Format(
     matches=lambda config, names: is_version(config, "gemv_fast"),
     reader=FastSource,
     encoder=FastEncoder,
-    example=Example(form="offsets"),
+    example=Example(form="offsets", whole=True),
 )

@@ -103,5 +103,5 @@ FORMAT = Format(
     matches=is_llm_awq,
     reader=LlmAwqSource,
     encoder=LlmAwqEncoder,
-    example=Example(form="offsets"),
+    example=Example(form="offsets", whole=True),
 )

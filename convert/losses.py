@@ -39,7 +39,8 @@ def example(kind: Example, seed: int = 0) -> QuantizedTensor:
     zeros = offsets = None
     if kind.form == "offsets":
         scales *= rng.choice([-1, 1], scales.shape) if kind.negative else 1
-        offsets = (-scales * rng.uniform(2, 2**kind.bits - 3, scales.shape)).astype(dtype)
+        zero = rng.uniform(2, 2**kind.bits - 3, scales.shape)
+        offsets = (-scales.astype(dtype).astype(np.float64) * (np.rint(zero) if kind.whole else zero)).astype(dtype)
     if kind.form == "zeros":
         zeros = rng.integers(1, 2**kind.bits, scales.shape).astype(np.uint8)
     packed = codes.pack(rng.integers(0, 2**kind.bits, (K, N)).astype(np.uint8), kind.bits)
