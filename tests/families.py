@@ -55,6 +55,14 @@ PHIMOE = {"num_local_experts": 4, "num_experts_per_tok": 2, "attention_bias": Tr
 # transformers 5 takes the short factors for every length, so they are the same here.
 MSCALE = {"rope_type": "longrope", "short_factor": [1.0, 1.5, 2.0, 3.0], "long_factor": [1.0, 1.5, 2.0, 3.0]}
 MSCALE |= {"original_max_position_embeddings": 8, "short_mscale": 1.1, "long_mscale": 1.2}
+GATED_POST_NORM = ("mlp/gate_proj/kernel", "self_attn/q_proj/kernel")
+CLIPPED = ("self_attn/o_proj/kernel",)
+MPT = {"vocab_size": 64, "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64, "initializer_range": 0.3}
+TYPES = ["sliding_attention", "full_attention"]
+MULTIPLIERS = {"embedding_multiplier": 3.0, "attention_multiplier": 0.2}
+MULTIPLIERS |= {"residual_multiplier": 0.5, "logits_scaling": 2.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+GROWTH = YARN | {"rope_theta": 1e4, "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 4}
 
 CASES = (
     Case("llama", "llama"),
@@ -99,9 +107,30 @@ CASES = (
         "sdpa",  # eager adds ALiBi twice
     ),
     Case("cohere", "cohere", TIED | {"use_qk_norm": True, "logit_scale": 0.5}),
+    Case("mpt", "mpt", MPT, PLAIN_MLP),
+    Case("mpt-6-heads", "mpt", MPT | {"n_heads": 6, "d_model": 48, "attn_config": {"clip_qkv": 0.5}}, CLIPPED + PLAIN_MLP),
+    Case("gpt_bigcode", "gpt_bigcode", GPT2, PLAIN_MLP),
+    Case("gpt_bigcode-heads", "gpt_bigcode", GPT2 | {"multi_query": False, "scale_attn_weights": False}, PLAIN_MLP),
+    Case("starcoder2", "starcoder2", TIED | {"sliding_window": 5}, PLAIN_MLP),
+    Case("stablelm", "stablelm", {"use_qkv_bias": True, "partial_rotary_factor": 0.5}),
+    Case("stablelm-12b", "stablelm", {"qk_layernorm": True, "use_parallel_residual": True}),
+    Case("cohere2", "cohere2", TIED | {"sliding_window": 5, "layer_types": TYPES}),
+    Case("granite", "granite", MULTIPLIERS),
+    Case("glm", "glm", {"head_dim": 8}),
+    Case("glm4", "glm4", {"head_dim": 8}),
+    Case("exaone4", "exaone4", {"sliding_window": 5, "layer_types": TYPES}, GATED_POST_NORM),
+    Case("exaone4-1.2b", "exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 2}, GATED_POST_NORM),
+    Case("olmo", "olmo", {"clip_qkv": 0.5}, CLIPPED + GATED_POST_NORM),
+    Case("olmo2", "olmo2", {}, GATED_POST_NORM),
+    Case("olmo3", "olmo3", {"sliding_window": 5, "layer_types": TYPES, "rope_scaling": YARN}, GATED_POST_NORM),
+    Case("ministral", "ministral", {"sliding_window": 5, "layer_types": TYPES, "head_dim": 16}),
+    Case("ministral3", "ministral3", {"head_dim": 16, "rope_parameters": GROWTH}),
+    Case("internlm3", "internlm3", {"head_dim": 16, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}),
+    Case("helium", "helium", {"head_dim": 8}),
+    Case("nemotron", "nemotron", {}, PLAIN_MLP),
 )
 
-SHARED_SIZES = {"gpt2", "gptj", "bloom", "falcon", "opt"}  # whose config class takes other keys
+SHARED_SIZES = {"gpt2", "gptj", "bloom", "falcon", "opt", "mpt", "gpt_bigcode"}  # whose config class takes other keys
 
 
 def config_of(case: Case) -> dict[str, Any]:
