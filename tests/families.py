@@ -58,6 +58,7 @@ MSCALE |= {"original_max_position_embeddings": 8, "short_mscale": 1.1, "long_msc
 GATED_POST_NORM = ("mlp/gate_proj/kernel", "self_attn/q_proj/kernel")
 CLIPPED = ("self_attn/o_proj/kernel",)
 MPT = {"vocab_size": 64, "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64, "initializer_range": 0.3}
+CLIP = {"clip_qkv": 0.5}
 TYPES = ["sliding_attention", "full_attention"]
 MULTIPLIERS = {"embedding_multiplier": 3.0, "attention_multiplier": 0.2}
 MULTIPLIERS |= {"residual_multiplier": 0.5, "logits_scaling": 2.0}
@@ -108,7 +109,7 @@ CASES = (
     ),
     Case("cohere", "cohere", TIED | {"use_qk_norm": True, "logit_scale": 0.5}),
     Case("mpt", "mpt", MPT, PLAIN_MLP),
-    Case("mpt-6-heads", "mpt", MPT | {"n_heads": 6, "d_model": 48, "attn_config": {"clip_qkv": 0.5}}, CLIPPED + PLAIN_MLP),
+    Case("mpt-clip", "mpt", MPT | {"n_heads": 6, "d_model": 48, "attn_config": CLIP}, CLIPPED + PLAIN_MLP),
     Case("gpt_bigcode", "gpt_bigcode", GPT2, PLAIN_MLP),
     Case("gpt_bigcode-heads", "gpt_bigcode", GPT2 | {"multi_query": False, "scale_attn_weights": False}, PLAIN_MLP),
     Case("starcoder2", "starcoder2", TIED | {"sliding_window": 5}, PLAIN_MLP),
