@@ -126,7 +126,7 @@ def _bpe(metadata: Mapping[str, Any], tokens: list[str], path: Path | str) -> An
     tokenizer = Tokenizer(
         models.BPE(
             vocab={t: i for i, t in enumerate(tokens)},
-            merges=[_merge(m, path) for m in merges],
+            merges=[_merge(m, path) for m in merges if m != ""],
             ignore_merges=pre in BOS_BY_DEFAULT,
         )
     )

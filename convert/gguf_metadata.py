@@ -83,11 +83,12 @@ def metadata(config: Mapping[str, Any]) -> tuple[dict[str, Any], np.ndarray | No
     return {f"{arch}.{k}": v for k, v in keys.items()}, freqs
 
 
-def expected(config: Mapping[str, Any], names: Mapping[str, tuple[int, ...]]) -> None:
+def check_tensors(config: Mapping[str, Any], metadata: Mapping[str, Any], names: Mapping[str, tuple[int, ...]]) -> None:
     """Check that llama.cpp finds the tensors it looks for, and no others.
 
     Args:
       config: ``config.json``.
+      metadata: what the function of that name made of it.
       names: shapes by llama.cpp's names, without ``rope_freqs.weight``.
 
     Raises:
@@ -95,7 +96,7 @@ def expected(config: Mapping[str, Any], names: Mapping[str, tuple[int, ...]]) ->
       FormatError: there is one that llama.cpp does not know in this architecture.
     """
     arch = architecture(config)
-    keys = {k.removeprefix(f"{arch}."): v for k, v in metadata(config)[0].items()}
+    keys = {k.removeprefix(f"{arch}."): v for k, v in metadata.items()}
     hidden, ffn, vocab = keys["embedding_length"], keys["feed_forward_length"], keys["vocab_size"]
     size = keys["attention.key_length"]
     q, kv = keys["attention.head_count"] * size, keys["attention.head_count_kv"] * size

@@ -94,7 +94,7 @@ class GgufSink:
 
         self._data.close()
         shapes = {name: shape for name, (shape, _, _) in self._tensors.items() if name != ROPE}
-        gguf_metadata.expected(self._config, shapes)
+        gguf_metadata.check_tensors(self._config, self._keys, shapes)
         writer = gguf.GGUFWriter(self._path, self._arch)
         for key, value in self._keys.items():
             _put(writer, key, value)

@@ -100,7 +100,8 @@ def _bpe(data: Mapping[str, Any]) -> dict[str, Any]:
     merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
     if any(len(m) != 2 or " " in m[0] + m[1] for m in merges):
         raise FormatError(f"the tokenizer merges tokens that contain spaces{OTHER}")
-    return {"pre": pre, "merges": [f"{a} {b}" for a, b in merges]}
+    # An array cannot be empty, and llama.cpp wants one: "" joins nothing.
+    return {"pre": pre, "merges": [f"{a} {b}" for a, b in merges] or [""]}
 
 
 def _pattern(steps: list[dict[str, Any]]) -> str:
