@@ -1,11 +1,14 @@
-"""``awq-jax inspect``: what is in a checkpoint, tensor by tensor, and how its model would be scaled."""
+"""``awq-jax inspect``: what is in a checkpoint, tensor by tensor, what is wrong with it, how it would be scaled."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
+import os
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,9 @@ from awq_jax.commands import common
 
 _EXAMPLES = """
 awq-jax inspect ./model-awq
+awq-jax inspect ./model-awq --check
 awq-jax inspect ./model --plan
-awq-jax inspect ./model-awq --json | jq .tensors
+awq-jax inspect owner/name --json | jq .tensors
 """
 
 
@@ -24,72 +28,97 @@ def add(subparsers: Any) -> None:
         subparsers,
         "inspect",
         run,
-        "show what a checkpoint holds",
-        "Format, bits, group size and sizes of a checkpoint, which linears are float, and a table of its tensors.",
+        "show what a checkpoint holds, and check it",
+        "Format, bits, group size and sizes of a checkpoint, which linears are float, a table of its tensors, and what "
+        "is wrong with it. Only config and headers are read, also of a checkpoint on the hub, so it takes a second "
+        "whatever the size; --check reads every tensor, and ends with status 1 if it finds a problem.",
         _EXAMPLES,
     )
     p.add_argument("dir", metavar="DIR", help="checkpoint directory, .gguf file or hub id")
+    p.add_argument("--check", action="store_true", help="read every tensor and report what is wrong with it")
     p.add_argument("--plan", action="store_true", help="print the scale groups discovered in the model instead")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Open, describe, print."""
-    from awq_jax.convert import registry
+    """Open, describe, print; leaves through ``SystemExit(1)`` if a check finds problems."""
+    with opened(args.dir, whole=args.check) as source:
+        if args.plan:
+            from awq_jax import models
+            from awq_jax.commands import preflight
 
-    source = registry.open_source(args.dir)
-    if args.plan:
-        from awq_jax import models
-        from awq_jax.commands import preflight
-
-        plan = preflight.plan(models.config_from_hf(source.config))
-        print(common.to_json(plan.to_dict()) if args.json else plan)
-        return
-    found = describe(source, progress=not args.quiet)
-    found["bytes_on_disk"] = bytes_on_disk(Path(args.dir))
+            plan = preflight.plan(models.config_from_hf(source.config))
+            print(common.to_json(plan.to_dict()) if args.json else plan)
+            return
+        found = describe(source)
+        found["bytes_on_disk"] = bytes_on_disk(Path(args.dir).expanduser())
+        found["problems"] = problems(source, Path(args.dir).expanduser(), args.check, progress=not args.quiet)
     if args.json:
         print(common.to_json(found))
-        return
-    from awq_jax import render
+    else:
+        _print(found, args.check)
+    if args.check and found["problems"]:
+        raise SystemExit(1)
 
-    print("\n".join(render.columns(_summary(found))))
-    print()
-    head = ("tensor", "shape", "type", "group", "size")
-    rows = [
-        (t["name"], " x ".join(map(str, t["shape"])), t["type"], _group(t), render.size(t["bytes"]))
-        for t in found["tensors"]
-    ]
-    print("\n".join(render.columns([head, *rows])))
+
+@contextlib.contextmanager
+def opened(path: str, whole: bool) -> Iterator[Any]:
+    """The source; of a hub id the headers alone, unless it is wanted ``whole``."""
+    from awq_jax.convert import hf, registry
+
+    local = Path(path).expanduser()
+    if whole or os.path.lexists(local) or local.suffix == ".gguf" or not hf.HUB_ID.fullmatch(path):
+        yield registry.open_source(path, packed=True)
+        return
+    from awq_jax.commands import remote
+
+    with remote.headers(path) as source:
+        yield source
 
 
 def bytes_on_disk(path: Path) -> int | None:
     """Bytes of the weight files of a local checkpoint; None for a hub id."""
     if path.is_file():
         return path.stat().st_size
-    return sum(f.stat().st_size for f in path.glob("*.safetensors")) if path.is_dir() else None
+    if not path.is_dir():
+        return None
+    from awq_jax.convert.orbax_files import PARAMS, holds_params
+    from awq_jax.convert.safetensors_io import find_files
+
+    weights = (path / PARAMS).rglob("*") if holds_params(path) else find_files(path)[1]
+    return sum(f.stat().st_size for f in weights if f.is_file())
 
 
-def describe(source: Any, progress: bool = False) -> dict[str, Any]:
-    """Plain data about an open `awq_jax.convert.source.Source`; one tensor in memory at a time."""
+def problems(source: Any, path: Path, check: bool, progress: bool = False) -> list[dict[str, str]]:
+    """``{"where", "what"}`` of everything that is wrong; from the headers alone unless ``check``."""
     from tqdm import tqdm
 
-    from awq_jax.qtensor import QuantizedTensor
+    from awq_jax.commands import check as checks
 
+    found = [("files", what) for what in (checks.files(path) if path.is_dir() else [])]
+    found += [("config.json", what) for what in checks.config(source)]
+    if check:
+        found += [("model", what) for what in checks.model(source)]
+        names = tqdm(_sorted(source), desc="check", unit="tensor", disable=not progress, leave=False, delay=1)
+        found += checks.values(source, names)
+    return [{"where": where, "what": what} for where, what in found]
+
+
+def describe(source: Any) -> dict[str, Any]:
+    """Plain data about an open `awq_jax.convert.source.Source`, from its headers."""
     tensors: list[dict[str, Any]] = []
-    for name in tqdm(
-        sorted(source.names(), key=_natural), desc="inspect", unit="tensor", disable=not progress, leave=False, delay=1
-    ):
-        value, shape = source.read(name), tuple(source.shape(name))
-        entry: dict[str, Any] = {"name": name, "shape": list(shape), "bytes": int(value.nbytes)}
-        if isinstance(value, QuantizedTensor):
+    for name in _sorted(source):
+        info = source.info(name)
+        entry: dict[str, Any] = {"name": name, "shape": list(info.shape), "bytes": info.nbytes, "type": info.dtype}
+        if info.packed is not None:
+            kind = "symmetric" if info.packed.symmetric else "offsets" if info.packed.offsets else "asymmetric"
             entry |= {
-                "type": f"{value.bits}-bit {'symmetric' if value.symmetric else 'asymmetric'}",
-                "bits": value.bits,
-                "group_size": value.group_size,
-                "symmetric": value.symmetric,
-                "input_scale": value.inv_scale is not None,
+                "type": f"{info.packed.bits}-bit {kind}",
+                "bits": info.packed.bits,
+                "group_size": info.packed.group_size,
+                "symmetric": info.packed.symmetric,
+                "act_order": info.packed.act_order,
+                "scales": info.packed.scale_dtype,
             }
-        else:
-            entry["type"] = str(value.dtype)
         tensors.append(entry)
     packed = [t for t in tensors if "bits" in t]
     weights = sum(math.prod(t["shape"]) for t in packed)
@@ -103,15 +132,49 @@ def describe(source: Any, progress: bool = False) -> dict[str, Any]:
         "bits": sorted({t["bits"] for t in packed}),
         "group_size": sorted({t["group_size"] for t in packed}),
         "symmetric": sorted({t["symmetric"] for t in packed}),
+        "act_order": any(t["act_order"] for t in packed),
         "bits_per_weight": 8 * sum(t["bytes"] for t in packed) / weights if packed else None,
         "float_linears": linears if packed else [],
         "tensors": tensors,
     }
 
 
+def _print(found: dict[str, Any], check: bool) -> None:
+    from awq_jax import render
+
+    print("\n".join(render.columns(_summary(found))))
+    print()
+    head = ("tensor", "shape", "type", "group", "scales", "size")
+    rows = [
+        (
+            _plain(t["name"]),
+            " x ".join(map(str, t["shape"])),
+            t["type"],
+            f"{t.get('group_size', '-')}{', act-order' if t.get('act_order') else ''}",
+            t.get("scales", "-"),
+            render.size(t["bytes"]),
+        )
+        for t in found["tensors"]
+    ]
+    print("\n".join(render.columns([head, *rows])))
+    print()
+    print("problems" if found["problems"] else f"no problem found{'' if check else ' in the headers'}")
+    for problem in found["problems"]:
+        print(f"  {_plain(problem['where'])}: {_plain(problem['what'])}")
+
+
+def _sorted(source: Any) -> list[str]:
+    return sorted(source.names(), key=_natural)
+
+
 def _natural(name: str) -> list[tuple[int, str]]:
     """Sort key that puts layer 2 before layer 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _plain(text: str) -> str:
+    """Text of a checkpoint without what moves a terminal's cursor."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _is_linear(tensor: dict[str, Any]) -> bool:
@@ -122,21 +185,20 @@ def _summary(found: dict[str, Any]) -> list[tuple[str, str]]:
     from awq_jax import render
 
     types = Counter(t["type"] for t in found["tensors"])
-    read = found["format"] == "gguf"  # packed in blocks of its own there
     rows = [
         ("format", f"{found['format']}, {found['model_type']}"),
         ("parameters", f"{found['parameters']:,} in {len(found['tensors'])} tensors"),
-        ("types", ", ".join(f"{count} {kind}" for kind, count in types.most_common()) + (", as read" if read else "")),
-        ("in memory", render.size(found["bytes"])),
+        ("types", ", ".join(f"{count} {kind}" for kind, count in types.most_common())),
+        ("tensors", render.size(found["bytes"])),
     ]
     if found["bytes_on_disk"] is not None:
         rows.append(("on disk", render.size(found["bytes_on_disk"])))
     if found["quantized"]:
         similar = render.alike((name, "") for name in found["float_linears"])
-        left = [f"{name} ({count})" if count > 1 else name for name, _, count in similar]
+        left = [f"{_plain(name)} ({count})" if count > 1 else _plain(name) for name, _, count in similar]
         rows += [
             ("bits", f"{_list(found['bits'])} ({found['bits_per_weight']:.2f} per weight with scales and zero points)"),
-            ("group size", _list(found["group_size"])),
+            ("group size", _list(found["group_size"]) + (", act-order" if found["act_order"] else "")),
             ("left float", ", ".join(left) or "no linear"),
         ]
     return rows
@@ -144,7 +206,3 @@ def _summary(found: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _list(values: list[Any]) -> str:
     return ", ".join(map(str, values))
-
-
-def _group(tensor: dict[str, Any]) -> str:
-    return str(tensor.get("group_size", "-"))
