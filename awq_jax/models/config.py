@@ -205,6 +205,7 @@ class ModelConfig:
       embed_size: width of the token embedding, projected to and from ``hidden_size``; None: the same.
       tied: the output projection is the transposed embedding.
       head_bias: the output projection has a bias.
+      head_norm: the weights of each logit are divided by their length (a head of its own, without bias).
       names: what the checkpoint calls its tensors.
     """
 
@@ -227,6 +228,7 @@ class ModelConfig:
     embed_size: int | None = None
     tied: bool = False
     head_bias: bool = False
+    head_norm: bool = False
     names: Names = LLAMA
 
     @property

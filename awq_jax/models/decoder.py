@@ -20,6 +20,7 @@ from awq_jax.models.mlp import MLP
 from awq_jax.models.moe import MoE
 from awq_jax.models.norm import Norm
 from awq_jax.nnx import Linear
+from awq_jax.qtensor import QuantizedTensor
 
 
 @jax.tree_util.register_dataclass
@@ -181,4 +182,8 @@ class Decoder(nnx.Module):
             x = self.project_out(x)
         logits = self.embed_tokens.attend(x) if c.tied else self.lm_head(x)
         logits = logits.astype(jnp.float32) * c.logit_scale
+        if c.head_norm:
+            kernel = self.lm_head.kernel.get_value()
+            kernel = kernel.dequantize() if isinstance(kernel, QuantizedTensor) else kernel
+            logits = logits / jnp.linalg.norm(kernel.astype(jnp.float32), axis=0)
         return logits if c.logit_cap is None else c.logit_cap * jnp.tanh(logits / c.logit_cap)

@@ -22,7 +22,7 @@ from awq_jax.models.mlp import ACTIVATIONS
 # What other families call Llama's keys; the first that is there counts.
 SPELLINGS = {
     "hidden_size": ("n_embd", "n_embed", "d_model"),
-    "num_hidden_layers": ("n_layer", "n_layers"),
+    "num_hidden_layers": ("n_layer", "n_layers", "num_layers"),
     "num_attention_heads": ("n_head", "n_heads"),
     "max_position_embeddings": ("n_positions", "max_seq_len", "seq_length"),
     "intermediate_size": ("n_inner", "ffn_dim", "ffn_hidden_size"),
