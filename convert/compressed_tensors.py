@@ -6,8 +6,8 @@ one stream of bits along K, lowest first; ``m.weight_scale`` float ``[N, K/g]``;
 act-order ``m.weight_g_idx`` int32 ``[K]``, columns staying in the order of the inputs. Codes and zero
 points are stored with ``2**(bits-1)`` added, which makes them ours; ``w = (q - z) * s``.
 
-Before 0.17 a word held ``32 // bits`` whole codes, which differs for 3, 5, 6 and 7 bits, and earlier
-still zero points were int8 ``[N, K/g]``. Both are read.
+Before 0.18 a word held ``32 // bits`` whole codes, which differs for 3, 5, 6 and 7 bits, and earlier
+still zero points were int8 ``[N, K/g]``. Both are read. Act-order is part of the format up to 0.18 only.
 """
 
 from __future__ import annotations
@@ -44,6 +44,11 @@ FOREIGN = (
 def words(count: int, bits: int, spaced: bool = False) -> int:
     """Words that hold ``count`` codes, as a stream of bits or (``spaced``) as whole codes."""
     return -(-count // (32 // bits)) if spaced else -(-count * bits // 32)
+
+
+def spacings(bits: int, held: Collection[tuple[int, int]]) -> set[bool]:
+    """Whether ``(words, codes)`` all fit whole codes (True), a stream of bits (False), or both."""
+    return {spaced for spaced in (False, True) if all(w == words(count, bits, spaced) for w, count in held)}
 
 
 def unspaced(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
@@ -86,8 +91,8 @@ class CompressedSource(PackedSource):
         p, s = entries["weight_packed"], entries["weight_scale"]
         groups = -(-k // scheme.group_size) if scheme.group_size else 1
         scale_shapes = [(1,), ()] if scheme.strategy == "tensor" else [(n, groups)]
-        sizes = {words(k, scheme.bits), words(k, scheme.bits, spaced=True)}
-        if p.shape not in [(n, w) for w in sizes] or s.shape not in scale_shapes or (groups > 1 and k % groups):
+        fits = p.shape[:1] == (n,) and len(p.shape) == 2 and spacings(scheme.bits, [(p.shape[1], k)])
+        if not fits or s.shape not in scale_shapes:
             raise CheckpointError(
                 f"{self.directory}: {module} has weight_packed {p.shape} and weight_scale {s.shape}, which do not fit "
                 f"its weight_shape ({n}, {k}), {scheme.bits} bits and strategy {scheme.strategy!r} with group size "
@@ -106,10 +111,13 @@ class CompressedSource(PackedSource):
         if zero is None and not scheme.symmetric:
             raise CheckpointError(f"{self.directory} lacks {module}.weight_zero_point; download the checkpoint again")
         if zero is not None:
-            packed_zeros = [(w, groups) for w in (words(n, scheme.bits), words(n, scheme.bits, spaced=True))]
-            fits = zero.shape in (scale_shapes if zero.dtype == np.int8 else packed_zeros)
-            whole = zero.dtype == np.int8 or (zero.dtype == np.int32 and scheme.strategy != "tensor")
-            if not fits or not whole or (scheme.symmetric and zero.dtype != np.int8):
+            if zero.dtype == np.int8:
+                fits = zero.shape in scale_shapes
+            else:
+                packable = zero.dtype == np.int32 and scheme.strategy != "tensor" and not scheme.symmetric
+                fits = packable and zero.shape[1:] == (groups,)
+                fits = fits and spacings(scheme.bits, [(p.shape[1], k), (zero.shape[0], n)])
+            if not fits:
                 raise CheckpointError(
                     f"{self.directory}: {module}.weight_zero_point is {zero.dtype} {zero.shape}, which does not fit "
                     f"{n} outputs, {groups} groups, {scheme.bits} bits and symmetric={scheme.symmetric}"
@@ -148,32 +156,35 @@ class CompressedSource(PackedSource):
     def decode(self, arrays: Mapping[str, np.ndarray], shape: tuple[int, int], packed: Packed) -> QuantizedTensor:
         n, k = shape
         bits, groups = packed.bits, k // packed.group_size
-        qweight = self._stream(arrange.transposed(arrays["weight_packed"].view(np.uint32)), bits, k)
-        scale = arrays["weight_scale"]
+        stored, zeros, scale = arrays["weight_packed"], arrays.get("weight_zero_point"), arrays["weight_scale"]
+        held = [(stored.shape[1], k)]
+        if zeros is not None and zeros.dtype != np.int8:
+            held.append((zeros.shape[0], n))
+        possible = spacings(bits, held)
+        spaced = self.settings.spaced if len(possible) == 2 else True in possible
+        qweight = arrange.transposed(stored.view(np.uint32))
+        if spaced:
+            qweight = unspaced(qweight, bits, k)
         scales = np.ascontiguousarray((np.broadcast_to(scale.reshape(1, 1), (n, 1)) if scale.size == 1 else scale).T)
-        zeros = arrays.get("weight_zero_point")
         if zeros is not None:
-            zeros = self._zeros(zeros, bits, n, groups)
+            zeros = _zeros(zeros, bits, n, groups, spaced)
         perm = arrange.permutation(arrays["weight_g_idx"], groups) if packed.act_order else None
         if perm is not None:
             qweight = arrange.take_rows(qweight, bits, perm)
         return linear.build(qweight, scales, zeros, bits, packed.group_size, k, n, "float32", perm=perm)
 
-    def _stream(self, packed: np.ndarray, bits: int, count: int) -> np.ndarray:
-        """uint32 ``[W, M]`` as stored to the canonical words of ``count`` codes."""
-        spaced = len(packed) == words(count, bits, spaced=True)
-        streamed = len(packed) == words(count, bits)
-        return unspaced(packed, bits, count) if spaced and (self.settings.spaced or not streamed) else packed
 
-    def _zeros(self, zeros: np.ndarray, bits: int, n: int, groups: int) -> np.ndarray:
-        """uint8 ``[K/g, N]``."""
-        if zeros.dtype != np.int8:
-            return np.ascontiguousarray(codes.unpack(self._stream(zeros.view(np.uint32), bits, n), bits, n).T)
-        shifted = zeros.astype(np.int16) + 2 ** (bits - 1)
-        if shifted.min() < 0 or shifted.max() >= 2**bits:
-            raise CheckpointError(f"its weight_zero_point has values that {bits} bits do not hold")
-        full = np.broadcast_to(shifted.reshape(-1, 1) if shifted.size == 1 else shifted, (n, groups))
-        return np.ascontiguousarray(full.T).astype(np.uint8)
+def _zeros(stored: np.ndarray, bits: int, n: int, groups: int, spaced: bool) -> np.ndarray:
+    """Zero points in any of their forms as uint8 ``[K/g, N]``."""
+    if stored.dtype != np.int8:
+        packed = stored.view(np.uint32)
+        packed = unspaced(packed, bits, n) if spaced else packed
+        return np.ascontiguousarray(codes.unpack(packed, bits, n).T)
+    shifted = stored.astype(np.int16) + 2 ** (bits - 1)
+    if shifted.min() < 0 or shifted.max() >= 2**bits:
+        raise CheckpointError(f"its weight_zero_point has values that {bits} bits do not hold")
+    full = np.broadcast_to(shifted.reshape(-1, 1) if shifted.size == 1 else shifted, (n, groups))
+    return np.ascontiguousarray(full.T).astype(np.uint8)
 
 
 class CompressedEncoder(BaseEncoder):
@@ -213,7 +224,7 @@ def _matches(config: Mapping[str, Any], names: Collection[str]) -> bool:
 FORMAT = Format(
     name=ct_config.METHOD,
     title="compressed-tensors, packed integers: vLLM, llm-compressor, transformers",
-    holds="2 to 8 bits, any group size per module, whole zero points, scales of any float type, act-order",
+    holds="2 to 8 bits and any group size, per module; whole zero points; scales of any float type; act-order",
     matches=_matches,
     reader=CompressedSource,
     encoder=CompressedEncoder,

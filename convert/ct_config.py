@@ -17,7 +17,7 @@ from awq_jax.errors import CheckpointError, FormatError
 
 METHOD = "compressed-tensors"
 PACKED = "pack-quantized"
-VERSION = "0.17.0"  # the first release that packs every number of bits as one stream of bits
+VERSION = "0.18.0"  # the first release that packs every number of bits as one stream of bits
 PRESET = re.compile(r"W([2-8])A16(_ASYM)?", re.IGNORECASE)
 REMEDY = "; dequantize it with the tool that wrote it, and convert the float checkpoint"
 MEANT = {"num_bits", "type", "symmetric", "group_size", "strategy", "dynamic", "actorder"}
@@ -51,7 +51,7 @@ class Settings:
     Attributes:
       groups: ``(targets, scheme)`` in the order of the config.
       ignore: names and patterns of modules that are not packed.
-      spaced: where a shape fits both, words hold ``32 // bits`` whole codes each (before 0.17), not a
+      spaced: where a shape fits both, words hold ``32 // bits`` whole codes each (before 0.18), not a
         stream of bits.
     """
 
@@ -180,7 +180,7 @@ def _dense(value: dict[str, Any]) -> bool:
 
 def _before_streams(version: Any) -> bool:
     numbers = re.match(r"(\d{1,6})\.(\d{1,6})", version) if isinstance(version, str) else None
-    return numbers is not None and (int(numbers[1]), int(numbers[2])) < (0, 17)
+    return numbers is not None and (int(numbers[1]), int(numbers[2])) < (0, 18)
 
 
 def written(records: Sequence[Record]) -> dict[str, Any]:
