@@ -90,8 +90,7 @@ def fitted(q: QuantizedTensor, activation: str | None) -> QuantizedTensor:
     """With ``1 / inv_scale`` rounded to float16; ``q`` itself if it is that already, or cannot be stored."""
     if q.inv_scale is None or activation is None:
         return q
-    with np.errstate(divide="ignore"):
-        inverse = 1 / _scales(q).astype(np.float32)
+    inverse = 1 / _scales(q).astype(np.float32)
     same = np.asarray(q.inv_scale).astype(np.float32) == inverse
     return q if same.all() else dataclasses.replace(q, inv_scale=inverse)
 
@@ -109,7 +108,8 @@ def check(name: str, q: QuantizedTensor, activation: str | None, format: str) ->
             f"{name} has an explicit inv_scale, which {format} holds only behind the activations of "
             f"{', '.join(sorted(MODELS))}; quantize with explicit_scale=False, or save as 'awq-jax'"
         )
-    if not np.isfinite(np.asarray(q.inv_scale)).all() or not _scales(q).all():
+    scales = _scales(q)
+    if not np.isfinite(scales).all() or not scales.all():
         raise FormatError(f"{name} has an inv_scale that float16 cannot hold; save as 'awq-jax'")
 
 

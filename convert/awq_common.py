@@ -166,8 +166,8 @@ class AwqEncoder(BaseEncoder):
     def fit(self, name: str, q: QuantizedTensor) -> QuantizedTensor | None:
         if DEFAULT_FLOAT.search(name.removesuffix(".weight")):
             return None
+        activations.check(name, q, self._activation(name), self.version)
         fitted = activations.fitted(q, self._activation(name))
-        activations.check(name, fitted, self._activation(name), self.version)
         check_integer(name, activations.without(fitted), bits=(4,), columns=8, format=self.version)
         if self.padded_groups and zeros_width(q.k, q.group_size) is None:
             if q.group_size % 32:

@@ -150,11 +150,11 @@ class SearchedSource:
         if name not in self._steps:
             return value
         assert isinstance(value, np.ndarray)
-        with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
-            for step in self._steps[name]:
+        for step in self._steps[name]:
+            with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
                 value = step(value)
-        if not np.isfinite(value).all():
-            raise WeightError(f"{name} overflows {value.dtype} or holds NaN when {self.path} is applied")
+            if not np.isfinite(value).all():  # before a clip could hide it
+                raise WeightError(f"{name} overflows {value.dtype} or holds NaN when {self.path} is applied")
         return value
 
     def tokenizer(self) -> Any:
@@ -214,22 +214,28 @@ class SearchedSource:
 
 def _multiplied(w: np.ndarray, s: np.ndarray) -> np.ndarray:
     """``w * s`` by columns; ``s`` is rounded to the dtype of ``w`` first, as in llm-awq."""
-    return (w.astype(np.float32) * s.astype(w.dtype).astype(np.float32)).astype(w.dtype)
+    return (w.astype(np.float32) * _rounded(s, w.dtype)).astype(w.dtype)
 
 
 def _divided(w: np.ndarray, s: np.ndarray, offset: float = 0.0) -> np.ndarray:
     """``w`` with its last ``len(s)`` rows divided by ``s``; ``offset`` is added before and taken off after."""
     out = w.copy()
     last = w[-s.shape[0] :].astype(np.float32)
-    divisor = s.astype(w.dtype).astype(np.float32)
+    divisor = _rounded(s, w.dtype)
     last = (last + offset) / divisor - offset if offset else last / divisor
     out[-s.shape[0] :] = last.astype(w.dtype)
     return out
 
 
+def _rounded(s: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """float32, NaN where ``dtype`` has no such positive number."""
+    out = s.astype(dtype).astype(np.float32)
+    return np.where((out > 0) & np.isfinite(out), out, np.float32(np.nan))
+
+
 def _clipped(w: np.ndarray, bounds: np.ndarray) -> np.ndarray:
     limit = bounds.astype(w.dtype)[:, :, None]
-    return np.clip(w.reshape(*bounds.shape, -1), -limit, limit).reshape(w.shape)
+    return np.minimum(np.maximum(w.reshape(*bounds.shape, -1), -limit), limit).reshape(w.shape)
 
 
 def _entries(path: Path, data: dict[str, Any], part: str, length: int) -> list[Any]:

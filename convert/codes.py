@@ -63,11 +63,11 @@ def dequantize(q: QuantizedTensor, dtype: Any = np.float32) -> np.ndarray:
     groups, n = q.scales.shape
     codes = codes_of(q).reshape(groups, q.group_size, n).astype(dtype)
     scales = np.asarray(q.scales).astype(dtype)[:, None]
-    if q.offsets is not None:
-        w = codes * scales + np.asarray(q.offsets).astype(dtype)[:, None]
-    else:
-        zeros = dtype(2 ** (q.bits - 1)) if q.zeros is None else np.asarray(q.zeros).astype(dtype)[:, None]
-        with np.errstate(invalid="ignore"):  # 0 * inf, of scales that overflowed: the caller judges the result
+    with np.errstate(invalid="ignore"):  # 0 * inf, of scales that overflowed: the caller judges the result
+        if q.offsets is not None:
+            w = codes * scales + np.asarray(q.offsets).astype(dtype)[:, None]
+        else:
+            zeros = dtype(2 ** (q.bits - 1)) if q.zeros is None else np.asarray(q.zeros).astype(dtype)[:, None]
             w = (codes - zeros) * scales
     w = w.reshape(groups * q.group_size, n)[: q.k]
     if q.perm is not None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import pickletools
+import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from awq_jax.errors import CheckpointError, FormatError
+from awq_jax.errors import AwqError, CheckpointError, FormatError
 
 MAX_PICKLE = 16 << 20  # bytes of data.pkl: 100 per tensor are usual
 MAX_AXES = 8
@@ -65,9 +66,11 @@ def load(path: Path) -> Any:
             )
         with zipfile.ZipFile(path) as archive:
             return _Archive(path, archive).object()
+    except AwqError:
+        raise
     except OSError as e:
         raise CheckpointError(f"cannot read {path}: {e}") from e
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as e:
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError, struct.error) as e:
         raise CheckpointError(f"{path} is not a .pt file of torch.save, or damaged: {e}; download it again") from e
 
 
@@ -89,9 +92,9 @@ class _Archive:
         pickle = self._bytes(f"{self.prefix}data.pkl", MAX_PICKLE)
         try:
             return _Machine(self).run(pickle)
+        except AwqError:
+            raise
         except (ValueError, IndexError, KeyError, TypeError) as e:
-            if isinstance(e, FormatError | CheckpointError):
-                raise
             raise CheckpointError(f"{self.path} holds a damaged pickle: {type(e).__name__}; download it again") from e
 
     def _bytes(self, name: str, limit: int) -> bytes:

@@ -334,7 +334,7 @@ def edit(tmp_path: Path, config: dict | None = None, drop: tuple[str, ...] = (),
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"config": {"version": "gemv"}}, FormatError, "AWQ version 'gemv' is not readable"),
+        ({"config": {"version": "gemx"}}, FormatError, "AWQ version 'gemx' is not readable; known are gemm, gemv"),
         ({"config": {"bits": 3}}, FormatError, "bits is 3"),
         ({"config": {"bits": "4"}}, FormatError, "bits is '4'"),
         ({"config": {"group_size": 0}}, FormatError, "group_size must be"),
