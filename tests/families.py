@@ -64,6 +64,13 @@ MULTIPLIERS = {"embedding_multiplier": 3.0, "attention_multiplier": 0.2}
 MULTIPLIERS |= {"residual_multiplier": 0.5, "logits_scaling": 2.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 GROWTH = YARN | {"rope_theta": 1e4, "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 4}
+BAICHUAN = {k: v for k, v in LLAMA.items() if k not in ("num_key_value_heads", "max_position_embeddings")}
+QWEN = {k: LLAMA[k] for k in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")}
+QWEN |= {"intermediate_size": 96, "kv_channels": 12, "rotary_emb_base": 500.0, "layer_norm_epsilon": 1e-6}
+QWEN |= {"max_position_embeddings": 64, "seq_length": 32, "use_dynamic_ntk": True, "use_logn_attn": True}
+MUP = TIED | {"scale_emb": 3.0, "scale_depth": 1.4, "dim_model_base": 16}
+EXAONE = {k: v for k, v in LLAMA.items() if k != "num_hidden_layers"} | TIED
+EXAONE |= {"num_layers": 2, "activation_function": "silu", "layer_norm_epsilon": 1e-5}
 
 CASES = (
     Case("llama", "llama"),
@@ -129,9 +136,18 @@ CASES = (
     Case("internlm3", "internlm3", {"head_dim": 16, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}),
     Case("helium", "helium", {"head_dim": 8}),
     Case("nemotron", "nemotron", {}, PLAIN_MLP),
+    Case("yi", "Yi", {"rope_theta": 1000.0}),
+    Case("aquila", "aquila"),
+    Case("baichuan", "baichuan", BAICHUAN | {"max_position_embeddings": 64, "z_loss_weight": 0}),
+    Case("baichuan-13b", "baichuan", BAICHUAN | {"model_max_length": 64, "hidden_size": 48, "num_attention_heads": 6}),
+    Case("internlm2", "internlm2", {"bias": True}),
+    Case("minicpm", "minicpm", MUP),
+    Case("qwen", "qwen", QWEN),
+    Case("exaone", "exaone", EXAONE),
 )
 
-SHARED_SIZES = {"gpt2", "gptj", "bloom", "falcon", "opt", "mpt", "gpt_bigcode"}  # whose config class takes other keys
+# Whose configs have other keys than Llama's.
+SHARED_SIZES = {"gpt2", "gptj", "bloom", "falcon", "opt", "mpt", "gpt_bigcode", "baichuan", "qwen", "exaone"}
 
 
 def config_of(case: Case) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import families
 import jax
 import numpy as np
+import references
 from flax import nnx
 from transformers import AutoConfig
 
@@ -45,7 +46,9 @@ This page is generated: `python tests/model_table.py` (`--check` tells whether i
 
 def plan_of(case: families.Case) -> Plan:
     """What discovery finds in a case's model, from shapes alone."""
-    hf = AutoConfig.for_model(case.family, **families.config_of(case)).to_dict()
+    hf = families.config_of(case) | {"model_type": case.family}
+    if case.family not in references.MODELS:
+        hf = AutoConfig.for_model(**hf).to_dict()
     graphdef, state = params.abstract(models.config_from_hf(hf))
     return awq_jax.discover(lambda p, t: nnx.merge(graphdef, p)(t), state, jax.ShapeDtypeStruct((1, 4), np.int32))
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import references
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -73,8 +74,10 @@ def torch_model(family: str, seed: int = 0, **changes: Any) -> torch.nn.Module:
     return randomized(family, SIZES | changes, seed=seed)
 
 
-def randomized(family: str, config: dict[str, Any], attention: str = "eager", seed: int = 0) -> torch.nn.Module:
+def randomized(family: str, config: dict[str, Any], attention: str = "eager", seed: int = 0) -> Any:
     """A random float32 model in eval mode; norms and biases are random too, so that each one counts."""
+    if family in references.MODELS:
+        return references.random(family, config)
     torch.manual_seed(seed)
     settings = AutoConfig.for_model(family, **config)
     model = AutoModelForCausalLM.from_config(settings, attn_implementation=attention, dtype=torch.float32)

@@ -10,9 +10,12 @@ from typing import Any
 
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.families import (
+    aquila,
+    baichuan,
     bloom,
     cohere,
     cohere2,
+    exaone,
     exaone4,
     falcon,
     gemma,
@@ -26,8 +29,10 @@ from awq_jax.models.families import (
     gptj,
     granite,
     helium,
+    internlm2,
     internlm3,
     llama,
+    minicpm,
     ministral,
     ministral3,
     mistral,
@@ -42,6 +47,7 @@ from awq_jax.models.families import (
     phi,
     phi3,
     phimoe,
+    qwen,
     qwen2,
     qwen2_moe,
     qwen3,
@@ -49,12 +55,16 @@ from awq_jax.models.families import (
     smollm3,
     stablelm,
     starcoder2,
+    yi,
 )
 
 FAMILIES: dict[str, Callable[[Mapping[str, Any]], ModelConfig]] = {
+    "aquila": aquila.config,
+    "baichuan": baichuan.config,
     "bloom": bloom.config,
     "cohere": cohere.config,
     "cohere2": cohere2.config,
+    "exaone": exaone.config,
     "exaone4": exaone4.config,
     "falcon": falcon.config,
     "gemma": gemma.config,
@@ -68,8 +78,10 @@ FAMILIES: dict[str, Callable[[Mapping[str, Any]], ModelConfig]] = {
     "gptj": gptj.config,
     "granite": granite.config,
     "helium": helium.config,
+    "internlm2": internlm2.config,
     "internlm3": internlm3.config,
     "llama": llama.config,
+    "minicpm": minicpm.config,
     "ministral": ministral.config,
     "ministral3": ministral3.config,
     "mistral": mistral.config,
@@ -84,6 +96,7 @@ FAMILIES: dict[str, Callable[[Mapping[str, Any]], ModelConfig]] = {
     "phi": phi.config,
     "phi3": phi3.config,
     "phimoe": phimoe.config,
+    "qwen": qwen.config,
     "qwen2": qwen2.config,
     "qwen2_moe": qwen2_moe.config,
     "qwen3": qwen3.config,
@@ -91,4 +104,5 @@ FAMILIES: dict[str, Callable[[Mapping[str, Any]], ModelConfig]] = {
     "smollm3": smollm3.config,
     "stablelm": stablelm.config,
     "starcoder2": starcoder2.config,
+    "Yi": yi.config,
 }

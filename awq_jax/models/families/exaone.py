@@ -1,0 +1,30 @@
+"""EXAONE 3 and 3.5: Llama with names of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from awq_jax.convert.names import names
+from awq_jax.models.config import ModelConfig
+from awq_jax.models.hf_config import base
+
+NAMES = names(
+    {
+        "layers": "transformer.h",
+        "embed_tokens": "transformer.wte",
+        "norm": "transformer.ln_f",
+        "input_layernorm": "ln_1",
+        "post_attention_layernorm": "ln_2",
+        "self_attn": "attn.attention",
+        "self_attn.o_proj": "attn.attention.out_proj",
+        "mlp.gate_proj": "mlp.c_fc_0",
+        "mlp.up_proj": "mlp.c_fc_1",
+        "mlp.down_proj": "mlp.c_proj",
+    }
+)
+
+
+def config(hf: Mapping[str, Any]) -> ModelConfig:
+    """``model_type`` "exaone"."""
+    return base(hf, tied=bool(hf.get("tie_word_embeddings", True)), names=NAMES)

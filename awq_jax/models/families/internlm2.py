@@ -1,0 +1,30 @@
+"""InternLM2 and 2.5: Llama with q, k, v fused by key/value head, and names of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from awq_jax.convert.names import names
+from awq_jax.models.config import ModelConfig
+from awq_jax.models.hf_config import base
+
+NAMES = names(
+    {
+        "embed_tokens": "model.tok_embeddings",
+        "lm_head": "output",
+        "input_layernorm": "attention_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "self_attn.qkv_proj": "attention.wqkv",
+        "self_attn.o_proj": "attention.wo",
+        "mlp.gate_proj": "feed_forward.w1",
+        "mlp.up_proj": "feed_forward.w3",
+        "mlp.down_proj": "feed_forward.w2",
+    }
+)
+
+
+def config(hf: Mapping[str, Any]) -> ModelConfig:
+    """``model_type`` "internlm2"."""
+    bias = bool(hf.get("bias", True))
+    return base(hf, attention={"fused": "grouped", "qkv_bias": bias, "o_bias": bias}, names=NAMES)

@@ -1,0 +1,32 @@
+"""MiniCPM 1, 2 and 4: Llama with multipliers on the embedding, the residual stream and the logits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from awq_jax.errors import UnsupportedModelError
+from awq_jax.models.config import ModelConfig
+from awq_jax.models.hf_config import base, required
+
+
+def config(hf: Mapping[str, Any]) -> ModelConfig:
+    """``model_type`` "minicpm".
+
+    Raises:
+      UnsupportedModelError: for the version with experts, and for sparse attention.
+    """
+    for key in ("num_experts", "sparse_config"):
+        if hf.get(key):
+            raise UnsupportedModelError(f"minicpm with {key}: only dense models are supported")
+    size, count = required(hf, "hidden_size"), required(hf, "num_hidden_layers")
+    bias = bool(hf.get("attention_bias", False))
+    return base(
+        hf,
+        attention={"qkv_bias": bias, "o_bias": bias},
+        embed_scale=float(hf.get("scale_emb", 1)),
+        residual_scale=float(hf.get("scale_depth", 1)) / math.sqrt(count),
+        logit_scale=float(hf.get("dim_model_base", 1)) / size,
+        tied=bool(hf.get("tie_word_embeddings", True)),
+    )

@@ -1,0 +1,18 @@
+"""Yi as it was first published, with code of its own: Llama with other names for its norms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from awq_jax.convert.names import names
+from awq_jax.models.config import ModelConfig
+from awq_jax.models.hf_config import base
+from awq_jax.models.hf_rope import rope_config
+
+NAMES = names({"input_layernorm": "ln1", "post_attention_layernorm": "ln2"})
+
+
+def config(hf: Mapping[str, Any]) -> ModelConfig:
+    """``model_type`` "Yi"; today's releases say "llama"."""
+    return base(hf, ropes=rope_config(hf, theta=5e6), names=NAMES)
