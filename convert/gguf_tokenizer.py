@@ -2,8 +2,9 @@
 
 llama.cpp has byte-level BPE with a fixed set of splitting patterns, known by name, and SentencePiece BPE.
 The kind is found by the structure of the tokenizer, not by its name; one that llama.cpp would split
-in another way is refused. llama.cpp does not normalise (Qwen's NFC), puts a space before the text that
-follows a special token wherever it puts one before the first, and ignores white space rules of added tokens.
+in another way is refused, but for what its own converter lets pass: llama.cpp does not normalise (Qwen's
+NFC), ignores white space rules of added tokens, and where it puts a space before a text it does so also
+after special tokens and before text that begins with a space.
 """
 
 from __future__ import annotations
@@ -152,8 +153,8 @@ def _prefix(data: Mapping[str, Any]) -> bool:
     if not normal and len(steps) == 1 and steps[0].get("type") == "Metaspace":
         scheme = steps[0].get("prepend_scheme", "always")
         if steps[0].get("replacement") == SPACE and not steps[0].get("split", True):
-            if scheme == "first":
-                log.warning("llama.cpp puts a space after each special token, not only before the first word")
+            if scheme != "never":
+                log.warning("llama.cpp puts a space before text that begins with one, and after each special token")
             return bool(scheme != "never")
     raise FormatError(
         f"the tokenizer prepares text by {json.dumps(data.get('normalizer'))[:300]} and "
