@@ -20,6 +20,7 @@ from awq_jax.errors import CheckpointError, FormatError
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
+MAX_NAME = 256  # characters of a tensor's name; ggml's own limit is 64 bytes
 STRING, ARRAY = 8, 9
 SCALARS = {  # value type -> struct code
     0: "B",
@@ -97,7 +98,7 @@ class GgufFile:
         for _ in range(n_keys):
             key = r.string()
             if key in self.metadata:
-                raise CheckpointError(f"{self.path}: metadata key {key!r} appears twice; convert the file again")
+                raise CheckpointError(f"{self.path}: metadata key {key!r:.100} appears twice; convert the file again")
             self.metadata[key] = r.value(r.scalar("I"), key)
         rows = [self._row(r) for _ in range(n_tensors)]
         alignment = self.metadata.get("general.alignment", 32)
@@ -124,6 +125,8 @@ class GgufFile:
 
     def _row(self, r: _Reader) -> tuple[str, tuple[int, ...], int, int]:
         name, ndim = r.string(), r.scalar("I")
+        if len(name) > MAX_NAME:
+            raise CheckpointError(f"{self.path}: a tensor's name has {len(name)} characters; download it again")
         if not 0 <= ndim <= 4:
             raise CheckpointError(f"{self.path}: tensor {name!r} has {ndim} axes; GGUF allows 4: download it again")
         shape = tuple(r.scalar("Q") for _ in range(ndim))[::-1]
@@ -184,11 +187,11 @@ class _Reader:
         if kind in SCALARS:
             return self.scalar(SCALARS[kind])
         if kind != ARRAY:
-            raise CheckpointError(f"{self._path}: metadata {key!r} has unknown type {kind}; download it again")
+            raise CheckpointError(f"{self._path}: metadata {key!r:.100} has unknown type {kind}; download it again")
         item = self.scalar("I")
         if item == STRING:
             return [self.string() for _ in range(self.count(8))]
         if item not in SCALARS:
-            raise CheckpointError(f"{self._path}: metadata {key!r} is an array of unknown type {item}")
+            raise CheckpointError(f"{self._path}: metadata {key!r:.100} is an array of unknown type {item}")
         dtype = np.dtype(np.bool_) if SCALARS[item] == "?" else np.dtype("<" + SCALARS[item])
         return np.frombuffer(self.take(self.count(dtype.itemsize) * dtype.itemsize), dtype)

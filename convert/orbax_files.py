@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from awq_jax.convert.safetensors_io import DTYPES, Entry, read_json
 from awq_jax.convert.shards import write_json
 from awq_jax.errors import BackendError, CheckpointError
 
+NAMED = {dtype.name: dtype for dtype in DTYPES.values()}
 PARAMS = "params"
 STATIC = "awq-jax.json"
 SPOOL = "spool.bin"
@@ -29,12 +31,19 @@ def holds_params(directory: Path) -> bool:
     return (directory / PARAMS / "_METADATA").is_file()
 
 
+def is_path(name: str) -> bool:
+    """Whether a name, with dots between keys, can be a place in a tree and a directory of its own."""
+    return bool(name) and "" not in name.split(".") and not set(name) & set("/\\\0") and len(name.encode()) < 250
+
+
 class OrbaxFiles:
     """The arrays of a checkpoint by name; has the interface of `SafetensorsDir`.
 
+    Names, shapes and dtypes come from the file beside Orbax's directory, and an array must agree with
+    it before it is read: zarr pads and compresses, so its files do not bound what it claims to hold.
+
     Raises:
       CheckpointError: the files are absent or damaged.
-      BackendError: Orbax is not installed.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -43,26 +52,27 @@ class OrbaxFiles:
         if not holds_params(directory) or not (directory / STATIC).is_file():
             raise CheckpointError(f"{directory} has no {PARAMS}/_METADATA and {STATIC}; it is not an Orbax checkpoint")
         _refuse_links(self._path)
-        static = read_json(directory / STATIC).get("packed")
-        if not isinstance(static, dict) or not all(isinstance(v, dict) for v in static.values()):
-            raise CheckpointError(f"{directory / STATIC} has no object 'packed'; write the checkpoint again")
-        self.metadata = {STATIC: {KEY + name: json.dumps(info) for name, info in static.items()}}
-        with _handler() as handler, _explained(self._path):
-            tree = handler.metadata(self._path).item_metadata.tree
-        self.entries: dict[str, Entry] = {}
-        self._keys: dict[str, tuple[str, ...]] = {}
-        for keys, leaf in _leaves(tree):
-            name = ".".join(keys)
-            shape, dtype = getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
-            if name in self.entries or shape is None or dtype is None or np.dtype(dtype) not in DTYPES.values():
-                raise CheckpointError(f"{self._path}: {name[:200]!r} is not an array, or stored twice; write it again")
-            self._keys[name] = keys
-            size = int(np.prod([int(d) for d in shape], dtype=object)) * np.dtype(dtype).itemsize
-            self.entries[name] = Entry(self._path, np.dtype(dtype), tuple(int(d) for d in shape), 0, size)
+        static = read_json(directory / STATIC)
+        packed, arrays = static.get("packed"), static.get("arrays")
+        if not (_objects(packed) and _objects(arrays)):
+            raise CheckpointError(f"{directory / STATIC} lacks its objects 'packed' and 'arrays'; write it again")
+        self.metadata = {STATIC: {KEY + name: json.dumps(info) for name, info in packed.items()}}
+        self.entries = {name: self._entry(name, info) for name, info in arrays.items()}
         total = sum(e.nbytes for e in self.entries.values())
         stored = sum(f.stat().st_size for f in self._path.rglob("*") if f.is_file())
         if total > BOMB * stored:
             raise CheckpointError(f"{self._path} claims {total} bytes of arrays and has {stored}; write it again")
+
+    def _entry(self, name: str, info: Mapping[str, Any]) -> Entry:
+        """An array's shape and dtype."""
+        dtype, shape = info.get("dtype"), info.get("shape")
+        sizes = isinstance(shape, list) and all(type(d) is int and 0 <= d < 2**40 for d in shape) and len(shape) <= 32
+        if not sizes or not isinstance(dtype, str) or dtype not in NAMED or not is_path(name):
+            raise CheckpointError(
+                f"{self.directory / STATIC}: array {name[:200]!r} is {str(info)[:200]}; write it again"
+            )
+        assert isinstance(shape, list)
+        return Entry(self._path / name, NAMED[dtype], tuple(shape), 0, math.prod(shape) * NAMED[dtype].itemsize)
 
     def names(self) -> list[str]:
         """Array names, sorted."""
@@ -79,23 +89,24 @@ class OrbaxFiles:
         return self.entries[name]
 
     def read(self, name: str) -> np.ndarray:
-        """One array; the others are not read.
+        """One array, by TensorStore; the others are not touched.
 
         Raises:
           CheckpointError: if it is absent or damaged.
+          BackendError: TensorStore, a part of Orbax, is not installed.
         """
         entry = self.entry(name)
-        item: Any = 0
-        for key in reversed(self._keys[name]):
-            item = {key: item}
-        with _handler() as handler, _explained(self._path):
-            value = handler.restore(self._path, orbax().args.PyTreeRestore(item=item, partial_restore=True))
-        for key in self._keys[name]:
-            value = value[key]
-        value = np.asarray(value)
-        if value.shape != entry.shape or value.dtype != entry.dtype:
-            raise CheckpointError(f"{self._path}: {name} is {value.dtype} {value.shape}; write the checkpoint again")
-        return value
+        orbax()
+        import tensorstore
+
+        store = {"driver": "file", "path": str(entry.file)}
+        spec = {"driver": "zarr", "kvstore": store, "fill_missing_data_reads": False}
+        with _explained(entry.file):
+            array = tensorstore.open(spec, read=True).result()
+            got = tuple(array.shape), array.dtype.numpy_dtype
+            if got != (entry.shape, entry.dtype):
+                raise CheckpointError(f"{entry.file} is {got[1]} {got[0]}; {STATIC} says {entry.dtype} {entry.shape}")
+            return np.asarray(array.read().result())
 
 
 class Spool:
@@ -118,7 +129,7 @@ class Spool:
             for name, array in arrays.items():
                 if name in self._places:
                     raise CheckpointError(f"array {name!r} was given twice; every name is written once")
-                if "" in name.split(".") or "/" in name or "\0" in name:
+                if not is_path(name):
                     raise CheckpointError(f"array {name!r} cannot be a path in an Orbax tree; rename it")
                 self._places[name] = self._end, array.dtype, array.shape
                 f.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
@@ -141,7 +152,8 @@ class Spool:
         path = self._directory / PARAMS
         with _handler() as handler, _explained(path):
             handler.save(path, orbax().args.PyTreeSave(nested(arrays)))
-        write_json(self._directory / STATIC, {"format_version": VERSION, "packed": self._static})
+        sizes = {n: {"dtype": a.dtype.name, "shape": list(a.shape)} for n, a in arrays.items()}
+        write_json(self._directory / STATIC, {"format_version": VERSION, "packed": self._static, "arrays": sizes})
         del whole, arrays
         spool.unlink()
 
@@ -166,15 +178,8 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _leaves(tree: Any, above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """``(keys, leaf)`` of a nested dict."""
-    if not isinstance(tree, Mapping):
-        yield above, tree
-        return
-    for key, value in tree.items():
-        if not isinstance(key, str) or "." in key:
-            raise CheckpointError(f"the Orbax tree has the key {key!r:.100}; of awq_jax's checkpoints none has")
-        yield from _leaves(value, (*above, key))
+def _objects(value: Any) -> TypeGuard[dict[str, dict[str, Any]]]:
+    return isinstance(value, dict) and all(isinstance(v, dict) for v in value.values())
 
 
 def _refuse_links(path: Path) -> None:

@@ -14,14 +14,14 @@ from typing import Any
 INDEX = "model.safetensors.index.json"
 BAD: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2, 3, 4, 5, 7, 8, 16, 32, 33, 64, 127, 128, 2**31, 2**62, 2**63, 2**64, 10**30,
-    -(2**63), 0.5, 4.0, -0.0, 1e308, float("nan"), float("inf"), "", "4", "NaN", "true", "gemm", "gptq_v2", "float16", "../..",
-    "/etc", "\0", "\ud800", "x" * 5000, [], {}, [4], [None], {"bits": 4}, [[[[[]]]]], {"a": {"b": {"c": [1, {}]}}},
+    -(2**63), 0.5, 4.0, -0.0, 1e308, float("nan"), float("inf"), "", "4", "NaN", "true", "gemm", "gptq_v2",
+    "float16", "../..",    "/etc", "\0", "\ud800", "x" * 5000, [], {}, [4], [None], {"bits": 4}, [[[[[]]]]], {"a": {"b": {"c": [1, {}]}}},
 )  # fmt: skip
 SETTINGS = (
     "bits", "w_bit", "group_size", "q_group_size", "zero_point", "version", "format", "checkpoint_format", "desc_act",
     "static_groups", "sym", "true_sequential", "pack_factor", "quant_method", "modules_to_not_convert", "ignore",
-    "mode",    "config_groups", "format_version", "strategy", "actorder", "num_bits", "symmetric", "type", "dynamic", "lm_head",
-    "kv_cache_scheme", "sparsity_config", "quantization_status", "backend", "is_marlin_format", "quantization",
+    "mode", "config_groups", "format_version", "strategy", "actorder", "num_bits", "symmetric", "type", "dynamic",
+    "lm_head",    "kv_cache_scheme", "sparsity_config", "quantization_status", "backend", "is_marlin_format", "quantization",
 )  # fmt: skip
 SIZES = (
     0,
@@ -371,10 +371,43 @@ def config_text(rng: random.Random, files: Files) -> Files:
     return files | {
         file: rng.choice(
             [b"\xef\xbb\xbf" + data, b"\xff\xfe" + data, data[:at], data[:at] + b"," + data[at:], b"[" * 100_000, b"[]",
-             b"3", b"null", b"{}", data.replace(b"{", b'{"model_type": 1,', 1), data.replace(b": ", b": 9" + b"9" * 5000, 1),
-             data[:at] + bytes([rng.randrange(256)]) + data[at + 1 :], b"", data + b"x", b'{"a":' * 5000]
+             b"3", b"null", b"{}", data.replace(b"{", b'{"model_type": 1,', 1),
+             data.replace(b": ", b": 9" + b"9" * 5000, 1), data[:at] + bytes([rng.randrange(256)]) + data[at + 1 :], b"", data + b"x", b'{"a":' * 5000]
         )
     }  # fmt: skip
+
+
+def any_bytes(rng: random.Random, files: Files) -> Files:
+    """Up to four bytes of any file."""
+    file = rng.choice(sorted(files))
+    data = bytearray(files[file])
+    for _ in range(rng.randint(1, 4)):
+        if data:
+            data[rng.randrange(len(data))] = rng.choice([rng.randrange(256), *b'0123456789"[]{},:'])
+    return files | {file: bytes(data)}
+
+
+def any_json(rng: random.Random, files: Files) -> Files:
+    """A value of any JSON file (Orbax has many): changed, deleted or wrapped."""
+    file = rng.choice([f for f in sorted(files) if files[f][:1] == b"{" and f != "config.json"])
+    data = {"": json.loads(files[file])}
+    holder, at = rng.choice(list(_spots(data, ""))[1:])
+    kind = rng.randrange(5)
+    if kind == 0:
+        del holder[at]
+    elif kind == 1:
+        holder[at] = [holder[at]]
+    elif kind == 2 and type(holder[at]) is int:
+        holder[at] = rng.choice([*SIZES, holder[at] + 1, holder[at] * 2, holder[at] // 2, -1])
+    else:
+        holder[at] = copy.deepcopy(rng.choice(BAD))
+    return files | {file: json.dumps(data[""]).encode("utf-8", "surrogatepass")}
+
+
+def harmless_beside(rng: random.Random, files: Files) -> Files:
+    """What means nothing to any container."""
+    data = json.loads(files["config.json"])
+    return files | {"config.json": json.dumps(data | {"some_note": [1]}, indent=3).encode(), "notes.txt": b"x"}
 
 
 def harmless(rng: random.Random, files: Files) -> Files:
@@ -523,4 +556,14 @@ GGUF: dict[str, tuple[Mutation, int]] = {
     "cut or grown": (gguf_cut, 2),
     "values": (gguf_values, 2),
     "harmless": (gguf_harmless, 1),
+}
+ORBAX: dict[str, tuple[Mutation, int]] = {
+    "any bytes": (any_bytes, 6),
+    "any JSON": (any_json, 8),
+    "cut or grown": (cut_or_grown, 4),
+    "links": (links, 2),
+    "missing": (missing, 3),
+    "config": (config, 4),
+    "config text": (config_text, 2),
+    "harmless": (harmless_beside, 2),
 }

@@ -31,8 +31,11 @@ def reference(path: Path) -> dict[str, np.ndarray]:
     if path.is_file():
         return gguf_tensors(path)
     config = json.loads((path / "config.json").read_text("utf-8"))
+    if (path / "params").is_dir():
+        return own(*zarr_tensors(path))
     stored, metadata = containers(path)
-    if "quantization_config" not in config and "quantization" not in config:
+    interleaved_zeros = any(name.endswith(".scaled_zeros") for name in stored)
+    if "quantization_config" not in config and "quantization" not in config and not interleaved_zeros:
         return dict(stored)
     quant = config.get("quantization_config")
     method = str(quant.get("quant_method", "mlx") if isinstance(quant, dict) else "mlx").lower()
@@ -40,6 +43,9 @@ def reference(path: Path) -> dict[str, np.ndarray]:
         quant = config.get("quantization", quant)
     if method == "awq":
         method = str(quant.get("version") or quant.get("checkpoint_format") or quant.get("format") or "gemm").lower()
+    method = {"exllama": "gemm", "exllamav2": "gemm", "ipex": "gemm"}.get(method, method)
+    if interleaved_zeros:
+        method, quant = "llm-awq", quant if isinstance(quant, dict) else {"group_size": None}
     decode = READERS[method]
     if method == "awq-jax":
         return own(stored, metadata)
@@ -52,7 +58,7 @@ def reference(path: Path) -> dict[str, np.ndarray]:
         weight, used = decode(parts, quant, module)
         if weight is not None:
             out[f"{module}.weight"] = weight
-        out.update({f"{module}.{p}".lstrip("."): a for p, a in parts.items() if p not in used})
+        out.update({f"{module}.{p}" if module else p: a for p, a in parts.items() if p not in used})
     return out
 
 
@@ -74,6 +80,20 @@ def containers(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
             assert tensor not in out
             out[tensor] = np.frombuffer(bytes(value["data"]), DTYPES[value["dtype"]]).reshape(value["shape"])
     return out, metadata
+
+
+def zarr_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Arrays of an Orbax directory, each by TensorStore, and the static fields as our own layout has them."""
+    import tensorstore
+
+    out = {}
+    for keys in json.loads((path / "params" / "_METADATA").read_text())["tree_metadata"].values():
+        name = ".".join(key["key"] for key in keys["key_metadata"])
+        store = {"driver": "file", "path": str(path / "params" / name)}
+        spec = {"driver": "zarr", "kvstore": store, "fill_missing_data_reads": False}
+        out[name] = np.asarray(tensorstore.open(spec).result().read().result())
+    packed = json.loads((path / "awq-jax.json").read_text())["packed"]
+    return out, {f"awq-jax:{name}": json.dumps(info) for name, info in packed.items()}
 
 
 def fields(words: np.ndarray, bits: int, count: int, axis: int) -> np.ndarray:
@@ -125,7 +145,10 @@ def interleaved(parts: Tensors, quant: Any, module: str) -> tuple[np.ndarray | N
     zeros = "scaled_zeros" if "scaled_zeros" in parts else "qzeros"
     assert parts["qweight"].dtype == np.int16
     rows, k = parts["qweight"].shape
-    group = quant.get("group_size", quant.get("q_group_size"))
+    group = quant.get("group_size", quant.get("q_group_size", 128))
+    if group is None:  # llm-awq takes it on its command line: what else gives so many rows of zeros?
+        padded = {g: -(-(k // g) // (8 * m)) * 8 * m for g, m in ((128, 1), (64, 2), (32, 4))}
+        (group,) = (g for g, rows in padded.items() if rows == len(parts[zeros]))
     groups = k // group if group > 0 else 1
     nibbles = fields(parts["qweight"], 4, k * 4, 1)  # [N/4, K*4]: 64 inputs of row 0, of row 1, ...
     lanes = nibbles.reshape(rows, k // 64, 4, 64).transpose(0, 2, 1, 3).reshape(rows * 4, k // 32, 32)

@@ -126,9 +126,9 @@ def test_restore_gives_packed_leaves_that_dequantize_right(native: Path, orbax: 
 
 
 def test_the_decoder_loads_it(native: Path, orbax: Path) -> None:
-    tokens = np.array([[1, 2, 3, 5]])
     theirs, ours = awq_jax.load(native, dtype="float32"), awq_jax.load(str(orbax), dtype="float32")
-    np.testing.assert_array_equal(ours(tokens), theirs(tokens))
+    assert jax.tree.structure(ours.params) == jax.tree.structure(theirs.params)
+    jax.tree.map(np.testing.assert_array_equal, ours.params, theirs.params)
     assert ours.eos_ids() == (1,)
 
 
@@ -188,12 +188,19 @@ def edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(data))
 
 
+def claim(directory: Path, name: str = f"{UP}.scales", **changes: Any) -> None:
+    """Change what the file beside says of an array."""
+    arrays = json.loads((directory / "awq-jax.json").read_text())["arrays"]
+    arrays[name] = {**arrays[f"{UP}.scales"], **changes}
+    edit(directory / "awq-jax.json", arrays=arrays)
+
+
 ARRAY = f"params/{UP}.scales"
 DAMAGES: dict[str, tuple[Any, type[AwqError], str]] = {
     "no statics": (lambda d: (d / "awq-jax.json").unlink(), CheckpointError, "awq-jax.json; it is not"),
     "statics are a list": (lambda d: (d / "awq-jax.json").write_text("[]"), CheckpointError, "must hold a JSON object"),
     "no entry": (lambda d: edit(d / "awq-jax.json", packed={}), CheckpointError, "qweight has no metadata"),
-    "entry is a number": (lambda d: edit(d / "awq-jax.json", packed={UP: 3}), CheckpointError, "no object 'packed'"),
+    "entry is a number": (lambda d: edit(d / "awq-jax.json", packed={UP: 3}), CheckpointError, "lacks its objects 'packed'"),
     "other bits": (
         lambda d: (d / "awq-jax.json").write_text((d / "awq-jax.json").read_text().replace('"bits": 3', '"bits": 2')),
         CheckpointError,
@@ -204,13 +211,17 @@ DAMAGES: dict[str, tuple[Any, type[AwqError], str]] = {
         FormatError,
         "format version 2",
     ),
-    "no metadata": (lambda d: (d / "params/_METADATA").write_text("{"), CheckpointError, "is damaged"),
+    "no metadata": (lambda d: (d / "params/_METADATA").unlink(), CheckpointError, "holds no"),
     "an array is gone": (lambda d: shutil.rmtree(d / ARRAY), CheckpointError, "is damaged"),
     "a chunk is gone": (lambda d: (d / ARRAY / "0.0").unlink(), CheckpointError, "is damaged"),
     "a chunk is cut": (lambda d: os.truncate(d / ARRAY / "0.0", 9), CheckpointError, "is damaged"),
-    "huge": (lambda d: edit(d / ARRAY / ".zarray", shape=[2**40, 2]), CheckpointError, "claims"),
-    "another shape": (lambda d: edit(d / ARRAY / ".zarray", shape=[2, 64]), CheckpointError, "implies that"),
-    "another dtype": (lambda d: edit(d / ARRAY / ".zarray", dtype="<c16"), CheckpointError, "is not an array"),
+    "a bomb": (lambda d: claim(d, shape=[2**36, 2**3]), CheckpointError, "claims"),
+    "a larger one": (lambda d: edit(d / ARRAY / ".zarray", shape=[2**38, 2]), CheckpointError, "awq-jax.json says"),
+    "another shape": (lambda d: claim(d, shape=[2, 64]), CheckpointError, "implies that"),
+    "another dtype": (lambda d: edit(d / ARRAY / ".zarray", dtype="<c16"), CheckpointError, "awq-jax.json says"),
+    "an unknown dtype": (lambda d: claim(d, dtype="object"), CheckpointError, "'dtype': 'object'"),
+    "a negative size": (lambda d: claim(d, shape=[-1, 128]), CheckpointError, r"\[-1, 128\]"),
+    "a path outside": (lambda d: claim(d, name="../../x"), CheckpointError, r"'\.\./\.\./x' is"),
     "a link": (lambda d: (d / "params/x").symlink_to("/etc"), CheckpointError, "is a link"),
 }  # fmt: skip
 
