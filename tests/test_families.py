@@ -65,6 +65,15 @@ def pair(case, tmp_path_factory):
     return Pair(theirs, source, config, graphdef, model_params.load(source, config, state))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _quick_compilation():
+    """Each tiny model is compiled a few times and hardly run."""
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(autouse=True)
 def _exact_matmuls():
     with jax.default_matmul_precision("highest"):
