@@ -15,13 +15,15 @@ INDEX = "model.safetensors.index.json"
 BAD: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2, 3, 4, 5, 7, 8, 16, 32, 33, 64, 127, 128, 2**31, 2**62, 2**63, 2**64, 10**30,
     -(2**63), 0.5, 4.0, -0.0, 1e308, float("nan"), float("inf"), "", "4", "NaN", "true", "gemm", "gptq_v2",
-    "float16", "../..",    "/etc", "\0", "\ud800", "x" * 5000, [], {}, [4], [None], {"bits": 4}, [[[[[]]]]], {"a": {"b": {"c": [1, {}]}}},
+    "float16", "../..", "/etc", "\0", "\ud800", "x" * 5000, [], {}, [4], [None], {"bits": 4}, [[[[[]]]]],
+    {"a": {"b": {"c": [1, {}]}}},
 )  # fmt: skip
 SETTINGS = (
     "bits", "w_bit", "group_size", "q_group_size", "zero_point", "version", "format", "checkpoint_format", "desc_act",
     "static_groups", "sym", "true_sequential", "pack_factor", "quant_method", "modules_to_not_convert", "ignore",
     "mode", "config_groups", "format_version", "strategy", "actorder", "num_bits", "symmetric", "type", "dynamic",
-    "lm_head",    "kv_cache_scheme", "sparsity_config", "quantization_status", "backend", "is_marlin_format", "quantization",
+    "lm_head", "kv_cache_scheme", "sparsity_config", "quantization_status", "backend", "is_marlin_format",
+    "quantization",
 )  # fmt: skip
 SIZES = (
     0,
@@ -372,7 +374,8 @@ def config_text(rng: random.Random, files: Files) -> Files:
         file: rng.choice(
             [b"\xef\xbb\xbf" + data, b"\xff\xfe" + data, data[:at], data[:at] + b"," + data[at:], b"[" * 100_000, b"[]",
              b"3", b"null", b"{}", data.replace(b"{", b'{"model_type": 1,', 1),
-             data.replace(b": ", b": 9" + b"9" * 5000, 1), data[:at] + bytes([rng.randrange(256)]) + data[at + 1 :], b"", data + b"x", b'{"a":' * 5000]
+             data.replace(b": ", b": 9" + b"9" * 5000, 1), data[:at] + bytes([rng.randrange(256)]) + data[at + 1 :], b"",
+             data + b"x", b'{"a":' * 5000]
         )
     }  # fmt: skip
 

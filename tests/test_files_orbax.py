@@ -200,7 +200,7 @@ DAMAGES: dict[str, tuple[Any, type[AwqError], str]] = {
     "no statics": (lambda d: (d / "awq-jax.json").unlink(), CheckpointError, "awq-jax.json; it is not"),
     "statics are a list": (lambda d: (d / "awq-jax.json").write_text("[]"), CheckpointError, "must hold a JSON object"),
     "no entry": (lambda d: edit(d / "awq-jax.json", packed={}), CheckpointError, "qweight has no metadata"),
-    "entry is a number": (lambda d: edit(d / "awq-jax.json", packed={UP: 3}), CheckpointError, "lacks its objects 'packed'"),
+    "entry is a number": (lambda d: edit(d / "awq-jax.json", packed={UP: 3}), CheckpointError, "lacks its objects"),
     "other bits": (
         lambda d: (d / "awq-jax.json").write_text((d / "awq-jax.json").read_text().replace('"bits": 3', '"bits": 2')),
         CheckpointError,

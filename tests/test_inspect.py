@@ -59,9 +59,9 @@ def gemm(native: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def seeds(tmp_path_factory: pytest.TempPathFactory) -> list[fuzz.Seed]:
-    """One of each format."""
-    every = fuzz.corpus(tmp_path_factory.mktemp("corpus"))
-    return list({s.format: s for s in reversed(every)}.values())
+    """One of each format that is written, and those in act-order."""
+    every = fuzz.corpus(tmp_path_factory.mktemp("corpus"))[:-1]
+    return [*{s.format: s for s in reversed(every)}.values(), *(s for s in every if s.variant == "act-order")]
 
 
 def test_without_check_nothing_but_headers_is_read(gemm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +89,7 @@ def test_without_check_nothing_but_headers_is_read(gemm: Path, monkeypatch: pyte
 
 def test_every_format_is_described_and_passes_its_check(seeds: list[fuzz.Seed], tmp_path: Path) -> None:
     for seed in seeds:
-        directory = tmp_path / seed.format
+        directory = tmp_path / f"{seed.format}-{seed.variant}"
         fuzz.write(directory, seed.files)
         path = directory / "model.gguf" if set(seed.files) == {"model.gguf"} else directory
         code, got = found(path, "--check")
@@ -97,6 +97,7 @@ def test_every_format_is_described_and_passes_its_check(seeds: list[fuzz.Seed], 
         assert {t["name"]: tuple(t["shape"]) for t in got["tensors"]} == {n: w.shape for n, w in seed.truth.items()}
         assert got["bytes_on_disk"] >= sum(len(d) for n, d in seed.files.items() if n.endswith(".safetensors"))
         assert bool(got["bits"]) == (seed.format != "float")
+        assert got["act_order"] == (seed.variant == "act-order" and seed.format != "float")
 
 
 def big(directory: Path) -> None:
@@ -299,7 +300,7 @@ def test_a_hub_id_costs_config_and_headers(
     for seed in seeds:
         if set(seed.files) == {"model.gguf"} or seed.format == "orbax":
             continue
-        directory = tmp_path / seed.format
+        directory = tmp_path / f"{seed.format}-{seed.variant}"
         fuzz.write(directory, seed.files)
         fetched = hub(monkeypatch, directory)
         code, got = found("owner/name@v1")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import struct
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from awq_jax.convert import hf, registry
 from awq_jax.convert.safetensors_io import INDEX, read_json
@@ -46,21 +47,17 @@ def _fetch(directory: Path, repo: str, revision: str | None) -> None:
             f"the headers of {repo!r} could not be fetched from the hub: {type(e).__name__}: {str(e)[:300]} Check the "
             "spelling, the connection and `hf auth login`"
         ) from e
-    bits = _bits(read_json(directory / "config.json"))
+    config = read_json(directory / "config.json")
     for name, file in found.files_metadata.items():
         if Path(name).name != name:
             raise CheckpointError(f"{repo!r} names a file {name!r} outside of its top folder, which is not read")
-        _stub(directory / name, file, bits)
+        _stub(directory / name, file, config)
     if found.sharded:
         (directory / INDEX).write_text(json.dumps({"metadata": found.metadata, "weight_map": found.weight_map}))
 
 
-def _stub(path: Path, file: Any, bits: int) -> None:
-    """A sparse file of the full length: the header, and zeros that take no space.
-
-    The one kind of tensor that readers look into for a shape, compressed-tensors' ``weight_shape``, is
-    filled in from the shape of the codes.
-    """
+def _stub(path: Path, file: Any, config: Mapping[str, Any]) -> None:
+    """A sparse file of the full length: the header, and zeros that take no space."""
     header: dict[str, Any] = {"__metadata__": file.metadata} if file.metadata else {}
     for name, info in file.tensors.items():
         header[name] = {"dtype": info.dtype, "shape": info.shape, "data_offsets": list(info.data_offsets)}
@@ -68,18 +65,34 @@ def _stub(path: Path, file: Any, bits: int) -> None:
     with path.open("wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
         for name, info in file.tensors.items():
-            codes = file.tensors.get(name.removesuffix("_shape") + "_packed")
-            if name.endswith(".weight_shape") and codes is not None and info.dtype == "I64" and len(codes.shape) == 2:
+            known = _known(name, file.tensors, config)
+            if known is not None and known.nbytes == info.data_offsets[1] - info.data_offsets[0]:
                 f.seek(8 + len(text) + info.data_offsets[0])
-                f.write(struct.pack("<2q", codes.shape[0], codes.shape[1] * 32 // bits))
+                f.write(known.tobytes())
         f.truncate(8 + len(text) + max((i.data_offsets[1] for i in file.tensors.values()), default=0))
 
 
-def _bits(config: Mapping[str, Any]) -> int:
-    """Of compressed-tensors' first config group; 4 if it does not say."""
+def _known(name: str, tensors: Mapping[str, Any], config: Mapping[str, Any]) -> np.ndarray | None:
+    """Values that readers look into for a shape or an order, as they follow from other headers and the config."""
     quant = config.get("quantization_config")
-    groups = quant.get("config_groups") if isinstance(quant, dict) else None
+    quant = quant if isinstance(quant, dict) else {}
+    module, _, part = name.rpartition(".")
+    if part == "weight_shape" and f"{module}.weight_packed" in tensors:
+        codes = tensors[f"{module}.weight_packed"].shape
+        return np.array([codes[0], codes[-1] * 32 // _weights(quant).get("num_bits", 4)], "<i8")
+    scales = tensors.get(f"{module}.{'weight_scale' if part == 'weight_g_idx' else 'scales'}")
+    if part in ("g_idx", "weight_g_idx") and scales is not None and len(scales.shape) == 2 and tensors[name].shape:
+        (k,), groups = tensors[name].shape, scales.shape[0 if part == "g_idx" else 1]
+        channels = np.arange(k, dtype="<i8" if tensors[name].dtype == "I64" else "<i4")
+        in_order = not (quant.get("desc_act") if part == "g_idx" else _weights(quant).get("actorder"))
+        return channels // -(-k // max(1, groups)) if in_order else channels % max(1, groups)
+    return None
+
+
+def _weights(quant: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of compressed-tensors' first config group."""
+    groups = quant.get("config_groups")
     first = next(iter(groups.values()), None) if isinstance(groups, dict) else None
     weights = first.get("weights") if isinstance(first, dict) else None
     bits = weights.get("num_bits") if isinstance(weights, dict) else None
-    return bits if type(bits) is int and 2 <= bits <= 8 else 4
+    return weights if isinstance(weights, dict) and type(bits) is int and 2 <= bits <= 8 else {}
