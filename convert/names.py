@@ -32,11 +32,14 @@ class Names:
       aliases: other spellings of a tensor's name that are read but never written: ``(theirs, other)``
         beginnings.
       linear_out_in: linears are stored ``[out, in]``; False for GPT-2's ``[in, out]``.
+      ignored: a regular expression: tensors whose names it finds are no part of the decoder (heads that
+        predict several tokens ahead), and are dropped.
     """
 
     entries: tuple[tuple[str, str], ...] = ()
     aliases: tuple[tuple[str, str], ...] = ()
     linear_out_in: bool = True
+    ignored: str = ""
 
     def of(self, path: str) -> str:
         """The tensor name of a parameter path; with ``{e}`` left in it where each expert has its own."""
@@ -58,6 +61,10 @@ class Names:
             if theirs and name.startswith(theirs):
                 out.append(other + name[len(theirs) :])
         return out
+
+    def drops(self, name: str) -> bool:
+        """Whether a tensor of that name is read by nothing and may be left out."""
+        return bool(IGNORED.search(name) or (self.ignored and re.search(self.ignored, name)))
 
     def transposed(self, path: str, name: str) -> bool:
         """Whether the file stores the last two axes the other way round."""
@@ -86,6 +93,8 @@ class Names:
 LLAMA = Names()
 
 
-def names(entries: dict[str, str], *, aliases: dict[str, str] | None = None, linear_out_in: bool = True) -> Names:
+def names(
+    entries: dict[str, str], *, aliases: dict[str, str] | None = None, linear_out_in: bool = True, ignored: str = ""
+) -> Names:
     """`Names` from dictionaries."""
-    return Names(tuple(entries.items()), tuple((aliases or {}).items()), linear_out_in)
+    return Names(tuple(entries.items()), tuple((aliases or {}).items()), linear_out_in, ignored)

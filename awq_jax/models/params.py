@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from awq_jax import paths
-from awq_jax.convert.names import IGNORED, Names
+from awq_jax.convert.names import Names
 from awq_jax.errors import ShapeError, WeightError
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.decoder import Decoder
@@ -117,7 +117,7 @@ def _match(available: list[str], wanted: dict[str, Stored], config: ModelConfig)
             found[name] = spelled
     head = config.names.of("lm_head/kernel")
     known = {*found.values(), *(config.names.spellings(head) if config.tied else ())}
-    unexpected = [n for n in available if n not in known and not IGNORED.search(n)]
+    unexpected = [n for n in available if n not in known and not config.names.drops(n)]
     if unexpected:
         raise WeightError(
             f"the checkpoint holds {_some(unexpected)}, which a {config.family} model with this config.json does not "
