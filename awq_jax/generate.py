@@ -41,10 +41,8 @@ class Generator:
         rows, width = tokens.shape
         positions = jnp.minimum(jnp.arange(width), lengths[:, None] - 1)
         hidden, cache = decoder.hidden(tokens, positions, None)
-        room = ((0, 0), (0, slots - width), (0, 0), (0, 0))
-        cache = jax.tree.map(lambda a: jnp.pad(a, room), cache)
         logits = decoder.head(hidden[jnp.arange(rows), lengths - 1])
-        return sample(logits, key, temperature, top_k, top_p, mode), cache
+        return sample(logits, key, temperature, top_k, top_p, mode), cache.grown(slots)
 
     def _step(self, params, cache: Cache, token, position, key, temperature, top_k, top_p, *, mode):
         """The token after ``token [B]``, which stands at ``position [B]``."""

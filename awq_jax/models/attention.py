@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,11 +38,12 @@ class Attention(nnx.Module):
 
     def __init__(self, size: int, layer: LayerConfig, rngs: nnx.Rngs):
         c = layer.attention
+        assert isinstance(c, AttentionConfig)
         inner, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
         if c.fused:
             self.qkv_proj = Linear(size, inner + 2 * kv, use_bias=c.qkv_bias, rngs=rngs)
         else:
-            self.q_proj = Linear(size, inner, use_bias=c.qkv_bias, rngs=rngs)
+            self.q_proj = Linear(size, 2 * inner if c.gated else inner, use_bias=c.qkv_bias, rngs=rngs)
             self.k_proj = Linear(size, kv, use_bias=c.qkv_bias, rngs=rngs)
             self.v_proj = Linear(size, kv, use_bias=c.qkv_bias, rngs=rngs)
         self.o_proj = Linear(inner, size, use_bias=c.o_bias, rngs=rngs)
@@ -49,12 +51,18 @@ class Attention(nnx.Module):
             self.q_norm, self.k_norm = (Norm(c.norm, *_norm_shape(c, n)) for n in (c.heads, c.kv_heads))
         if c.sinks:
             self.sinks = nnx.Param(jnp.zeros(c.heads))
-        self.layer = layer
+        self.layer, self.config = layer, c
+
+    @staticmethod
+    def empty(c: AttentionConfig, batch: int, length: int, dtype: Any) -> Pair:
+        """Keys and values of no tokens, with room for ``length``."""
+        shape = (batch, length, c.kv_heads, c.head_dim)
+        return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
 
     def __call__(self, x: jax.Array, step: Step, past: Pair | None) -> tuple[jax.Array, Pair]:
         """``x [B, T, hidden]`` -> the same shape, and this layer's keys and values ``[B, S, KV, head_dim]``."""
-        c, turn = self.layer.attention, self.layer.rope
-        q, k, v = self.project(x)
+        c, turn = self.config, self.layer.rope
+        q, k, v, gate = self.project(x)
         if turn is not None:
             cos, sin = step.angles[turn]
             q, k = rope.rotate(q, cos, sin, turn.interleaved), rope.rotate(k, cos, sin, turn.interleaved)
@@ -63,14 +71,17 @@ class Attention(nnx.Module):
             growth = 1 + beta * jnp.log1p((step.positions // length).astype(jnp.float32))
             q = q * growth[..., None, None].astype(q.dtype)
         if past is not None:
-            k, v = (_write(old, new, step.positions[:, 0]) for old, new in zip(past, (k, v), strict=True))
+            k, v = (write(old, new, step.positions[:, 0]) for old, new in zip(past, (k, v), strict=True))
         sinks = self.sinks.get_value() if c.sinks else None
         out = attend(q, k, v, step.positions, c, self.layer.window, sinks)
+        if gate is not None:
+            out = out * jax.nn.sigmoid(gate)
         return self.o_proj(out.reshape(*x.shape[:-1], -1)), (k, v)
 
-    def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Normalised queries, keys, and values ``[B, T, heads, head_dim]``, not yet rotated."""
-        c = self.layer.attention
+    def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+        """Normalised queries, keys, values, and gate ``[B, T, heads, head_dim]``, not yet rotated."""
+        c = self.config
+        gate = None
         lead, kv = x.shape[:-1], c.kv_heads * c.head_dim
         if c.fused:
             y = self.qkv_proj(x)
@@ -81,6 +92,8 @@ class Attention(nnx.Module):
                 q, k, v = y[..., : -2 * kv], y[..., -2 * kv : -kv], y[..., -kv:]
         else:
             q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+            if c.gated:
+                q, gate = jnp.split(q.reshape(*lead, c.heads, 2 * c.head_dim), 2, axis=-1)
         if c.norm is not None and c.norm_over == "width":
             q = self.q_norm(q.reshape(*lead, c.heads * c.head_dim))
             k = self.k_norm(k.reshape(*lead, kv))
@@ -89,7 +102,7 @@ class Attention(nnx.Module):
         k, v = (a.reshape(*lead, c.kv_heads, c.head_dim) for a in (k, v))
         if c.norm is not None and c.norm_over != "width":
             q, k = self.q_norm(q), self.k_norm(k)
-        return q, k, v
+        return q, k, v, gate
 
 
 def _norm_shape(c: AttentionConfig, heads: int) -> tuple[int, ...]:
@@ -158,6 +171,6 @@ def alibi(heads: int, length: int, dtype: str, steepness: float = 8.0) -> jax.Ar
     return grid.astype(jnp.float32)
 
 
-def _write(old: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+def write(old: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
     """Put ``new [B, T, ...]`` into ``old [B, S, ...]`` at each row's ``start [B]``."""
     return jax.vmap(lambda o, n, s: jax.lax.dynamic_update_slice_in_dim(o, n, s, axis=0))(old, new, start)

@@ -82,6 +82,7 @@ class AttentionConfig:
       scale: of the scores; None for ``head_dim ** -0.5``.
       cap: scores are ``cap * tanh(scores / cap)``.
       clip: queries, keys and values are clipped to ``[-clip, clip]``.
+      gated: queries come with a gate as wide as they are, whose sigmoid multiplies what is attended to.
       sinks: a learned score per head takes part in the softmax and attends to nothing.
       alibi: scores grow with the key's position, by a slope per head (arXiv 2108.12409); the float
         type in which it is computed (it decides which positions can be told apart), None for none.
@@ -103,10 +104,65 @@ class AttentionConfig:
     cap: float | None = None
     clip: float | None = None
     sinks: bool = False
+    gated: bool = False
     alibi: Literal["float32", "bfloat16"] | None = None
     alibi_scaled: bool = False
     alibi_max: float = 8.0
     query_growth: tuple[float, int] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentConfig:
+    """Attention whose keys and values are made of a narrow latent (arXiv 2405.04434, section 2.1).
+
+    Attributes:
+      heads: of queries, keys and values.
+      q_rank: width of the latent of the queries; None: they have none.
+      kv_rank: width of the latent of keys and values.
+      nope_dim, rope_dim: channels of a query or key that are not rotated and, behind them, those that
+        are; the rotated channels of the keys are the same for all heads.
+      value_dim: channels of a value.
+      bias: the linears into the latents and out of the attention have biases.
+      eps: of the norms of the latents.
+      scale: of the scores.
+    """
+
+    heads: int
+    q_rank: int | None
+    kv_rank: int
+    nope_dim: int
+    rope_dim: int
+    value_dim: int
+    bias: bool = False
+    eps: float = 1e-6
+    scale: float | None = None
+
+    @property
+    def head_dim(self) -> int:
+        return self.nope_dim + self.rope_dim
+
+
+@dataclasses.dataclass(frozen=True)
+class DeltaConfig:
+    """A gated delta net (arXiv 2412.06464): linear attention with a state in place of keys and values.
+
+    Attributes:
+      key_heads, value_heads: of queries and keys, and of values (a multiple).
+      key_dim, value_dim: channels of each.
+      window: tokens that the convolution before the attention sees.
+      eps: of the norm behind it.
+    """
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    window: int
+    eps: float = 1e-6
+
+    @property
+    def head_dim(self) -> int:
+        return self.key_dim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +230,7 @@ class LayerConfig:
       window: a token attends to itself and the ``window - 1`` tokens before it; None for all.
     """
 
-    attention: AttentionConfig
+    attention: AttentionConfig | LatentConfig | DeltaConfig
     mlp: MLPConfig | MoEConfig
     rope: RopeConfig | None = None
     window: int | None = None

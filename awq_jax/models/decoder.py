@@ -15,30 +15,44 @@ from flax import nnx
 
 from awq_jax.models import rope
 from awq_jax.models.attention import Attention, Pair, Step
-from awq_jax.models.config import LayerConfig, ModelConfig, MoEConfig
+from awq_jax.models.config import AttentionConfig, DeltaConfig, LatentConfig, LayerConfig, ModelConfig, MoEConfig
+from awq_jax.models.delta_net import GatedDeltaNet, State
+from awq_jax.models.latent import LatentAttention
 from awq_jax.models.mlp import MLP
 from awq_jax.models.moe import MoE
 from awq_jax.models.norm import Norm
 from awq_jax.nnx import Linear
 from awq_jax.qtensor import QuantizedTensor
 
+Kept = Pair | State
+MIXERS: dict[type, Any] = {AttentionConfig: Attention, LatentConfig: LatentAttention, DeltaConfig: GatedDeltaNet}
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """Keys and values of the tokens seen so far, one array per layer, ``[B, S, KV, head_dim]``.
+    """What each layer keeps of the tokens seen so far.
 
-    Slot ``s`` of a row holds position ``s``; slots beyond a row's length are garbage and never read.
+    Attention keeps keys and values ``[B, S, KV, head_dim]``: slot ``s`` of a row holds position ``s``;
+    slots beyond a row's length are garbage and never read. A gated delta net keeps a `State`, which
+    does not grow.
     """
 
-    keys: tuple[jax.Array, ...]
-    values: tuple[jax.Array, ...]
+    layers: tuple[Kept, ...]
+
+    def grown(self, slots: int) -> Cache:
+        """The same with room for ``slots`` tokens in a row."""
+
+        def wider(a: jax.Array) -> jax.Array:
+            return jnp.pad(a, ((0, 0), (0, slots - a.shape[1]), *[(0, 0)] * (a.ndim - 2)))
+
+        return Cache(tuple(c if isinstance(c, State) else (wider(c[0]), wider(c[1])) for c in self.layers))
 
 
 def init_cache(config: ModelConfig, batch: int, length: int, dtype: Any) -> Cache:
     """An empty cache for ``batch`` rows of up to ``length`` tokens."""
-    shapes = [(batch, length, layer.attention.kv_heads, layer.attention.head_dim) for layer in config.layers]
-    return Cache(*(tuple(jnp.zeros(shape, dtype) for shape in shapes) for _ in range(2)))
+    mixers = (layer.attention for layer in config.layers)
+    return Cache(tuple(MIXERS[type(c)].empty(c, batch, length, dtype) for c in mixers))
 
 
 class Layer(nnx.Module):
@@ -57,12 +71,12 @@ class Layer(nnx.Module):
         if c.norms in ("post", "sandwich"):
             self.attention_output_layernorm = Norm(c.norm, size)
             self.mlp_output_layernorm = Norm(c.norm, size)
-        self.self_attn = Attention(size, layer, rngs)
+        self.self_attn = MIXERS[type(layer.attention)](size, layer, rngs)
         self.mlp = MoE(size, layer.mlp, rngs) if isinstance(layer.mlp, MoEConfig) else MLP(size, layer.mlp, rngs)
         self.config = config
 
-    def __call__(self, x: jax.Array, step: Step, past: Pair | None) -> tuple[jax.Array, Pair]:
-        """As `Attention.__call__`."""
+    def __call__(self, x: jax.Array, step: Step, past: Any) -> tuple[jax.Array, Kept]:
+        """``x [B, T, hidden]`` to the same shape, and what the layer keeps; ``past`` is what it kept, or None."""
         c = self.config
         pre, post = c.norms in ("pre", "sandwich"), c.norms in ("post", "sandwich")
         h = self.input_layernorm(x) if pre else x
@@ -153,15 +167,13 @@ class Decoder(nnx.Module):
         ropes = {layer.rope: layer.attention.head_dim for layer in self.config.layers if layer.rope is not None}
         angles = {turn: rope.cos_sin(turn, dim, positions) for turn, dim in ropes.items()}
         step = Step(positions, angles, decoding=cache is not None and tokens.shape[1] == 1)
-        keys, values = [], []
+        kept = []
         for i, layer in enumerate(self.layers):
-            past = None if cache is None else (cache.keys[i], cache.values[i])
-            x, (k, v) = layer(x, step, past)
-            keys.append(k)
-            values.append(v)
+            x, own = layer(x, step, None if cache is None else cache.layers[i])
+            kept.append(own)
         if self.config.final_norm:
             x = self.norm(x)
-        return x, Cache(tuple(keys), tuple(values))
+        return x, Cache(tuple(kept))
 
     def embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
         """What the first layer reads, ``[B, T, hidden]``."""

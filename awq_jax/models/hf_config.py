@@ -9,6 +9,8 @@ from typing import Any, Literal
 from awq_jax.errors import ConfigError, UnsupportedModelError
 from awq_jax.models.config import (
     AttentionConfig,
+    DeltaConfig,
+    LatentConfig,
     LayerConfig,
     MLPConfig,
     ModelConfig,
@@ -59,6 +61,7 @@ def base(
     mlp: Mapping[str, Any] | None = None,
     norm: Mapping[str, Any] | None = None,
     mlps: Sequence[MLPConfig | MoEConfig] | None = None,
+    mixers: Sequence[AttentionConfig | LatentConfig | DeltaConfig] | None = None,
     ropes: RopeConfig | Sequence[RopeConfig | None] | Literal["llama"] | None = "llama",
     windows: Sequence[int | None] | None = None,
     **fields: Any,
@@ -69,6 +72,7 @@ def base(
       hf: content of ``config.json``.
       attention, mlp, norm: fields of `AttentionConfig`, `MLPConfig`, `NormConfig` that differ.
       mlps: of each layer, if they are not alike.
+      mixers: attention of each layer, if it is not alike or not `AttentionConfig`.
       ropes: of all layers, or of each; None for no rotation.
       windows: sliding window of each layer.
       **fields: of `ModelConfig`.
@@ -81,10 +85,10 @@ def base(
     if ropes == "llama":
         ropes = rope_config(hf)
     each: list[RopeConfig | None] = [ropes] * count if ropes is None or isinstance(ropes, RopeConfig) else list(ropes)
-    heads = attention_config(hf, **(attention or {}))
+    each_mixer = list(mixers) if mixers is not None else [attention_config(hf, **(attention or {}))] * count
     per_mlp = list(mlps) if mlps is not None else [mlp_config(hf, **(mlp or {}))] * count
     per_window = list(windows) if windows is not None else [None] * count
-    layers = [LayerConfig(heads, *t) for t in zip(per_mlp, each, per_window, strict=True)]
+    layers = [LayerConfig(*t) for t in zip(each_mixer, per_mlp, each, per_window, strict=True)]
     length = required(hf, "max_position_embeddings")
     stretch = each[0].factor if each[0] is not None and each[0].kind == "dynamic" else 1
     known: dict[str, Any] = {

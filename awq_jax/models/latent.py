@@ -1,0 +1,73 @@
+"""Attention whose keys and values come from a latent (DeepSeek-V2's MLA, arXiv 2405.04434)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from awq_jax.models import rope
+from awq_jax.models.attention import Pair, Step, attend, write
+from awq_jax.models.config import AttentionConfig, LatentConfig, LayerConfig, NormConfig
+from awq_jax.models.norm import Norm
+from awq_jax.nnx import Linear
+
+
+class LatentAttention(nnx.Module):
+    """Attention as `LatentConfig` describes it.
+
+    The cache holds keys and values of every head rather than the latents: it is larger, but a step
+    reads it as it is, where latents would be multiplied by ``kv_b_proj`` again for every token seen.
+    """
+
+    def __init__(self, size: int, layer: LayerConfig, rngs: nnx.Rngs):
+        c = layer.attention
+        assert isinstance(c, LatentConfig)
+        norm = NormConfig(eps=c.eps)
+        if c.q_rank is None:
+            self.q_proj = Linear(size, c.heads * c.head_dim, use_bias=False, rngs=rngs)
+        else:
+            self.q_a_proj = Linear(size, c.q_rank, use_bias=c.bias, rngs=rngs)
+            self.q_a_layernorm = Norm(norm, c.q_rank)
+            self.q_b_proj = Linear(c.q_rank, c.heads * c.head_dim, use_bias=False, rngs=rngs)
+        self.kv_a_proj_with_mqa = Linear(size, c.kv_rank + c.rope_dim, use_bias=c.bias, rngs=rngs)
+        self.kv_a_layernorm = Norm(norm, c.kv_rank)
+        self.kv_b_proj = Linear(c.kv_rank, c.heads * (c.nope_dim + c.value_dim), use_bias=False, rngs=rngs)
+        self.o_proj = Linear(c.heads * c.value_dim, size, use_bias=c.bias, rngs=rngs)
+        self.layer, self.config = layer, c
+        self.scores = AttentionConfig(c.heads, c.heads, c.head_dim, scale=c.scale)
+
+    @staticmethod
+    def empty(c: LatentConfig, batch: int, length: int, dtype: Any) -> Pair:
+        """Keys and values of no tokens, with room for ``length``."""
+        shape = (batch, length, c.heads)
+        return jnp.zeros((*shape, c.head_dim), dtype), jnp.zeros((*shape, c.value_dim), dtype)
+
+    def __call__(self, x: jax.Array, step: Step, past: Pair | None) -> tuple[jax.Array, Pair]:
+        """``x [B, T, hidden]`` -> the same shape; keys ``[B, S, heads, head_dim]`` and values ``[..., value_dim]``."""
+        q, k, v = self.project(x, step)
+        if past is not None:
+            k, v = (write(old, new, step.positions[:, 0]) for old, new in zip(past, (k, v), strict=True))
+        out = attend(q, k, v, step.positions, self.scores, self.layer.window)
+        return self.o_proj(out.reshape(*x.shape[:-1], -1)), (k, v)
+
+    def project(self, x: jax.Array, step: Step) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values of every head, rotated."""
+        c, turn = self.config, self.layer.rope
+        assert turn is not None
+        cos, sin = step.angles[turn]
+        shape = (*x.shape[:-1], c.heads, -1)
+        q = self.q_proj(x) if c.q_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        q = q.reshape(shape)
+        q_turned = rope.rotate(q[..., c.nope_dim :], cos, sin, turn.interleaved)
+        y = self.kv_a_proj_with_mqa(x)
+        k_turned = rope.rotate(y[..., None, c.kv_rank :], cos, sin, turn.interleaved)
+        kv = self.kv_b_proj(self.kv_a_layernorm(y[..., : c.kv_rank])).reshape(shape)
+        k_turned = jnp.broadcast_to(k_turned, (*kv.shape[:-1], c.rope_dim))
+        return (
+            jnp.concatenate([q[..., : c.nope_dim], q_turned], axis=-1),
+            jnp.concatenate([kv[..., : c.nope_dim], k_turned], axis=-1),
+            kv[..., c.nope_dim :],
+        )
