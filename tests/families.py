@@ -64,6 +64,13 @@ MULTIPLIERS = {"embedding_multiplier": 3.0, "attention_multiplier": 0.2}
 MULTIPLIERS |= {"residual_multiplier": 0.5, "logits_scaling": 2.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 GROWTH = YARN | {"rope_theta": 1e4, "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 4}
+LATENT = {"num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 16, "v_head_dim": 8}
+LATENT |= {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8}
+GROUPS = {"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 16, "n_group": 4, "topk_group": 2}
+GROUPS |= {"first_k_dense_replace": 1, "routed_scaling_factor": 1.5, "n_shared_experts": 2}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 12}
+DELTA |= {"linear_conv_kernel_dim": 4, "shared_expert_intermediate_size": 16, "head_dim": 16}
 BAICHUAN = {k: v for k, v in LLAMA.items() if k not in ("num_key_value_heads", "max_position_embeddings")}
 QWEN = {k: LLAMA[k] for k in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")}
 QWEN |= {"intermediate_size": 96, "kv_channels": 12, "rotary_emb_base": 500.0, "layer_norm_epsilon": 1e-6}
@@ -89,6 +96,21 @@ CASES = (
         ("self_attn/o_proj/kernel",),
     ),
     Case("phimoe", "phimoe", PHIMOE | {"rope_scaling": MSCALE, "sliding_window": None}),
+    Case(
+        "deepseek_v2",
+        "deepseek_v2",
+        LATENT
+        | GROUPS
+        | {"topk_method": "group_limited_greedy", "rope_scaling": YARN | {"mscale": 0.7, "mscale_all_dim": 0.8}},
+    ),
+    Case("deepseek_v2-lite", "deepseek_v2", LATENT | GROUPS | {"q_lora_rank": None, "attention_bias": True}),
+    Case(
+        "deepseek_v3", "deepseek_v3", LATENT | GROUPS | {"rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}}
+    ),
+    Case("deepseek_v3-halves", "deepseek_v3", LATENT | GROUPS | {"rope_interleave": False, "norm_topk_prob": False}),
+    Case("minicpm3", "minicpm3", LATENT | {"scale_emb": 3, "scale_depth": 0.9, "dim_model_base": 16}),
+    Case("qwen3_next", "qwen3_next", EXPERTS | DELTA | {"layer_types": ["full_attention", "linear_attention"]}),
+    Case("qwen3_next-gate", "qwen3_next", EXPERTS | DELTA | {"layer_types": ["linear_attention", "full_attention"]}),
     Case("smollm3", "smollm3", {"no_rope_layer_interval": 2}),
     Case("gemma", "gemma", TIED | {"head_dim": 16}),
     Case("gemma2", "gemma2", GEMMA | {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0}),

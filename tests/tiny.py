@@ -82,8 +82,12 @@ def randomized(family: str, config: dict[str, Any], attention: str = "eager", se
     settings = AutoConfig.for_model(family, **config)
     model = AutoModelForCausalLM.from_config(settings, attn_implementation=attention, dtype=torch.float32)
     with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.ndim == 1 or "norm" in name:
+        for name, p in (*model.named_parameters(), *model.named_buffers()):
+            if "correction" in name:
+                p.copy_(torch.randn_like(p) * 0.2)
+            elif not isinstance(p, torch.nn.Parameter):
+                continue
+            elif p.ndim == 1 or "norm" in name:
                 one = name.endswith("weight") and "gemma" not in family
                 p.copy_(torch.randn_like(p) * 0.2 + (1.0 if one else 0.0))
     return model.eval()

@@ -44,5 +44,15 @@ def moe_config(hf: Mapping[str, Any], **changes: Any) -> MoEConfig:
 
 def after_dense(hf: Mapping[str, Any], moe: MoEConfig) -> list[MLPConfig | MoEConfig]:
     """Experts in all layers but the first ``first_k_dense_replace``."""
-    dense = hf.get("first_k_dense_replace") or 0
-    return [mlp_config(hf) if i < dense else moe for i in range(required(hf, "num_hidden_layers"))]
+    dense = mlp_config(hf, bias=bool(hf.get("mlp_bias", False)))
+    first = hf.get("first_k_dense_replace") or 0
+    return [dense if i < first else moe for i in range(required(hf, "num_hidden_layers"))]
+
+
+def shared_experts(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of `MoEConfig`: the ``n_shared_experts`` that all tokens go through are one wide one."""
+    count = hf.get("n_shared_experts")
+    if not count:
+        return {}
+    size = count * required(hf, "moe_intermediate_size")
+    return {"shared": mlp_config(hf, size=size, bias=bool(hf.get("mlp_bias", False)))}

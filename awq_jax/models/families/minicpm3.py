@@ -1,0 +1,26 @@
+"""MiniCPM3: latent attention; the embedding, each half of a layer and the logits are scaled."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from awq_jax.models.config import ModelConfig
+from awq_jax.models.families.deepseek_v2 import latent_base
+from awq_jax.models.hf_config import required
+
+
+def config(hf: Mapping[str, Any]) -> ModelConfig:
+    """``model_type`` "minicpm3"."""
+    count, size = required(hf, "num_hidden_layers"), required(hf, "hidden_size")
+    depth = hf.get("scale_depth", 1.4)
+    return latent_base(
+        hf,
+        interleaved=False,
+        embed_scale=float(hf.get("scale_emb", 12)),
+        residual_scale=1.0 if depth is None else depth / math.sqrt(count),
+        logit_scale=(hf.get("dim_model_base", 256) or size) / size,
+        mlp={"bias": bool(hf.get("mlp_bias", False))},
+        tied=bool(hf.get("tie_word_embeddings", True)),
+    )

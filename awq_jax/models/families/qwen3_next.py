@@ -1,0 +1,59 @@
+"""Qwen3-Next: three gated delta nets to one gated attention, experts, norms that store their scale less one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from awq_jax.convert.names import names
+from awq_jax.errors import UnsupportedModelError
+from awq_jax.models.config import DeltaConfig, ModelConfig, NormConfig
+from awq_jax.models.families.qwen2_moe import EXPERTS, qwen_mlps
+from awq_jax.models.hf_config import attention_config, base, get, mlp_config, required
+from awq_jax.models.hf_moe import moe_config
+from awq_jax.models.hf_rope import rope_config
+
+PARTS = ("in_proj_qkvz", "in_proj_ba", "norm", "out_proj", "dt_bias", "A_log")
+NAMES = names(
+    EXPERTS
+    | {f"self_attn.{part}": f"linear_attn.{part}" for part in PARTS}
+    | {"self_attn.conv": "linear_attn.conv1d.weight"},
+    ignored=r"^mtp\.",  # predicts several tokens ahead
+)
+
+
+def config(hf: Mapping[str, Any]) -> ModelConfig:
+    """``model_type`` "qwen3_next".
+
+    Raises:
+      UnsupportedModelError: for another kind of layer, or another activation in the delta nets.
+    """
+    count, period = required(hf, "num_hidden_layers"), hf.get("full_attention_interval") or 4
+    types = hf.get("layer_types") or [
+        "linear_attention" if (i + 1) % period else "full_attention" for i in range(count)
+    ]
+    unknown = set(types) - {"linear_attention", "full_attention"}
+    if unknown or hf.get("hidden_act", "silu") != "silu":
+        raise UnsupportedModelError(f"qwen3_next with layers {sorted(unknown)} or hidden_act {hf.get('hidden_act')!r}")
+    eps, bias = float(get(hf, "norm_eps", 1e-6)), bool(hf.get("attention_bias", False))
+    attention = attention_config(hf, qkv_bias=bias, o_bias=bias, norm=NormConfig(eps=eps, offset=1.0), gated=True)
+    delta = DeltaConfig(
+        key_heads=required(hf, "linear_num_key_heads"),
+        value_heads=required(hf, "linear_num_value_heads"),
+        key_dim=required(hf, "linear_key_head_dim"),
+        value_dim=required(hf, "linear_value_head_dim"),
+        window=required(hf, "linear_conv_kernel_dim"),
+        eps=eps,
+    )
+    shared = mlp_config(hf, size=required(hf, "shared_expert_intermediate_size"))
+    moe = moe_config(hf, normalize=bool(hf.get("norm_topk_prob", True)), shared=shared, shared_gate=True)
+    rope = rope_config(hf, fraction=0.25)
+    full = [t == "full_attention" for t in types[:count]]
+    return base(
+        hf,
+        mixers=[attention if f else delta for f in full],
+        ropes=[rope if f else None for f in full],
+        mlps=qwen_mlps(hf, moe),
+        norm={"offset": 1.0},
+        names=NAMES,
+    )
