@@ -26,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The whole command line; JAX is not imported for it."""
     parser = argparse.ArgumentParser(
         prog="awq-jax",
-        description="Quantize language models to 2, 3, 4 or 8 bits with AWQ, in JAX; score, run, convert and inspect them.",
+        description="Quantize language models to 2, 3, 4 or 8 bits with AWQ, in JAX; convert, score, run and inspect.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

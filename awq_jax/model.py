@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 DTYPES = ("float32", "bfloat16", "float16")
 CALIBRATION_BATCH_TOKENS = 2048
-Format = Literal["auto", "gemm", "awq-jax", "float"]
+AUTO = ("gemm", "compressed-tensors", "awq-jax")  # the first that holds the weights as they are
 
 
 def load(path: str | Path, dtype: str | None = None) -> Model:
@@ -277,14 +277,16 @@ class Model:
         self.settings = config
         return report
 
-    def save(self, dst: str | Path, format: Format = "auto", overwrite: bool = False) -> str:
-        """Write a checkpoint directory, with tokenizer and generation config; atomic.
+    def save(self, dst: str | Path, format: str = "auto", overwrite: bool = False, allow_lossy: bool = False) -> str:
+        """Write a checkpoint, with tokenizer and generation config; atomic.
 
         Args:
-          dst: directory to create.
-          format: ``"gemm"`` (AutoAWQ's layout: vLLM, transformers), ``"awq-jax"`` (holds every
-            setting), ``"float"``; ``"auto"`` takes the first that can hold the weights.
-          overwrite: replace an existing directory.
+          dst: directory to create (for GGUF: a file that ends in ``.gguf``).
+          format: a name in `awq_jax.convert.registry.FORMATS` (``awq-jax convert --list``); ``"auto"``
+            takes AutoAWQ's ``"gemm"`` (vLLM, transformers) if it can hold the weights, else
+            ``"compressed-tensors"``, else our own ``"awq-jax"``, which holds everything.
+          overwrite: replace an existing checkpoint.
+          allow_lossy: store weights the format cannot hold exactly as near as it can.
 
         Returns:
           The format written.
@@ -293,28 +295,33 @@ class Model:
           FormatError: the format is unknown or cannot hold these weights.
           CheckpointError: ``dst`` exists and ``overwrite`` is not set.
         """
-        chosen = format
         if format == "auto":
-            chosen, why = self._format()
-            log.info("saving as %s: %s", chosen, why)
+            format, why = self._format()
+            log.info("saving as %s: %s", format, why)
         writing.write_checkpoint(
             dst,
             model_params.tensors(self.params, self.config),
             self.hf_config,
-            chosen,
+            format,
             self.settings,
             tokenizer=self.tokenizer,
             extra=self.source,
             overwrite=overwrite,
+            allow_lossy=allow_lossy,
         )
-        return chosen
+        return format
 
-    def _format(self) -> tuple[Format, str]:
+    def _format(self) -> tuple[str, str]:
         """The most widely readable format that can hold the weights, and why."""
         if not self._is_packed():
             return "float", "no weight is quantized"
-        problem = writing.unfit("gemm", model_params.tensors(self.params, self.config))
-        return ("awq-jax", problem) if problem else ("gemm", "it holds every weight")
+        reasons: list[str] = []
+        for format in AUTO[:-1]:
+            problem = writing.unfit(format, model_params.tensors(self.params, self.config))
+            if problem is None:
+                return format, "; ".join([*reasons, "it holds every weight"])
+            reasons.append(f"not {format}: {problem}")
+        return AUTO[-1], "; ".join(reasons)
 
     def _is_packed(self) -> bool:
         return any(map(is_quantized, paths.flatten(self.params).values()))

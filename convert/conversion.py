@@ -15,9 +15,9 @@ import numpy as np
 
 from awq_jax.convert import manifest, pipeline, registry
 from awq_jax.convert.format import Encoder, Format, Record, Target
-from awq_jax.convert.shards import ShardWriter, install, refuse_existing, write_json
+from awq_jax.convert.shards import ShardWriter, install, write_json
 from awq_jax.convert.source import Source
-from awq_jax.convert.writing import copy_companions, encoder_of, final_config, refuse_source
+from awq_jax.convert.writing import check_target, copy_companions, encoder_of, final_config, into_sink, refuse_source
 from awq_jax.errors import AwqError, CheckpointError, ConfigError
 
 log = logging.getLogger(__name__)
@@ -97,9 +97,7 @@ def checkpoint(
     if dtype is not None and dtype not in pipeline.DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(pipeline.DTYPES)}; got {dtype!r}")
     path = Path(os.path.abspath(Path(dst).expanduser()))
-    if not path.name.endswith(format.suffix):
-        raise ConfigError(f"{to} is a single file; give a target like {path}{format.suffix}")
-    refuse_existing(path, overwrite, file=bool(format.suffix))
+    check_target(path, format, overwrite)
     source = registry.open_source(src, packed=True) if isinstance(src, str | Path) else src
     refuse_source(path, source)
     target = Target(config=source.config, dtype=dtype)
@@ -180,30 +178,10 @@ def _to_directory(job: _Job, path: Path, overwrite: bool, max_shard_bytes: int) 
 
 
 def _to_sink(job: _Job, path: Path, overwrite: bool, max_shard_bytes: int) -> tuple[list[Record], int]:
-    """A container of its own, written beside the target and renamed."""
-    format = job.format
-    assert format.sink is not None
-    work = path.parent / f".{path.name}.converting-{os.getpid()}"
-    shutil.rmtree(work, ignore_errors=True)
-    try:
-        work.mkdir(parents=True)
-        _check_space(path, job.estimate())
-        sink = format.sink(work, job.target, job.source)
-        records = []
-        for encoded in job.encoded():
-            sink.add(encoded.arrays, encoded.metadata)
-            records.append(encoded.record)
-            del encoded
-        changes = job.encoder.config(records)
-        finished = sink.close(final_config(job.source.config, changes, records))
-        if format.suffix:
-            refuse_existing(path, overwrite, file=True)
-            os.replace(finished, path)
-        else:
-            install(work, path, overwrite)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return records, 0
+    """A container of its own: all of it in one go."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _check_space(path, job.estimate())
+    return into_sink(job.format, path, job.target, job.source, job.encoder, job.encoded(), overwrite), 0
 
 
 def _check_space(path: Path, needed: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,10 +14,10 @@ import numpy as np
 
 from awq_jax.config import AwqConfig
 from awq_jax.convert import pipeline, registry
-from awq_jax.convert.format import Encoder, Record, Target
-from awq_jax.convert.shards import ShardWriter, atomic_directory, refuse_existing, write_json
+from awq_jax.convert.format import Encoder, Format, Record, Target
+from awq_jax.convert.shards import ShardWriter, atomic_directory, install, refuse_existing, write_json
 from awq_jax.convert.source import COMPANIONS, Source
-from awq_jax.errors import CheckpointError, FormatError
+from awq_jax.errors import CheckpointError, ConfigError, FormatError
 from awq_jax.qtensor import QuantizedTensor
 
 Tensors = Iterable[tuple[str, np.ndarray | QuantizedTensor]]
@@ -54,19 +55,19 @@ def write_checkpoint(
     overwrite: bool = False,
     allow_lossy: bool = False,
 ) -> list[Record]:
-    """Write a checkpoint directory: all of it or nothing.
+    """Write a checkpoint: all of it or nothing.
 
     The files are written to a hidden sibling of ``dst`` which is renamed at the end. Memory: one shard.
 
     Args:
-      dst: directory to create.
+      dst: directory to create (for GGUF: a file that ends in ``.gguf``).
       tensors: Hugging Face names and tensors in PyTorch's orientation. A packed weight that is one
         matrix may have any ``axes``; it is stored as ``[out, in]``.
       config: the source's ``config.json``; its quantization and dtype entries are replaced.
       format: a name in `awq_jax.convert.registry.FORMATS`.
       settings: the quantizer's; recorded by ``"awq-jax"``.
       tokenizer: saved with ``save_pretrained`` if ``extra`` brings no tokenizer files.
-      extra: its tokenizer files and generation config are copied.
+      extra: its tokenizer files and generation config are copied (GGUF: its tokenizer goes into the file).
       max_shard_bytes: bound on the tensor bytes of one file.
       overwrite: replace ``dst`` if it is empty or a checkpoint.
       allow_lossy: store weights the format cannot hold exactly as near as it can.
@@ -81,8 +82,13 @@ def write_checkpoint(
     target = Target(config=config, settings=settings)
     encoder = encoder_of(format, target)
     path = Path(os.path.abspath(Path(dst).expanduser()))
-    refuse_existing(path, overwrite)
+    check_target(path, registry.get(format), overwrite)
     refuse_source(path, extra)
+    if registry.get(format).sink is not None:
+        if extra is None:
+            raise FormatError(f"{format} is made from a checkpoint's own files (its tokenizer): pass it as extra")
+        encoded = (pipeline.encode(encoder, name, value, target, allow_lossy) for name, value in tensors)
+        return into_sink(registry.get(format), path, target, extra, encoder, encoded, overwrite)
     records = []
     with atomic_directory(path, overwrite) as directory:
         writer = ShardWriter(directory, max_shard_bytes)
@@ -95,6 +101,55 @@ def write_checkpoint(
         write_json(directory / "config.json", final_config(config, encoder.config(records), records))
         copy_companions(directory, tokenizer, extra)
     return records
+
+
+def into_sink(
+    format: Format,
+    path: Path,
+    target: Target,
+    source: Source,
+    encoder: Encoder,
+    encoded: Iterable[pipeline.Encoded],
+    overwrite: bool,
+) -> list[Record]:
+    """Write a container of its own beside ``path``, and rename it.
+
+    Raises:
+      CheckpointError: if the disk refuses.
+    """
+    assert format.sink is not None
+    work = path.parent / f".{path.name}.partial-{os.getpid()}-{secrets.token_hex(4)}"
+    try:
+        work.mkdir(parents=True)
+        sink = format.sink(work, target, source)
+        records = []
+        for one in encoded:
+            sink.add(one.arrays, one.metadata)
+            records.append(one.record)
+            del one
+        finished = sink.close(final_config(target.config, encoder.config(records), records))
+        if format.suffix:
+            refuse_existing(path, overwrite, file=True)
+            os.replace(finished, path)
+        else:
+            install(work, path, overwrite)
+    except OSError as e:
+        raise CheckpointError(f"cannot write {path}: {e}") from e
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return records
+
+
+def check_target(path: Path, format: Format, overwrite: bool) -> None:
+    """Refuse a target that cannot become a checkpoint of this format.
+
+    Raises:
+      ConfigError: if the format is a single file and ``path`` is not called like one.
+      CheckpointError: if it exists and may not be replaced.
+    """
+    if not path.name.endswith(format.suffix):
+        raise ConfigError(f"{format.name} is a single file; give a target like {path}{format.suffix}")
+    refuse_existing(path, overwrite, file=bool(format.suffix))
 
 
 def encoder_of(format: str, target: Target) -> Encoder:

@@ -158,7 +158,7 @@ def test_quantize_json_with_overrides_and_a_format_that_holds_them(checkpoint, t
     )  # fmt: skip
     assert code == 0, err
     got = json.loads(out)
-    assert got["format"] == "awq-jax"
+    assert got["format"] == "compressed-tensors"
     assert list(got["seconds"]) == ["text", "load", "calibrate", "search", "round", "save"]
     assert got["seconds"]["calibrate"] > got["seconds"]["search"]  # nothing is searched when rounding to nearest
     bits = {r["path"].split("/")[-2]: (r["bits"], r["symmetric"]) for r in got["layers"]}

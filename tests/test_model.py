@@ -83,7 +83,7 @@ def test_quantized_save_and_load_are_bit_identical(quantized, tmp_path, format):
 def test_auto_falls_back_to_what_can_hold_three_bits(checkpoint, tmp_path):
     model = awq_jax.load(checkpoint[0])
     model.quantize(TOKENS, seq_len=12, bits=3, group_size=32, method="rtn", progress=False)
-    assert model.save(tmp_path / "q") == "awq-jax"
+    assert model.save(tmp_path / "q") == "compressed-tensors"
     np.testing.assert_array_equal(awq_jax.load(tmp_path / "q")(TOKENS), model(TOKENS))
     with pytest.raises(errors.FormatError, match=r"has 3 bits"):
         model.save(tmp_path / "gemm", format="gemm")

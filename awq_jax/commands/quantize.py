@@ -66,9 +66,10 @@ def add(subparsers: Any) -> None:
                    help="sequences per forward pass (default: about 2048 tokens)")  # fmt: skip
     c.add_argument("--seed", type=int, default=0, help="picks the excerpts (default: %(default)s)")
     o = p.add_argument_group("checkpoint")
-    o.add_argument("--format", default="auto", choices=("auto", "gemm", "awq-jax"),
-                   help="gemm: AutoAWQ's layout (vLLM, transformers); awq-jax: holds every setting; auto: gemm if it "
-                   "can hold the result (default: %(default)s)")  # fmt: skip
+    o.add_argument("--format", default="auto", choices=("auto", "gemm", "compressed-tensors", "awq-jax"),
+                   help="gemm: AutoAWQ's layout (vLLM, transformers); compressed-tensors: vLLM and transformers too, 2 "
+                   "to 8 bits; awq-jax: holds every setting; auto: the first that can hold the result (default: "
+                   "%(default)s; others: awq-jax convert)")  # fmt: skip
     o.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
     o.add_argument("--report", type=Path, metavar="FILE", help="write a report, .html or .json")
     common.add_dtype(o)
@@ -142,7 +143,7 @@ def settings(args: argparse.Namespace) -> AwqConfig:
         method=args.method,
         clip=not args.no_clip,
         # A scale beside the weight fits in no other runtime's checkpoint.
-        explicit_scale=args.format == "awq-jax" or not gemm,
+        explicit_scale=args.format == "awq-jax" or (args.format == "auto" and not gemm),
         quantize_head=args.quantize_head,
         on_indivisible=args.on_indivisible,
         skip=tuple(args.skip),
