@@ -68,7 +68,7 @@ def pair(case, tmp_path_factory):
 @pytest.fixture(autouse=True, scope="module")
 def _quick_compilation():
     """Each tiny model is compiled a few times and hardly run."""
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
