@@ -75,9 +75,10 @@ BAICHUAN = {k: v for k, v in LLAMA.items() if k not in ("num_key_value_heads", "
 QWEN = {k: LLAMA[k] for k in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")}
 QWEN |= {"intermediate_size": 96, "kv_channels": 12, "rotary_emb_base": 500.0, "layer_norm_epsilon": 1e-6}
 QWEN |= {"max_position_embeddings": 64, "seq_length": 32, "use_dynamic_ntk": True, "use_logn_attn": True}
-MUP = TIED | {"scale_emb": 3.0, "scale_depth": 1.4, "dim_model_base": 16}
+MUP = TIED | {"scale_emb": 3.0, "scale_depth": 0.7, "dim_model_base": 16}
 EXAONE = {k: v for k, v in LLAMA.items() if k != "num_hidden_layers"} | TIED
 EXAONE |= {"num_layers": 2, "activation_function": "silu", "layer_norm_epsilon": 1e-5}
+REFINED = {"vocab_size": 64, "hidden_size": 32, "n_head": 4, "n_layer": 2, "parallel_attn": True, "bias": False}
 
 CASES = (
     Case("llama", "llama"),
@@ -166,10 +167,12 @@ CASES = (
     Case("minicpm", "minicpm", MUP),
     Case("qwen", "qwen", QWEN),
     Case("exaone", "exaone", EXAONE),
+    Case("refined_web", "RefinedWeb", REFINED | {"n_head_kv": 2}, PLAIN_MLP),
+    Case("refined_web-7b", "RefinedWebModel", REFINED | {"multi_query": True}, PLAIN_MLP),
 )
 
 # Whose configs have other keys than Llama's.
-SHARED_SIZES = {"gpt2", "gptj", "bloom", "falcon", "opt", "mpt", "gpt_bigcode", "baichuan", "qwen", "exaone"}
+SHARED_SIZES = {"gpt2", "gptj", "bloom", "falcon", "opt", "mpt", "gpt_bigcode", "baichuan", "qwen", "exaone", "RefinedWeb", "RefinedWebModel"}
 
 
 def config_of(case: Case) -> dict[str, Any]:

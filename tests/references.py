@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import math
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+import transformers
 
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
 
@@ -247,7 +248,39 @@ class Exaone(Llama):
     TIED = True
 
 
-MODELS = {
+class RefinedWeb:
+    """Falcon under its first name: transformers' model, with the config keys of then."""
+
+    def __init__(self, config: dict[str, Any]):
+        self.config = config
+        settings = transformers.FalconConfig(
+            vocab_size=config["vocab_size"],
+            hidden_size=config["hidden_size"],
+            num_attention_heads=config["n_head"],
+            num_hidden_layers=config["n_layer"],
+            num_kv_heads=config.get("n_head_kv"),
+            multi_query=config.get("multi_query", True),
+            new_decoder_architecture=config["model_type"] == "RefinedWeb",
+            initializer_range=0.3,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+        torch.manual_seed(0)
+        self.model = transformers.FalconForCausalLM(settings).eval()
+        with torch.no_grad():
+            for p in self.model.parameters():
+                if p.ndim == 1:
+                    p += 0.2 * torch.randn_like(p)
+
+    def __call__(self, tokens: torch.Tensor, attention_mask: torch.Tensor | None = None) -> Any:
+        return self.model(tokens, attention_mask=attention_mask)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        self.model.save_pretrained(directory)
+        Path(directory, "config.json").write_text(json.dumps(self.config))
+
+
+MODELS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "Yi": Yi,
     "aquila": Llama,
     "baichuan": Baichuan,
@@ -255,10 +288,12 @@ MODELS = {
     "minicpm": MiniCPM,
     "qwen": Qwen,
     "exaone": Exaone,
+    "RefinedWeb": RefinedWeb,
+    "RefinedWebModel": RefinedWeb,
 }
 
 
-def random(family: str, config: dict[str, Any]) -> Llama:
+def random(family: str, config: dict[str, Any]) -> Any:
     """A model with random weights, for a ``config.json`` without ``model_type``."""
     kind = Baichuan13B if family == "baichuan" and "max_position_embeddings" not in config else MODELS[family]
     return kind(config | {"model_type": family})
