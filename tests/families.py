@@ -172,7 +172,8 @@ CASES = (
 )
 
 # Whose configs have other keys than Llama's.
-SHARED_SIZES = {"gpt2", "gptj", "bloom", "falcon", "opt", "mpt", "gpt_bigcode", "baichuan", "qwen", "exaone", "RefinedWeb", "RefinedWebModel"}
+SHARED_SIZES = {"gpt2", "gptj", "bloom", "falcon", "opt", "mpt", "gpt_bigcode", "baichuan", "qwen", "exaone"}
+SHARED_SIZES |= {"RefinedWeb", "RefinedWebModel"}
 
 
 def config_of(case: Case) -> dict[str, Any]:
