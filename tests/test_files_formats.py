@@ -450,8 +450,8 @@ def test_what_cannot_be_opened(tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text(bad)
         with pytest.raises(CheckpointError, match=r"config\.json"):
             registry.open_source(tmp_path)
-    with pytest.raises(FormatError, match="gemm, awq-jax, float"):
-        writing.write_checkpoint(tmp_path / "x", [], CONFIG, "gemv")
+    with pytest.raises(FormatError, match=r"must be one of .*gemm, .*awq-jax, .*float; got 'gemx'"):
+        writing.write_checkpoint(tmp_path / "x", [], CONFIG, "gemx")
 
 
 def test_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
