@@ -156,7 +156,7 @@ CASES = (
     Case("olmo3", "olmo3", {"sliding_window": 5, "layer_types": TYPES, "rope_scaling": YARN}, GATED_POST_NORM),
     Case("ministral", "ministral", {"sliding_window": 5, "layer_types": TYPES, "head_dim": 16}),
     Case("ministral3", "ministral3", {"head_dim": 16, "rope_parameters": GROWTH}),
-    Case("internlm3", "internlm3", {"head_dim": 16, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}),
+    Case("internlm3", "internlm3", {"head_dim": 16, "attention_bias": True, "mlp_bias": True}),
     Case("helium", "helium", {"head_dim": 8}),
     Case("nemotron", "nemotron", {}, PLAIN_MLP),
     Case("yi", "Yi", {"rope_theta": 1000.0}),

@@ -33,6 +33,7 @@ QWEN = LLAMA | {"model_type": "qwen", "kv_channels": 8, "seq_length": 16}
         (LLAMA | {"model_type": "minicpm", "num_experts": 8}, "num_experts"),
         (LLAMA | {"model_type": "minicpm", "sparse_config": {"topk": 64}}, "sparse_config"),
         (QWEN | {"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm"),
+        (QWEN | {"visual": {"layers": 48}}, "visual"),
     ],
 )
 def test_what_would_change_the_result_is_refused(hf, culprit):
@@ -106,6 +107,14 @@ def test_alibi_of_another_steepness(heads, steepness):
         np.testing.assert_allclose(references.slopes(heads), slopes, rtol=1e-12)
     hf = MPT | {"attn_config": {"alibi_bias_max": steepness}}
     assert models.config_from_hf(hf).layers[0].attention.alibi_max == steepness
+
+
+def test_internlm3_has_two_spellings_of_its_biases():
+    hf = LLAMA | {"model_type": "internlm3"}
+    published = models.config_from_hf(hf | {"qkv_bias": True, "bias": False})
+    layer = published.layers[0]
+    assert (layer.attention.qkv_bias, layer.attention.o_bias, layer.mlp.bias) == (True, False, False)
+    assert published == models.config_from_hf(hf | {"attention_bias": True, "mlp_bias": False})
 
 
 def test_queries_grow_with_their_position():

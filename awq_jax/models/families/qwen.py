@@ -35,10 +35,11 @@ def config(hf: Mapping[str, Any]) -> ModelConfig:
     not supported: with either of them ``max_length`` is ``seq_length``, where they begin to matter.
 
     Raises:
-      UnsupportedModelError: for a residual stream that starts behind the norm.
+      UnsupportedModelError: for a residual stream that starts behind the norm, and for Qwen-VL and Qwen-Audio.
     """
-    if hf.get("apply_residual_connection_post_layernorm", False):
-        raise UnsupportedModelError("qwen with apply_residual_connection_post_layernorm")
+    for key in ("apply_residual_connection_post_layernorm", "visual", "audio"):
+        if hf.get(key):
+            raise UnsupportedModelError(f"qwen with {key}: only the language models are supported")
     longest = get(hf, "max_position_embeddings", 8192)
     if hf.get("use_dynamic_ntk", True) or hf.get("use_logn_attn", True):
         longest = hf.get("seq_length", 2048)
