@@ -79,7 +79,6 @@ MUP = TIED | {"scale_emb": 3.0, "scale_depth": 0.7, "dim_model_base": 16}
 EXAONE = {k: v for k, v in LLAMA.items() if k != "num_hidden_layers"} | TIED
 EXAONE |= {"num_layers": 2, "activation_function": "silu", "layer_norm_epsilon": 1e-5}
 REFINED = {"vocab_size": 64, "hidden_size": 32, "n_head": 4, "n_layer": 2, "parallel_attn": True, "bias": False}
-REFINED = {"vocab_size": 64, "hidden_size": 32, "n_head": 4, "n_layer": 2, "parallel_attn": True, "bias": False}
 
 CASES = (
     Case("llama", "llama"),
@@ -170,12 +169,10 @@ CASES = (
     Case("exaone", "exaone", EXAONE),
     Case("refined_web", "RefinedWeb", REFINED | {"n_head_kv": 2}, PLAIN_MLP),
     Case("refined_web-7b", "RefinedWebModel", REFINED | {"multi_query": True}, PLAIN_MLP),
-    Case("refined_web", "RefinedWeb", REFINED | {"n_head_kv": 2}, PLAIN_MLP),
-    Case("refined_web-7b", "RefinedWebModel", REFINED | {"multi_query": True}, PLAIN_MLP),
 )
 
 # Whose configs have other keys than Llama's.
-SHARED_SIZES = {"gpt2", "gptj", "bloom", "falcon", "opt", "mpt", "gpt_bigcode", "baichuan", "qwen", "exaone", "RefinedWeb", "RefinedWebModel"}
+SHARED_SIZES = {"gpt2", "gptj", "bloom", "falcon", "opt", "mpt", "gpt_bigcode", "baichuan", "qwen", "exaone"}
 SHARED_SIZES |= {"RefinedWeb", "RefinedWebModel"}
 
 
