@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import ml_dtypes
 import numpy as np
 
+from awq_jax import pack
 from awq_jax.convert import codes, linear
 from awq_jax.convert.format import Encoder, Record, Target
 from awq_jax.errors import FormatError
 from awq_jax.qtensor import QuantizedTensor
 
+CHUNK = 1 << 20  # weights compared at a time
 LIMIT = 0.5  # steps; what is further away is another quantization, not a rounding of this one
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
@@ -100,12 +103,70 @@ def steps(name: str, q: QuantizedTensor, fitted: QuantizedTensor) -> float:
     """
     if q.shape != fitted.shape:
         raise FormatError(f"{name}: shape {q.shape} became {fitted.shape}")
+    if not (_equal(q.perm, fitted.perm) and _equal(q.inv_scale, fitted.inv_scale)):
+        return max(_ratio(*pair) for pair in _whole(q, fitted))
+    if q.qweight is fitted.qweight and q.bits == fitted.bits:
+        shift = _constant_shift(q, fitted)
+        if shift is not None:
+            return shift
+    return max(_ratio(*block) for block in _blocks(q, fitted))
+
+
+def _equal(a: np.ndarray | None, b: np.ndarray | None) -> bool:
+    return a is b or (a is not None and b is not None and np.array_equal(a, b))
+
+
+def _constant_shift(q: QuantizedTensor, fitted: QuantizedTensor) -> float | None:
+    """The largest shift if codes and scales are the same, so that whole groups move alike; else None."""
+    fine = math.gcd(q.group_size, fitted.group_size)
+    (scale, offset), (other, moved) = (
+        tuple(np.repeat(a, p.group_size // fine, axis=0) for a in _scale_and_offset(p)) for p in (q, fitted)
+    )
+    rows = min(scale.shape[0], other.shape[0])
+    if not np.array_equal(scale[:rows], other[:rows]):
+        return None
+    return _ratio(offset[:rows], moved[:rows], np.abs(scale[:rows]))
+
+
+def _scale_and_offset(q: QuantizedTensor) -> tuple[np.ndarray, np.ndarray]:
+    """``w = code * scale + offset``, both float64 ``[groups, N]``."""
+    scale = np.asarray(q.scales, np.float64)
+    if q.offsets is not None:
+        return scale, np.asarray(q.offsets, np.float64)
+    return scale, -(2.0 ** (q.bits - 1) if q.zeros is None else np.asarray(q.zeros, np.float64)) * scale
+
+
+Triple = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def _blocks(q: QuantizedTensor, fitted: QuantizedTensor) -> Iterator[Triple]:
+    """``(weight, fitted weight, step)`` some rows at a time, in packed order and without ``inv_scale``."""
+    unit = math.lcm(32, q.group_size, fitted.group_size)  # rows after which words and groups begin anew in both
+    rows = unit * max(1, CHUNK // max(1, unit * q.n))
+    for start in range(0, q.k, rows):
+        a, b = (_rows(p, start, min(start + rows, q.k)) for p in (q, fitted))
+        step = np.repeat(np.abs(np.asarray(a.scales, np.float64)), a.group_size, axis=0)[: a.k]
+        yield codes.dequantize(a, np.float64), codes.dequantize(b, np.float64), step
+
+
+def _rows(q: QuantizedTensor, start: int, stop: int) -> QuantizedTensor:
+    """Packed rows ``start … stop - 1``, without ``perm`` and ``inv_scale``."""
+    groups = slice(start // q.group_size, -(-stop // q.group_size))
+    words = slice(start * q.bits // 32, pack.words(groups.stop * q.group_size, q.bits))
+    parts = {part: a[groups] for part in ("scales", "zeros", "offsets") if (a := getattr(q, part)) is not None}
+    return dataclasses.replace(
+        q, qweight=q.qweight[words], k_dims=(stop - start,), perm=None, inv_scale=None, axes="kn", **parts
+    )
+
+
+def _whole(q: QuantizedTensor, fitted: QuantizedTensor) -> Iterator[Triple]:
+    """As `_blocks` for weights whose rows lie in different orders: all at once."""
     step = np.repeat(np.abs(np.asarray(q.scales, np.float64)), q.group_size, axis=0)[: q.k]
     if q.perm is not None:
         step[np.asarray(q.perm)] = step.copy()
     if q.inv_scale is not None:
         step = step * np.asarray(q.inv_scale, np.float64)[:, None]
-    return _ratio(codes.dequantize(q, np.float64), codes.dequantize(fitted, np.float64), step)
+    yield codes.dequantize(q, np.float64), codes.dequantize(fitted, np.float64), step
 
 
 def _dequantized(
@@ -147,10 +208,14 @@ def _ratio(a: np.ndarray, b: np.ndarray, step: np.ndarray) -> float:
 
 
 def _relative(a: np.ndarray, b: np.ndarray) -> float:
-    if a.dtype == b.dtype:
+    if a.dtype == b.dtype or not a.size:
         return 0.0
-    scale = float(np.abs(a.astype(np.float64)).max(initial=0.0))
-    return float(np.abs(a.astype(np.float64) - b.astype(np.float64)).max(initial=0.0) / scale) if scale else 0.0
+    largest = difference = 0.0
+    rows = max(1, CHUNK // max(1, math.prod(a.shape[1:])))
+    for start in range(0, len(a) if a.ndim else 1, rows):
+        x, y = (np.asarray(v[start : start + rows] if v.ndim else v, np.float64) for v in (a, b))
+        largest, difference = max(largest, float(np.abs(x).max())), max(difference, float(np.abs(x - y).max()))
+    return difference / largest if largest else 0.0
 
 
 def _sized(record: Record, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> Encoded:

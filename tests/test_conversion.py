@@ -309,3 +309,44 @@ def test_the_table_of_losses_is_what_is_known() -> None:
     assert table["gemm"]["gemm"] == 0
     grid = losses.grid(table)
     assert len({len(row) for row in grid}) == 1
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("change", ["offsets", "scales", "codes", "groups", "order"])
+def test_the_shortcuts_of_the_measure_agree_with_the_definition(
+    bits: int, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import dataclasses
+
+    rng = np.random.default_rng(bits)
+    monkeypatch.setattr(pipeline, "CHUNK", 5000)  # several blocks
+    q = losses.example(Example(bits=bits, group_size=64))
+    f = q
+    zeros, scales = np.asarray(q.zeros, np.float64), np.asarray(q.scales, np.float64)
+    if change == "offsets":
+        f = dataclasses.replace(q, zeros=None, offsets=(-zeros * scales).astype(np.float16))
+    if change == "scales":
+        f = dataclasses.replace(q, scales=(scales * rng.uniform(0.99, 1.01, scales.shape)).astype(np.float32))
+    if change == "codes":
+        c = codes.codes_of(q)
+        c[300, 7] ^= 1
+        f = dataclasses.replace(q, qweight=codes.pack(c, bits))
+    if change == "groups":
+        f = dataclasses.replace(
+            q, group_size=32, scales=np.repeat(q.scales, 2, 0), zeros=None,
+            offsets=np.repeat(-zeros * scales + 1e-4, 2, 0).astype(np.float32),
+        )  # fmt: skip
+    if change == "order":
+        perm = rng.permutation(q.k).astype(np.int32)
+        grouped = dataclasses.replace(
+            q, group_size=1, scales=np.repeat(q.scales, 64, 0), zeros=np.repeat(q.zeros, 64, 0)
+        )
+        f = dataclasses.replace(
+            grouped, perm=perm, qweight=codes.pack(codes.codes_of(q)[perm], bits), scales=grouped.scales[perm] * 1.0,
+            zeros=grouped.zeros[perm],
+        )  # fmt: skip
+    step = np.repeat(scales, 64, axis=0)
+    want = (np.abs(codes.dequantize(q, np.float64) - codes.dequantize(f, np.float64)) / step).max()
+    got = pipeline.steps("w.weight", q, f)
+    assert got == pytest.approx(want, rel=1e-9, abs=1e-12)
+    assert (want == 0) == (change == "order")
