@@ -87,8 +87,7 @@ def zarr_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     import tensorstore
 
     out = {}
-    for keys in json.loads((path / "params" / "_METADATA").read_text())["tree_metadata"].values():
-        name = ".".join(key["key"] for key in keys["key_metadata"])
+    for name in sorted(p.parent.name for p in (path / "params").glob("*/.zarray")):
         store = {"driver": "file", "path": str(path / "params" / name)}
         spec = {"driver": "zarr", "kvstore": store, "fill_missing_data_reads": False}
         out[name] = np.asarray(tensorstore.open(spec).result().read().result())
@@ -192,7 +191,7 @@ def compressed_tensors(parts: Tensors, quant: Any, module: str) -> tuple[np.ndar
         return None, ()
     groups = list(quant["config_groups"].values())
     group = groups[0] if len(groups) == 1 else next(g for g in groups if module in g["targets"])
-    bits = group["weights"]["num_bits"]
+    bits = group["weights"].get("num_bits", 8)
     n, k = (int(d) for d in parts["weight_shape"])
     middle = 1 << (bits - 1)
     q = fields(parts["weight_packed"], bits, k, 1) - middle
