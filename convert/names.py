@@ -40,14 +40,20 @@ class Names:
     aliases: tuple[tuple[str, str], ...] = ()
     linear_out_in: bool = True
     ignored: str = ""
+    packed: tuple[tuple[str, str], ...] = ()
 
-    def of(self, path: str) -> str:
-        """The tensor name of a parameter path; with ``{e}`` left in it where each expert has its own."""
+    def of(self, path: str, packed: bool = False) -> str:
+        """The tensor name of a parameter path; with ``{e}`` left in it where each expert has its own.
+
+        Args:
+          path: in the decoder's state.
+          packed: its module holds packed weights.
+        """
         *modules, leaf = path.split("/")
         inside = modules[0] == "layers"
         prefix = f"{self._top('layers')}.{modules[1]}." if inside else ""
         module = ".".join(modules[2:] if inside else modules)
-        table = dict(self.entries)
+        table = dict(self.entries) | dict(self.packed if packed else ())
         whole = f"{module}.{leaf}" if module else leaf
         if whole in table:
             return prefix + table[whole]
@@ -94,7 +100,14 @@ LLAMA = Names()
 
 
 def names(
-    entries: dict[str, str], *, aliases: dict[str, str] | None = None, linear_out_in: bool = True, ignored: str = ""
+    entries: dict[str, str],
+    *,
+    aliases: dict[str, str] | None = None,
+    packed: dict[str, str] | None = None,
+    linear_out_in: bool = True,
+    ignored: str = "",
 ) -> Names:
     """`Names` from dictionaries."""
-    return Names(tuple(entries.items()), tuple((aliases or {}).items()), linear_out_in, ignored)
+    pairs = (tuple((d or {}).items()) for d in (entries, aliases, packed))
+    entries_, aliases_, packed_ = pairs
+    return Names(entries_, aliases_, linear_out_in, ignored, packed_)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -27,6 +28,27 @@ class Tensors(Protocol):
     def read(self, name: str) -> np.ndarray | QuantizedTensor: ...
 
 
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Columns of a tensor: part ``index`` of ``count``, interleaved or side by side."""
+
+    index: int
+    count: int
+    interleaved: bool
+
+    def of(self, whole: jax.Array) -> jax.Array:
+        """This part of ``whole [..., N]``."""
+        if self.interleaved:
+            return whole[..., self.index :: self.count]
+        return jnp.split(whole, self.count, axis=-1)[self.index]
+
+    def join(self, parts: Sequence[jax.Array]) -> jax.Array:
+        """The tensor that all ``parts`` together are."""
+        if self.interleaved:
+            return jnp.stack(parts, axis=-1).reshape(*parts[0].shape[:-1], -1)
+        return jnp.concatenate(parts, axis=-1)
+
+
 class Stored(NamedTuple):
     """How a checkpoint holds a parameter.
 
@@ -35,12 +57,14 @@ class Stored(NamedTuple):
       shape: of each as stored.
       transpose: the last two axes are the other way round there.
       stacked: our parameter has an axis for the experts in front.
+      part: which of its columns are our parameter; None for all.
     """
 
     names: list[str]
     shape: tuple[int, ...]
     transpose: bool
     stacked: bool
+    part: Part | None = None
 
 
 def abstract(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
@@ -64,8 +88,11 @@ def load(source: Tensors, config: ModelConfig, state: nnx.State, dtype: str | No
       WeightError: a tensor is missing, unexpected, not floating point, or holds NaN or inf.
       ShapeError: a tensor's shape is not what the config implies.
     """
-    wanted = {path: stored(config.names, path, tuple(leaf.shape)) for path, leaf in paths.flatten(state).items()}
-    found = _match(source.names(), wanted, config)
+    there = set(source.names())
+    wanted = {
+        path: _present(config.names, path, tuple(leaf.shape), there) for path, leaf in paths.flatten(state).items()
+    }
+    found = _match(there, wanted, config)
     leaves: dict[str, jax.Array | QuantizedTensor] = {}
     for path in sorted(wanted, key=lambda p: p != "embed_tokens/embedding"):  # first, as it decides the dtype
         parts = []
@@ -81,32 +108,60 @@ def load(source: Tensors, config: ModelConfig, state: nnx.State, dtype: str | No
 
 def tensors(state: nnx.State, config: ModelConfig) -> Iterator[tuple[str, np.ndarray | QuantizedTensor]]:
     """The state as Hugging Face names and tensors, one at a time; packed ones in PyTorch's orientation."""
-    for path, leaf in paths.flatten(state).items():
-        how = stored(config.names, path, tuple(leaf.shape))
+    flat = paths.flatten(state)
+    packed = {_parent(path) for path, leaf in flat.items() if isinstance(leaf, QuantizedTensor)}
+    incomplete: dict[str, dict[int, jax.Array]] = {}
+    for path, leaf in flat.items():
+        how = stored(config.names, path, tuple(leaf.shape), _parent(path) in packed)
         leaf = by_expert(leaf) if how.stacked else leaf
         for e, name in enumerate(how.names):
             one = jax.tree.map(lambda a, e=e: a[e], leaf) if how.stacked else leaf
             if isinstance(one, QuantizedTensor):
                 axes = one.live_axes
                 yield name, dataclasses.replace(one, axes="nk" if axes == "kn" else axes)
-            else:
-                yield name, np.asarray(jnp.swapaxes(one, -1, -2) if how.transpose else one)
+                continue
+            if how.part is not None:
+                parts = incomplete.setdefault(name, {})
+                parts[how.part.index] = one
+                if len(parts) < how.part.count:
+                    continue
+                one = how.part.join([parts[i] for i in range(how.part.count)])
+                del incomplete[name]
+            yield name, np.asarray(jnp.swapaxes(one, -1, -2) if how.transpose else one)
 
 
-def stored(names: Names, path: str, shape: tuple[int, ...]) -> Stored:
-    """How a checkpoint holds the parameter at ``path`` of ``shape``."""
-    name = names.of(path)
+def _parent(path: str) -> str:
+    """The module around a linear: experts that lie in one tensor have it in common."""
+    return path.rsplit("/", 2)[0]
+
+
+def stored(names: Names, path: str, shape: tuple[int, ...], packed: bool = False) -> Stored:
+    """How a checkpoint holds the parameter at ``path`` of ``shape``; ``packed``: see `Names.of`."""
+    name = names.of(path, packed)
+    part = None
+    if match := re.fullmatch(r"(.*)\[(\d+)(::|/)(\d+)\]", name):
+        name, part = match[1], Part(int(match[2]), int(match[4]), match[3] == "::")
     transpose = names.transposed(path, name)
     stacked = "{e}" in name
     inner = shape[1:] if stacked else shape
+    if part is not None:
+        inner = (*inner[:-1], inner[-1] * part.count)
     if transpose:
         inner = (*inner[:-2], inner[-1], inner[-2])
-    return Stored([name.format(e=e) for e in range(shape[0])] if stacked else [name], inner, transpose, stacked)
+    return Stored([name.format(e=e) for e in range(shape[0])] if stacked else [name], inner, transpose, stacked, part)
 
 
-def _match(available: list[str], wanted: dict[str, Stored], config: ModelConfig) -> dict[str, str]:
+def _present(names: Names, path: str, shape: tuple[int, ...], there: Collection[str]) -> Stored:
+    """How a checkpoint with the tensors ``there`` holds a parameter."""
+    if names.packed:
+        packed = stored(names, path, shape, packed=True)
+        if any(n in there for n in names.spellings(packed.names[0])):
+            return packed
+    return stored(names, path, shape)
+
+
+def _match(there: set[str], wanted: dict[str, Stored], config: ModelConfig) -> dict[str, str]:
     """Tensor name -> the name it has in this checkpoint; complains about whatever does not pair up."""
-    there = set(available)
     found: dict[str, str] = {}
     missing = []
     for name in (n for how in wanted.values() for n in how.names):
@@ -117,7 +172,7 @@ def _match(available: list[str], wanted: dict[str, Stored], config: ModelConfig)
             found[name] = spelled
     head = config.names.of("lm_head/kernel")
     known = {*found.values(), *(config.names.spellings(head) if config.tied else ())}
-    unexpected = [n for n in available if n not in known and not config.names.drops(n)]
+    unexpected = [n for n in sorted(there) if n not in known and not config.names.drops(n)]
     if unexpected:
         raise WeightError(
             f"the checkpoint holds {_some(unexpected)}, which a {config.family} model with this config.json does not "
@@ -143,7 +198,8 @@ def _one(value: np.ndarray | QuantizedTensor, name: str, how: Stored, dtype: str
     array = jnp.asarray(value).astype(dtype)
     if not bool(jnp.isfinite(array).all()):
         raise WeightError(f"{name} holds NaN or inf as {dtype}; re-download it, or load with dtype='float32'")
-    return jnp.swapaxes(array, -1, -2) if how.transpose else array
+    array = jnp.swapaxes(array, -1, -2) if how.transpose else array
+    return array if how.part is None else how.part.of(array)
 
 
 def _packed(value: QuantizedTensor, name: str, how: Stored, dtype: str) -> QuantizedTensor:
