@@ -52,6 +52,13 @@ _FORMATS = (
 )
 FORMATS: Mapping[str, Format] = {f.name: f for f in _FORMATS}
 
+REMEDIES = {
+    "mxfp4": ". Make it float with transformers: AutoModelForCausalLM.from_pretrained(SRC, "
+    "quantization_config=Mxfp4Config(dequantize=True)).save_pretrained(DST)",
+    "fp8": ". Make it float with transformers: AutoModelForCausalLM.from_pretrained(SRC, "
+    "quantization_config=FineGrainedFP8Config(dequantize=True)).save_pretrained(DST)",
+}
+
 
 def get(name: str) -> Format:
     """The format of that name.
@@ -105,7 +112,7 @@ def _open_directory(directory: Path) -> Source:
     readable = ", ".join(f.name for f in FORMATS.values() if f.reader is not None)
     raise FormatError(
         f"{directory} has quant_method {str(method)[:100]!r}, which is not readable; known are {readable} and .gguf "
-        "files"
+        f"files{REMEDIES.get(str(method), '')}"
     )
 
 
