@@ -110,6 +110,20 @@ CASES = (
     ),
     Case("deepseek_v3-halves", "deepseek_v3", LATENT | GROUPS | {"rope_interleave": False, "norm_topk_prob": False}),
     Case("minicpm3", "minicpm3", LATENT | {"scale_emb": 3, "scale_depth": 0.9, "dim_model_base": 16}),
+    Case(
+        "gpt_oss",
+        "gpt_oss",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 5, "swiglu_limit": 1.5}
+        | {"rope_scaling": YARN | {"truncate": False, "beta_fast": 32.0, "beta_slow": 1.0}},
+        ("mlp/experts/down_proj/kernel",),
+    ),
+    Case(
+        "granitemoe",
+        "granitemoe",
+        {"num_local_experts": 4, "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5}
+        | {"attention_multiplier": 0.2},
+    ),
+    Case("glm4_moe", "glm4_moe", GROUPS | {"head_dim": 16, "use_qk_norm": True, "attention_bias": True}),
     Case("qwen3_next", "qwen3_next", EXPERTS | DELTA | {"layer_types": ["full_attention", "linear_attention"]}),
     Case("qwen3_next-gate", "qwen3_next", EXPERTS | DELTA | {"layer_types": ["linear_attention", "full_attention"]}),
     Case("smollm3", "smollm3", {"no_rope_layer_interval": 2}),

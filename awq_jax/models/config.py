@@ -175,6 +175,9 @@ class MLPConfig:
       gated: there is a gate.
       fused: one matrix makes the gate and then the up half.
       bias: the linears have biases.
+      limit: the halves are clipped, the gate to at most ``limit`` and up to ``[-limit, limit]``, and
+        multiplied as ``gate * sigmoid(steepness * gate) * (up + 1)``; None for the plain product.
+      steepness: see ``limit``.
     """
 
     size: int
@@ -182,6 +185,8 @@ class MLPConfig:
     gated: bool = True
     fused: bool = False
     bias: bool = False
+    limit: float | None = None
+    steepness: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)

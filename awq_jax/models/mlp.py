@@ -24,6 +24,15 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
+def gated(gate: jax.Array, up: jax.Array, config: MLPConfig) -> jax.Array:
+    """The product of the two halves."""
+    if config.limit is None:
+        return ACTIVATIONS[config.activation](gate) * up
+    gate = jnp.minimum(gate, config.limit)
+    up = jnp.clip(up, -config.limit, config.limit)
+    return gate * jax.nn.sigmoid(config.steepness * gate) * (up + 1)
+
+
 class MLP(nnx.Module):
     """``down(act(gate(x)) * up(x))``, or ``down(act(up(x)))``: see `MLPConfig`."""
 
@@ -40,11 +49,10 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """``x [..., hidden]`` to the same shape."""
-        act = ACTIVATIONS[self.config.activation]
         if not self.config.gated:
-            return self.down_proj(act(self.up_proj(x)))
+            return self.down_proj(ACTIVATIONS[self.config.activation](self.up_proj(x)))
         if self.config.fused:
             gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
         else:
             gate, up = self.gate_proj(x), self.up_proj(x)
-        return self.down_proj(act(gate) * up)
+        return self.down_proj(gated(gate, up, self.config))

@@ -16,7 +16,7 @@ from flax import nnx
 
 from awq_jax import kernels
 from awq_jax.models.config import MoEConfig
-from awq_jax.models.mlp import ACTIVATIONS, MLP
+from awq_jax.models.mlp import MLP, gated
 from awq_jax.models.routing import route
 from awq_jax.nnx import Linear
 from awq_jax.qtensor import QuantizedTensor
@@ -106,7 +106,7 @@ class ExpertMLP(nnx.Module):
             gate, up = jnp.split(self.gate_up_proj(x, pick), 2, axis=-1)
         else:
             gate, up = self.gate_proj(x, pick), self.up_proj(x, pick)
-        return ACTIVATIONS[c.activation](gate) * up
+        return gated(gate, up, c)
 
 
 class MoE(nnx.Module):

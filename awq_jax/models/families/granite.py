@@ -9,8 +9,8 @@ from awq_jax.models.config import ModelConfig
 from awq_jax.models.hf_config import base
 
 
-def config(hf: Mapping[str, Any]) -> ModelConfig:
-    """``model_type`` "granite"."""
+def granite_base(hf: Mapping[str, Any], **changes: Any) -> ModelConfig:
+    """What all Granite models share; ``changes`` as `awq_jax.models.hf_config.base` takes them."""
     bias = bool(hf.get("attention_bias", False))
     return base(
         hf,
@@ -19,4 +19,10 @@ def config(hf: Mapping[str, Any]) -> ModelConfig:
         embed_scale=float(hf.get("embedding_multiplier", 1.0)),
         residual_scale=float(hf.get("residual_multiplier", 1.0)),
         logit_scale=1 / float(hf.get("logits_scaling", 1.0)),
+        **changes,
     )
+
+
+def config(hf: Mapping[str, Any]) -> ModelConfig:
+    """``model_type`` "granite"."""
+    return granite_base(hf)

@@ -1,0 +1,29 @@
+"""GLM-4.5 and 4.6: DeepSeek-V3's experts behind grouped-query attention, half of a head rotated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from awq_jax.convert.names import names
+from awq_jax.models.config import ModelConfig, NormConfig
+from awq_jax.models.families.deepseek_v3 import NAMES, sigmoid_experts
+from awq_jax.models.hf_config import base, get, required
+from awq_jax.models.hf_moe import after_dense
+from awq_jax.models.hf_rope import rope_config
+
+
+def config(hf: Mapping[str, Any]) -> ModelConfig:
+    """``model_type`` "glm4_moe"."""
+    eps = float(get(hf, "norm_eps", 1e-5))
+    return base(
+        hf,
+        attention={
+            "qkv_bias": bool(hf.get("attention_bias", False)),
+            "norm": NormConfig(eps=eps) if hf.get("use_qk_norm", False) else None,
+        },
+        norm={"eps": eps},
+        mlps=after_dense({"first_k_dense_replace": 1} | dict(hf), sigmoid_experts(hf)),
+        ropes=rope_config(hf, fraction=0.5),
+        names=names(NAMES, ignored=rf"^model\.layers\.{required(hf, 'num_hidden_layers')}\."),
+    )

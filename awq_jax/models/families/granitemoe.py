@@ -1,0 +1,33 @@
+"""Granite MoE: Granite with experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from awq_jax.convert.names import names
+from awq_jax.models.config import ModelConfig
+from awq_jax.models.families.granite import granite_base
+from awq_jax.models.hf_config import required
+from awq_jax.models.hf_moe import moe_config
+
+NAMES = names(
+    {
+        "mlp": "block_sparse_moe",
+        "mlp.gate": "block_sparse_moe.router.layer",
+        "mlp.experts.gate_proj.kernel": "block_sparse_moe.input_linear.weight[0/2]",
+        "mlp.experts.up_proj.kernel": "block_sparse_moe.input_linear.weight[1/2]",
+        "mlp.experts.down_proj": "block_sparse_moe.output_linear",
+    },
+    packed={
+        "mlp.experts.gate_proj.kernel": "block_sparse_moe.experts.{e}.w1.weight",
+        "mlp.experts.up_proj.kernel": "block_sparse_moe.experts.{e}.w3.weight",
+        "mlp.experts.down_proj.kernel": "block_sparse_moe.experts.{e}.w2.weight",
+    },
+)
+
+
+def config(hf: Mapping[str, Any]) -> ModelConfig:
+    """``model_type`` "granitemoe"."""
+    moe = moe_config(hf, normalize=True)
+    return granite_base(hf, mlps=[moe] * required(hf, "num_hidden_layers"), names=NAMES)
