@@ -249,7 +249,7 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     if not isinstance(header, dict):
         raise CheckpointError(f"{path} has a corrupt header: a {type(header).__name__} instead of an object")
     metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) and _is_text(v) for v in metadata.values()):
         raise CheckpointError(f"{path} has a corrupt header: __metadata__ must map strings to strings")
     start = 8 + length
     entries = {name: _entry(path, name, info, start, size - start) for name, info in header.items()}
@@ -296,12 +296,22 @@ def _loads(data: bytes) -> Any:
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out = dict(pairs)
-    "".join(out).encode()  # half of a surrogate pair is no text; raises UnicodeEncodeError, a ValueError
+    if not _is_text("".join(out)):
+        raise ValueError("a name holds half of a surrogate pair")
     if len(out) != len(pairs):
         seen: set[str] = set()
         twice = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
         raise ValueError(f"the name {_short(twice)} appears twice")
     return out
+
+
+def _is_text(value: str) -> bool:
+    """Whether UTF-8 can hold it; JSON's escapes can also make what it cannot."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _short(value: Any) -> str:

@@ -134,12 +134,12 @@ def corpus(directory: Path) -> list[Seed]:
         config = llama_config(options.get("hidden", 64), options.get("ffn", 128))
         write_checkpoint(source, weights(**options).items(), config, "awq-jax")
         (source / "generation_config.json").write_text('{"eos_token_id": 1, "bos_token_id": 0}')
-        for name, format in registry.FORMATS.items():
+        for position, (name, format) in enumerate(registry.FORMATS.items()):
             if format.encoder is None or (variant == "wide" and any(s.format == name for s in seeds)):
                 continue
             path = directory / f"{name}-{number}{format.suffix}"
             with contextlib.suppress(FormatError):
-                shard = SHARD if len(seeds) % 2 else 1 << 30
+                shard = SHARD if (number + position) % 2 else 1 << 30
                 conversion.checkpoint(source, path, name, allow_lossy=True, max_shard_bytes=shard)
                 seeds.append(Seed(name, variant, _files(path), reference(path)))
     return [*seeds, _gguf(directory / "model.gguf")]
@@ -253,20 +253,26 @@ class Fuzzer:
             result = Result("refused what is sound", result.outcome + ": " + result.detail)
         return start, kind, result
 
-    def _run(self, seed: Seed, files: Files, convert: str) -> Result:
+    def model(self, number: int, seed: int = 0) -> Result:
+        """As `case`, for what ``config.json`` says of the model: loaded as it was, or refused."""
+        rng = random.Random(f"model {seed}/{number}")
+        start = next(s for s in self.seeds if s.format == "awq-jax")
+        return self._run(start, fuzz_mutations.dimensions(rng, start.files), "", load=True)
+
+    def _run(self, seed: Seed, files: Files, convert: str, load: bool = False) -> Result:
         src, out = self.sandbox / "src", self.sandbox / "out"
         for path in (src, out):
             shutil.rmtree(path, ignore_errors=True)
             path.mkdir(parents=True)
         write(src, files)
         before = _listing(src)
-        path = src / "model.gguf" if set(files) == {"model.gguf"} else src
+        path = opens(src, files)
         start = time.perf_counter()
         tracemalloc.reset_peak()
         base = tracemalloc.get_traced_memory()[0]
         try:
             with self.watch(), _time_limit():
-                got = read(path)
+                got = loaded(path) if load else read(path)
                 if convert:
                     conversion.checkpoint(path, out / "dst", convert, allow_lossy=True, workers=1)
         except AwqError as e:
@@ -291,6 +297,11 @@ class Fuzzer:
         if time.perf_counter() - start > SECONDS:
             return Result("slow", result.outcome)
         return result
+
+
+def opens(directory: Path, files: Files) -> Path:
+    """What is to be opened in a directory of these files."""
+    return directory / "model.gguf" if set(files) == {"model.gguf"} else directory
 
 
 def write(directory: Path, files: Files) -> None:
@@ -321,6 +332,21 @@ def read(path: Path) -> dict[str, np.ndarray]:
             assert info.shape == tuple(value.shape), name
         assert tuple(source.shape(name)) == tuple(value.shape), name
         out[name] = value
+    return out
+
+
+def loaded(path: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a checkpoint as the decoder has it."""
+    from awq_jax import model
+    from awq_jax.models import params
+
+    source = registry.open_source(path)
+    found = model.from_source(source, "float32")
+    out = {}
+    for name, value in params.tensors(found.params, found.config):
+        out[name] = codes.dequantize(value, np.float64).T if isinstance(value, QuantizedTensor) else value
+    if found.config.tied:  # the head is the embedding then, and a stored one is not looked at
+        out["lm_head.weight"] = source.read("lm_head.weight")
     return out
 
 

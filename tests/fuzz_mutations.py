@@ -374,8 +374,8 @@ def config_text(rng: random.Random, files: Files) -> Files:
         file: rng.choice(
             [b"\xef\xbb\xbf" + data, b"\xff\xfe" + data, data[:at], data[:at] + b"," + data[at:], b"[" * 100_000, b"[]",
              b"3", b"null", b"{}", data.replace(b"{", b'{"model_type": 1,', 1),
-             data.replace(b": ", b": 9" + b"9" * 5000, 1), data[:at] + bytes([rng.randrange(256)]) + data[at + 1 :], b"",
-             data + b"x", b'{"a":' * 5000]
+             data.replace(b": ", b": 9" + b"9" * 5000, 1), data[:at] + bytes([rng.randrange(256)]) + data[at + 1 :],
+             b"", data + b"x", b'{"a":' * 5000]
         )
     }  # fmt: skip
 
@@ -405,6 +405,23 @@ def any_json(rng: random.Random, files: Files) -> Files:
     else:
         holder[at] = copy.deepcopy(rng.choice(BAD))
     return files | {file: json.dumps(data[""]).encode("utf-8", "surrogatepass")}
+
+
+def dimensions(rng: random.Random, files: Files) -> Files:
+    """A value of ``config.json`` that describes the model."""
+    data = json.loads(files["config.json"])
+    key = rng.choice(
+        [k for k in data if k not in ("quantization_config", "quantization")] + ["head_dim", "rope_scaling"]
+    )
+    new: list[Any] = [*BAD, *SIZES]
+    if isinstance(data.get(key), int):
+        new += [data[key] * 2, data[key] // 2, data[key] + 1, str(data[key]), float(data[key]), -data[key]] * 4
+    if key == "rope_scaling":
+        new += [{"rope_type": rng.choice(["yarn", "linear", "llama3", 3]), "factor": rng.choice(BAD)}] * 20
+    data[key] = rng.choice(new)
+    if rng.random() < 0.1:
+        del data[key]
+    return files | {"config.json": json.dumps(data).encode("utf-8", "surrogatepass")}
 
 
 def harmless_beside(rng: random.Random, files: Files) -> Files:

@@ -91,8 +91,7 @@ def test_every_format_is_described_and_passes_its_check(seeds: list[fuzz.Seed], 
     for seed in seeds:
         directory = tmp_path / f"{seed.format}-{seed.variant}"
         fuzz.write(directory, seed.files)
-        path = directory / "model.gguf" if set(seed.files) == {"model.gguf"} else directory
-        code, got = found(path, "--check")
+        code, got = found(fuzz.opens(directory, seed.files), "--check")
         assert (code, got["problems"]) == (0, []), seed.format
         assert {t["name"]: tuple(t["shape"]) for t in got["tensors"]} == {n: w.shape for n, w in seed.truth.items()}
         assert got["bytes_on_disk"] >= sum(len(d) for n, d in seed.files.items() if n.endswith(".safetensors"))

@@ -34,6 +34,9 @@ SPELLINGS = {
 }
 
 
+LARGEST = {"num_hidden_layers": 4096}  # a plausible bound, before lists of that length are made
+
+
 def get(hf: Mapping[str, Any], key: str, default: Any = None) -> Any:
     """A value of the config under any of its `SPELLINGS`; ``default`` if it is absent or null."""
     for name in (key, *SPELLINGS.get(key, ())):
@@ -49,9 +52,21 @@ def required(hf: Mapping[str, Any], key: str) -> int:
       ConfigError: naming the key.
     """
     value = get(hf, key)
-    if not isinstance(value, int) or value <= 0:
-        raise ConfigError(f"config.json: {key} must be a positive integer; got {value!r}")
+    if type(value) is not int or not 0 < value <= LARGEST.get(key, 2**31):
+        raise ConfigError(f"config.json: {key} must be a positive integer; got {str(value)[:100]!r}")
     return value
+
+
+def flag(hf: Mapping[str, Any], key: str) -> bool:
+    """A switch of the config, off if it is absent or null.
+
+    Raises:
+      ConfigError: naming the key.
+    """
+    value = hf.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise ConfigError(f"config.json: {key} must be true or false; got {str(value)[:100]!r}")
+    return bool(value)
 
 
 def base(
@@ -97,7 +112,7 @@ def base(
         "hidden_size": required(hf, "hidden_size"),
         "max_length": int(length * stretch),
         "norm": dataclasses.replace(NormConfig(eps=float(get(hf, "norm_eps", 1e-6))), **(norm or {})),
-        "tied": bool(hf.get("tie_word_embeddings", False)),
+        "tied": flag(hf, "tie_word_embeddings"),
     }
     return ModelConfig(**(known | {"layers": tuple(layers)} | fields))
 
@@ -116,7 +131,8 @@ def attention_config(hf: Mapping[str, Any], **changes: Any) -> AttentionConfig:
         "head_dim": hf.get("head_dim") or size // heads,
     }
     config = AttentionConfig(**(known | changes))
-    if config.heads % config.kv_heads or config.head_dim % 2:
+    whole = all(type(v) is int and v > 0 for v in (config.heads, config.kv_heads, config.head_dim))
+    if not whole or config.heads % config.kv_heads or config.head_dim % 2:
         raise ConfigError(
             f"{config.heads} query heads over {config.kv_heads} key/value heads of {config.head_dim} "
             "channels: the heads must divide evenly and the channels be even; check config.json"
