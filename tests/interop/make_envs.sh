@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# Makes the environments of the programs that read and write what awq_jax writes and reads: one
+# virtual environment each, for the CPU, at the versions the tests were passed with.
+#
+#   tests/interop/make_envs.sh DIR [gptqmodel] [compressed] [mlx] [llamacpp]
+#   AWQ_JAX_INTEROP_ENVS=DIR pytest -m slow tests/interop
+#
+# All four are made when none is named. An environment that is complete is left as it is.
+# llama.cpp is compiled (15 minutes on two cores); CMAKE_ARGS and CMAKE_BUILD_PARALLEL_LEVEL apply.
+set -euo pipefail
+
+usage="usage: make_envs.sh DIR [gptqmodel] [compressed] [mlx] [llamacpp]"
+root=${1:?$usage}
+shift
+wanted=("$@")
+[ ${#wanted[@]} -gt 0 ] || wanted=(gptqmodel compressed mlx llamacpp)
+python=${PYTHON:-python3}
+torch=torch==2.13.0
+# The build of torch without CUDA libraries, which PyPI alone would not choose on Linux. Set TORCH_INDEX
+# to nothing where pip's own index gives that build.
+torch_index=${TORCH_INDEX-https://download.pytorch.org/whl/cpu}
+
+mkdir -p "$root"
+for name in "${wanted[@]}"; do
+  env=$root/$name
+  if [ -e "$env/complete" ]; then
+    echo "$name: there already"
+    continue
+  fi
+  rm -rf "$env"
+  "$python" -m venv "$env"
+  pip=("$env/bin/pip" install --quiet)
+  case $name in
+    gptqmodel)
+      "${pip[@]}" ${torch_index:+--index-url "$torch_index"} "$torch"
+      # It asks for a later torch than runs here, though what it reads and writes does not need it: so its
+      # dependencies are named. Its kernels are compiled on first use, and the ones for CUDA not at all.
+      "${pip[@]}" "$torch" transformers==5.23.0 optimum==2.3.0 accelerate==1.15.0 torchao==0.18.0 datasets==5.2.0 \
+        tokenicer==0.0.14 defuser==0.0.28 device-smi==0.5.7 logbar==0.4.15 pypcre==0.6.4 threadpoolctl==3.8.0 \
+        protobuf==7.36.2 pillow==13.0.0 gguf==0.19.0 ninja maturin setuptools wheel
+      BUILD_CUDA_EXT=0 "${pip[@]}" --no-deps --no-build-isolation gptqmodel==7.7.0
+      ;;
+    compressed)
+      "${pip[@]}" ${torch_index:+--index-url "$torch_index"} "$torch"
+      "${pip[@]}" llmcompressor==0.14.0.1 compressed-tensors==0.19.0 transformers==5.17.0 "$torch"
+      ;;
+    mlx)
+      "${pip[@]}" "mlx[cpu]==0.32.4" mlx-lm==0.32.2
+      ;;
+    llamacpp)
+      # The sources hold llama.cpp's converter, which the wheel does not.
+      "$env/bin/pip" download --quiet --no-deps --no-binary llama-cpp-python llama-cpp-python==0.3.36 -d "$env/source"
+      tar -xzf "$env"/source/llama_cpp_python-*.tar.gz -C "$env/source" --strip-components 1
+      "${pip[@]}" cmake ninja
+      CMAKE_ARGS="-DLLAVA_BUILD=OFF ${CMAKE_ARGS:-}" "${pip[@]}" "$env"/source/llama_cpp_python-*.tar.gz
+      "${pip[@]}" ${torch_index:+--index-url "$torch_index"} "$torch"
+      "${pip[@]}" "$torch" transformers==4.57.6 sentencepiece==0.2.1 "protobuf>=4.21,<5"
+      ;;
+    *)
+      echo "$usage" >&2
+      exit 2
+      ;;
+  esac
+  touch "$env/complete"
+  echo "$name: made"
+done
