@@ -20,6 +20,9 @@ from awq_jax.models.decoder import Decoder
 from awq_jax.models.moe import by_expert
 from awq_jax.qtensor import QuantizedTensor
 
+# Large numbers with small differences, which decide the choice of experts: never rounded to 16 bits.
+AS_STORED = ("/correction",)
+
 
 class Tensors(Protocol):
     """What is read from: part of `awq_jax.convert.source.Source`."""
@@ -79,7 +82,8 @@ def load(source: Tensors, config: ModelConfig, state: nnx.State, dtype: str | No
       source: tensors by Hugging Face name.
       config: the architecture: names, and tied heads.
       state: from `abstract`.
-      dtype: float dtype of the result; None takes the embedding's as stored.
+      dtype: float dtype of the result; None takes the embedding's as stored. What decides the choice of
+        experts keeps its own.
 
     Returns:
       The state with arrays, packed weights as `QuantizedTensor`.
@@ -100,7 +104,8 @@ def load(source: Tensors, config: ModelConfig, state: nnx.State, dtype: str | No
             value = source.read(found[name])
             if dtype is None:
                 dtype = str(value.dtype)
-            parts.append(_one(value, found[name], wanted[path], dtype))
+            kept = str(value.dtype) if path.endswith(AS_STORED) else dtype
+            parts.append(_one(value, found[name], wanted[path], kept))
             del value
         leaves[path] = _stack(parts, path) if wanted[path].stacked else parts[0]
     return paths.map_with_path(lambda path, _: leaves[path], state)

@@ -67,9 +67,6 @@ from awq_jax.models.families import (
 )
 
 FAMILIES: dict[str, Callable[[Mapping[str, Any]], ModelConfig]] = {
-    "RefinedWeb": refined_web.config,
-    "RefinedWebModel": refined_web.config,
-    "Yi": yi.config,
     "aquila": aquila.config,
     "baichuan": baichuan.config,
     "bloom": bloom.config,
@@ -119,7 +116,10 @@ FAMILIES: dict[str, Callable[[Mapping[str, Any]], ModelConfig]] = {
     "qwen3": qwen3.config,
     "qwen3_moe": qwen3_moe.config,
     "qwen3_next": qwen3_next.config,
+    "RefinedWeb": refined_web.config,
+    "RefinedWebModel": refined_web.config,
     "smollm3": smollm3.config,
     "stablelm": stablelm.config,
     "starcoder2": starcoder2.config,
+    "Yi": yi.config,
 }
