@@ -231,7 +231,7 @@ READ_REFUSALS: dict[str, tuple[dict[str, Any], Any, type[AwqError], str]] = {
         {k: np.stack([v, v]) for k, v in GOOD.items()},
         entry(64, 4),
         FormatError,
-        "stack of 2 experts, which is not readable",
+        "stack of 2 matrices, of which those of switch_mlp are readable",
     ),
     "nan": (GOOD | {"a.scales": GOOD["a.scales"] * np.nan}, entry(64, 4), AwqError, r"a\.scales of .* holds NaN"),
 }
@@ -250,6 +250,55 @@ def test_defaults_where_an_entry_does_not_say(tmp_path: Path) -> None:
     source = registry.open_source(checkpoint(tmp_path, tensors, entry(32, 8) | {"a": {}, "b": True}))
     assert np.abs(codes.dequantize(source.read("a.weight")).T - OWN["4.64.dense"]).max() == 0  # type: ignore[arg-type]
     assert np.abs(codes.dequantize(source.read("b.weight")).T - OWN["8.32.dense"]).max() == 0  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("mlp", "last"), [("mlp", "up_proj"), ("block_sparse_moe", "w3")])
+def test_stacked_experts_are_read_one_by_one(tmp_path: Path, mlp: str, last: str) -> None:
+    stack = f"model.layers.3.{mlp}.switch_mlp.up_proj"
+    parts = ("weight", "scales", "biases")
+    tensors = {f"{stack}.{p}": np.stack([OWN[f"4.64.{p}"], OWN[f"4.64.{p}"][::-1]]) for p in parts}
+    src = checkpoint(tmp_path / "m", tensors | module("8.32", "a"), entry(32, 8) | {stack: entry(64, 4)})
+    source = registry.open_source(src)
+    names = [f"model.layers.3.{mlp}.experts.{e}.{last}.weight" for e in range(2)]
+    assert source.names() == sorted([*names, "a.weight", "model.norm.weight"])
+    for name, want in zip(names, (OWN["4.64.dense"], OWN["4.64.dense"][::-1]), strict=True):
+        q = source.read(name)
+        assert isinstance(q, QuantizedTensor)
+        assert source.info(name).nbytes == sum(OWN[f"4.64.{p}"].nbytes for p in parts)
+        assert np.abs(codes.dequantize(q).T - want).max() == 0
+    twice = tensors | {f"model.layers.3.{mlp}.experts.1.{last}.weight": OWN["4.64.weight"]}
+    with pytest.raises(CheckpointError, match="twice, alone and in"):
+        registry.open_source(checkpoint(tmp_path / "twice", twice, entry(64, 4)))
+
+
+def test_experts_are_written_where_mlx_lm_stacks_them(tmp_path: Path) -> None:
+    """mixtral, qwen2_moe and deepseek_v2: its loader stacks packed experts of one kind."""
+    names = [f"model.layers.0.block_sparse_moe.experts.{e}.w1.weight" for e in range(3)]
+    tensors: dict[str, Any] = {n: make(64, 8, 4, 64, seed=i) for i, n in enumerate(names)}
+    mixtral = CONFIG | {"model_type": "mixtral"}
+    convert.write_checkpoint(tmp_path / "out", tensors.items(), mixtral, "mlx")
+    source = registry.open_source(tmp_path / "out")
+    assert source.config["quantization"] == entry(64, 4)
+    assert all(same(source.read(n), q) for n, q in tensors.items())  # type: ignore[arg-type]
+    other = tensors | {names[1]: make(64, 8, 8, 64)}
+    with pytest.raises(FormatError, match=r"experts\.1\.w1\.weight is not quantized like most of the model"):
+        convert.write_checkpoint(tmp_path / "two", other.items(), mixtral, "mlx")
+    floats: dict[str, Any] = {n: np.ones((8, 64), np.float16) for n in names} | {"lm_head.weight": make(64, 8, 4, 64)}
+    convert.write_checkpoint(tmp_path / "three", floats.items(), mixtral, "mlx")
+    assert registry.open_source(tmp_path / "three").config["quantization"] == entry(64, 4)
+
+
+def test_a_tied_head_is_left_out(tmp_path: Path) -> None:
+    tensors = {f"{m}.weight": make(64, 16, 4, 64) for m in ("model.embed_tokens", "lm_head")}
+    convert.write_checkpoint(tmp_path / "out", tensors.items(), CONFIG | {"tie_word_embeddings": True}, "mlx")
+    assert registry.open_source(tmp_path / "out").names() == ["model.embed_tokens.weight"]
+
+
+def test_gpt2_is_refused(tmp_path: Path) -> None:
+    """mlx-lm transposes its linears when it loads them, also packed ones."""
+    tensors = {"h.0.mlp.c_fc.weight": make(64, 16, 4, 64)}
+    with pytest.raises(FormatError, match="stored transposed in gpt2, and mlx-lm would turn it"):
+        convert.write_checkpoint(tmp_path / "out", tensors.items(), CONFIG | {"model_type": "gpt2"}, "mlx")
 
 
 @pytest.mark.skipif(not PEERS.is_dir(), reason="AWQ_JAX_FIXTURES is not set")
