@@ -6,6 +6,7 @@ own, which is copied behind the header at the end.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,10 +48,9 @@ class GgufSink:
         self._config = target.config
         self._arch = gguf_metadata.architecture(target.config)
         keys, freqs = gguf_metadata.metadata(target.config)
-        origin = Path(getattr(source, "directory", None) or source.file.path)
         self._keys: dict[str, Any] = {
             "general.type": "model",
-            "general.name": origin.name.removesuffix(".gguf"),
+            "general.name": _name(source),
             "general.quantization_version": QUANTIZATION_VERSION,
             "general.file_type": file_type,
             **keys,
@@ -107,8 +107,18 @@ class GgufSink:
         with self._path.open("ab") as out, Path(self._data.name).open("rb") as data:
             out.write(bytes(-out.tell() % ALIGNMENT))
             shutil.copyfileobj(data, out, COPY)
+            out.flush()
+            os.fsync(out.fileno())
         Path(self._data.name).unlink()
         return self._path
+
+
+def _name(source: Source) -> str:
+    """What to call the model: its file or directory, or the repository of a snapshot in the hub's cache."""
+    path = Path(getattr(source, "directory", None) or source.file.path)
+    if path.parent.name == "snapshots":
+        return path.parent.parent.name.rpartition("--")[2]
+    return path.name.removesuffix(".gguf")
 
 
 def _put(writer: Any, key: str, value: Any) -> None:
