@@ -179,7 +179,11 @@ def checked(directory: Path, name: str) -> Path:
     if "\0" in name or not parts or Path(name).is_absolute() or ".." in parts or not name.endswith(".safetensors"):
         raise CheckpointError(f"{INDEX} of {directory} names {name!r}: only .safetensors files inside it are read")
     path = directory / name
-    if not path.is_file():
+    try:
+        there = path.is_file()
+    except OSError as e:  # such as a name of thousands of characters
+        raise CheckpointError(f"{INDEX} of {directory} names {name[:100]!r}: {e.strerror}") from e
+    if not there:
         raise CheckpointError(f"{path} is missing; download the checkpoint again")
     refuse_outside(path, directory)
     return path

@@ -58,7 +58,8 @@ def reference(path: Path) -> dict[str, np.ndarray]:
         weight, used = decode(parts, quant, module)
         if weight is not None:
             out[f"{module}.weight"] = weight
-        out.update({f"{module}.{p}" if module else p: a for p, a in parts.items() if p not in used})
+        kept = {f"{module}.{p}": a for p, a in parts.items() if p not in used}
+        out.update({n if n in stored else n[1:]: a for n, a in kept.items()})
     return out
 
 
@@ -257,6 +258,20 @@ def own(stored: Tensors, metadata: Mapping[str, str]) -> dict[str, np.ndarray]:
     return out
 
 
+def blocks(data: np.ndarray, kind: str) -> np.ndarray | None:
+    """Blocks of 32 that we hold as codes, exactly; the ``gguf`` package rounds ``d * q + m`` to float32."""
+    size = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}.get(kind)
+    if size is None:
+        return None
+    rows = np.ascontiguousarray(data).view(np.uint8).reshape(-1, size)
+    d = rows[:, :2].copy().view("<f2").astype(np.float64)
+    if kind == "Q8_0":
+        return d * rows[:, 2:].view(np.int8)
+    packed = rows[:, size - 16 :]
+    q = np.concatenate([packed & 15, packed >> 4], axis=1).astype(np.float64)
+    return d * (q - 8) if kind == "Q4_0" else d * q + rows[:, 2:4].copy().view("<f2").astype(np.float64)
+
+
 def gguf_tensors(path: Path) -> dict[str, np.ndarray]:
     import gguf
 
@@ -266,7 +281,9 @@ def gguf_tensors(path: Path) -> dict[str, np.ndarray]:
     kv = reader.fields.get(f"{arch}.attention.head_count_kv")
     out = {}
     for tensor in reader.tensors:
-        w = np.asarray(gguf.quants.dequantize(tensor.data, tensor.tensor_type), np.float32)
+        w = blocks(tensor.data, tensor.tensor_type.name)
+        if w is None:
+            w = np.asarray(gguf.quants.dequantize(tensor.data, tensor.tensor_type), np.float32)
         w = w.reshape([int(d) for d in tensor.shape][::-1])
         name = tensor.name
         for rows, count in (("attn_q.", heads), ("attn_k.", (kv.contents() if kv else 0) or heads)):
