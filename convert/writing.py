@@ -166,8 +166,8 @@ def encoder_of(format: str, target: Target) -> Encoder:
 
 def refuse_source(target: Path, source: Source | None) -> None:
     """Raise `CheckpointError` if ``target`` is where the weights come from."""
-    directory = getattr(source, "directory", None)
-    if directory is not None and Path(directory).resolve() == target.resolve():
+    where = getattr(source, "directory", None) or getattr(getattr(source, "file", None), "path", None)
+    if where is not None and Path(where).resolve() == target.resolve():
         raise CheckpointError(f"{target} is where the weights come from; choose another target")
 
 

@@ -156,3 +156,25 @@ def test_bad_input_is_refused_by_name(checkpoint, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "llama9"}))
     with pytest.raises(errors.UnsupportedModelError, match=r"'llama9'.*relative is 'llama'"):
         awq_jax.load(tmp_path)
+
+
+def test_a_packed_embedding_is_read_as_float(checkpoint, tmp_path):
+    """As MLX and GGUF files have it; untied and tied, square matrices too."""
+    from awq_jax.convert import codes, linear, open_source, write_checkpoint
+
+    source = open_source(checkpoint[0])
+    tensors = {name: source.read(name) for name in source.names()}
+    name = "model.embed_tokens.weight"
+    n, k = tensors[name].shape
+    rng = np.random.default_rng(0)
+    packed = linear.build(
+        codes.pack(rng.integers(0, 16, (k, n)).astype(np.uint8), 4),
+        rng.uniform(0.01, 0.1, (k // 16, n)).astype(np.float32),
+        rng.integers(0, 16, (k // 16, n)).astype(np.uint8),
+        4, 16, k, n, "float32",
+    )  # fmt: skip
+    write_checkpoint(tmp_path / "packed", (tensors | {name: packed}).items(), source.config, "awq-jax")
+    dense = np.asarray(packed.dequantize())
+    write_checkpoint(tmp_path / "dense", (tensors | {name: dense}).items(), source.config, "float")
+    got = awq_jax.load(tmp_path / "packed")(TOKENS)
+    np.testing.assert_array_equal(got, awq_jax.load(tmp_path / "dense")(TOKENS))

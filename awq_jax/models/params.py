@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from awq_jax import paths
+from awq_jax.convert import codes
 from awq_jax.convert.names import Names
 from awq_jax.errors import ShapeError, WeightError
 from awq_jax.models.config import ModelConfig
@@ -102,6 +103,8 @@ def load(source: Tensors, config: ModelConfig, state: nnx.State, dtype: str | No
         parts = []
         for name in wanted[path].names:
             value = source.read(found[name])
+            if isinstance(value, QuantizedTensor) and not path.endswith("/kernel"):
+                value = codes.dequantize(value).T  # an embedding: rows are looked up, not multiplied
             if dtype is None:
                 dtype = str(value.dtype)
             kept = str(value.dtype) if path.endswith(AS_STORED) else dtype
