@@ -262,6 +262,20 @@ def test_quantized_afterwards(tmp_path: Path) -> None:
     assert np.abs(codes.dequantize(back).T - w).max() <= scales.max() * 0.51
 
 
+def test_from_the_command_line(tmp_path: Path) -> None:
+    from awq_jax import cli
+
+    search = random_search(torch.float32)
+    torch.save(search, tmp_path / "search.pt")
+    directory = float_checkpoint(tmp_path / "src", Tiny(torch.float32))
+    want = convert.apply_search(registry.open_source(directory), tmp_path / "search.pt")
+    arguments = ["--to", "float", "--search", str(tmp_path / "search.pt"), "--quiet"]
+    assert cli.main(["convert", str(directory), str(tmp_path / "out"), *arguments]) == 0
+    got = registry.open_source(tmp_path / "out")
+    for name in want.names():
+        np.testing.assert_array_equal(got.read(name), want.read(name))
+
+
 def test_a_resumed_conversion_knows_its_search(tmp_path: Path) -> None:
     directory = float_checkpoint(tmp_path / "float", Tiny(torch.float32))
     sources = [registry.open_source(directory)]

@@ -16,6 +16,7 @@ awq-jax convert ./model-awq ./model-ct --to compressed-tensors
 awq-jax convert ./model-awq ./model-mlx --to mlx --allow-lossy
 awq-jax convert ./model-gptq ./model-float --to float --dtype bfloat16
 awq-jax convert ./model-awq ./model.gguf --to gguf-q4_1 --allow-lossy
+awq-jax convert ./model ./model-folded --to float --search llama-7b-w4-g128.pt
 awq-jax convert --list
 """
 
@@ -40,6 +41,9 @@ def add(subparsers: Any) -> None:
     p.add_argument(
         "--dtype", choices=common.DTYPES, help="of float tensors (default: as stored; dequantized weights: float32)"
     )
+    p.add_argument(
+        "--search", type=Path, metavar="FILE.pt", help="fold llm-awq's search result into the float checkpoint SRC"
+    )
     p.add_argument("--overwrite", action="store_true", help="replace DST if it is a checkpoint")
     p.add_argument(
         "--max-shard-size", type=size, default=512 << 20, metavar="SIZE", help="of a file, e.g. 2GB (default: 512MiB)"
@@ -58,6 +62,9 @@ def run(args: argparse.Namespace) -> None:
 
     from awq_jax import convert
 
+    source = args.src
+    if args.search is not None:
+        source = convert.apply_search(convert.open_source(args.src), args.search)
     with tqdm(desc="convert", unit="B", unit_scale=True, disable=args.quiet, leave=False, delay=1) as bar:
 
         def progress(done: int, total: int) -> None:
@@ -65,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
             bar.update(done - bar.n)
 
         result = convert.checkpoint(
-            args.src,
+            source,
             args.dst,
             args.to,
             dtype=args.dtype,
