@@ -157,7 +157,8 @@ def calibrate(
                 check(plan)
             if not verified:
                 plan = verify(plan, apply_fn, params, *args, **kwargs)
-            step = jax.jit(_collector(apply_fn, plan, include_head))
+            collect = collector(apply_fn, _without_head(plan, include_head))
+            step = jax.jit(lambda *a: collect(*a)[1])
             add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0)
         new = step(params, args, kwargs)
         # Waiting here bounds what is in flight to one batch.
@@ -183,11 +184,15 @@ def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     return 0
 
 
-def _collector(apply_fn: Callable[..., Any], plan: Plan, include_head: bool) -> Callable[..., dict[str, Stats]]:
-    """A jit-able ``(params, args, kwargs) -> {group: Stats}``; unused model outputs are dead code."""
-    first = {g.sites[0].path: g for g in plan.groups if include_head or not all(s.head for s in g.sites)}
+def _without_head(plan: Plan, include_head: bool) -> tuple[Group, ...]:
+    return tuple(g for g in plan.groups if include_head or not all(s.head for s in g.sites))
 
-    def run(params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Stats]:
+
+def collector(apply_fn: Callable[..., Any], groups: Iterable[Group]) -> Callable[..., tuple[Any, dict[str, Stats]]]:
+    """A jit-able ``(params, args, kwargs) -> (output, {group: Stats})``."""
+    first = {g.sites[0].path: g for g in groups}
+
+    def run(params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Stats]]:
         program = _jaxpr.trace(apply_fn, params, *args, **kwargs)
         missing = set(first) - {use.path for use in program.uses}
         if missing:
@@ -196,16 +201,23 @@ def _collector(apply_fn: Callable[..., Any], plan: Plan, include_head: bool) -> 
         def tap(use: _jaxpr.Use, x: jax.Array) -> Stats | None:
             return _moments(x) if use.path in first else None
 
-        _, tapped = _jaxpr.evaluate(program, params, *args, tap=tap, **kwargs)
+        output, tapped = _jaxpr.evaluate(program, params, *args, tap=tap, **kwargs)
         out: dict[str, Stats] = {}
         for use in program.uses:
             if use.path in first:
                 name = first[use.path].name
                 one = _fit(tapped[use.index], use, first[use.path])
                 out[name] = jax.tree.map(jnp.add, out[name], one) if name in out else one
-        return out
+        return output, out
 
     return run
+
+
+def zeros(group: Group) -> Stats:
+    """The statistics of no tokens."""
+    lead, k = (*group.scan, *group.batch), group.channels
+    shapes = ((*lead, k, k), (*lead, k), lead, lead)
+    return Stats(*(jnp.zeros(shape, jnp.float32) for shape in shapes))
 
 
 def _moments(x: jax.Array) -> Stats:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, overload
 
 import jax
@@ -11,14 +12,14 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from awq_jax import fold, paths, report
-from awq_jax.calibration import Calibration, calibrate
+from awq_jax.calibration import Calibration, Stats, calibrate
 from awq_jax.config import AwqConfig
 from awq_jax.discovery import validate
 from awq_jax.errors import CalibrationError, ConfigError, WeightError
 from awq_jax.groups import GroupScale, find_scale, round_group
-from awq_jax.plan import Plan
+from awq_jax.plan import Group, Plan
 from awq_jax.qtensor import QuantizedTensor
-from awq_jax.select import select
+from awq_jax.select import Target, select
 
 
 @overload
@@ -78,7 +79,7 @@ def quantize(
     elif not isinstance(calib, Calibration):
         if apply_fn is None:
             raise CalibrationError("raw batches need apply_fn=...; or pass the result of awq_jax.calibrate")
-        _check_finite(params)
+        check_finite(params)
         calib = calibrate(
             apply_fn,
             params,
@@ -94,48 +95,91 @@ def quantize(
     if not targets:
         why = "; ".join(f"{path}: {reason}" for path, reason in skipped.items()) or "the model has no matmul"
         raise ConfigError(f"nothing would be quantized: {why}")
-    _check_finite(params)
+    check_finite(params)
 
-    leaves = paths.flatten(params)
-    work = [(g, mine) for g in plan.groups if (mine := [targets[s.path] for s in g.sites if s.path in targets])]
+    work = with_targets(plan, targets)
     absent = [g.name for g, _ in work if g.name not in calib.stats]
     if absent and config.method != "rtn":
         raise CalibrationError(
             f"no statistics for {', '.join(absent)}: calibrate with include_head=True if it makes the model's output, "
             "or with the plan in use"
         )
+    checked = time.perf_counter()
+    with tqdm(total=2 * len(work), desc="quantize", unit="group", disable=not progress) as bar:
+        done = quantize_groups(plan, work, paths.flatten(params), calib.stats, config, bar.update)
+    out = paths.map_with_path(lambda path, _: done.leaves[path], params)
+    if not return_report:
+        return out
+    seconds = {"calibrate": calibrated - started, **done.seconds}
+    seconds["search"] += checked - calibrated
+    summary = report.Report(
+        config.to_dict(), done.rows, skipped, calib.tokens, seconds, paths.nbytes(params), paths.nbytes(out)
+    )
+    return out, summary
+
+
+Work = list[tuple[Group, list[Target]]]
+
+
+def with_targets(plan: Plan, targets: Mapping[str, Target]) -> Work:
+    """The groups that have weights to be quantized, each with those weights."""
+    return [(g, mine) for g in plan.groups if (mine := [targets[s.path] for s in g.sites if s.path in targets])]
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """What became of some leaves.
+
+    Attributes:
+      leaves: by path: packed, rescaled, or as they were.
+      rows: of the packed ones, in plan order.
+      seconds: spent on ``"search"`` and ``"round"``.
+    """
+
+    leaves: dict[str, Any]
+    rows: list[report.LayerReport]
+    seconds: dict[str, float]
+
+
+def quantize_groups(
+    plan: Plan,
+    work: Work,
+    leaves: Mapping[str, Any],
+    stats: Mapping[str, Stats],
+    config: AwqConfig,
+    tick: Callable[[], Any] = lambda: None,
+) -> Quantized:
+    """Search the scales of some groups, and pack their weights.
+
+    Args:
+      plan: where these groups stand; nothing outside ``leaves`` is an absorber of theirs.
+      work: from `with_targets`.
+      leaves: float parameters by path.
+      stats: calibration sums by the name of the group.
+      tick: called twice for each group.
+    """
+    started = time.perf_counter()
     scales: dict[str, GroupScale] = {}
     packed: dict[str, QuantizedTensor] = {}
     rows: list[report.LayerReport] = []
-    bar = tqdm(total=2 * len(work), desc="quantize", unit="group", disable=not progress)
-    with jax.default_matmul_precision("highest"), bar:
+    with jax.default_matmul_precision("highest"):
         for group, mine in work:
-            scales[group.name] = find_scale(group, mine, leaves, calib.stats.get(group.name), config)
-            bar.update()
+            scales[group.name] = find_scale(group, mine, leaves, stats.get(group.name), config)
+            tick()
         searched = time.perf_counter()
         found = {n: s.scale for n, s in scales.items() if s.scale is not None}
         folded = fold.Folder(plan, found)
         for group, mine in work:
-            stats = calib.stats.get(group.name)
-            for path, (q, row) in round_group(group, mine, leaves, folded, scales[group.name], stats, config).items():
+            sums = stats.get(group.name)
+            for path, (q, row) in round_group(group, mine, leaves, folded, scales[group.name], sums, config).items():
                 packed[path] = q
                 rows.append(row)
-            bar.update()
+            tick()
     # A weight that stays float is scaled only where something upstream absorbed the scale.
     absorbed = fold.Folder(plan, {g.name: found[g.name] for g, _ in work if g.name in found and g.absorbers})
-    out = paths.map_with_path(lambda path, leaf: packed[path] if path in packed else absorbed.leaf(path, leaf), params)
+    out = {path: packed[path] if path in packed else absorbed.leaf(path, leaf) for path, leaf in leaves.items()}
     jax.block_until_ready(jax.tree.leaves(out))
-    if not return_report:
-        return out
-    seconds = {
-        "calibrate": calibrated - started,
-        "search": searched - calibrated,
-        "round": time.perf_counter() - searched,
-    }
-    summary = report.Report(
-        config.to_dict(), rows, skipped, calib.tokens, seconds, paths.nbytes(params), paths.nbytes(out)
-    )
-    return out, summary
+    return Quantized(out, rows, {"search": searched - started, "round": time.perf_counter() - searched})
 
 
 @jax.jit
@@ -143,7 +187,7 @@ def _all_finite(x: jax.Array) -> jax.Array:
     return jnp.isfinite(x).all()
 
 
-def _check_finite(params: Any) -> None:
+def check_finite(params: Any) -> None:
     """Refuse NaN and inf before any time is spent on them."""
     for path, leaf in paths.flatten(params).items():
         if isinstance(leaf, QuantizedTensor):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -23,6 +23,7 @@ from awq_jax.qtensor import QuantizedTensor
 
 # Large numbers with small differences, which decide the choice of experts: never rounded to 16 bits.
 AS_STORED = ("/correction",)
+EMBEDDING = "embed_tokens/embedding"
 
 
 class Tensors(Protocol):
@@ -93,25 +94,53 @@ def load(source: Tensors, config: ModelConfig, state: nnx.State, dtype: str | No
       WeightError: a tensor is missing, unexpected, not floating point, or holds NaN or inf.
       ShapeError: a tensor's shape is not what the config implies.
     """
-    there = set(source.names())
-    wanted = {
-        path: _present(config.names, path, tuple(leaf.shape), there) for path, leaf in paths.flatten(state).items()
-    }
-    found = _match(there, wanted, config)
-    leaves: dict[str, jax.Array | QuantizedTensor] = {}
-    for path in sorted(wanted, key=lambda p: p != "embed_tokens/embedding"):  # first, as it decides the dtype
+    shapes = {path: tuple(leaf.shape) for path, leaf in paths.flatten(state).items()}
+    weights = Weights(source, config, shapes, dtype)
+    leaves = {path: weights.leaf(path) for path in sorted(shapes, key=lambda p: p != EMBEDDING)}
+    return paths.map_with_path(lambda path, _: leaves[path], state)
+
+
+class Weights:
+    """The parameters of a checkpoint, each read when asked for.
+
+    Args:
+      source, config, dtype: as `load` takes them.
+      shapes: of all parameters by path.
+
+    Raises:
+      WeightError: a tensor is missing or unexpected.
+    """
+
+    def __init__(
+        self, source: Tensors, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], dtype: str | None = None
+    ) -> None:
+        there = set(source.names())
+        self._source, self._dtype = source, dtype
+        self._wanted = {path: _present(config.names, path, shape, there) for path, shape in shapes.items()}
+        self._found = _match(there, self._wanted, config)
+
+    def names(self, path: str) -> list[str]:
+        """The tensors that make a parameter, as this checkpoint calls them."""
+        return [self._found[name] for name in self._wanted[path].names]
+
+    def read(self, path: str) -> Iterator[np.ndarray | QuantizedTensor]:
+        """The tensors that make a parameter, as stored."""
+        return map(self._source.read, self.names(path))
+
+    def leaf(self, path: str, values: Iterable[np.ndarray | QuantizedTensor] | None = None) -> Any:
+        """A parameter; see `load`. ``values``: what `read` gave, if it has been called."""
+        how = self._wanted[path]
         parts = []
-        for name in wanted[path].names:
-            value = source.read(found[name])
+        for name, value in zip(self.names(path), self.read(path) if values is None else values, strict=True):
             if isinstance(value, QuantizedTensor) and not path.endswith("/kernel"):
                 value = codes.dequantize(value).T  # an embedding: rows are looked up, not multiplied
-            if dtype is None:
-                dtype = str(value.dtype)
-            kept = str(value.dtype) if path.endswith(AS_STORED) else dtype
-            parts.append(_one(value, found[name], wanted[path], kept))
+            if self._dtype is None:  # the embedding decides
+                first = value if path == EMBEDDING else next(self.read(EMBEDDING))
+                self._dtype = str(first.dtype)
+            kept = str(value.dtype) if path.endswith(AS_STORED) else self._dtype
+            parts.append(_one(value, name, how, kept))
             del value
-        leaves[path] = _stack(parts, path) if wanted[path].stacked else parts[0]
-    return paths.map_with_path(lambda path, _: leaves[path], state)
+        return _stack(parts, path) if how.stacked else parts[0]
 
 
 def tensors(state: nnx.State, config: ModelConfig) -> Iterator[tuple[str, np.ndarray | QuantizedTensor]]:
