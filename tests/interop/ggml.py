@@ -9,32 +9,35 @@ import numpy as np
 import torch
 from gguf import GGUFReader, ReaderTensor
 from peers import NEW_TOKENS, Reading
-from transformers import LlamaForCausalLM
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
 
 from awq_jax import convert
 
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
 
 def as_llamacpp(file: Path, work: Path, ids: np.ndarray) -> Reading:
-    """A GGUF file of Llama's architecture by torch, rounding activations as llama.cpp's CPU products do.
+    """A GGUF file by torch, rounding activations as llama.cpp's CPU products do.
 
     Before a product with packed weights the activations become int8 in blocks of 32, with a float16 scale
     (ggml's Q8_0); before one with float16 or bfloat16 weights, that type. With Q4_1 the offsets meet a sum of
     each block that is rounded to float16 by itself (ggml's Q8_1).
 
     Args:
-      file: the file.
+      file: of a family with the names of Llama's linears.
       work: directory to make, for the dequantized weights.
       ids: integers ``[T]``.
     """
     tensors = {t.name: t for t in GGUFReader(file).tensors}
     convert.checkpoint(file, work, to="float", dtype="float32")
-    model = LlamaForCausalLM.from_pretrained(work, dtype=torch.float32, attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(work, dtype=torch.float32, attn_implementation="eager").eval()
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
             stored = tensors.get(ggml_name(name), tensors["token_embd.weight"])
             heads = {"q_proj": model.config.num_attention_heads, "k_proj": model.config.num_key_value_heads}
-            heads = heads.get(name.rpartition(".")[2], 0)
-            module.forward = functools.partial(_product, module.weight.detach(), *_kind(stored, heads))
+            reordered = heads.get(name.rpartition(".")[2], 0) if model.config.model_type == "llama" else 0
+            module.forward = functools.partial(_product, module, *_kind(stored, reordered))
     tokens = torch.from_numpy(ids)[None]
     with torch.no_grad():
         logits = model(tokens).logits[0].numpy()
@@ -62,15 +65,15 @@ def _kind(stored: ReaderTensor, heads: int) -> tuple[str, torch.Tensor | None]:
     return "Q4_1", torch.from_numpy(offsets)
 
 
-def _product(weight: torch.Tensor, kind: str, offsets: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
-    if kind in ("F32", "F16", "BF16"):
-        return x.to({"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind]).float() @ weight.T
+def _product(linear: torch.nn.Linear, kind: str, offsets: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+    if kind in FLOATS:
+        return functional.linear(x.to(FLOATS[kind]).float(), linear.weight, linear.bias)
     blocks = x.reshape(*x.shape[:-1], -1, 32)
     largest = blocks.abs().amax(-1, keepdim=True)
     scale = largest / 127
     codes = (blocks * torch.where(largest > 0, 127 / largest, 0)).round()
     rounded = codes * scale.half().float()
-    y = rounded.reshape(x.shape) @ weight.T
+    y = functional.linear(rounded.reshape(x.shape), linear.weight, linear.bias)
     if offsets is None:
         return y
     sums = (scale[..., 0] * codes.sum(-1)).half().float()

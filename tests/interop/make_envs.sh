@@ -2,18 +2,18 @@
 # Makes the environments of the programs that read and write what awq_jax writes and reads: one
 # virtual environment each, for the CPU, at the versions the tests were passed with.
 #
-#   tests/interop/make_envs.sh DIR [gptqmodel] [compressed] [mlx] [llamacpp]
+#   tests/interop/make_envs.sh DIR [autoawq] [gptqmodel] [compressed] [mlx] [llamacpp]
 #   AWQ_JAX_INTEROP_ENVS=DIR pytest -m slow tests/interop
 #
-# All four are made when none is named. An environment that is complete is left as it is.
+# All are made when none is named. An environment that is complete is left as it is.
 # llama.cpp is compiled (15 minutes on two cores); CMAKE_ARGS and CMAKE_BUILD_PARALLEL_LEVEL apply.
 set -euo pipefail
 
-usage="usage: make_envs.sh DIR [gptqmodel] [compressed] [mlx] [llamacpp]"
+usage="usage: make_envs.sh DIR [autoawq] [gptqmodel] [compressed] [mlx] [llamacpp]"
 root=${1:?$usage}
 shift
 wanted=("$@")
-[ ${#wanted[@]} -gt 0 ] || wanted=(gptqmodel compressed mlx llamacpp)
+[ ${#wanted[@]} -gt 0 ] || wanted=(autoawq gptqmodel compressed mlx llamacpp)
 python=${PYTHON:-python3}
 torch=torch==2.13.0
 # The build of torch without CUDA libraries, which PyPI alone would not choose on Linux. Set TORCH_INDEX
@@ -31,6 +31,11 @@ for name in "${wanted[@]}"; do
   "$python" -m venv "$env"
   pip=("$env/bin/pip" install --quiet)
   case $name in
+    autoawq)
+      "${pip[@]}" ${torch_index:+--index-url "$torch_index"} "$torch"
+      "${pip[@]}" setuptools wheel
+      "${pip[@]}" --no-build-isolation autoawq==0.2.9 transformers==4.51.3 accelerate==1.15.0 datasets==3.6.0 "$torch"
+      ;;
     gptqmodel)
       "${pip[@]}" ${torch_index:+--index-url "$torch_index"} "$torch"
       # It asks for a later torch than runs here, though what it reads and writes does not need it: so its

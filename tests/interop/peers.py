@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import json
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import awq_jax
 from awq_jax.sampling import Sampling
@@ -99,13 +100,19 @@ def prompt(start: int = 300, length: int = 24) -> np.ndarray:
     return text()[start : start + length]
 
 
-def float_checkpoint(directory: Path, tied: bool) -> Path:
-    """A small Llama with heads of a real size, its norms all different, and a tokenizer.
+def float_checkpoint(directory: Path, model_name: str) -> Path:
+    """A small model with heads of a real size, its norms and biases all different, and a tokenizer.
 
     It learns a text by heart: a greedy continuation of random weights would hang by ties.
+
+    Args:
+      directory: to make.
+      model_name: a transformers model type, with ``-tied`` if its head is to be its embedding.
     """
     torch.manual_seed(1)
-    config = LlamaConfig(
+    family, _, tied = model_name.partition("-")
+    config = AutoConfig.for_model(
+        family,
         vocab_size=320,
         hidden_size=256,
         intermediate_size=512,
@@ -115,15 +122,15 @@ def float_checkpoint(directory: Path, tied: bool) -> Path:
         max_position_embeddings=128,
         initializer_range=0.04,
         rms_norm_eps=1e-5,
-        tie_word_embeddings=tied,
+        tie_word_embeddings=bool(tied),
         bos_token_id=1,
         eos_token_id=2,
     )
-    model = LlamaForCausalLM(config).float()
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if "norm" in name:
-                p.copy_(1 + 0.2 * torch.randn_like(p))
+            if p.ndim == 1:
+                p.copy_(0.2 * torch.randn_like(p) + ("norm" in name))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     tokens = torch.from_numpy(text())
     for _ in range(STEPS):
@@ -133,11 +140,18 @@ def float_checkpoint(directory: Path, tied: bool) -> Path:
         model(batch, labels=batch).loss.backward()
         optimizer.step()
     model.save_pretrained(directory)
-    tokenizer().save_pretrained(directory)
+    save_tokenizer(directory)
+    return directory
+
+
+def save_tokenizer(directory: Path, more: int = 0) -> None:
+    """The tokenizer's files, with so many more tokens that no text has."""
+    fast = tokenizer() if not more else copy.deepcopy(tokenizer())
+    fast.add_tokens([f"<unused{i}>" for i in range(more)])
+    fast.save_pretrained(directory)
     settings = directory / "tokenizer_config.json"
     # transformers 4, which llama.cpp's converter uses, does not know the name that transformers 5 writes.
     settings.write_text(settings.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
-    return directory
 
 
 @functools.cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,7 +31,7 @@ class Case:
     arguments: tuple[object, ...]
     reader: tuple[str, str]
     tolerance: float
-    tied: bool = False
+    model: str = "llama"
 
 
 GPTQMODEL = ("gptqmodel", "read_transformers.py"), HALF
@@ -43,33 +44,24 @@ BY_MLX = ("mlx", "write_mlx.py")
 CASES = (  # GPTQModel: format, bits, group size, symmetric, activation order
     Case("gptq", BY_GPTQMODEL, ("gptq", 4, 64, 1, 0), *GPTQMODEL),
     Case("gptq-act-order", BY_GPTQMODEL, ("gptq", 4, 64, 1, 1), *GPTQMODEL),
-    Case("gptq-asymmetric-8", BY_GPTQMODEL, ("gptq", 8, 128, 0, 0), *GPTQMODEL, tied=True),
+    Case("gptq-asymmetric-8", BY_GPTQMODEL, ("gptq", 8, 128, 0, 0), *GPTQMODEL, model="llama-tied"),
     Case("gptq-v2", BY_GPTQMODEL, ("gptq_v2", 4, 64, 0, 0), *GPTQMODEL),
+    Case("gptq-qwen2", BY_GPTQMODEL, ("gptq", 4, 64, 1, 0), *GPTQMODEL, model="qwen2-tied"),
     Case("gemm", BY_GPTQMODEL, ("gemm", 4, 64, 0, 0), *GPTQMODEL),
     Case("compressed-tensors", BY_COMPRESSOR, (4, 64, 0), *COMPRESSED),
-    Case("compressed-tensors-symmetric", BY_COMPRESSOR, (4, 64, 1), *COMPRESSED, tied=True),
+    Case("compressed-tensors-symmetric", BY_COMPRESSOR, (4, 64, 1), *COMPRESSED, model="llama-tied"),
     Case("compressed-tensors-8", BY_COMPRESSOR, (8, 128, 0), *COMPRESSED),
     Case("compressed-tensors-8-channel", BY_COMPRESSOR, (8, -1, 1), *COMPRESSED),
+    Case("compressed-tensors-qwen2", BY_COMPRESSOR, (4, 64, 0), *COMPRESSED, model="qwen2-tied"),
     Case("compressed-tensors-3", BY_COMPRESSOR, (3, 64, 0), *COMPRESSED),
-    *(Case(f"mlx-{bits}", BY_MLX, (bits, group), *MLX) for bits, group in ((2, 64), (3, 64), (4, 64), (6, 32), (8, 32))),
-    Case("mlx-4-tied", BY_MLX, (4, 64), *MLX, tied=True),
+    *(Case(f"mlx-{b}", BY_MLX, (b, group), *MLX) for b, group in ((2, 64), (3, 64), (4, 64), (6, 32), (8, 32))),
+    Case("mlx-4-qwen2", BY_MLX, (4, 64), *MLX, model="qwen2-tied"),
+    Case("mlx-4-tied", BY_MLX, (4, 64), *MLX, model="llama-tied"),
 )
 
 
-@pytest.fixture(scope="session")
-def floats(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Path]:
-    """Float checkpoints, each made once."""
-    root = tmp_path_factory.mktemp("floats")
-
-    def make(tied: bool) -> Path:
-        path = root / str(tied)
-        return path if path.exists() else peers.float_checkpoint(path, tied)
-
-    return make
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_what_they_write_is_what_we_read(case: Case, floats: Callable[[bool], Path], tmp_path: Path) -> None:
+def test_what_they_write_is_what_we_read(case: Case, floats: Callable[[str], Path], tmp_path: Path) -> None:
     peers.environment(case.writer[0])
     target = tmp_path / "written"
     extra: tuple[object, ...] = ()
@@ -77,7 +69,7 @@ def test_what_they_write_is_what_we_read(case: Case, floats: Callable[[bool], Pa
         starts = np.arange(0, 320, 20)
         np.save(tmp_path / "calibration.npy", np.stack([prompt(s, 64) for s in starts]))
         extra = (tmp_path / "calibration.npy",)
-    peers.drive(*case.writer, floats(case.tied), target, *case.arguments, *extra)
+    peers.drive(*case.writer, floats(case.model), target, *case.arguments, *extra)
     theirs = read(*case.reader, target, prompt(), tmp_path / "out")
     reading = ours(target, prompt())
     print(case.name, distance(theirs, reading))
@@ -85,20 +77,21 @@ def test_what_they_write_is_what_we_read(case: Case, floats: Callable[[bool], Pa
     assert theirs.greedy == reading.greedy
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("model", ["llama", "llama-tied"])
 @pytest.mark.parametrize("kind", ["F32", "Q4_0", "Q4_1", "Q8_0"])
-def test_llamacpp(kind: str, tied: bool, floats: Callable[[bool], Path], tmp_path: Path) -> None:
+def test_llamacpp(kind: str, model: str, floats: Callable[[str], Path], tmp_path: Path) -> None:
     """llama.cpp's converter and quantizer; compared as in ``test_we_write.py``."""
     root = peers.environment("llamacpp")
-    file = tmp_path / "model.gguf"
-    peers.drive(
-        "llamacpp", "write_llamacpp.py", floats(tied), file, kind, root / "source/vendor/llama.cpp/convert_hf_to_gguf.py"
-    )
+    file, source = tmp_path / "model.gguf", tmp_path / "source"
+    shutil.copytree(floats(model), source)
+    peers.save_tokenizer(source, more=32)  # the converter wants as many tokens as the embedding has rows
+    converter = root / "source/vendor/llama.cpp/convert_hf_to_gguf.py"
+    peers.drive("llamacpp", "write_llamacpp.py", source, file, kind, converter)
     theirs = read("llamacpp", "read_llamacpp.py", file, prompt(), tmp_path / "out")
     reading = ours(file, prompt())
     alike = ggml.as_llamacpp(file, tmp_path / "float", prompt())
     by_position = np.abs(theirs.logits - alike.logits).max(1) / np.abs(alike.logits).max()
-    print(kind, tied, distance(theirs, reading), by_position.max(), np.median(by_position))
+    print("llamacpp", kind, model, distance(theirs, reading), by_position.max(), np.median(by_position))
     assert np.median(by_position) < 1e-5
     assert by_position.max() < 0.01
     assert distance(theirs, reading) < (FLOAT32 if kind == "F32" else 0.03)

@@ -7,7 +7,6 @@ would show. Tolerances are relative to the largest logit.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +16,8 @@ import numpy as np
 import peers
 import pytest
 from peers import distance, ours, prompt, read
+from sources import ASYMMETRIC, SYMMETRIC, Source
 
-import awq_jax
 from awq_jax import convert
 
 pytestmark = pytest.mark.slow
@@ -26,9 +25,6 @@ pytestmark = pytest.mark.slow
 FLOAT32 = 2e-5  # float32 arithmetic in another order
 HALF = 2e-3  # GPTQModel's kernels for the CPU round each dequantized weight to float16
 OFFSETS = 2e-3  # formats that store s * z in float16 move weights by up to .0073 of a step
-
-Source = tuple[int, int, bool]  # bits, group size, symmetric
-ASYMMETRIC, SYMMETRIC = (4, 64, False), (4, 64, True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +36,7 @@ class Case:
       source: of the weights.
       reader: environment and driver.
       tolerance: of the logits against those before writing.
-      tied: the model's head is its embedding.
+      model: see `peers.float_checkpoint`.
       lossy: the format cannot hold these weights exactly.
     """
 
@@ -48,14 +44,14 @@ class Case:
     source: Source
     reader: tuple[str, str]
     tolerance: float
-    tied: bool = False
+    model: str = "llama"
     lossy: bool = False
 
     @property
     def name(self) -> str:
         bits, group, symmetric = self.source
         parts = [self.to, self.reader[0], f"w{bits}", f"g{group}" if group > 0 else "channel"]
-        return "-".join([*parts, "sym" if symmetric else "asym", *["tied"] * self.tied])
+        return "-".join([*parts, "sym" if symmetric else "asym", self.model])
 
 
 GPTQMODEL = ("gptqmodel", "read_transformers.py")
@@ -65,62 +61,45 @@ GGUF = ("gptqmodel", "read_transformers.py")  # transformers reads GGUF too, and
 
 CASES = (
     Case("float", ASYMMETRIC, COMPRESSED, FLOAT32),
-    Case("float", SYMMETRIC, COMPRESSED, FLOAT32, tied=True),
+    Case("float", SYMMETRIC, COMPRESSED, FLOAT32, model="llama-tied"),
     Case("gemm", ASYMMETRIC, GPTQMODEL, HALF),
-    Case("gemm", SYMMETRIC, GPTQMODEL, HALF, tied=True),
+    Case("gemm", SYMMETRIC, GPTQMODEL, HALF, model="llama-tied"),
     Case("gemm", (4, 128, False), GPTQMODEL, HALF),
     Case("gptq", ASYMMETRIC, GPTQMODEL, HALF),
-    Case("gptq", SYMMETRIC, GPTQMODEL, HALF, tied=True),
+    Case("gptq", SYMMETRIC, GPTQMODEL, HALF, model="llama-tied"),
     Case("gptq", (8, 64, True), GPTQMODEL, HALF),
     Case("gptq-v2", ASYMMETRIC, GPTQMODEL, HALF),
-    Case("gptq-v2", (8, 128, False), GPTQMODEL, HALF, tied=True),
+    Case("gptq-v2", (8, 128, False), GPTQMODEL, HALF, model="llama-tied"),
     Case("gptq-v2", (8, -1, True), GPTQMODEL, HALF),
     Case("compressed-tensors", ASYMMETRIC, COMPRESSED, FLOAT32),
-    Case("compressed-tensors", SYMMETRIC, COMPRESSED, FLOAT32, tied=True),
+    Case("compressed-tensors", SYMMETRIC, COMPRESSED, FLOAT32, model="llama-tied"),
     Case("compressed-tensors", (8, 64, False), COMPRESSED, FLOAT32),
     Case("compressed-tensors", (8, 128, True), COMPRESSED, FLOAT32),
     Case("compressed-tensors", (4, -1, True), COMPRESSED, FLOAT32),
     Case("compressed-tensors", (4, -1, False), COMPRESSED, FLOAT32),
     Case("compressed-tensors", (3, 64, True), COMPRESSED, FLOAT32),
     Case("mlx", ASYMMETRIC, MLX, OFFSETS, lossy=True),
-    Case("mlx", SYMMETRIC, MLX, FLOAT32, tied=True),
+    Case("mlx", SYMMETRIC, MLX, FLOAT32, model="llama-tied"),
     Case("mlx", (2, 64, False), MLX, FLOAT32),
     Case("mlx", (3, 64, False), MLX, OFFSETS, lossy=True),
     Case("mlx", (8, 32, False), MLX, OFFSETS, lossy=True),
+    *(Case("gemm", ASYMMETRIC, GPTQMODEL, HALF, model) for model in ("qwen2-tied", "qwen3")),
+    *(Case("gptq", SYMMETRIC, GPTQMODEL, HALF, model) for model in ("qwen2-tied", "qwen3")),
+    *(Case("compressed-tensors", ASYMMETRIC, COMPRESSED, FLOAT32, model) for model in ("qwen2-tied", "qwen3")),
+    *(Case("mlx", SYMMETRIC, MLX, FLOAT32, model) for model in ("qwen2-tied", "qwen3")),
+    *(Case("gguf-q4_0", SYMMETRIC, GGUF, FLOAT32, model) for model in ("qwen2-tied", "qwen3")),
     Case("gguf-q4_0", SYMMETRIC, GGUF, FLOAT32),
-    Case("gguf-q4_0", SYMMETRIC, GGUF, FLOAT32, tied=True),
+    Case("gguf-q4_0", SYMMETRIC, GGUF, FLOAT32, model="llama-tied"),
     Case("gguf-q4_1", ASYMMETRIC, GGUF, OFFSETS, lossy=True),
     Case("gguf-q8_0", (8, 64, True), GGUF, FLOAT32),
-    Case("gguf-q8_0", ASYMMETRIC, GGUF, FLOAT32, tied=True),
+    Case("gguf-q8_0", ASYMMETRIC, GGUF, FLOAT32, model="llama-tied"),
 )
 
 
-@pytest.fixture(scope="session")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Source, bool], Path]:
-    """Quantized checkpoints in awq_jax's own format, each made once."""
-    root = tmp_path_factory.mktemp("sources")
-
-    @functools.cache
-    def make(source: Source, tied: bool) -> Path:
-        bits, group, symmetric = source
-        where = root / f"float-{tied}"
-        model = awq_jax.load(where if where.exists() else peers.float_checkpoint(where, tied))
-        calib = np.random.default_rng(1).integers(3, 300, (8, 64)).astype(np.int32)
-        method = "awq+gptq" if source == ASYMMETRIC else "rtn"
-        model.quantize(calib, bits=bits, group_size=group, symmetric=symmetric, method=method, progress=False)
-        target = root / f"w{bits}-g{group}-{symmetric}-{tied}"
-        model.save(target, format="awq-jax")
-        return target
-
-    return make
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_the_program_computes_what_we_do(
-    case: Case, sources: Callable[[Source, bool], Path], tmp_path: Path
-) -> None:
+def test_the_program_computes_what_we_do(case: Case, sources: Callable[[Source, str], Path], tmp_path: Path) -> None:
     peers.environment(case.reader[0])
-    source = sources(case.source, case.tied)
+    source = sources(case.source, case.model)
     target = tmp_path / ("model.gguf" if case.to.startswith("gguf") else "written")
     done = convert.checkpoint(source, target, to=case.to, allow_lossy=case.lossy)
     assert bool(done.inexact) == case.lossy
@@ -139,23 +118,21 @@ def test_the_program_computes_what_we_do(
 BLOCKS = [("gguf-q4_0", SYMMETRIC), ("gguf-q4_1", ASYMMETRIC), ("gguf-q8_0", (8, 64, True)), ("gguf-q8_0", ASYMMETRIC)]
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("model", ["llama", "llama-tied", "qwen2-tied", "qwen3"])
 @pytest.mark.parametrize(("to", "source"), BLOCKS, ids=[f"{to}-w{s[0]}" for to, s in BLOCKS])
-def test_llamacpp(
-    to: str, source: Source, tied: bool, sources: Callable[[Source, bool], Path], tmp_path: Path
-) -> None:
+def test_llamacpp(to: str, source: Source, model: str, sources: Callable[[Source, str], Path], tmp_path: Path) -> None:
     """llama.cpp rounds activations to 8 bits, so it is compared as it is, and closely with that done alike.
 
     Where sums in another order make one activation round to the other side, its position differs a little more.
     """
     peers.environment("llamacpp")
     file = tmp_path / "model.gguf"
-    convert.checkpoint(sources(source, tied), file, to=to, allow_lossy=to == "gguf-q4_1")
+    convert.checkpoint(sources(source, model), file, to=to, allow_lossy=to == "gguf-q4_1")
     theirs = read("llamacpp", "read_llamacpp.py", file, prompt(), tmp_path / "out")
     reading = ours(file, prompt())
     alike = ggml.as_llamacpp(file, tmp_path / "float", prompt())
     by_position = np.abs(theirs.logits - alike.logits).max(1) / np.abs(alike.logits).max()
-    print(distance(theirs, reading), by_position.max(), np.median(by_position))
+    print("llamacpp", to, model, distance(theirs, reading), by_position.max(), np.median(by_position))
     assert np.median(by_position) < 1e-5
     assert by_position.max() < 0.01
     assert distance(theirs, reading) < 0.03

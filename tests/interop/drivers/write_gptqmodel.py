@@ -10,9 +10,9 @@ import sys
 
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # read at import; its default for two cores is too few for it
 
-import numpy as np  # noqa: E402
-from gptqmodel import GPTQModel, QuantizeConfig  # noqa: E402
-from gptqmodel.quantization import FORMAT, METHOD  # noqa: E402
+import numpy as np
+from gptqmodel import GPTQModel, QuantizeConfig
+from gptqmodel.quantization import FORMAT, METHOD
 
 
 def main(src: str, dst: str, kind: str, bits: str, group: str, symmetric: str, desc_act: str, ids: str) -> None:

@@ -1,6 +1,8 @@
-"""Quantize a float checkpoint with mlx-lm.
+"""Quantize a float checkpoint with mlx-lm, round to nearest.
 
     python write_mlx.py SRC DST BITS GROUP_SIZE
+
+The embedding and the head are quantized too, as mlx-lm does.
 """
 
 import sys
