@@ -49,8 +49,29 @@ class Backend:
     run: Callable[[jax.Array, Request, Any], jax.Array]
 
 
+def _pallas_obstacle(r: Request) -> str | None:
+    if r.platform != "tpu":
+        return f"it is a TPU kernel, and this runs on {r.platform}"
+    from awq_jax.kernels import pallas_tpu  # takes more than a second to import, and only TPUs need it
+
+    return pallas_tpu.obstacle(r.q, r.dtype)
+
+
+def _pallas_describe(r: Request) -> str:
+    from awq_jax.kernels import pallas_tpu
+
+    return pallas_tpu.describe(r.m, r.q, r.dtype)
+
+
+def _pallas_run(x: jax.Array, r: Request, out_dtype: Any) -> jax.Array:
+    from awq_jax.kernels import pallas_tpu
+
+    return pallas_tpu.matmul(x, r.q, out_dtype)
+
+
 # In order of preference; "auto" takes the first without an obstacle.
 BACKENDS: tuple[Backend, ...] = (
+    Backend(name="pallas", obstacle=_pallas_obstacle, describe=_pallas_describe, run=_pallas_run),
     Backend(
         name="xla",
         obstacle=lambda r: None,
