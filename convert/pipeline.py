@@ -175,9 +175,12 @@ def _dequantized(
     """A packed weight stored as float: exact in float32, unless another dtype was asked for."""
     if q.batch:
         raise FormatError(f"{name} is a stack of packed matrices, which cannot be stored as float; save as 'awq-jax'")
-    w = codes.dequantize(q)
     dtype = DTYPES[target.dtype or "float32"]
-    stored = np.ascontiguousarray(w.T if q.axes == "nk" else w).astype(dtype)
+    with np.errstate(over="ignore"):
+        w = codes.dequantize(q)
+        stored = np.ascontiguousarray(w.T if q.axes == "nk" else w).astype(dtype)
+    if not np.isfinite(stored).all():
+        raise FormatError(f"{name} is too large for {stored.dtype}: its scales or offsets are; fetch it again")
     deviation = _relative(w.T, stored) if target.dtype else 0.0
     return Record(name, stored.shape, stored.dtype.name, deviation=deviation), encoder.encode_float(name, stored), {}
 

@@ -244,7 +244,8 @@ class Fuzzer:
         while files is None:
             (kind,) = rng.choices(list(table), [weight for _, weight in table.values()])
             files = table[kind][0](rng, start.files)
-            if files is not None and kind not in ("harmless",) and rng.random() < 0.1:  # now and then two at once
+            twice = kind != "harmless" and table is not fuzz_mutations.GGUF and rng.random() < 0.1
+            if files is not None and twice:  # now and then two at once
                 (second,) = rng.choices(list(table), [weight for _, weight in table.values()])
                 with contextlib.suppress(Exception):  # the second may not know what to do with the first
                     files = table[second][0](rng, files) or files
