@@ -19,6 +19,7 @@ _PUBLIC = {
     "dot": "serving",
     "load": "model",
     "quantize": "quantizer",
+    "quantize_checkpoint": "stream",
 }
 _MODULES = ("convert", "data", "errors", "evaluate", "kernels", "linen", "models", "nnx")
 
@@ -42,6 +43,7 @@ __all__ = [
     "models",
     "nnx",
     "quantize",
+    "quantize_checkpoint",
 ]
 
 if TYPE_CHECKING:
@@ -64,6 +66,7 @@ if TYPE_CHECKING:
     from awq_jax.quantizer import quantize as quantize
     from awq_jax.report import Report as Report
     from awq_jax.serving import dot as dot
+    from awq_jax.stream import quantize_checkpoint as quantize_checkpoint
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,17 +30,22 @@ class Manifest:
     Attributes:
       records: what earlier runs have written, in order.
       shards: tensor names of the shards they have finished.
+      notes: what else was noted of each of those shards.
     """
 
     def __init__(self, file: IO[str], directory: Path) -> None:
         self._file, self._directory = file, directory
         self.records: list[Record] = []
         self.shards: list[list[str]] = []
+        self.notes: list[dict[str, Any]] = []
 
-    def add(self, number: int, records: Sequence[Record], names: Sequence[str]) -> None:
-        """Shard ``number`` is on disk."""
+    def add(
+        self, number: int, records: Sequence[Record], names: Sequence[str], note: Mapping[str, Any] | None = None
+    ) -> None:
+        """Shard ``number`` is on disk; ``note``: plain JSON data to keep with it."""
         size = (self._directory / part_name(number)).stat().st_size
         line = {"bytes": size, "names": list(names), "records": [dataclasses.asdict(r) for r in records]}
+        line |= {"note": dict(note)} if note else {}
         self._write(line)
 
     def _write(self, line: dict[str, Any]) -> None:
@@ -63,6 +68,7 @@ class Manifest:
                     break
                 self.records += [Record(**{**r, "shape": tuple(r["shape"])}) for r in line["records"]]
                 self.shards.append(line["names"])
+                self.notes.append(line.get("note", {}))
                 good += len(text) + 1
         except (ValueError, KeyError, TypeError):  # a line cut off by a crash
             pass
@@ -73,8 +79,13 @@ class Manifest:
 
 
 @contextlib.contextmanager
-def opened(directory: Path, fingerprint: str) -> Iterator[Manifest]:
+def opened(directory: Path, fingerprint: str, keep: Collection[str] = ()) -> Iterator[Manifest]:
     """The manifest of ``directory``, which is made, or emptied if it was left by another job.
+
+    Args:
+      directory: where shards are written.
+      fingerprint: of the job.
+      keep: names in ``directory`` that stay besides the manifest and the finished shards.
 
     Raises:
       CheckpointError: if another process is at work there.
@@ -87,16 +98,25 @@ def opened(directory: Path, fingerprint: str) -> Iterator[Manifest]:
             raise CheckpointError(f"another process is writing {directory}; wait for it, or take another target") from e
         manifest = Manifest(file, directory)
         if not manifest._read(fingerprint):
-            manifest = Manifest(file, directory)
+            manifest, keep = Manifest(file, directory), ()
             file.truncate(0)
             manifest._write({"fingerprint": fingerprint})
-        keep = {NAME, *(part_name(i) for i in range(len(manifest.shards)))}
+        known = {NAME, *keep, *(part_name(i) for i in range(len(manifest.shards)))}
         for path in directory.iterdir():
-            if path.name not in keep:
+            if path.name not in known:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         if manifest.shards:
             log.info("continuing with shard %d of an earlier run", len(manifest.shards) + 1)
         yield manifest
+
+
+def written_for(directory: Path) -> str | None:
+    """The fingerprint of the job that left ``directory``, or None if nothing usable is there."""
+    try:
+        with (directory / NAME).open(encoding="ascii") as file:
+            return str(json.loads(file.readline())["fingerprint"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def fingerprint(source: Source, **settings: Any) -> str:

@@ -21,6 +21,7 @@ awq-jax quantize ./Qwen3-0.6B ./Qwen3-0.6B-awq
 awq-jax quantize ./model ./model-w3 --bits 3 --group-size 64 --calib book.txt --report report.html
 awq-jax quantize ./model ./model-awq --override 'down_proj:bits=8' --skip 'layers/0/' --format awq-jax
 awq-jax quantize ./model ./model-awq --calib default --samples 32 --json > report.json
+awq-jax quantize ./Llama-70B ./Llama-70B-awq --hidden disk --dry-run
 """
 
 
@@ -73,50 +74,61 @@ def add(subparsers: Any) -> None:
     o.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
     o.add_argument("--report", type=Path, metavar="FILE", help="write a report, .html or .json")
     common.add_dtype(o)
+    r = p.add_argument_group("run", "One block is in memory at a time. A run that was killed continues when the same "
+                             "command is given again.")  # fmt: skip
+    r.add_argument("--dry-run", action="store_true",
+                   help="print blocks, memory, disk and time (of a trial on the first block), and stop")  # fmt: skip
+    r.add_argument("--resume", action="store_true", help="refuse to begin anew: there must be an unfinished run")
+    r.add_argument("--restart", action="store_true", help="discard an unfinished run")
+    r.add_argument("--hidden", default="memory", choices=("memory", "disk"),
+                   help="where hidden states are between blocks; from disk a run continues at once (default: "
+                   "%(default)s)")  # fmt: skip
+    r.add_argument(
+        "--hidden-dtype", choices=common.DTYPES, help="of hidden states between blocks (default: the model's)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Check, load, quantize, save, report."""
-    common.check_new_directory(args.dst, args.overwrite)
+    """Check, quantize block by block, report."""
+    name = args.dst.absolute().name
+    if not args.dry_run and not (args.dst.absolute().parent / f".{name}.quantizing").exists():
+        common.check_new_directory(args.dst, args.overwrite)
     common.check_report_path(args.report)
     config = settings(args)
-    from awq_jax import data, model, render
-    from awq_jax.commands import preflight
+    from awq_jax import render, stream, stream_job
 
-    data.check_source(args.calib)
-    source, architecture = preflight.check(args.src, args.dst, config, args.format)
-    clock = time.perf_counter
-    start = clock()
-    calib = data.load(
-        args.calib,
-        source.tokenizer(),
+    start = time.perf_counter()
+    options = stream_job.Options(
         samples=args.samples,
-        seq_len=min(args.seq_len, architecture.max_length),
-        vocab_size=architecture.vocab_size,
+        seq_len=args.seq_len,
+        batch_size=args.batch_size,
         seed=args.seed,
+        dtype=args.dtype,
+        format=args.format,
+        overwrite=args.overwrite or args.dry_run,
+        hidden=args.hidden,
+        hidden_dtype=args.hidden_dtype,
     )
-    common.say(calib.description, args.quiet)
-    read = clock()
-    loaded = model.load(args.src, args.dtype)
-    ready = clock()
     chosen = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    report = loaded.quantize(calib, batch_size=args.batch_size, progress=not args.quiet, **chosen)
-    quantized = clock()
-    try:
-        written = loaded.save(args.dst, format=args.format, overwrite=args.overwrite)
-    except FormatError as e:
-        loaded.save(args.dst, format="awq-jax", overwrite=args.overwrite)
-        raise FormatError(f"{e}. Nothing is lost: the result is in {args.dst}, in the format awq-jax") from None
-    saved = clock()
-    seconds = {"text": read - start, "load": ready - read, **report.seconds, "save": saved - quantized}
-    report = dataclasses.replace(report, seconds=seconds)
+    job = stream_job.prepare(args.src, args.dst, args.calib, options, chosen)
+    common.say(job.description, args.quiet)
+    read = time.perf_counter() - start
+    if args.dry_run:
+        from awq_jax import stream_forecast
+
+        forecast = stream_forecast.forecast(job)
+        print(common.to_json(forecast.to_dict()) if args.json else stream_forecast.table(forecast))
+        return
+    done = stream.run(job, resume=args.resume, restart=args.restart, progress=not args.quiet)
+    report = dataclasses.replace(done.report, seconds={"text": read, **done.report.seconds})
     if args.report:
         write_report(report, args.report, f"{args.src}, {config.bits} bits")
     if args.json:
-        print(common.to_json(report.to_dict() | {"format": written, "calibration": calib.description}))
+        extra = {"format": done.format, "calibration": job.description, "resumed": done.resumed}
+        print(common.to_json(report.to_dict() | extra))
     else:
         print(common.as_options(render.table(report)))
-        print(f"\nwrote {args.dst} ({written})" + (f" and {args.report}" if args.report else ""))
+        print(f"\nwrote {args.dst} ({done.format})" + (f" and {args.report}" if args.report else ""))
 
 
 def settings(args: argparse.Namespace) -> AwqConfig:

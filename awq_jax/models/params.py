@@ -143,7 +143,7 @@ class Weights:
         return _stack(parts, path) if how.stacked else parts[0]
 
 
-def tensors(state: nnx.State, config: ModelConfig) -> Iterator[tuple[str, np.ndarray | QuantizedTensor]]:
+def tensors(state: Any, config: ModelConfig) -> Iterator[tuple[str, np.ndarray | QuantizedTensor]]:
     """The state as Hugging Face names and tensors, one at a time; packed ones in PyTorch's orientation."""
     flat = paths.flatten(state)
     packed = {_parent(path) for path, leaf in flat.items() if isinstance(leaf, QuantizedTensor)}

@@ -1,0 +1,184 @@
+"""The reference decoder as a chain of blocks: embedding, layers, head; each a function of its own parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from awq_jax import paths
+from awq_jax.discovery import discover
+from awq_jax.models import ModelConfig, rope
+from awq_jax.models import params as model_params
+from awq_jax.models.attention import Step
+from awq_jax.models.config import LayerConfig
+from awq_jax.models.decoder import Layer
+from awq_jax.models.plans import TOWER
+from awq_jax.plan import Group, Plan
+
+Leaves = Mapping[str, Any]  # by path within the block
+Apply = Callable[[Leaves, jax.Array], jax.Array]
+
+EMBED, HEAD, REST = "embed", "head", "rest"
+EMBEDDING = ("embed_tokens", "project_in", "embed_positions", "embed_norm")
+ELSEWHERE = "what could absorb its scale is in another block"
+HEADS = ("norm", "project_out", "lm_head")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Block:
+    """One block.
+
+    Attributes:
+      name: ``"embed"``, ``"layers/0"`` ..., ``"head"``, or ``"rest"`` (what no text goes through).
+      kind: blocks of the same kind run the same program on parameters of the same shapes.
+      prefix: what the paths of its parameters begin with.
+      leaves: shape of every parameter it reads, by path within the block.
+      owned: those of them that no earlier block has.
+    """
+
+    name: str
+    kind: Hashable
+    prefix: str
+    leaves: dict[str, tuple[int, ...]]
+    owned: tuple[str, ...]
+
+    @property
+    def elements(self) -> int:
+        """Numbers in its own parameters."""
+        return sum(_size(self.leaves[p]) for p in self.owned)
+
+
+class Chain:
+    """The blocks of a decoder; nothing is computed or read.
+
+    Attributes:
+      config: architecture.
+      blocks: in the order that tokens go through them.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+        self._outer_def, self._outer = model_params.abstract(dataclasses.replace(config, layers=()))
+        self._inner = {layer: _abstract_layer(config, layer) for layer in dict.fromkeys(config.layers)}
+        self._apply: dict[Hashable, Apply] = {EMBED: self._embed, HEAD: self._head}
+        self._apply |= {layer: self._layer(layer) for layer in self._inner}
+        self.blocks = self._blocks()
+
+    def apply(self, block: Block) -> Apply:
+        """The block's function of its parameters and what goes in; the same object for all of a kind.
+
+        In: int32 tokens ``[B, T]`` (embedding), or hidden states ``[B, T, hidden]``. Out: hidden states;
+        of the head, logits.
+        """
+        return self._apply[block.kind]
+
+    def plan(self) -> Plan:
+        """The scale groups of the whole decoder: those of each kind of layer, found once.
+
+        As `awq_jax.discover` finds them, but that a scale is absorbed in its own block or not at all.
+        """
+        short = dataclasses.replace(self.config, layers=tuple(self._inner))
+        graphdef, state = model_params.abstract(short)
+
+        def apply(params: Any, tokens: jax.Array) -> jax.Array:
+            return nnx.merge(graphdef, params)(tokens)
+
+        found = discover(apply, state, jax.ShapeDtypeStruct((1, min(8, self.config.max_length)), jnp.int32))
+        groups: dict[Hashable, list[Group]] = {}
+        skipped: dict[Hashable, dict[str, str]] = {}
+        prefixes = {f"layers/{i}/": layer for i, layer in enumerate(self._inner)}
+
+        def where(path: str) -> tuple[str, Hashable]:
+            for prefix, layer in prefixes.items():
+                if path.startswith(prefix):
+                    return prefix, layer
+            return "", EMBED if path.split("/")[0] in EMBEDDING else HEAD
+
+        for group in found.groups:
+            prefix, kind = where(group.name)
+            if any(where(a.path) != (prefix, kind) for a in group.absorbers):
+                group = dataclasses.replace(group, absorbers=(), ties=None, reason=ELSEWHERE)
+            groups.setdefault(kind, []).append(moved(group, prefix, ""))
+        for path, why in found.skipped.items():
+            prefix, kind = where(path)
+            skipped.setdefault(kind, {})[path[len(prefix) :]] = why
+        towers = {b.prefix + p: TOWER for b in self.blocks if b.kind == REST for p in b.leaves if p.endswith("/kernel")}
+        return Plan(
+            tuple(moved(g, "", b.prefix) for b in self.blocks for g in groups.get(b.kind, ())),
+            {b.prefix + p: why for b in self.blocks for p, why in skipped.get(b.kind, {}).items()} | towers,
+        )
+
+    def _blocks(self) -> list[Block]:
+        outer = {p: tuple(leaf.shape) for p, leaf in paths.flatten(self._outer).items()}
+        tops = {p: p.split("/")[0] for p in outer}
+        embed = {p: s for p, s in outer.items() if tops[p] in EMBEDDING}
+        tied = {p: s for p, s in embed.items() if self.config.tied and tops[p] == "embed_tokens"}
+        head = {p: s for p, s in outer.items() if tops[p] in HEADS}
+        rest = {p: s for p, s in outer.items() if p not in embed and p not in head}
+        blocks = [Block(EMBED, EMBED, "", embed, tuple(embed))]
+        for i, layer in enumerate(self.config.layers):
+            shapes = {p: tuple(leaf.shape) for p, leaf in paths.flatten(self._inner[layer][1]).items()}
+            blocks.append(Block(f"layers/{i}", layer, f"layers/{i}/", shapes, tuple(shapes)))
+        blocks.append(Block(HEAD, HEAD, "", {**tied, **head}, tuple(head)))
+        if rest:
+            blocks.append(Block(REST, REST, "", rest, tuple(rest)))
+        return blocks
+
+    def _embed(self, leaves: Leaves, tokens: jax.Array) -> jax.Array:
+        model = nnx.merge(self._outer_def, _filled(self._outer, leaves))
+        return model.embed(tokens, _positions(tokens))
+
+    def _head(self, leaves: Leaves, x: jax.Array) -> jax.Array:
+        model = nnx.merge(self._outer_def, _filled(self._outer, leaves))
+        return model.head(model.norm(x) if self.config.final_norm else x)
+
+    def _layer(self, layer: LayerConfig) -> Apply:
+        graphdef, state = self._inner[layer]
+
+        def run(leaves: Leaves, x: jax.Array) -> jax.Array:
+            positions = _positions(x)
+            angles = {}
+            if layer.rope is not None:
+                angles[layer.rope] = rope.cos_sin(layer.rope, layer.attention.head_dim, positions)
+            return nnx.merge(graphdef, _filled(state, leaves))(x, Step(positions, angles), None)[0]
+
+        return run
+
+
+def moved(group: Group, old: str, new: str) -> Group:
+    """``group`` with paths that begin with ``new`` instead of ``old``."""
+
+    def name(path: str) -> str:
+        return new + path.removeprefix(old)
+
+    return dataclasses.replace(
+        group,
+        name=name(group.name),
+        sites=tuple(dataclasses.replace(s, path=name(s.path)) for s in group.sites),
+        absorbers=tuple(dataclasses.replace(a, path=name(a.path)) for a in group.absorbers),
+    )
+
+
+def _abstract_layer(config: ModelConfig, layer: LayerConfig) -> tuple[Any, nnx.State]:
+    return nnx.split(nnx.eval_shape(lambda: Layer(config, layer, nnx.Rngs(0))))
+
+
+def _filled(state: nnx.State, leaves: Leaves) -> nnx.State:
+    """The abstract state with arrays where there are any; what is missing is not read."""
+    return paths.map_with_path(lambda path, leaf: leaves.get(path, leaf), state)
+
+
+def _positions(x: jax.Array) -> jax.Array:
+    return jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    out = 1
+    for n in shape:
+        out *= n
+    return out

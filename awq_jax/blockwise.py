@@ -1,0 +1,271 @@
+"""Quantization one block at a time: the statistics of a block, its scales, its packed weights, then the next.
+
+`awq_jax.model.Model.quantize` goes through blocks that are in memory, `awq_jax.stream` through those of
+a checkpoint: same programs on the same batches, hence the same bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from awq_jax import calibration, paths, quantizer
+from awq_jax.blocks import EMBED, HEAD, REST, Block, Chain, moved
+from awq_jax.calibration import Stats
+from awq_jax.config import AwqConfig
+from awq_jax.errors import CalibrationError, ConfigError
+from awq_jax.hidden import Hidden, InMemory
+from awq_jax.models import ModelConfig
+from awq_jax.plan import Group, Plan
+from awq_jax.report import LayerReport, Report
+from awq_jax.select import select
+from awq_jax.verify import verify
+
+PROBE = 64  # tokens on which a plan is proven
+BATCH_TOKENS = 2048
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """What became of a block.
+
+    Attributes:
+      block: which.
+      leaves: its own parameters by full path: packed, rescaled, or as they were.
+      rows: of the packed ones.
+      seconds: phase -> wall seconds.
+      bytes_before, bytes_after: of its own parameters.
+    """
+
+    block: Block
+    leaves: dict[str, Any]
+    rows: list[LayerReport]
+    seconds: dict[str, float]
+    bytes_before: int
+    bytes_after: int
+
+
+class Session:
+    """A quantization in progress.
+
+    Args:
+      config: architecture.
+      settings: what to quantize to.
+
+    Attributes:
+      chain: the blocks.
+      plan: scale groups of the whole model, as discovered.
+      skipped: path -> reason, of matmul weights left float.
+      refused: kind of block -> name of a group within it -> why its scale is not absorbed after all.
+      activations: dtype of hidden states, once there are any.
+
+    Raises:
+      ShapeError: listing the weights that the group size does not divide.
+      ConfigError: nothing would be quantized.
+    """
+
+    def __init__(self, config: ModelConfig, settings: AwqConfig) -> None:
+        self.chain, self.settings = Chain(config), settings
+        self.plan = self.chain.plan()
+        self.targets, self.skipped = select(self.plan, settings)
+        if not self.targets:
+            why = "; ".join(f"{path}: {reason}" for path, reason in self.skipped.items())
+            raise ConfigError(f"nothing would be quantized: {why or 'the model has no matmul'}")
+        self.refused: dict[Hashable, dict[str, str]] = {}
+        self._groups: dict[str, list[Group]] = {}
+        for group in self.plan.groups:
+            self._groups.setdefault(self._owner(group.name), []).append(group)
+        self._steps: dict[Hashable, Callable[..., Any]] = {}
+        self.activations: str | None = None
+
+    @property
+    def blocks(self) -> list[Block]:
+        """In the order that tokens go through them."""
+        return self.chain.blocks
+
+    def read_by(self, block: Block) -> list[str]:
+        """The parameters of a block that are needed for it: all unless nothing is to be calibrated there."""
+        return list(block.leaves if block.kind not in (HEAD, REST) or self.work(block) else block.owned)
+
+    def restore(self, block: Block, refused: dict[str, str] | None, activations: str | None) -> None:
+        """Take over what an earlier run found out when it did ``block``."""
+        if refused is not None:
+            self.refused[block.kind] = refused
+        self.activations = activations
+
+    def run(
+        self, blocks: Iterable[Block], read: Callable[[Block], Mapping[str, Any]], hidden: Hidden, batches: int
+    ) -> Iterator[Done]:
+        """Calibrate and quantize ``blocks`` one after another.
+
+        Args:
+          blocks: a tail of `blocks`.
+          read: a block's float parameters by path within it. They are dropped before the next are read.
+          hidden: what goes into the first of ``blocks``.
+          batches: how many there are.
+        """
+        for block in blocks:
+            start = time.perf_counter()
+            leaves = read(block)
+            loaded = time.perf_counter()
+            stats = self.calibrate(block, leaves, hidden, batches)
+            calibrated = time.perf_counter()
+            done = self.quantize(block, leaves, stats)
+            del leaves, stats
+            yield dataclasses.replace(
+                done, seconds={"load": loaded - start, "calibrate": calibrated - loaded, **done.seconds}
+            )
+            del done
+
+    def calibrate(self, block: Block, leaves: Mapping[str, Any], hidden: Hidden, batches: int) -> dict[str, Stats]:
+        """Send all batches through a block, and sum up the statistics of its groups.
+
+        Returns:
+          By the full name of the group.
+        """
+        groups = [_within(g, block) for g, _ in self.work(block)]
+        if block.kind == REST or (block.kind == HEAD and not groups):
+            return {}
+        step = self._step(block, groups)
+        stats = {g.name: calibration.zeros(g) for g in groups}
+        for i in range(batches):
+            x = jnp.asarray(hidden.get(i))
+            if block.kind != EMBED:
+                x = x.astype(self.activations or x.dtype)
+            y, stats = step(leaves, x, stats)
+            if y is not None:
+                self.activations = y.dtype.name
+                hidden.put(i, np.asarray(y))
+            # Waiting here bounds what is in flight to one batch.
+            jax.block_until_ready(stats)
+        hidden.turn()
+        return {block.prefix + name: s for name, s in stats.items()}
+
+    def quantize(self, block: Block, leaves: Mapping[str, Any], stats: Mapping[str, Stats]) -> Done:
+        """Pack a block's weights; ``stats`` from `calibrate`.
+
+        Raises:
+          WeightError: a weight holds NaN or inf.
+        """
+        quantizer.check_finite({block.prefix + p: leaf for p, leaf in leaves.items()})
+        start = time.perf_counter()
+        self._prove(block, leaves)
+        proven = time.perf_counter()
+        work = self.work(block)
+        plan = Plan(tuple(g for g, _ in work))
+        own = {block.prefix + p: leaves[p] for p in block.owned}
+        done = quantizer.quantize_groups(plan, work, own, stats, self.settings)
+        seconds = {"calibrate": proven - start, **done.seconds}
+        return Done(block, done.leaves, done.rows, seconds, paths.nbytes(own), paths.nbytes(done.leaves))
+
+    def work(self, block: Block) -> quantizer.Work:
+        """The groups of a block that have weights to be quantized, with full paths."""
+        refused = self.refused.get(block.kind, {})
+        plan = Plan(tuple(_refuse(g, refused.get(g.name[len(block.prefix) :])) for g in self._all(block)))
+        return quantizer.with_targets(plan, self.targets)
+
+    def _all(self, block: Block) -> list[Group]:
+        return self._groups.get(block.name, [])
+
+    def _owner(self, path: str) -> str:
+        """The name of the block that has a site."""
+        top, _, rest = path.partition("/")
+        if top == "layers":
+            return f"{top}/{rest.partition('/')[0]}"
+        return EMBED if path in self.blocks[0].leaves else HEAD
+
+    def _step(self, block: Block, groups: list[Group]) -> Callable[..., Any]:
+        """Compiled once for each kind of block (and choice of weights)."""
+        key = (block.kind, tuple(g.name for g in groups))
+        if key not in self._steps:
+            collect = calibration.collector(self.chain.apply(block), groups)
+            last = block.kind == HEAD
+
+            def run(leaves: Any, x: jax.Array, stats: dict[str, Stats]) -> tuple[Any, dict[str, Stats]]:
+                y, new = collect(leaves, (x,), {})
+                return None if last else y, jax.tree.map(jnp.add, stats, new)
+
+            self._steps[key] = jax.jit(run, donate_argnums=2)
+        return self._steps[key]
+
+    def _prove(self, block: Block, leaves: Mapping[str, Any]) -> None:
+        """See on the first block of each kind that its plan keeps the output what it is."""
+        if block.kind in self.refused or not self.work(block):
+            return
+        plan = Plan(tuple(_within(g, block) for g in self._all(block)))
+        config = self.chain.config
+        rng = np.random.default_rng(0)
+        length = min(PROBE, config.max_length)
+        probe: Any = rng.integers(0, config.vocab_size, (1, length)).astype(np.int32)
+        if block.kind != EMBED:
+            # Normal numbers rather than real hidden states: a few of those can be so large that they hide the rest.
+            probe = jnp.asarray(rng.standard_normal((1, length, config.hidden_size)), self.activations or jnp.float32)
+        proven = verify(plan, self.chain.apply(block), dict(leaves), probe)
+        self.refused[block.kind] = {
+            new.name: new.reason
+            for old, new in zip(plan.groups, proven.groups, strict=True)
+            if old.absorbers and not new.absorbers
+        }
+
+
+def batched(tokens: np.ndarray, vocab_size: int, batch_size: int | None = None) -> list[np.ndarray]:
+    """Calibration tokens ``[S, T]`` as batches of ``batch_size`` rows, by default as many as make about 2048 tokens.
+
+    Raises:
+      CalibrationError: if a token lies outside the vocabulary.
+    """
+    tokens = np.asarray(tokens, np.int32)
+    if tokens.min() < 0 or tokens.max() >= vocab_size:
+        raise CalibrationError(f"calibration tokens lie outside the vocabulary of {vocab_size}")
+    rows = batch_size or max(1, BATCH_TOKENS // tokens.shape[1])
+    return [tokens[i : i + rows] for i in range(0, len(tokens), rows)]
+
+
+def _within(group: Group, block: Block) -> Group:
+    """A group with paths as they are within its block."""
+    return moved(group, block.prefix, "")
+
+
+def _refuse(group: Group, why: str | None) -> Group:
+    return group if why is None else dataclasses.replace(group, absorbers=(), ties=None, reason=why)
+
+
+def in_memory(
+    params: Any, session: Session, batches: Sequence[np.ndarray], progress: bool = True
+) -> tuple[Any, Report]:
+    """Quantize a decoder that is in memory.
+
+    Args:
+      params: its float parameters.
+      session: fresh.
+      batches: calibration tokens, int32 ``[B, T]`` each.
+      progress: show a progress bar on stderr.
+
+    Returns:
+      The parameters, packed where they are quantized, and what was done.
+    """
+    floats = paths.flatten(params)
+    leaves: dict[str, Any] = {}
+    rows: list[LayerReport] = []
+    seconds = dict.fromkeys(("calibrate", "search", "round"), 0.0)
+
+    def read(block: Block) -> dict[str, Any]:
+        return {path: floats[block.prefix + path] for path in session.read_by(block)}
+
+    bar = tqdm(session.blocks, desc="quantize", unit="block", disable=not progress)
+    for done in session.run(bar, read, InMemory(batches), len(batches)):
+        leaves |= done.leaves
+        rows += done.rows
+        for phase in seconds:
+            seconds[phase] += done.seconds[phase]
+    out = paths.map_with_path(lambda path, _: leaves[path], params)
+    tokens = sum(b.size for b in batches)
+    sizes = paths.nbytes(params), paths.nbytes(out)
+    return out, Report(session.settings.to_dict(), rows, session.skipped, tokens, seconds, *sizes)

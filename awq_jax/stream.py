@@ -1,0 +1,268 @@
+"""`quantize_checkpoint`: a checkpoint of any size, one block at a time, resumable.
+
+While a block is calibrated and quantized, one thread reads the next block and another writes the one
+before. What survives a crash: a directory beside the target with a part for each finished block and a
+manifest (see `awq_jax.convert.manifest`), and, if they are kept on disk, the hidden states behind it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from awq_jax.blocks import Block
+from awq_jax.blockwise import Done
+from awq_jax.convert import manifest, native
+from awq_jax.convert.format import Target
+from awq_jax.convert.manifest import Manifest
+from awq_jax.convert.shards import install, write_json
+from awq_jax.convert.source import Source
+from awq_jax.errors import CheckpointError, ConfigError, FormatError
+from awq_jax.models import layouts
+from awq_jax.models import params as model_params
+from awq_jax.report import LayerReport, Report
+from awq_jax.stream_job import FINISHED, HIDDEN, OUT, Job, Options, prepare
+from awq_jax.stream_parts import Tensors, assemble, write_part
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a run did.
+
+    Attributes:
+      report: weight by weight, over all runs that made this checkpoint.
+      format: written.
+      resumed: blocks that earlier, interrupted runs had finished.
+    """
+
+    report: Report
+    format: str
+    resumed: int = 0
+
+
+def quantize_checkpoint(
+    src: str | Path | Source,
+    dst: str | Path,
+    calib: Any = "pileval",
+    *,
+    samples: int = 128,
+    seq_len: int = 512,
+    batch_size: int | None = None,
+    seed: int = 0,
+    dtype: str | None = None,
+    format: str = "auto",
+    overwrite: bool = False,
+    hidden: str = "memory",
+    hidden_dtype: str | None = None,
+    resume: bool = False,
+    restart: bool = False,
+    progress: bool = True,
+    **settings: Any,
+) -> Outcome:
+    """Quantize a checkpoint without holding more than two of its blocks at a time.
+
+    The tensors are those that ``awq_jax.load(src).quantize(...)`` and ``save(dst)`` would write, to the bit. A
+    run that was killed continues when the same call is made again, and ends with the same bytes.
+
+    Memory: the block at work and the one being read, the packed ones that are being written, the hidden
+    states of the calibration set unless they are on disk, the statistics of one block, and what one group
+    of weights needs while it is rounded. It does not depend on the number of blocks.
+
+    Args:
+      src: float checkpoint: a directory, ``.gguf`` file, hub id, or an open source.
+      dst: directory to create. Until it is done the work is in a hidden directory beside it.
+      calib, samples, seq_len, batch_size, seed: see `awq_jax.model.Model.quantize`.
+      dtype: of float tensors and activations; see `awq_jax.load`.
+      format: see `awq_jax.model.Model.save`.
+      overwrite: replace ``dst`` if it is a checkpoint.
+      hidden: where hidden states are kept: ``"memory"``; or ``"disk"``, in the working directory, from where
+        a run continues at once. From memory it sends the calibration set through the finished blocks again.
+      hidden_dtype: to keep hidden states in: ``"float32"``, ``"bfloat16"`` or ``"float16"``. None takes the
+        model's own, which changes nothing in the result.
+      resume: it is an error if there is no unfinished run to continue.
+      restart: discard an unfinished run.
+      progress: show a progress bar on stderr.
+      **settings: fields of `AwqConfig`; ``explicit_scale`` is False unless given.
+
+    Raises:
+      ConfigError: on a bad setting, or if ``src`` is quantized already.
+      UnsupportedModelError: the architecture is not one of `awq_jax.models.supported`.
+      ShapeError: listing the weights that the group size does not divide.
+      FormatError: the format cannot hold what is asked for.
+      WeightError: a tensor is missing, unexpected, or holds NaN or inf.
+      CheckpointError: ``src`` is damaged, ``dst`` exists, the disk is full or too small, or an unfinished run
+        had another source, other settings, other calibration data or another environment.
+      CalibrationError: the calibration data are empty or do not fit the model.
+    """
+    options = Options(samples, seq_len, batch_size, seed, dtype, format, overwrite, hidden, hidden_dtype)
+    return run(prepare(src, dst, calib, options, settings), resume=resume, restart=restart, progress=progress)
+
+
+def run(job: Job, *, resume: bool = False, restart: bool = False, progress: bool = True) -> Outcome:
+    """Do, or continue, what `awq_jax.stream_job.prepare` has checked; see `quantize_checkpoint`."""
+    if resume and restart:
+        raise ConfigError("resume continues an unfinished run and restart discards it: give one of them")
+    if restart:
+        shutil.rmtree(job.work, ignore_errors=True)
+    if not job.unfinished() and resume:
+        raise CheckpointError(f"there is no unfinished run of {job.path} to continue; leave resume=True out")
+    job.check_space()
+    try:
+        with manifest.opened(job.work, job.fingerprint, {HIDDEN, OUT, FINISHED}) as done:
+            resumed = len(done.shards)
+            with tqdm(total=len(job.session.blocks), desc="quantize", unit="block", disable=not progress) as bar:
+                _quantize(job, done, bar)
+            start = time.perf_counter()
+            format, problem = _finish(job, done)
+            report = _report(job, done)
+            report.seconds["save"] += time.perf_counter() - start
+    except OSError as e:
+        raise CheckpointError(
+            f"cannot write {job.path}: {e}. Free some space and run the same command again: it continues after the "
+            "last finished block"
+        ) from e
+    shutil.rmtree(job.work, ignore_errors=True)
+    if problem:
+        raise FormatError(f"{problem}. Nothing is lost: the result is in {job.path}, in the format {format}")
+    return Outcome(report, format, resumed)
+
+
+def _quantize(job: Job, done: Manifest, bar: tqdm) -> None:
+    """The parts that are not there yet."""
+    session = job.session
+    blocks = session.blocks
+    finished = len(done.shards)
+    for block, note in zip(blocks, done.notes, strict=False):
+        session.restore(block, note["refused"], note["activations"])
+    bar.update(min(finished, len(blocks)))
+    if finished < len(blocks):
+        hidden, behind = job.open_hidden(finished, session.activations)
+        with Reader(job, blocks[behind:]) as reader, Writer(job, done) as writer:
+            for block in blocks[behind:finished]:  # statistics and all, as another program might round otherwise
+                session.calibrate(block, reader(block), hidden, len(job.batches))
+            for number, result in enumerate(session.run(blocks[finished:], reader, hidden, len(job.batches)), finished):
+                tensors = model_params.tensors(result.leaves, session.chain.config)
+                writer.put(number, list(tensors), _note(job, result))
+                hidden.forget(len(done.shards))
+                bar.update()
+                del result, tensors
+    if len(done.shards) == len(blocks):
+        write_part(done, job.work, len(blocks), layouts.carried(job.source, session.chain.config), {})
+
+
+class Reader:
+    """A block's parameters, and the next block's tensors read meanwhile.
+
+    Args:
+      job: whose weights.
+      blocks: the order in which they will be asked for.
+    """
+
+    def __init__(self, job: Job, blocks: Sequence[Block]) -> None:
+        self._job, self._blocks = job, iter(blocks)
+        self._pool = ThreadPoolExecutor(1, "read")
+        self._coming: Future[dict[str, list[Any]]] | None = None
+
+    def __enter__(self) -> Reader:
+        self._start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def __call__(self, block: Block) -> dict[str, Any]:
+        assert self._coming is not None
+        tensors = self._coming.result()
+        self._coming = None
+        weights = self._job.weights
+        leaves = {p: weights.leaf(block.prefix + p, tensors.pop(p)) for p in list(tensors)}
+        self._start()
+        return leaves
+
+    def _start(self) -> None:
+        block = next(self._blocks, None)
+        if block is not None:
+            wanted = self._job.session.read_by(block)
+            self._coming = self._pool.submit(
+                lambda: {p: list(self._job.weights.read(block.prefix + p)) for p in wanted}
+            )
+
+
+class Writer:
+    """Writes one part while the next is made."""
+
+    def __init__(self, job: Job, done: Manifest) -> None:
+        self._job, self._done = job, done
+        self._pool = ThreadPoolExecutor(1, "write")
+        self._pending: Future[None] | None = None
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        try:
+            self._wait()
+        except OSError:
+            if kind is None:  # otherwise there is an older error to report
+                raise
+        finally:
+            self._pool.shutdown()
+
+    def put(self, number: int, tensors: Tensors, note: dict[str, Any]) -> None:
+        """Start writing a part, when the one before is on the disk."""
+        self._wait()
+        self._pending = self._pool.submit(write_part, self._done, self._job.work, number, tensors, note)
+
+    def _wait(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+
+def _note(job: Job, done: Done) -> dict[str, Any]:
+    """What a later run must know of a block."""
+    return {
+        "block": done.block.name,
+        "rows": [dataclasses.asdict(r) for r in done.rows],
+        "seconds": done.seconds,
+        "bytes": [done.bytes_before, done.bytes_after],
+        "refused": job.session.refused.get(done.block.kind),
+        "activations": job.session.activations,
+    }
+
+
+def _finish(job: Job, done: Manifest) -> tuple[str, str]:
+    """Put the checkpoint made of all parts in its place: its format, and why it is not the one asked for."""
+    if job.installed():
+        return str(json.loads((job.work / FINISHED).read_text())["format"]), ""
+    (job.work / FINISHED).unlink(missing_ok=True)
+    target = Target(config=job.source.config, settings=job.settings)
+    out, problem = job.work / OUT, ""
+    try:
+        format = assemble(done, job.work, out, job.options.format, target, job.source)
+    except FormatError as e:
+        problem = str(e)
+        format = assemble(done, job.work, out, native.METHOD, target, job.source)
+    write_json(job.work / FINISHED, {"format": format})
+    install(out, job.path, job.options.overwrite)
+    return format, problem
+
+
+def _report(job: Job, done: Manifest) -> Report:
+    notes = [n for n in done.notes if n]
+    rows = [LayerReport(**{**row, "shape": tuple(row["shape"])}) for note in notes for row in note["rows"]]
+    seconds = dict.fromkeys(("load", "calibrate", "search", "round", "save"), 0.0)
+    for note in notes:
+        for phase, spent in note["seconds"].items():
+            seconds[phase] += spent
+    before, after = (sum(note["bytes"][i] for note in notes) for i in (0, 1))
+    tokens = sum(b.size for b in job.batches)
+    return Report(job.settings.to_dict(), rows, job.session.skipped, tokens, seconds, before, after)

@@ -1,0 +1,281 @@
+"""What a streamed quantization is to do: everything that can be refused is refused here, before the work."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import awq_jax
+from awq_jax import data, models, pack
+from awq_jax.blocks import Block
+from awq_jax.blockwise import Session, batched
+from awq_jax.config import AwqConfig
+from awq_jax.convert import manifest, registry, writing
+from awq_jax.convert.pipeline import DTYPES
+from awq_jax.convert.shards import refuse_existing
+from awq_jax.convert.source import Source
+from awq_jax.errors import CheckpointError, ConfigError, FormatError
+from awq_jax.hidden import Hidden, InMemory, OnDisk, holds
+from awq_jax.models.params import Weights
+from awq_jax.qtensor import QuantizedTensor
+
+FLOAT_FORMATS = ("hf", "gguf")
+HIDDEN = "hidden"  # in the working directory: hidden states
+OUT = "out"  # the finished checkpoint, about to be renamed
+FINISHED = "finished.json"
+SPARE = 64 << 20  # bytes left free on the disk
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Arguments of `awq_jax.quantize_checkpoint` that are not `AwqConfig`'s."""
+
+    samples: int = 128
+    seq_len: int = 512
+    batch_size: int | None = None
+    seed: int = 0
+    dtype: str | None = None
+    format: str = "auto"
+    overwrite: bool = False
+    hidden: str = "memory"
+    hidden_dtype: str | None = None
+
+
+@dataclasses.dataclass
+class Job:
+    """A checked job.
+
+    Attributes:
+      source: the float checkpoint.
+      path: where the result goes.
+      work: the working directory.
+      options: as given.
+      settings: what to quantize to.
+      session: blocks and plan.
+      weights: the source's parameters.
+      batches: calibration tokens, int32 ``[B, T]`` each.
+      description: of the calibration data.
+    """
+
+    source: Source
+    path: Path
+    work: Path
+    options: Options
+    settings: AwqConfig
+    session: Session
+    weights: Weights
+    batches: list[np.ndarray]
+    description: str
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What decides the result, digested; a run is continued only if none of it changed."""
+        tokens = hashlib.sha256()
+        for batch in self.batches:
+            tokens.update(repr(batch.shape).encode() + np.ascontiguousarray(batch).tobytes())
+        o = self.options
+        chosen = [self.settings.to_dict(), o.dtype, o.hidden_dtype]
+        return {
+            "source": manifest.fingerprint(self.source),
+            "settings": hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest(),
+            "calibration data": tokens.hexdigest(),
+            "environment": f"awq_jax {awq_jax.__version__}, jax {jax.__version__} on {jax.default_backend()}",
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        return json.dumps(self.identity, sort_keys=True)
+
+    def unfinished(self) -> bool:
+        """Whether an earlier run of this job left something.
+
+        Raises:
+          CheckpointError: it was another job's.
+        """
+        left = manifest.written_for(self.work)
+        if left is None:
+            return False
+        before, now = _identity(left), self.identity
+        changed = [what for what, value in now.items() if before.get(what) != value]
+        if changed:
+            raise CheckpointError(
+                f"an unfinished run in {self.work} had other {' and other '.join(changed)}; to continue it, give what "
+                "it was given; to discard it, pass restart=True"
+            )
+        return True
+
+    def installed(self) -> bool:
+        """Whether an earlier run was killed after it had put the result in its place."""
+        return (
+            (self.work / FINISHED).is_file()
+            and not (self.work / OUT).exists()
+            and self.path.is_dir()
+            and manifest.written_for(self.work) == self.fingerprint
+        )
+
+    def open_hidden(self, done: int, activations: str | None) -> tuple[Hidden, int]:
+        """Hidden states, and the number of blocks that they have behind them; ``done`` are finished."""
+        if self.options.hidden == "memory":
+            return InMemory(self.batches, self.options.hidden_dtype), 0
+        dtype = self.options.hidden_dtype or activations
+        size = self.session.chain.config.hidden_size
+        if dtype is None or not holds(self.work / HIDDEN, done, self.batches, dtype, size):
+            done, dtype = 0, self.options.hidden_dtype
+        return OnDisk(self.work / HIDDEN, self.batches, dtype, size, done), done
+
+    def disk(self) -> int:
+        """Bytes that the run will need on the disk, roughly (from above), with what it has written by now.
+
+        The packed blocks, the result made of them, and two boundaries of hidden states.
+        """
+        packed = sum(map(self.packed_bytes, self.session.blocks))
+        return 2 * packed + (2 * self.hidden_bytes() if self.options.hidden == "disk" else 0)
+
+    def packed_bytes(self, block: Block) -> int:
+        """Bytes that a block will take, roughly (from above)."""
+        itemsize = np.dtype(DTYPES[self.float_dtype()]).itemsize
+        total = 0.0
+        for path in block.owned:
+            n = math.prod(block.leaves[path])
+            target = self.session.targets.get(block.prefix + path)
+            if target is None:
+                total += n * itemsize
+            else:
+                rows = target.rows / target.k
+                total += n * rows * (target.leaf.bits / 8 + 5 / target.leaf.group_size)
+        return math.ceil(total)
+
+    def float_bytes(self, block: Block) -> int:
+        """Bytes of a block's own parameters as they are read."""
+        return block.elements * np.dtype(DTYPES[self.float_dtype()]).itemsize
+
+    def hidden_bytes(self) -> int:
+        """Bytes of the hidden states of all calibration tokens."""
+        itemsize = np.dtype(DTYPES[self.options.hidden_dtype or self.float_dtype()]).itemsize
+        return sum(b.size for b in self.batches) * self.session.chain.config.hidden_size * itemsize
+
+    def float_dtype(self) -> str:
+        """Of parameters and activations."""
+        embedding = self.weights.names("embed_tokens/embedding")[0]
+        dtype = self.options.dtype or self.source.info(embedding).dtype
+        return dtype if dtype in DTYPES else "float32"
+
+    def check_space(self) -> None:
+        """Refuse a disk that is too small.
+
+        Raises:
+          CheckpointError: with both numbers.
+        """
+        there = sum(f.stat().st_size for f in self.work.rglob("*") if f.is_file()) if self.work.is_dir() else 0
+        parent = next(p for p in self.path.parents if p.exists())
+        free, needed = shutil.disk_usage(parent).free, self.disk() - there + SPARE
+        if free < needed:
+            raise CheckpointError(
+                f"{parent} has {free / 2**30:.2f} GiB free, and the run needs at least {needed / 2**30:.2f} GiB "
+                "(packed blocks, the checkpoint made of them"
+                + (", hidden states" if self.options.hidden == "disk" else "")
+                + "); free some space or choose another disk"
+            )
+
+
+def prepare(
+    src: str | Path | Source, dst: str | Path, calib: Any, options: Options, settings: Mapping[str, Any]
+) -> Job:
+    """Open the checkpoint and check all that can be checked; reads the calibration data, but no weight.
+
+    Raises: see `awq_jax.stream.quantize_checkpoint`.
+    """
+    o = options
+    config = AwqConfig.from_dict({"explicit_scale": False} | dict(settings))
+    if o.batch_size is not None and o.batch_size < 1:
+        raise ConfigError(f"batch_size must be at least 1, or None; got {o.batch_size}")
+    for name, value in (("dtype", o.dtype), ("hidden_dtype", o.hidden_dtype)):
+        if value is not None and value not in DTYPES:
+            raise ConfigError(f"{name} must be one of {', '.join(DTYPES)} or None; got {value!r}")
+    if o.hidden not in ("memory", "disk"):
+        raise ConfigError(f'hidden must be "memory" or "disk"; got {o.hidden!r}')
+    if o.format != "auto" and registry.get(o.format).sink is not None:
+        raise FormatError(f"{o.format} is not written block by block; write awq-jax and convert it (awq-jax convert)")
+    path = Path(dst).expanduser().absolute()
+    source = registry.open_source(src) if isinstance(src, str | Path) else src
+    if (where := getattr(source, "directory", None)) is not None and where.resolve() == path.resolve():
+        raise CheckpointError(f"{path} is the source; choose another target")
+    if isinstance(calib, str):
+        data.check_source(calib)
+    architecture = models.config_of(source)
+    if source.format not in FLOAT_FORMATS:
+        raise ConfigError(f"{src} is quantized already ({source.format}); give the float checkpoint")
+    session = Session(architecture, config)
+    if o.format != "auto":
+        _check_format(session, o.format)
+    dtype = o.dtype or ("float32" if source.format == "gguf" else None)
+    shapes = {b.prefix + p: b.leaves[p] for b in session.blocks for p in b.owned}
+    weights = Weights(source, architecture, shapes, dtype)
+    text = data.load(
+        calib,
+        source.tokenizer() if _needs_tokenizer(calib) else None,
+        samples=o.samples,
+        seq_len=min(o.seq_len, architecture.max_length),
+        vocab_size=architecture.vocab_size,
+        seed=o.seed,
+    )
+    batches = batched(text.tokens, architecture.vocab_size, o.batch_size)
+    work = path.parent / f".{path.name}.quantizing"
+    job = Job(source, path, work, options, config, session, weights, batches, text.description)
+    if not job.installed():
+        refuse_existing(path, o.overwrite)
+    return job
+
+
+def _identity(fingerprint: str) -> dict[str, str]:
+    try:
+        found = json.loads(fingerprint)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _needs_tokenizer(calib: Any) -> bool:
+    """Whether the calibration data are text, or may be."""
+    if isinstance(calib, data.CalibrationSet) or (hasattr(calib, "ndim") and calib.ndim == 2):
+        return False
+    return not (isinstance(calib, str | Path) and Path(calib).suffix == ".npy")
+
+
+def _check_format(session: Session, format: str) -> None:
+    """Refuse a format that cannot hold weights of these sizes and settings: asked with empty weights."""
+    names = session.chain.config.names
+    dummies: dict[tuple[int, ...], tuple[str, QuantizedTensor]] = {}
+    for path, target in session.targets.items():
+        leaf, n = target.leaf, math.prod(target.site.shape) // target.k
+        if target.group.batch or "{e}" in names.of(path):
+            n //= math.prod(target.site.shape[:-2])
+        k = target.k if target.k <= leaf.group_size else leaf.group_size + target.k % leaf.group_size
+        groups = -(-k // leaf.group_size)
+        dummies[k, n, leaf.bits, leaf.group_size, leaf.symmetric] = (
+            path,
+            QuantizedTensor(
+                qweight=np.zeros((pack.words(groups * leaf.group_size, leaf.bits), n), np.uint32),
+                scales=np.ones((groups, n), np.float16),
+                zeros=None if leaf.symmetric else np.zeros((groups, n), np.uint8),
+                inv_scale=None,
+                bits=leaf.bits,
+                group_size=leaf.group_size,
+                axes="nk",
+                k_dims=(k,),
+                n_dims=(n,),
+                dtype="float32",
+            ),
+        )
+    problem = writing.unfit(format, ((f"{path}.weight", q) for path, q in dummies.values()))
+    if problem is not None:
+        raise FormatError(f"format {format} cannot hold this: {problem}")
