@@ -206,6 +206,7 @@ def _call(x: jax.Array, q: QuantizedTensor, which: jax.Array, t: Tile, out_dtype
     """``x [T, R, K]``, tile i times matrix ``which[i]`` of ``q [E, K, N]``, as ``[T, R, N]``."""
     if x.dtype == jnp.float16:  # Mosaic has no float16
         x = x.astype(jnp.float32)
+    narrow, out_dtype = out_dtype, jnp.dtype(jnp.float32) if out_dtype == jnp.float16 else out_dtype
     tiles, rows, k = x.shape
     groups, n = q.scales.shape[-2:]
     steps = -(-groups * q.group_size // t.k)
@@ -250,7 +251,7 @@ def _call(x: jax.Array, q: QuantizedTensor, which: jax.Array, t: Tile, out_dtype
         interpret=interpret,
         name=f"awq_matmul_w{q.bits}",
     )
-    return call(which, x, q.qweight, *tables)
+    return call(which, x, q.qweight, *tables).astype(narrow)
 
 
 def _kernel(which: Any, x: Any, words: Any, scales: Any, *refs: Any, kind: Kind, per: int, steps: int, sums: bool):
@@ -269,17 +270,14 @@ def _kernel(which: Any, x: Any, words: Any, scales: Any, *refs: Any, kind: Kind,
 
     @pl.when(which[pl.program_id(0)] >= 0)
     def _() -> None:
-        s = _float(scales[...])
-        if kind.groups > 1 and kind.groups % per:  # rows behind the last group are whatever memory holds
-            behind = lax.broadcasted_iota(jnp.int32, s.shape, 0) + step * per >= kind.groups
-            s = jnp.where(behind, 0.0, s)
-        o = None
+        s, o = _float(scales[...]), None
         if kind.zeros:
             o = (half - _float(shifts[...])) * s
         elif kind.offsets:
             o = half * s + _float(shifts[...])
-            if kind.groups > 1 and kind.groups % per:
-                o = jnp.where(behind, 0.0, o)
+        if kind.groups > 1 and kind.groups % per:
+            left = kind.groups - step * per
+            s, o = _inside(s, left), None if o is None else _inside(o, left)
         c = _signed(words[...], kind.bits)
         total = acc[...]
         for g in range(per):
@@ -300,6 +298,11 @@ def _kernel(which: Any, x: Any, words: Any, scales: Any, *refs: Any, kind: Kind,
     @pl.when(step == steps - 1)
     def _() -> None:
         out[...] = acc[...].astype(out.dtype)
+
+
+def _inside(table: jax.Array, rows: Any) -> jax.Array:
+    """The first ``rows`` rows; behind the last group stands whatever memory holds, NaN too."""
+    return jnp.where(lax.broadcasted_iota(jnp.int32, table.shape, 0) < rows, table, 0.0)
 
 
 def _signed(words: jax.Array, bits: int) -> jax.Array:
