@@ -1,0 +1,24 @@
+"""Settings of the default run: most of its time is XLA compiling programs that are then run once.
+
+They are in the environment before jax is imported, so that the commands which tests start have them too. `pytest -m slow`
+compiles as users do.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import version
+
+import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Torch's threads would wait for one another on the cores that the other worker needs.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if config.getoption("markexpr") != "not slow":
+        return
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):  # later ones do not know the flag, and abort
+        flags = os.environ.get("XLA_FLAGS", "")
+        if "xla_cpu_use_fusion_emitters" not in flags:
+            os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false".strip()
