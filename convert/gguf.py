@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 
 from awq_jax.convert.gguf_blocks import BLOCK, KINDS, from_blocks
-from awq_jax.convert.gguf_config import ARCHITECTURES, ROPE, hf_config
+from awq_jax.convert.gguf_config import IN_CONFIG, READ, hf_config
 from awq_jax.convert.gguf_file import GgufFile
 from awq_jax.convert.gguf_names import rotated, to_hf_name, unpermute
 from awq_jax.convert.source import Info, Packed
@@ -21,7 +21,7 @@ FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.d
 
 
 class GgufSource:
-    """A GGUF file of the Llama family.
+    """A GGUF file of an architecture in `awq_jax.convert.gguf_config.READ`.
 
     Args:
       path: the file.
@@ -45,9 +45,10 @@ class GgufSource:
         self.generation_config: dict[str, Any] = {}
         self._packed = packed
         self._arch = str(self.file.metadata["general.architecture"])
+        self._spec = READ[self._arch]
         self._names: dict[str, tuple[str, str]] = {}  # Hugging Face's -> the file's, and its type
         for name, info in self.file.tensors.items():
-            if name == ROPE:  # in the config
+            if name in IN_CONFIG:
                 continue
             kind = gguf.GGMLQuantizationType(info.type_id).name
             if kind not in TYPES:
@@ -55,7 +56,7 @@ class GgufSource:
                     f"{path}: tensor {name!r} has ggml type {kind}; read are {', '.join(TYPES)}: get or make a file in "
                     "one of those (llama-quantize)"
                 )
-            hf_name = to_hf_name(name)
+            hf_name = to_hf_name(name, self._spec.layer, self._spec.whole)
             if hf_name is None:
                 raise FormatError(f"{path}: tensor {name!r} is not one a {self._arch} model is known to have")
             self._names[hf_name] = name, kind
@@ -102,6 +103,8 @@ class GgufSource:
         else:
             weight = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[kind])
             weight = np.asarray(weight, np.float32).reshape(shape)
+        if self._spec.norm_offset and name.endswith("norm.weight"):
+            weight = weight - np.asarray(self._spec.norm_offset, weight.dtype)
         return unpermute(weight, heads) if heads else weight
 
     def tokenizer(self) -> Any:
@@ -126,6 +129,6 @@ class GgufSource:
     def _rotated_heads(self, name: str) -> int:
         """Heads of a query or key projection whose rows llama.cpp reordered; 0 for the others."""
         which = rotated(name)
-        if not which or not ARCHITECTURES[self._arch].interleaved_rope:
+        if not which or not self._spec.interleaved_rope:
             return 0
         return self.config["num_attention_heads" if which == "q" else "num_key_value_heads"]

@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from awq_jax.convert.gguf_families import READ_ONLY, Architecture
 from awq_jax.convert.gguf_file import GgufFile
-from awq_jax.errors import CheckpointError, UnsupportedModelError
-
-
-@dataclasses.dataclass(frozen=True)
-class Architecture:
-    """What the metadata does not say.
-
-    Attributes:
-      hf_class: name in ``architectures``; the model type is the GGUF architecture's own name.
-      interleaved_rope: llama.cpp rotates pairs (2i, 2i+1), so its converter reordered the q and k rows.
-      extra: further config keys.
-    """
-
-    hf_class: str
-    interleaved_rope: bool
-    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
+from awq_jax.errors import CheckpointError, FormatError, UnsupportedModelError
 
 ROPE = "rope_freqs.weight"
+LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
+IN_CONFIG = (ROPE, LONG, SHORT)  # tensors that are constants of the rotation
 # Constants of Llama 3's scaling, as in config.json, with the values of all published models but for the
 # factor. llama.cpp's converter does not keep them; our own files have them under rope.scaling.llama3.
 LLAMA3: Mapping[str, float] = {
@@ -37,12 +24,14 @@ LLAMA3: Mapping[str, float] = {
     "original_max_position_embeddings": 8192.0,
 }
 
+# Those that are written, too.
 ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": Architecture("LlamaForCausalLM", True),  # also Mistral, SmolLM2, TinyLlama, Yi
     "qwen2": Architecture("Qwen2ForCausalLM", False),
     "qwen3": Architecture("Qwen3ForCausalLM", False),
     "smollm3": Architecture("SmolLM3ForCausalLM", True, {"no_rope_layer_interval": 4}),
 }
+READ: Mapping[str, Architecture] = {**ARCHITECTURES, **READ_ONLY}
 
 
 def hf_config(file: GgufFile) -> dict[str, Any]:
@@ -51,12 +40,14 @@ def hf_config(file: GgufFile) -> dict[str, Any]:
     Raises:
       UnsupportedModelError: another architecture, mixture of experts, or partial rotation.
       CheckpointError: a needed key or tensor is absent or out of range.
+      FormatError: constants of the rotation are stored as something else than float32.
     """
     arch = file.metadata.get("general.architecture")
-    if arch not in ARCHITECTURES:
+    if arch not in READ:
         raise UnsupportedModelError(
-            f"{file.path} has architecture {str(arch)[:100]!r}; GGUF files are read for {', '.join(ARCHITECTURES)}"
+            f"{file.path} has architecture {str(arch)[:100]!r}; GGUF files are read for {', '.join(READ)}"
         )
+    spec = READ[arch]
     get = _Keys(file, arch)
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
@@ -65,9 +56,15 @@ def hf_config(file: GgufFile) -> dict[str, Any]:
         raise UnsupportedModelError(f"{file.path} is a mixture of experts ({arch}.expert_count); dense models are read")
     heads = get.positive("attention.head_count")
     hidden = get.positive("embedding_length")
-    head_dim = get.positive("attention.key_length", get.positive("rope.dimension_count", hidden // heads))
+    size = hidden // heads if spec.partial_rope else get.positive("rope.dimension_count", hidden // heads)
+    head_dim = get.positive("attention.key_length", size)
     rotated = get.positive("rope.dimension_count", head_dim)
-    if rotated != head_dim or head_dim % 2 or get.positive("attention.value_length", head_dim) != head_dim:
+    partial = spec.partial_rope and rotated < head_dim and rotated % 2 == 0
+    if (
+        (rotated != head_dim and not partial)
+        or head_dim % 2
+        or get.positive("attention.value_length", head_dim) != head_dim
+    ):
         raise UnsupportedModelError(
             f"{file.path} rotates {rotated} of {head_dim} channels per head, or has values of another size; "
             "the decoder rotates all of an even number, with values of the same size"
@@ -75,10 +72,9 @@ def hf_config(file: GgufFile) -> dict[str, Any]:
     kv_heads = get.positive("attention.head_count_kv", heads)
     _check_heads(file, heads, kv_heads, head_dim)
     theta, scaling = _rope(file, get)
-    spec = ARCHITECTURES[arch]
     config = {
         "architectures": [spec.hf_class],
-        "model_type": arch,
+        "model_type": spec.model_type or arch,
         "hidden_size": hidden,
         "intermediate_size": get.positive("feed_forward_length"),
         "num_hidden_layers": get.positive("block_count"),
@@ -88,7 +84,7 @@ def hf_config(file: GgufFile) -> dict[str, Any]:
         "hidden_act": "silu",
         "vocab_size": embedding.shape[0],
         "max_position_embeddings": get.positive("context_length"),
-        "rms_norm_eps": _shortest(get("attention.layer_norm_rms_epsilon", 1e-6)),
+        spec.norm_eps: _eps(get, spec),
         "rope_theta": theta,
         "rope_scaling": scaling,
         "tie_word_embeddings": "output.weight" not in file.tensors,
@@ -100,7 +96,9 @@ def hf_config(file: GgufFile) -> dict[str, Any]:
         "torch_dtype": "float32",
         **spec.extra,
     }
-    return config
+    if partial:
+        config["partial_rotary_factor"] = rotated / head_dim
+    return config | (spec.keys(get, config) if spec.keys else {})
 
 
 class _Keys:
@@ -122,6 +120,18 @@ class _Keys:
     def text(self, key: str) -> str | None:
         value = self._file.metadata.get(f"{self._arch}.{key}")
         return value if isinstance(value, str) else None
+
+    def number(self, key: str, default: float) -> float:
+        """As stored in float32, in its shortest decimal."""
+        return _shortest(self(key, default))
+
+    def flags(self, key: str) -> list[bool] | None:
+        """One for each layer; None if the key is absent or a single number."""
+        value = self._file.metadata.get(f"{self._arch}.{key}")
+        return [bool(v) for v in value.tolist()] if isinstance(value, np.ndarray) else None
+
+    def has(self, tensor: str) -> bool:
+        return tensor in self._file.tensors
 
     def positive(self, key: str, default: int = 0) -> int:
         """A whole number from 1 up; an absent or zero one is ``default``."""
@@ -152,6 +162,8 @@ def _rope(file: GgufFile, get: _Keys) -> tuple[float, dict[str, Any] | None]:
     original = int(get("rope.scaling.original_context_length", 0)) or get.positive("context_length")
     if ROPE in file.tensors:
         return theta, _llama3(file, get, theta)
+    if LONG in file.tensors and SHORT in file.tensors:
+        return theta, _longrope(file, get)
     if kind == "yarn":
         scaling = {"rope_type": "yarn", "factor": factor or 1.0, "original_max_position_embeddings": original}
         for ours, theirs in (
@@ -170,6 +182,28 @@ def _rope(file: GgufFile, get: _Keys) -> tuple[float, dict[str, Any] | None]:
             f"{file.path}: rope scaling {kind!r} is not supported; none, linear, yarn, llama3 are"
         )
     return theta, None
+
+
+def _eps(get: _Keys, spec: Architecture) -> float:
+    if spec.norm_eps == "rms_norm_eps":
+        return get.number("attention.layer_norm_rms_epsilon", 1e-6)
+    return get.number("attention.layer_norm_epsilon", 1e-5)
+
+
+def _longrope(file: GgufFile, get: _Keys) -> dict[str, Any]:
+    """The divisors of the frequencies of short and of long rows, which GGUF keeps as tensors."""
+    scaling: dict[str, Any] = {"rope_type": "longrope"}
+    for key, tensor in (("short_factor", SHORT), ("long_factor", LONG)):
+        if file.tensors[tensor].type_id != 0:
+            raise FormatError(f"{file.path}: tensor {tensor!r} is not float32; download the file again")
+        scaling[key] = [_shortest(v) for v in file.raw(tensor).view("<f4")]
+    length, original = get.positive("context_length"), get.positive("rope.scaling.original_context_length")
+    factor, usual = get("rope.scaling.attn_factor", 0), 1.0
+    if original > 1 and length > original:
+        usual = math.sqrt(1 + math.log(length / original) / math.log(original))
+    if factor and not math.isclose(factor, usual, rel_tol=1e-6):
+        scaling["attention_factor"] = _shortest(factor)
+    return scaling
 
 
 def _llama3(file: GgufFile, get: _Keys, theta: float) -> dict[str, Any]:

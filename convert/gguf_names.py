@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -24,18 +25,23 @@ WHOLE = {
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
+NONE: Mapping[str, str] = {}
 _LAYER_OF = {theirs: ours for ours, theirs in LAYER.items()}
 _WHOLE_OF = {theirs: ours for ours, theirs in WHOLE.items()}
 
 
-def to_hf_name(name: str) -> str | None:
-    """llama.cpp's tensor name to Hugging Face's, or None."""
-    if name in WHOLE:
-        return WHOLE[name]
+def to_hf_name(name: str, layer: Mapping[str, str] = NONE, whole: Mapping[str, str] = NONE) -> str | None:
+    """llama.cpp's tensor name to Hugging Face's, or None.
+
+    Args:
+      name: of the tensor.
+      layer, whole: what a family calls otherwise than `LAYER` and `WHOLE`.
+    """
+    if name in WHOLE or name in whole:
+        return whole.get(name) or WHOLE[name]
     match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
-    if not match or match[2] not in LAYER:
-        return None
-    return f"model.layers.{match[1]}.{LAYER[match[2]]}.{match[3]}"
+    module = match and (layer.get(match[2]) or LAYER.get(match[2]))
+    return f"model.layers.{match[1]}.{module}.{match[3]}" if match and module else None
 
 
 def to_gguf_name(name: str) -> str | None:

@@ -214,7 +214,7 @@ def test_names_and_row_order(tmp_path: Path, arch: str, permute: bool, options: 
         assert source.shape(name) == w.shape
         np.testing.assert_array_equal(source.read(name), w)
     config = AutoConfig.for_model(**source.config)
-    assert (config.model_type, config.architectures) == (arch, [reader.ARCHITECTURES[arch].hf_class])
+    assert (config.model_type, config.architectures) == (arch, [reader.READ[arch].hf_class])
     assert (config.hidden_size, config.intermediate_size, config.num_hidden_layers) == (HIDDEN, FFN, LAYERS)
     assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (HEADS, KV, HEAD_DIM)
     assert (config.vocab_size, config.max_position_embeddings, config.rms_norm_eps) == (VOCAB, 128, 1e-5)
