@@ -6,7 +6,7 @@ position s, so causality alone hides padding and no attention mask is needed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from flax import nnx
 from awq_jax.errors import ConfigError, ShapeError
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.decoder import Cache
+from awq_jax.models.vision.inputs import of_images
 from awq_jax.sampling import Sampling, sample
 
 SMALLEST_PROMPT, SMALLEST_CACHE = 16, 64
@@ -35,12 +36,12 @@ class Generator:
         self.prefill = jax.jit(self._prefill, static_argnames=("slots", "mode"))
         self.step = jax.jit(self._step, static_argnames=("mode",), donate_argnames=("cache",))
 
-    def _prefill(self, params, tokens, lengths, key, temperature, top_k, top_p, *, slots, mode):
+    def _prefill(self, params, tokens, lengths, key, temperature, top_k, top_p, images=None, *, slots, mode):
         """First new token ``[B]`` of right-padded ``tokens [B, P]``, and the cache with ``slots`` slots."""
         decoder = nnx.merge(self.graphdef, params)
         rows, width = tokens.shape
         positions = jnp.minimum(jnp.arange(width), lengths[:, None] - 1)
-        hidden, cache = decoder.hidden(tokens, positions, None)
+        hidden, cache = decoder.hidden(tokens, positions, None, images)
         logits = decoder.head(hidden[jnp.arange(rows), lengths - 1])
         return sample(logits, key, temperature, top_k, top_p, mode), cache.grown(slots)
 
@@ -61,6 +62,7 @@ class Generator:
         seed: int = 0,
         eos: Sequence[int] = (),
         on_token: Callable[[int, int], bool] | None = None,
+        images: Mapping[str, np.ndarray] | None = None,
     ) -> list[list[int]]:
         """Continue prompts of token ids.
 
@@ -72,6 +74,7 @@ class Generator:
           seed: of the random stream; row b's draws depend on ``seed``, b and the step only.
           eos: ids that end a row; not part of the result.
           on_token: called with (row, id) for each new token; returning True ends the row after it.
+          images: those that the prompts' tokens stand for, from `awq_jax.models.vision.inputs.inputs`.
 
         Returns:
           The new ids of each row.
@@ -94,7 +97,7 @@ class Generator:
         root = jax.random.key(seed)
         options = (np.float32(sampling.temperature), np.int32(sampling.top_k), np.float32(sampling.top_p))
         token, cache = self.prefill(
-            params, tokens, lengths, jax.random.fold_in(root, 0), *options, slots=slots, mode=sampling.mode
+            params, tokens, lengths, jax.random.fold_in(root, 0), *options, images, slots=slots, mode=sampling.mode
         )
         out: list[list[int]] = [[] for _ in prompts]
         live = set(range(len(prompts)))
@@ -124,7 +127,7 @@ class Generator:
         if not len(lengths) or lengths.min() == 0:
             raise ShapeError("a prompt has no tokens; give at least one")
         for row, prompt in enumerate(prompts):
-            check_tokens(np.asarray(prompt), self.config.vocab_size, f"prompt {row}")
+            check_tokens(of_images(self.config, np.asarray(prompt)), self.config.vocab_size, f"prompt {row}")
         if lengths.max() >= self.config.max_length:
             raise ShapeError(
                 f"prompt {int(lengths.argmax())} has {lengths.max()} tokens; the model's context is "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,10 @@ from awq_jax.convert.source import Source
 from awq_jax.detokenize import Detokenizer
 from awq_jax.errors import CalibrationError, ConfigError, ShapeError
 from awq_jax.generate import Generator, check_tokens
+from awq_jax.models import layouts
 from awq_jax.models import params as model_params
+from awq_jax.models.plans import plan as plan_of
+from awq_jax.models.vision import inputs as vision
 from awq_jax.qtensor import is_quantized
 from awq_jax.report import Report
 from awq_jax.sampling import Sampling
@@ -55,7 +59,7 @@ def load(path: str | Path, dtype: str | None = None) -> Model:
 
 def from_source(source: Source, dtype: str | None = None) -> Model:
     """As `load`, from an open `awq_jax.convert.source.Source`."""
-    config = models.config_from_hf(source.config)
+    config = models.config_of(source)
     graphdef, state = model_params.abstract(config)
     params = model_params.load(source, config, state, dtype)
     return Model(config, dict(source.config), graphdef, params, source.tokenizer(), source)
@@ -70,8 +74,9 @@ class Model:
       params: ``nnx.State``; leaves are arrays or `QuantizedTensor`.
       tokenizer: a transformers tokenizer, or None.
       source: where it was loaded from.
-      apply: ``apply(params, tokens [B, T] int32) -> logits [B, T, vocab] float32``: pure, without a
-        cache; what calibration and evaluation trace.
+      apply: ``apply(params, input_ids [B, T] int32) -> logits [B, T, vocab] float32``: pure, without a
+        cache; what calibration and evaluation trace. A model that looks at images takes them as further
+        keyword arguments (see `inputs`).
       generator: `awq_jax.generate.Generator` of this model, for token ids without text.
     """
 
@@ -87,7 +92,11 @@ class Model:
         self.config, self.hf_config, self.params = config, hf_config, params
         self.tokenizer, self.source = tokenizer, source
         self.settings: AwqConfig | None = None
-        self.apply: Callable[[Any, jax.Array], jax.Array] = lambda p, tokens: nnx.merge(graphdef, p)(tokens)
+
+        def apply(params: Any, input_ids: jax.Array, **images: Any) -> jax.Array:
+            return nnx.merge(graphdef, params)(input_ids, **images)
+
+        self.apply: Callable[..., jax.Array] = apply
         self._forward = jax.jit(self.apply)
         self.generator = Generator(graphdef, config)
 
@@ -95,19 +104,39 @@ class Model:
         """Logits of every position; compiled once per shape.
 
         Args:
-          tokens: integers ``[B, T]``.
+          tokens: integers ``[B, T]``, or what a processor returned for text and images (see `inputs`).
 
         Returns:
           float32 ``[B, T, vocab]``.
 
         Raises:
           ShapeError: on another rank, or ids outside the vocabulary.
+          ConfigError, ShapeError: see `inputs`.
         """
+        if isinstance(tokens, Mapping):
+            return self._forward(self.params, **self.inputs(tokens))
         tokens = np.asarray(tokens)
         if tokens.ndim != 2:
             raise ShapeError(f"tokens must be [batch, length]; got shape {tokens.shape}")
         check_tokens(tokens, self.config.vocab_size, "tokens")
         return self._forward(self.params, jnp.asarray(tokens, jnp.int32))
+
+    def inputs(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Arguments of `apply` from what the checkpoint's transformers processor returned.
+
+        ``awq_jax.calibrate(model.apply, model.params, map(model.inputs, batches))`` takes them, as do
+        `quantize`, `generate` and calling the model, which do this by themselves.
+
+        Args:
+          batch: ``input_ids``, and with images ``pixel_values``, ``image_grid_thw`` (Qwen) or
+            ``image_sizes`` (LLaVA-NeXT); rows that ``attention_mask`` pads on the left are moved.
+
+        Raises:
+          ConfigError, ShapeError: see `awq_jax.models.vision.inputs.inputs`.
+        """
+        arrays, _ = vision.inputs(self.config, batch)
+        check_tokens(vision.of_images(self.config, arrays["input_ids"]), self.config.vocab_size, "input_ids")
+        return arrays
 
     @property
     def nbytes(self) -> int:
@@ -116,7 +145,7 @@ class Model:
 
     def generate(
         self,
-        prompt: str | Sequence[Any],
+        prompt: str | Sequence[Any] | Mapping[str, Any],
         *,
         max_new_tokens: int = 128,
         temperature: float = 0.0,
@@ -131,7 +160,8 @@ class Model:
 
         Args:
           prompt: a text, or a list of texts (or of token id lists). With ``chat``, a text is a user's
-            message, and a list of ``{"role", "content"}`` dicts is one conversation.
+            message, and a list of ``{"role", "content"}`` dicts is one conversation. What a
+            processor returned for texts and images (see `inputs`) is taken as it is.
           max_new_tokens: at most this many tokens per answer.
           temperature, top_k, top_p: see `awq_jax.sampling.Sampling`; the default is greedy.
           stop: strings that end an answer; not part of it.
@@ -150,7 +180,12 @@ class Model:
         if self.tokenizer is None:
             raise ConfigError("the checkpoint has no tokenizer; put tokenizer.json beside its weights")
         sampling = Sampling(temperature, top_k, top_p)
-        prompts = self._encode(prompt, chat)
+        images: dict[str, np.ndarray] | None = None
+        if isinstance(prompt, Mapping):
+            images, lengths = vision.inputs(self.config, prompt)
+            prompts = [row[:n].tolist() for row, n in zip(images.pop("input_ids"), lengths, strict=True)]
+        else:
+            prompts = self._encode(prompt, chat)
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         if "" in stops:
             raise ConfigError("a stop string is empty")
@@ -172,6 +207,7 @@ class Model:
             seed=seed,
             eos=self.eos_ids(),
             on_token=on_token,
+            images=images,
         )
         for row, text in enumerate(texts):
             emit(row, text.finish())
@@ -214,7 +250,8 @@ class Model:
         """Quantize the weights in place.
 
         Args:
-          calib: what `awq_jax.data.load` takes: a dataset's name, a file, texts or token ids.
+          calib: what `awq_jax.data.load` takes: a dataset's name, a file, texts or token ids; or a list of
+            what a processor returned for texts and images, each of rows of one length.
           samples: calibration sequences.
           seq_len: tokens of each, at most the model's context.
           batch_size: sequences per forward pass of the calibration; None takes as many as make about
@@ -232,21 +269,48 @@ class Model:
           ShapeError: listing the weights that the group size does not divide, before any work.
           CalibrationError: if the calibration data are empty or do not fit the model.
         """
-        from awq_jax import calibrate, data, discover, quantize
-        from awq_jax.select import select
-        from awq_jax.verify import verify
+        from awq_jax import blockwise
 
         config = AwqConfig.from_dict({"explicit_scale": False} | settings)
         if batch_size is not None and batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, or None; got {batch_size}")
         if self._is_packed():
             raise ConfigError("the model is already quantized; load the float checkpoint")
-        clock = time.perf_counter
-        start = clock()
-        example = jax.ShapeDtypeStruct((1, min(8, self.config.max_length)), jnp.int32)
-        plan = discover(self.apply, self.params, example)
-        select(plan, config)  # what the settings cannot do is refused before the long work
-        planned = clock() - start
+        start = time.perf_counter()
+        session = blockwise.Session(self.config, config)  # what cannot be done is refused before the long work
+        planned = time.perf_counter() - start
+        batches = self._calibration(calib, samples, seq_len, batch_size, seed)
+        if any(isinstance(b, dict) for b in batches):
+            report = self._quantize_whole(batches, config, progress)
+        else:
+            self.params, report = blockwise.in_memory(self.params, session, batches, progress)
+        report.seconds["calibrate"] += planned
+        self.settings = config
+        return report
+
+    def _quantize_whole(self, batches: list[Any], config: AwqConfig, progress: bool) -> Report:
+        """With statistics of the whole model at once: images change more than what the next layer reads."""
+        from awq_jax import calibrate, quantize
+        from awq_jax.verify import verify
+
+        start = time.perf_counter()
+        plan = plan_of(self.apply, self.params, self.config)
+        plan = verify(plan, self.apply, self.params, **batches[0])
+        head = config.quantize_head
+        calibration = calibrate(
+            self.apply, self.params, batches, plan=plan, verified=True, include_head=head, progress=progress
+        )
+        calibrated = time.perf_counter() - start
+        self.params, report = quantize(self.params, calibration, config, progress=progress, return_report=True)
+        report.seconds["calibrate"] = calibrated
+        return report
+
+    def _calibration(self, calib: Any, samples: int, seq_len: int, batch_size: int | None, seed: int) -> list[Any]:
+        """Batches for `awq_jax.calibrate`: see `quantize`."""
+        from awq_jax import data
+
+        if isinstance(calib, Sequence) and calib and all(isinstance(b, Mapping) for b in calib):
+            return [self._unpadded(b, i) for i, b in enumerate(calib[:samples])]
         text = data.load(
             calib,
             self.tokenizer,
@@ -259,23 +323,18 @@ class Model:
         if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
             raise CalibrationError(f"calibration tokens lie outside the vocabulary of {self.config.vocab_size}")
         rows = batch_size or max(1, CALIBRATION_BATCH_TOKENS // tokens.shape[1])
-        batches = [tokens[i : i + rows] for i in range(0, len(tokens), rows)]
-        start = clock() - planned
-        plan = verify(plan, self.apply, self.params, batches[0][:1, :64])  # a short probe: logits are large
-        calibration = calibrate(
-            self.apply,
-            self.params,
-            batches,
-            plan=plan,
-            verified=True,
-            include_head=config.quantize_head,
-            progress=progress,
-        )
-        calibrated = clock() - start
-        self.params, report = quantize(self.params, calibration, config, progress=progress, return_report=True)
-        report.seconds["calibrate"] = calibrated
-        self.settings = config
-        return report
+        return [tokens[i : i + rows] for i in range(0, len(tokens), rows)]
+
+    def _unpadded(self, batch: Mapping[str, Any], number: int) -> dict[str, np.ndarray]:
+        arrays, lengths = vision.inputs(self.config, batch)
+        tokens = arrays["input_ids"]
+        if (lengths < tokens.shape[1]).any() or tokens.shape[1] > self.config.max_length:
+            raise CalibrationError(
+                f"batch {number} has rows of {lengths.tolist()} tokens: padding would be calibrated on, and the "
+                f"model's context is {self.config.max_length}; pass what the processor returns for one sample at a time"
+            )
+        check_tokens(vision.of_images(self.config, tokens), self.config.vocab_size, f"batch {number}")
+        return arrays
 
     def save(self, dst: str | Path, format: str = "auto", overwrite: bool = False, allow_lossy: bool = False) -> str:
         """Write a checkpoint, with tokenizer and generation config; atomic.
@@ -300,7 +359,7 @@ class Model:
             log.info("saving as %s: %s", format, why)
         writing.write_checkpoint(
             dst,
-            model_params.tensors(self.params, self.config),
+            itertools.chain(model_params.tensors(self.params, self.config), layouts.carried(self.source, self.config)),
             self.hf_config,
             format,
             self.settings,

@@ -34,6 +34,7 @@ class Names:
       linear_out_in: linears are stored ``[out, in]``; False for GPT-2's ``[in, out]``.
       ignored: a regular expression: tensors whose names it finds are no part of the decoder (heads that
         predict several tokens ahead), and are dropped.
+      carried: the same for tensors that are written again as they were read (what sees or hears).
     """
 
     entries: tuple[tuple[str, str], ...] = ()
@@ -41,6 +42,7 @@ class Names:
     linear_out_in: bool = True
     ignored: str = ""
     packed: tuple[tuple[str, str], ...] = ()
+    carried: str = ""
 
     def of(self, path: str, packed: bool = False) -> str:
         """The tensor name of a parameter path; with ``{e}`` left in it where each expert has its own.
@@ -69,8 +71,12 @@ class Names:
         return out
 
     def drops(self, name: str) -> bool:
-        """Whether a tensor of that name is read by nothing and may be left out."""
-        return bool(IGNORED.search(name) or (self.ignored and re.search(self.ignored, name)))
+        """Whether a tensor of that name makes no parameter."""
+        return bool(IGNORED.search(name) or (self.ignored and re.search(self.ignored, name)) or self.carries(name))
+
+    def carries(self, name: str) -> bool:
+        """Whether a tensor of that name makes no parameter, and is to be written as it was read."""
+        return bool(self.carried and re.search(self.carried, name))
 
     def transposed(self, path: str, name: str) -> bool:
         """Whether the file stores the last two axes the other way round."""

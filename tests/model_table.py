@@ -12,6 +12,7 @@ from pathlib import Path
 
 import families
 import jax
+import multimodal
 import numpy as np
 import references
 from flax import nnx
@@ -35,7 +36,8 @@ Nobody wrote the groups below down: they are what `awq_jax.discover` finds in ea
 proves each of them by folding random scales. `q k v <- input_layernorm` reads: these linears share their input, and the
 scale that AWQ gives its channels is divided out of that norm. Linears under "not scaled" are quantized too, with their
 input as it is (or with a scale that is stored beside them: `explicit_scale=True`). Routers and shared experts' gates
-stay float.
+stay float, and so does what looks at images or hears: it is run with the decoder, or carried through as it is where the
+table says so.
 
 This page is generated: `python tests/model_table.py` (`--check` tells whether it is current).
 
@@ -44,11 +46,14 @@ This page is generated: `python tests/model_table.py` (`--check` tells whether i
 """
 
 
-def plan_of(case: families.Case) -> Plan:
+def plan_of(case: families.Case | multimodal.Case) -> Plan:
     """What discovery finds in a case's model, from shapes alone."""
-    hf = families.config_of(case) | {"model_type": case.family}
-    if case.family not in references.MODELS:
-        hf = AutoConfig.for_model(**hf).to_dict()
+    if isinstance(case, multimodal.Case):
+        hf = multimodal.config_of(case)
+    else:
+        hf = families.config_of(case) | {"model_type": case.family}
+        if case.family not in references.MODELS:
+            hf = AutoConfig.for_model(**hf).to_dict()
     graphdef, state = params.abstract(models.config_from_hf(hf))
     return awq_jax.discover(lambda p, t: nnx.merge(graphdef, p)(t), state, jax.ShapeDtypeStruct((1, 4), np.int32))
 
@@ -58,7 +63,7 @@ def page() -> str:
     rows = []
     for family in sorted(FAMILIES):
         about = (sys.modules[FAMILIES[family].__module__].__doc__ or "").splitlines()[0].rstrip(".")
-        cases = [c for c in families.CASES if c.family == family]
+        cases = [c for c in (*families.CASES, *multimodal.CASES, *multimodal.CARRIED) if c.family == family]
         groups = [g for c in cases for g in plan_of(c).groups if g.name.startswith("layers/")]
         scaled = dict.fromkeys(f"{_sites(g)} <- {_absorbers(g)}" for g in groups if g.absorbers)
         rest = dict.fromkeys(f"{_sites(g)}: {_reason(g)}" for g in groups if not g.absorbers)

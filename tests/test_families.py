@@ -10,6 +10,7 @@ import families
 import jax
 import jax.numpy as jnp
 import model_table
+import multimodal
 import numpy as np
 import pytest
 import torch
@@ -133,7 +134,8 @@ def test_plan_is_exact_and_complete(pair, case):
 
 
 def test_every_family_has_a_case():
-    assert {c.family for c in families.CASES} == set(models.supported())
+    cases = (*families.CASES, *multimodal.CASES, *multimodal.CARRIED)
+    assert {c.family for c in cases} == set(models.supported())
 
 
 def test_the_table_of_families_is_current():

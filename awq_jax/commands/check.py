@@ -78,7 +78,7 @@ def model(source: Source) -> list[str]:
     from awq_jax.models import params
 
     try:
-        described = models.config_from_hf(source.config)
+        described = models.config_of(source)
         _, state = params.abstract(described)
     except UnsupportedModelError:
         return []

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
             from awq_jax import models
             from awq_jax.commands import preflight
 
-            plan = preflight.plan(models.config_from_hf(source.config))
+            plan = preflight.plan(models.config_of(source))
             print(common.to_json(plan.to_dict()) if args.json else plan)
             return
         found = describe(source)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from awq_jax import models, select
@@ -15,9 +14,9 @@ from awq_jax.commands import common
 from awq_jax.config import AwqConfig
 from awq_jax.convert import registry
 from awq_jax.convert.source import Source
-from awq_jax.discovery import discover
 from awq_jax.errors import CheckpointError, ConfigError, FormatError
 from awq_jax.models import params as model_params
+from awq_jax.models import plans
 from awq_jax.plan import Plan
 
 FLOAT_FORMATS = ("hf", "gguf")
@@ -39,7 +38,7 @@ def check(src: str, dst: Path, config: AwqConfig, format: str) -> tuple[Source, 
     source = registry.open_source(src)
     if Path(src).expanduser().resolve() == dst.expanduser().resolve():
         raise CheckpointError(f"{dst} is the source; choose another target")
-    architecture = models.config_from_hf(source.config)
+    architecture = models.config_of(source)
     if source.format not in FLOAT_FORMATS:
         raise ConfigError(f"{src} is quantized already ({source.format}); give the float checkpoint")
     targets, _ = select.select(plan(architecture), config)
@@ -60,4 +59,4 @@ def plan(architecture: models.ModelConfig) -> Plan:
     def apply(params: Any, tokens: jax.Array) -> jax.Array:
         return nnx.merge(graphdef, params)(tokens)
 
-    return discover(apply, state, jax.ShapeDtypeStruct((1, min(8, architecture.max_length)), jnp.int32))
+    return plans.plan(apply, state, architecture)

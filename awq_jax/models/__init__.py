@@ -10,6 +10,7 @@ from awq_jax.models.config import (
     RopeConfig,
 )
 from awq_jax.models.decoder import Cache, Decoder, init_cache
+from awq_jax.models.layouts import config_of
 from awq_jax.models.registry import config_from_hf, supported
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "NormConfig",
     "RopeConfig",
     "config_from_hf",
+    "config_of",
     "init_cache",
     "supported",
 ]

@@ -26,11 +26,13 @@ class Step:
       positions: int32 ``[B, T]``.
       angles: cosines and sines for every `RopeConfig` of the model.
       decoding: one new token per row follows a cache.
+      blocks: see `attend`.
     """
 
     positions: jax.Array
     angles: dict[RopeConfig, Pair]
     decoding: bool = False
+    blocks: jax.Array | None = None
 
 
 class Attention(nnx.Module):
@@ -73,7 +75,7 @@ class Attention(nnx.Module):
         if past is not None:
             k, v = (write(old, new, step.positions[:, 0]) for old, new in zip(past, (k, v), strict=True))
         sinks = self.sinks.get_value() if c.sinks else None
-        out = attend(q, k, v, step.positions, c, self.layer.window, sinks)
+        out = attend(q, k, v, step.positions, c, self.layer.window, sinks, step.blocks)
         if gate is not None:
             out = out * jax.nn.sigmoid(gate)
         return self.o_proj(out.reshape(*x.shape[:-1], -1)), (k, v)
@@ -121,6 +123,7 @@ def attend(
     c: AttentionConfig,
     window: int | None,
     sinks: jax.Array | None = None,
+    blocks: jax.Array | None = None,
 ) -> jax.Array:
     """Causal attention of ``q [B, T, H, D]`` over ``k [B, S, KV, D]``, slot s holding position s.
 
@@ -130,6 +133,8 @@ def attend(
       c: scale, cap and position bias of the scores.
       window: see `LayerConfig`.
       sinks: ``[H]``.
+      blocks: int32 ``[B, T]``, of tokens that stand in the first T slots: those with the same number of 0
+        or more attend to each other in both directions. None for none.
 
     Returns:
       ``[B, T, H, Dv]``.
@@ -146,6 +151,9 @@ def attend(
         scores = scores + bias.reshape(kv, heads // kv, 1, -1)
     ahead = positions[:, :, None] - jnp.arange(k.shape[1])
     seen = ahead >= 0
+    if blocks is not None:
+        slots = jnp.pad(blocks, ((0, 0), (0, k.shape[1] - length)), constant_values=-1)
+        seen |= (blocks[:, :, None] == slots[:, None]) & (blocks >= 0)[:, :, None]
     if window is not None:
         seen &= ahead < window
     scores = jnp.where(seen[:, None, None], scores, -jnp.inf)

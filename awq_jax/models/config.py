@@ -6,6 +6,7 @@ import dataclasses
 from typing import Literal
 
 from awq_jax.convert.names import LLAMA, Names
+from awq_jax.models.vision.config import VisionConfig
 
 RopeKind = Literal["default", "linear", "dynamic", "yarn", "llama3", "longrope"]
 
@@ -30,6 +31,9 @@ class RopeConfig:
         the original context and for longer ones.
       attention_factor: ``yarn``, ``longrope``: multiplies cosines and sines.
       long_attention_factor: ``longrope``: the same for longer rows; None for the same number.
+      sections: how many pairs turn by the frame, the row and the column of an image's token (text has
+        its number in all three); empty if all turn by the token's number.
+      alternating: pairs turn by frame, row and column in turn, instead of one section after another.
     """
 
     kind: RopeKind = "default"
@@ -47,6 +51,8 @@ class RopeConfig:
     long_factors: tuple[float, ...] = ()
     attention_factor: float = 1.0
     long_attention_factor: float | None = None
+    sections: tuple[int, ...] = ()
+    alternating: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,6 +274,8 @@ class ModelConfig:
       head_bias: the output projection has a bias.
       head_norm: the weights of each logit are divided by their length (a head of its own, without bias).
       names: what the checkpoint calls its tensors.
+      layouts: other names that checkpoints of the family have; one is written as it was read.
+      vision: looks at images; None for a model of text.
     """
 
     family: str
@@ -291,6 +299,8 @@ class ModelConfig:
     head_bias: bool = False
     head_norm: bool = False
     names: Names = LLAMA
+    layouts: tuple[Names, ...] = ()
+    vision: VisionConfig | None = None
 
     @property
     def num_layers(self) -> int:

@@ -7,6 +7,7 @@ module transform is used: split the state, call under `jax.jit`.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from awq_jax.models.latent import LatentAttention
 from awq_jax.models.mlp import MLP
 from awq_jax.models.moe import MoE
 from awq_jax.models.norm import Norm
+from awq_jax.models.vision import towers
 from awq_jax.nnx import Linear
 from awq_jax.qtensor import QuantizedTensor
 
@@ -36,9 +38,15 @@ class Cache:
     Attention keeps keys and values ``[B, S, KV, head_dim]``: slot ``s`` of a row holds position ``s``;
     slots beyond a row's length are garbage and never read. A gated delta net keeps a `State`, which
     does not grow.
+
+    Attributes:
+      layers: of each layer.
+      shift: int32 ``[B]``: what a token's angles are ahead of its position, behind an image that takes
+        more or less room than it has tokens; None for nothing.
     """
 
     layers: tuple[Kept, ...]
+    shift: jax.Array | None = None
 
     def grown(self, slots: int) -> Cache:
         """The same with room for ``slots`` tokens in a row."""
@@ -46,7 +54,7 @@ class Cache:
         def wider(a: jax.Array) -> jax.Array:
             return jnp.pad(a, ((0, 0), (0, slots - a.shape[1]), *[(0, 0)] * (a.ndim - 2)))
 
-        return Cache(tuple(c if isinstance(c, State) else (wider(c[0]), wider(c[1])) for c in self.layers))
+        return Cache(tuple(c if isinstance(c, State) else (wider(c[0]), wider(c[1])) for c in self.layers), self.shift)
 
 
 def init_cache(config: ModelConfig, batch: int, length: int, dtype: Any) -> Cache:
@@ -138,20 +146,29 @@ class Decoder(nnx.Module):
             self.norm = Norm(c.norm, size)
         if not c.tied:
             self.lm_head = Linear(embed, c.vocab_size, use_bias=c.head_bias, rngs=rngs)
+        if c.vision is not None:
+            self.vision = towers.TOWERS[type(c.vision)](c.vision, size, rngs)
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
+    def __call__(self, tokens: jax.Array, **images: Any) -> jax.Array:
         """Logits of every position, without a cache.
 
         Args:
           tokens: int32 ``[B, T]``; rows may be padded on the right (causality keeps padding out).
+          **images: what else a processor returned (see `awq_jax.models.vision.towers.pictures`).
 
         Returns:
           float32 ``[B, T, vocab]``.
         """
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        return self.head(self.hidden(tokens, positions, None)[0])
+        return self.head(self.hidden(tokens, positions, None, towers.pictures(self.config.vision, images))[0])
 
-    def hidden(self, tokens: jax.Array, positions: jax.Array, cache: Cache | None) -> tuple[jax.Array, Cache]:
+    def hidden(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        cache: Cache | None,
+        images: Mapping[str, jax.Array] | None = None,
+    ) -> tuple[jax.Array, Cache]:
         """Normalised last hidden states, and the cache with these tokens written into it.
 
         Args:
@@ -159,21 +176,36 @@ class Decoder(nnx.Module):
           positions: int32 ``[B, T]``, consecutive in each row; the tokens of row b go into the slots
             from ``positions[b, 0]``. Padding behind a row's end may repeat its last position.
           cache: what came before, or None to attend among these tokens only.
+          images: those that the tokens stand for, in a call in which positions begin at 0.
 
         Returns:
           ``[B, T, hidden]`` and the new cache.
         """
-        x = self.embed(tokens, positions)
+        seen = self.look(tokens, positions, images)
+        x, shift = seen.embedded, seen.shift if cache is None or cache.shift is None else cache.shift
+        turns = seen.turns
+        if turns is None:
+            turns = positions if shift is None else positions + shift[:, None]
         ropes = {layer.rope: layer.attention.head_dim for layer in self.config.layers if layer.rope is not None}
-        angles = {turn: rope.cos_sin(turn, dim, positions) for turn, dim in ropes.items()}
-        step = Step(positions, angles, decoding=cache is not None and tokens.shape[1] == 1)
+        angles = {turn: rope.cos_sin(turn, dim, turns) for turn, dim in ropes.items()}
+        step = Step(positions, angles, cache is not None and tokens.shape[1] == 1, seen.blocks)
         kept = []
         for i, layer in enumerate(self.layers):
             x, own = layer(x, step, None if cache is None else cache.layers[i])
+            x = x + seen.deep[i] if i < len(seen.deep) else x
             kept.append(own)
         if self.config.final_norm:
             x = self.norm(x)
-        return x, Cache(tuple(kept))
+        return x, Cache(tuple(kept), shift)
+
+    def look(self, tokens: jax.Array, positions: jax.Array, images: Mapping[str, jax.Array] | None) -> towers.Seen:
+        """What the first layer reads, and what else images change."""
+        vision = self.config.vision
+        if vision is None or not images:
+            return towers.Seen(self.embed(tokens, positions))
+        # The token of an image may lie outside of the vocabulary.
+        text = self.embed(jnp.where(tokens == vision.token, 0, tokens), positions)
+        return towers.look(vision, self.vision, tokens, text, images)
 
     def embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
         """What the first layer reads, ``[B, T, hidden]``."""

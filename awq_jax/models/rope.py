@@ -20,7 +20,7 @@ def cos_sin(config: RopeConfig, head_dim: int, positions: jax.Array) -> tuple[ja
     Args:
       config: kind and constants.
       head_dim: channels of a head.
-      positions: int32 ``[B, T]``.
+      positions: int32 ``[B, T]``; ``[3, B, T]`` for frames, rows and columns (see `RopeConfig.sections`).
 
     Returns:
       Two float32 arrays ``[B, T, 1, dims / 2]``, ``dims`` being the rotated channels.
@@ -35,9 +35,20 @@ def cos_sin(config: RopeConfig, head_dim: int, positions: jax.Array) -> tuple[ja
             factor = jnp.where(_beyond(config, positions)[..., None], config.long_attention_factor, factor)
     else:
         inv_freq = jnp.asarray(inverse_frequencies(config, dims))
-    angles = positions[..., None].astype(jnp.float32) * inv_freq
+    turns = positions[..., None] if positions.ndim == 2 else jnp.moveaxis(positions[_axes(config, dims)], 0, -1)
+    angles = turns.astype(jnp.float32) * inv_freq
     angles = angles[..., None, :]
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def _axes(config: RopeConfig, dims: int) -> np.ndarray:
+    """By which of frame (0), row (1) and column (2) each channel pair turns: ``[dims / 2]``."""
+    if not config.alternating:
+        return np.repeat(np.arange(len(config.sections)), config.sections)
+    axes = np.zeros(dims // 2, np.int64)
+    for axis in (1, 2):
+        axes[axis : 3 * config.sections[axis] : 3] = axis
+    return axes
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, interleaved: bool = False) -> jax.Array:

@@ -1,0 +1,16 @@
+"""Phi-3 and Phi-3.5 Vision: the text part, Phi-3; what looks at images is carried through as it is"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from awq_jax.models.config import ModelConfig
+from awq_jax.models.families import phi3
+
+
+def config(hf: Mapping[str, Any]) -> ModelConfig:
+    """``model_type`` "phi3_v"."""
+    found = phi3.config(hf)
+    return dataclasses.replace(found, names=dataclasses.replace(found.names, carried=r"^model\.vision_embed_tokens\."))

@@ -1,0 +1,34 @@
+"""Qwen2.5-VL: Qwen2-VL whose tower attends within windows in most layers, and is built as its decoder is"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from awq_jax.models.config import ModelConfig
+from awq_jax.models.families import qwen2_vl
+from awq_jax.models.hf_config import required
+from awq_jax.models.vision import hf as nested
+
+DEFAULTS: dict[str, Any] = {"depth": 32, "hidden_size": 3584, "hidden_act": "silu", "intermediate_size": 3420, "num_heads": 16}
+DEFAULTS |= {"in_channels": 3, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
+DEFAULTS |= {"window_size": 112, "fullatt_block_indexes": (7, 15, 23, 31)}
+
+
+def config(hf: Mapping[str, Any]) -> ModelConfig:
+    """``model_type`` "qwen2_5_vl"."""
+    text = qwen2_vl.decoder(hf, qwen2_vl.text_part(hf))
+    v = DEFAULTS | nested.part(hf, "vision_config")
+    window = required(v, "window_size") // required(v, "spatial_merge_size") // required(v, "patch_size")
+    vision = qwen2_vl.tower(
+        hf,
+        v,
+        mlp=required(v, "intermediate_size"),
+        gated=True,
+        rms=True,
+        window=window,
+        full=tuple(v["fullatt_block_indexes"]),
+    )
+    names = nested.layouts(text.names, qwen2_vl.places(vision.layers, qwen2_vl.MERGER, {}))
+    return dataclasses.replace(text, vision=vision, **names)

@@ -1,0 +1,1 @@
+"""Vision towers and what joins them to the reference decoder."""
