@@ -42,6 +42,8 @@ class QuantizedTensor:
         and AutoAWQ's gemv_fast, where the zero point need not be a whole number.
       perm: int32 ``[*B, K]`` or None: packed row ``r`` belongs to input channel ``perm[r]`` (GPTQ's
         act-order; groups are contiguous in packed rows).
+      layout: how ``qweight`` is stored: ``"canonical"`` (as above, what files hold) or ``"cuda"``
+        (uint16 ``[*B, N, W]``, see `awq_jax.kernels.layout`).
 
     Slicing or stacking every array along leading batch axes (``jax.lax.scan``, ``vmap``,
     ``jax.tree.map(lambda a: a[i], q)``) gives a valid QuantizedTensor of the slice, as long as the
@@ -60,6 +62,7 @@ class QuantizedTensor:
     dtype: str = dataclasses.field(metadata={"static": True})
     offsets: Array | None = None
     perm: Array | None = None
+    layout: str = dataclasses.field(default="canonical", metadata={"static": True})
 
     @property
     def k(self) -> int:
@@ -110,8 +113,13 @@ class QuantizedTensor:
         return from_canonical(w, self.live_axes, self.k_dims, self.n_dims)
 
     def codes(self) -> jax.Array:
-        """uint8 codes ``[*B, Kp, N]``."""
-        return pack.unpack(self.qweight, self.bits, self.scales.shape[-2] * self.group_size)
+        """uint8 codes ``[*B, Kp, N]``, from either layout."""
+        rows = self.scales.shape[-2] * self.group_size
+        if self.layout == "cuda":
+            from awq_jax.kernels.layout import unpack_cuda  # which builds on this module
+
+            return unpack_cuda(self.qweight, self.bits, rows)
+        return pack.unpack(self.qweight, self.bits, rows)
 
     def dequantize_canonical(self, dtype: Any = None) -> jax.Array:
         """The weight as packed, ``[*B, K, N]``: *without* ``inv_scale``, rows in packed order.

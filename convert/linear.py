@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from awq_jax.kernels.layout import to_canonical
 from awq_jax.qtensor import QuantizedTensor
 
 FLOATS = ("float16", "bfloat16", "float32")
@@ -48,7 +49,8 @@ def is_permutation(perm: np.ndarray) -> bool:
 
 
 def as_linear(q: QuantizedTensor) -> QuantizedTensor:
-    """The same weight in PyTorch's orientation, if it is a single matrix; else unchanged."""
+    """The same weight in PyTorch's orientation, if it is a single matrix, and in the canonical layout."""
+    q = to_canonical(q)
     if q.batch:
         return q
     return dataclasses.replace(q, axes="nk", k_dims=(q.k,), n_dims=(q.n,))

@@ -26,6 +26,7 @@ from awq_jax.convert.orbax_files import OrbaxFiles, Spool, nested, orbax
 from awq_jax.convert.shards import atomic_directory, write_json
 from awq_jax.convert.source import Source
 from awq_jax.errors import CheckpointError
+from awq_jax.kernels.layout import to_canonical
 from awq_jax.qtensor import is_quantized
 
 METHOD = "awq-jax-orbax"
@@ -71,6 +72,7 @@ def store(path: str | Path, params: Any) -> None:
             if "." in key:
                 raise CheckpointError(f"the key {key!r} holds a dot, which separates keys in the file; rename it")
             name = key.replace("/", ".")
+            leaf = to_canonical(leaf) if is_quantized(leaf) else leaf
             arrays, metadata = encoder.encode(name, leaf) if is_quantized(leaf) else ({name: np.asarray(leaf)}, {})
             spool.add(arrays, metadata)
         spool.close()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,8 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from awq_jax.errors import BackendError, ShapeError
-from awq_jax.kernels import xla
+from awq_jax.kernels import triton_matmul, tuned, xla
 from awq_jax.qtensor import QuantizedTensor
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,12 +28,14 @@ class Request:
       q: the weight (arrays, tracers or abstract).
       dtype: dtype of the activation.
       platform: where it will run: ``"cpu"``, ``"cuda"``, ``"tpu"``, ...
+      bias: float ``[N]`` to be added by a backend that fuses it, or None.
     """
 
     m: int
     q: QuantizedTensor
     dtype: Any
     platform: str
+    bias: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,17 +47,41 @@ class Backend:
       obstacle: why it cannot serve a request, or None if it can.
       describe: which form it would use for a request, and why.
       run: ``(x [*B, m, K], request, out_dtype) -> [*B, m, N]``, without ``inv_scale`` and ``perm``.
+      fuses_bias: ``run`` adds ``request.bias``.
     """
 
     name: str
     obstacle: Callable[[Request], str | None]
     describe: Callable[[Request], str]
     run: Callable[[jax.Array, Request, Any], jax.Array]
+    fuses_bias: bool = False
+
+
+def _triton_obstacle(r: Request) -> str | None:
+    if r.platform != "cuda":
+        return f"its kernels are for CUDA, and this runs on {r.platform}"
+    if tuned.local_chip() is None:
+        return "this process has no NVIDIA GPU"
+    return triton_matmul.obstacle(r.m, r.q, r.dtype)
+
+
+def _triton_describe(r: Request) -> str:
+    chip = tuned.local_chip()
+    assert chip is not None
+    return triton_matmul.describe(r.m, r.q, chip)
+
+
+def _triton_run(x: jax.Array, r: Request, out_dtype: Any) -> jax.Array:
+    chip = tuned.local_chip()
+    assert chip is not None
+    return triton_matmul.matmul(x, r.q, out_dtype, chip=chip, bias=r.bias)
 
 
 def _pallas_obstacle(r: Request) -> str | None:
     if r.platform != "tpu":
         return f"it is a TPU kernel, and this runs on {r.platform}"
+    if r.q.layout != "canonical":
+        return f"the weight has the {r.q.layout} layout; repack it with awq_jax.kernels.prepare"
     from awq_jax.kernels import pallas_tpu  # takes more than a second to import, and only TPUs need it
 
     return pallas_tpu.obstacle(r.q, r.dtype)
@@ -71,6 +101,7 @@ def _pallas_run(x: jax.Array, r: Request, out_dtype: Any) -> jax.Array:
 
 # In order of preference; "auto" takes the first without an obstacle.
 BACKENDS: tuple[Backend, ...] = (
+    Backend("triton", _triton_obstacle, _triton_describe, _triton_run, fuses_bias=True),
     Backend(name="pallas", obstacle=_pallas_obstacle, describe=_pallas_describe, run=_pallas_run),
     Backend(
         name="xla",
@@ -79,6 +110,10 @@ BACKENDS: tuple[Backend, ...] = (
         run=lambda x, r, out_dtype: xla.matmul(x, r.q, out_dtype, r.platform),
     ),
 )
+
+
+# Where the kernel that is made for a platform does not run, its user should know.
+NATIVE = {"cuda": "triton", "tpu": "pallas"}
 
 
 def check_impl(impl: str) -> str:
@@ -93,7 +128,9 @@ def check_impl(impl: str) -> str:
     return impl
 
 
-def matmul(x: jax.Array, q: QuantizedTensor, *, impl: str = "auto", preferred_element_type: Any = None) -> jax.Array:
+def matmul(
+    x: jax.Array, q: QuantizedTensor, *, impl: str = "auto", preferred_element_type: Any = None, bias: Any = None
+) -> jax.Array:
     """Multiply activations by a packed weight, accumulating in float32.
 
     Args:
@@ -101,6 +138,7 @@ def matmul(x: jax.Array, q: QuantizedTensor, *, impl: str = "auto", preferred_el
       q: packed weight, canonically ``[*B, K, N]``.
       impl: ``"auto"``, or the name of the backend that must run.
       preferred_element_type: dtype of the result (default: ``x.dtype``).
+      bias: float ``[N]`` to add, or None.
 
     Returns:
       ``[*B, ..., N]``.
@@ -111,6 +149,8 @@ def matmul(x: jax.Array, q: QuantizedTensor, *, impl: str = "auto", preferred_el
     """
     check_impl(impl)
     batch = q.batch
+    if bias is not None and tuple(bias.shape) != (q.n,):
+        raise ShapeError(f"bias of shape {tuple(bias.shape)} for a packed weight with {q.n} outputs: expected [{q.n}]")
     if x.ndim <= len(batch) or tuple(x.shape[: len(batch)]) != batch or x.shape[-1] != q.k:
         want = ", ".join([*map(str, batch), "...", str(q.k)])
         raise ShapeError(
@@ -119,7 +159,7 @@ def matmul(x: jax.Array, q: QuantizedTensor, *, impl: str = "auto", preferred_el
         )
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ShapeError(f"activation has dtype {x.dtype}; cast it to a floating point dtype first")
-    request = _request(x, q)
+    request = dataclasses.replace(_request(x, q), bias=bias)
     out_dtype = jnp.dtype(preferred_element_type or x.dtype)
     if q.inv_scale is not None:
         inv = q.inv_scale.reshape(*batch, *[1] * (x.ndim - len(batch) - 1), q.k)
@@ -127,7 +167,10 @@ def matmul(x: jax.Array, q: QuantizedTensor, *, impl: str = "auto", preferred_el
     if q.perm is not None:
         perm = q.perm.reshape(*batch, *[1] * (x.ndim - len(batch) - 1), q.k)
         x = jnp.take_along_axis(x, perm, axis=-1) if batch else x[..., q.perm]
-    y = _pick(request, impl).run(x.reshape(*batch, request.m, q.k), request, out_dtype)
+    backend = _pick(request, impl)
+    y = backend.run(x.reshape(*batch, request.m, q.k), request, out_dtype)
+    if bias is not None and not backend.fuses_bias:
+        y = y + bias.astype(y.dtype)
     return y.reshape(*x.shape[:-1], q.n)
 
 
@@ -167,13 +210,22 @@ def _platform(x: Any) -> str:
     return _canonical(device if isinstance(device, str) else device.platform)
 
 
+@functools.cache
+def _warn_once(message: str) -> None:
+    log.warning(message)
+
+
 def _canonical(platform: str) -> str:
     return "cuda" if platform == "gpu" else platform
 
 
 def _pick(request: Request, impl: str) -> Backend:
     if impl == "auto":
-        return next(b for b in BACKENDS if b.obstacle(request) is None)
+        backend = next(b for b in BACKENDS if b.obstacle(request) is None)
+        own = next((b for b in BACKENDS if b.name == NATIVE.get(request.platform)), backend)
+        if backend is not own:
+            _warn_once(f"a packed weight is multiplied by {backend.name}, not by {own.name}: {own.obstacle(request)}")
+        return backend
     backend = next(b for b in BACKENDS if b.name == impl)
     reason = backend.obstacle(request)
     if reason is not None:
