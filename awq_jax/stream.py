@@ -111,7 +111,7 @@ def run(job: Job, *, resume: bool = False, restart: bool = False, progress: bool
     if resume and restart:
         raise ConfigError("resume continues an unfinished run and restart discards it: give one of them")
     if restart:
-        shutil.rmtree(job.work, ignore_errors=True)
+        _tidy(job)
     if not job.unfinished() and resume:
         raise CheckpointError(f"there is no unfinished run of {job.path} to continue; leave resume=True out")
     job.check_space()
@@ -129,7 +129,7 @@ def run(job: Job, *, resume: bool = False, restart: bool = False, progress: bool
             f"cannot write {job.path}: {e}. Free some space and run the same command again: it continues after the "
             "last finished block"
         ) from e
-    shutil.rmtree(job.work, ignore_errors=True)
+    _tidy(job)
     if problem:
         raise FormatError(f"{problem}. Nothing is lost: the result is in {job.path}, in the format {format}")
     return Outcome(report, format, resumed)
@@ -225,6 +225,10 @@ class Writer:
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
+
+
+def _tidy(job: Job) -> None:
+    shutil.rmtree(job.work, ignore_errors=True)
 
 
 def _note(job: Job, done: Done) -> dict[str, Any]:

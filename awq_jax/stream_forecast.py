@@ -88,7 +88,8 @@ def memory(job: Job) -> dict[str, int]:
 def table(f: Forecast) -> str:
     """For a terminal."""
     lines = [
-        f"{f.parameters / 1e9:.3g} billion parameters, {f.blocks} layers; the largest block has {f.largest / 1e6:.1f} million",
+        f"{f.parameters / 1e9:.3g} billion parameters in {f.blocks} layers; "
+        f"{f.largest / 1e6:.1f} million in the largest block",
         f"memory, besides the program: {_gib(sum(f.memory.values()))}",
         *(f"  {name}: {_gib(n)}" for name, n in f.memory.items()),
         f"disk: {_gib(f.disk)} while it runs ({_gib(f.disk_free)} free)",
