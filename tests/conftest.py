@@ -1,7 +1,7 @@
 """Settings of the default run: most of its time is XLA compiling programs that are then run once.
 
-They are in the environment before jax is imported, so that the commands which tests start have them too. `pytest -m slow`
-compiles as users do.
+They are in the environment before jax is imported, so that the commands which tests start have them too. With
+`pytest -m slow` everything is compiled as users do it.
 """
 
 from __future__ import annotations

@@ -49,6 +49,10 @@ class Pair:
     def run(self):
         return jax.jit(self.apply)
 
+    @functools.cached_property
+    def plan(self):
+        return awq_jax.discover(self.apply, self.params, jax.ShapeDtypeStruct((1, 4), np.int32))
+
 
 @pytest.fixture(scope="module", params=families.CASES, ids=lambda c: c.name)
 def case(request):
@@ -64,15 +68,6 @@ def pair(case, tmp_path_factory):
     config = models.config_from_hf(source.config)
     graphdef, state = model_params.abstract(config)
     return Pair(theirs, source, config, graphdef, model_params.load(source, config, state))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_compilation():
-    """Each tiny model is compiled a few times and hardly run."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(autouse=True)
@@ -121,7 +116,7 @@ def test_names_come_back(pair):
 
 def test_plan_is_exact_and_complete(pair, case):
     """Random scales on all groups leave the logits alone, and only the groups the case lists have none."""
-    plan = awq_jax.discover(pair.apply, pair.params, jax.ShapeDtypeStruct((1, 4), np.int32))
+    plan = pair.plan
     weights = {s.path for _, s in plan.sites()}
     linears = {p for p in paths.flatten(pair.params) if p.endswith("/kernel")}
     assert linears <= weights | set(plan.skipped)
@@ -160,13 +155,22 @@ def packed_like(target, rng):
     )
 
 
+def unpacked(w):
+    """The float32 array that a weight of `packed_like` stands for, in NumPy."""
+    words, zeros = np.asarray(w.qweight), np.asarray(w.zeros).astype(np.float32)
+    codes = words[..., None, :] >> np.arange(0, 32, 4, dtype=np.uint32)[:, None] & 15
+    codes = codes.reshape(*words.shape[:-2], -1, words.shape[-1])
+    scales, zeros = (np.repeat(a, w.group_size, axis=-2) for a in (np.asarray(w.scales, np.float32), zeros))
+    value = ((codes - zeros) * scales).reshape(*words.shape[:-2], *w.k_dims, *w.n_dims)
+    return value.transpose(np.argsort(sorted(range(len(w.axes)), key=lambda i: "bkn".index(w.axes[i]))))
+
+
 def test_packed_weights_come_back(pair, tmp_path):
     """Logits are those of the dequantized weights, and what is saved as GEMM is loaded to the bit."""
-    plan = awq_jax.discover(pair.apply, pair.params, jax.ShapeDtypeStruct((1, 4), np.int32))
-    targets, _ = select(plan, AwqConfig(group_size=16, on_indivisible="float"))
+    targets, _ = select(pair.plan, AwqConfig(group_size=16, on_indivisible="float"))
     rng = np.random.default_rng(0)
     packed = paths.map_with_path(lambda p, w: packed_like(targets[p], rng) if p in targets else w, pair.params)
-    dense = paths.map_with_path(lambda _, w: w.dequantize() if is_quantized(w) else w, packed)
+    dense = paths.map_with_path(lambda _, w: unpacked(w) if is_quantized(w) else w, packed)
     close(pair.run(packed, TOKENS), pair.run(dense, TOKENS))
 
     source, tensors = pair.source, model_params.tensors(packed, pair.config)
