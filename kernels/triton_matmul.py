@@ -233,8 +233,9 @@ def _launch(spec: Spec, choice: tuned.Config, x, qweight, scales, zeros, bias) -
         **constants,
     )
     varying = frozenset().union(*(_varying(a) for a in (x, qweight, scales, zeros, bias) if a is not None))
-    if varying:  # inside shard_map: the call does not say along which mesh axes its result differs
-        y = lax.pcast(y, tuple(varying), to="varying")
+    missing = tuple(varying - _varying(y))
+    if missing:  # inside shard_map: the call does not say along which mesh axes its result differs
+        y = lax.pcast(y, missing, to="varying")
     if split > 1:
         y = y.reshape(b, split, m, n).sum(1)
         y = y if bias is None else y + bias.astype(jnp.float32)

@@ -82,7 +82,7 @@ class Config:
         """Parts of K: as given, or the fewest that keep nine tenths of the chip busy.
 
         A part is at least four runs of K, and the partial sums (written and read again in float32)
-        are at most a quarter of the weight's bytes.
+        are at most half of the weight's bytes.
         """
         runs = -(-k // (PLANE * planes(bits)))
         if self.split:
@@ -90,7 +90,7 @@ class Config:
         rows = 1 if self.kernel == "gemv" else self.block_m
         tiles = batch * -(-m // rows) * -(-n // self.block_n)
         slots = chip.cores * self.resident
-        most = max(1, min(runs // 4, k * bits // (256 * m), 64))
+        most = max(1, min(runs // 4, k * bits // (128 * m), 64))
 
         def busy(split: int) -> float:
             programs = tiles * split
