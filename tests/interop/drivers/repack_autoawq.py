@@ -34,8 +34,10 @@ def main(src: str, out: str, version: str) -> None:
         weight = dequantize_gemm(qweight, qzeros, scales.float(), 4, group)
         linear = torch.nn.Linear(*weight.shape, bias=False)
         linear.weight.data = weight.T.contiguous()
-        zeros = None if version == "marlin" else (zeros & 15).T.contiguous()
-        made = CLASSES[version].from_linear(linear, 4, group, False, scales.T.contiguous(), zeros)
+        zeros = None if version == "marlin" else zeros & 15
+        if version != "gemm":  # the other classes take the groups last
+            scales, zeros = (None if t is None else t.T.contiguous() for t in (scales, zeros))
+        made = CLASSES[version].from_linear(linear, 4, group, False, scales, zeros)
         packed |= {f"{module}.{part}": tensor.contiguous() for part, tensor in made.state_dict().items()}
     save_file(packed, out)
 
