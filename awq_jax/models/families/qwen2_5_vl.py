@@ -11,8 +11,8 @@ from awq_jax.models.families import qwen2_vl
 from awq_jax.models.hf_config import required
 from awq_jax.models.vision import hf as nested
 
-DEFAULTS: dict[str, Any] = {"depth": 32, "hidden_size": 3584, "hidden_act": "silu", "intermediate_size": 3420, "num_heads": 16}
-DEFAULTS |= {"in_channels": 3, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
+DEFAULTS: dict[str, Any] = {"depth": 32, "hidden_size": 3584, "hidden_act": "silu", "intermediate_size": 3420}
+DEFAULTS |= {"num_heads": 16, "in_channels": 3, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
 DEFAULTS |= {"window_size": 112, "fullatt_block_indexes": (7, 15, 23, 31)}
 
 

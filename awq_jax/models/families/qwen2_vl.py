@@ -94,8 +94,8 @@ def places(layers: int, merger: Mapping[str, str], mlp: Mapping[str, str]) -> li
 def config(hf: Mapping[str, Any]) -> ModelConfig:
     """``model_type`` "qwen2_vl"."""
     text = decoder(hf, text_part(hf))
-    defaults: dict[str, Any] = {"depth": 32, "embed_dim": 1280, "hidden_act": "quick_gelu", "mlp_ratio": 4, "num_heads": 16}
-    defaults |= {"in_channels": 3, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
+    defaults: dict[str, Any] = {"depth": 32, "embed_dim": 1280, "hidden_act": "quick_gelu", "mlp_ratio": 4}
+    defaults |= {"num_heads": 16, "in_channels": 3, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
     v = defaults | nested.part(hf, "vision_config")
     size = required(v, "embed_dim")
     vision = tower(hf, v, size=size, mlp=int(size * v["mlp_ratio"]))

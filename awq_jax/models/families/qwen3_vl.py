@@ -13,9 +13,13 @@ from awq_jax.models.families import qwen2_vl, qwen3
 from awq_jax.models.hf_config import required
 from awq_jax.models.vision import hf as nested
 
-DEFAULTS: dict[str, Any] = {"depth": 27, "hidden_size": 1152, "hidden_act": "gelu_pytorch_tanh", "intermediate_size": 4304}
-DEFAULTS |= {"num_heads": 16, "in_channels": 3, "patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2}
-DEFAULTS |= {"num_position_embeddings": 2304, "deepstack_visual_indexes": (8, 16, 24)}
+DEFAULTS: dict[str, Any] = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16}
+DEFAULTS |= {"in_channels": 3, "patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2}
+DEFAULTS |= {
+    "hidden_act": "gelu_pytorch_tanh",
+    "num_position_embeddings": 2304,
+    "deepstack_visual_indexes": (8, 16, 24),
+}
 MERGER = {"fc1": "linear_fc1", "fc2": "linear_fc2"}
 MLP = {"mlp.up_proj": "mlp.linear_fc1", "mlp.down_proj": "mlp.linear_fc2"}
 
