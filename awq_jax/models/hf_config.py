@@ -53,7 +53,7 @@ def required(hf: Mapping[str, Any], key: str) -> int:
     """
     value = get(hf, key)
     if type(value) is not int or not 0 < value <= LARGEST.get(key, 2**31):
-        raise ConfigError(f"config.json: {key} must be a positive integer; got {str(value)[:100]!r}")
+        raise ConfigError(f"config.json: {key} must be a positive integer; got {repr(value)[:100]}")
     return value
 
 
