@@ -6,7 +6,6 @@ python tests/model_table.py --check    # exit with 1 if it is not current
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 
@@ -20,17 +19,20 @@ from transformers import AutoConfig
 
 import awq_jax
 from awq_jax import models
+from awq_jax.commands import support
 from awq_jax.models import params
 from awq_jax.models.families import FAMILIES
-from awq_jax.plan import Group, Plan
+from awq_jax.plan import Plan
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 HEADER = """# Model families
 
-`awq_jax.models.supported()` lists the values of `model_type` in `config.json` that the reference decoder reads. GGUF
-files of Llama, Mistral, Qwen2, Qwen3 and SmolLM3 are read too. [Adding a family](adding-a-family.md) takes one short
-function. Any other Flax model needs none: `awq_jax.calibrate(apply_fn, params, batches)` and
-`awq_jax.quantize(params, calib)` take it as it is.
+`awq_jax.models.supported()` lists the values of `model_type` in `config.json` that the reference decoder reads, and
+`awq-jax inspect HUB_OR_DIR` says of a checkpoint whether it is one of them and how it would be scaled. Of Llama,
+Mistral, Qwen2, Qwen3, SmolLM3, Gemma 1 to 3, Phi-3, StarCoder2, Granite, OLMo 2 and 3, and Command R, GGUF files are
+read too.
+[Adding a family](adding-a-family.md) takes one short function. Any other Flax model needs none:
+`awq_jax.calibrate(apply_fn, params, batches)` and `awq_jax.quantize(params, calib)` take it as it is.
 
 Nobody wrote the groups below down: they are what `awq_jax.discover` finds in each family's forward pass, and a test
 proves each of them by folding random scales. `q k v <- input_layernorm` reads: these linears share their input, and the
@@ -65,27 +67,9 @@ def page() -> str:
         about = (sys.modules[FAMILIES[family].__module__].__doc__ or "").splitlines()[0].rstrip(".")
         cases = [c for c in (*families.CASES, *multimodal.CASES, *multimodal.CARRIED) if c.family == family]
         groups = [g for c in cases for g in plan_of(c).groups if g.name.startswith("layers/")]
-        scaled = dict.fromkeys(f"{_sites(g)} <- {_absorbers(g)}" for g in groups if g.absorbers)
-        rest = dict.fromkeys(f"{_sites(g)}: {_reason(g)}" for g in groups if not g.absorbers)
-        rows.append(f"| `{family}` | {about} | {'; '.join(scaled)} | {'; '.join(rest) or '-'} |")
+        scaled, rest = ("; ".join(lines).replace("|", "\\|") for lines in support.rows(groups))
+        rows.append(f"| `{family}` | {about} | {scaled} | {rest or '-'} |")
     return HEADER + "\n".join(rows) + "\n"
-
-
-def _short(path: str) -> str:
-    name = re.sub(r"^layers/\d+/|/(kernel|scale|bias)$|_proj\b", "", path)
-    return re.sub(r"^(self_attn|mlp)/", "", name).replace("/", ".")
-
-
-def _sites(group: Group) -> str:
-    return " ".join(_short(s.path) for s in group.sites)
-
-
-def _absorbers(group: Group) -> str:
-    return " ".join(dict.fromkeys(_short(a.path) for a in group.absorbers))
-
-
-def _reason(group: Group) -> str:
-    return re.sub(r" \(\w+\.py:\d+\)", "", group.reason).replace("|", "\\|")
 
 
 if __name__ == "__main__":

@@ -142,7 +142,7 @@ def test_seventy_billion_parameters_in_seconds(tmp_path: Path) -> None:
     big(tmp_path / "big")
     start = time.perf_counter()
     code, got = found(tmp_path / "big")
-    assert time.perf_counter() - start < 5  # 0.3 s on an idle machine
+    assert time.perf_counter() - start < 5  # 1 s on an idle machine
     assert code == 0
     assert got["parameters"] == 70_553_706_496
     assert 38e9 < got["bytes_on_disk"] < 42e9
@@ -307,6 +307,53 @@ def test_a_hub_id_costs_config_and_headers(
         assert fetched == [n for n in ("config.json", "quant_config.json") if n in seed.files]
         local = inspect.describe(registry.open_source(directory, packed=True))
         assert {**got, "bytes_on_disk": 0, "problems": 0} == {**local, "bytes_on_disk": 0, "problems": 0}, seed.format
+
+
+def test_whether_it_is_supported_is_told_from_the_headers(
+    gemm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub(monkeypatch, gemm)
+    code, got = found("owner/name@v1")
+    assert (code, got["supported"], got["reason"]) == (0, True, None)
+    groups = ["q k v <- input_layernorm", "o <- v", "gate up <- post_attention_layernorm", "down <- up"]
+    assert got["plan"] == {"groups": groups, "unscaled": [], "float": []}
+    text = run("owner/name@v1")[1]
+    assert "supported   yes\n" in text
+    assert "scaled      q k v <- input_layernorm\n            o <- v\n" in text
+    assert run("owner/name@v1", "--plan")[1] == run(gemm, "--plan")[1]
+
+    unknown = tmp_path / "unknown"
+    fuzz.write(unknown, fuzz._files(gemm))
+    settings(top=True, model_type="llama9")(unknown)
+    hub(monkeypatch, unknown)
+    code, got = found("owner/name@v1")
+    assert (code, got["supported"], got["plan"]) == (0, False, None)
+    assert "'llama9' is not supported; its nearest supported relative is 'llama'" in got["reason"]
+    assert "supported   no: model_type 'llama9'" in run("owner/name@v1")[1]
+    code, text = run("owner/name@v1", "--plan")
+    assert code == 2
+    assert "docs/adding-a-family.md" in text
+
+
+def test_a_config_alone_is_enough(tmp_path: Path) -> None:
+    hf = fuzz.llama_config(64, 128) | {"model_type": "gptj", "rotary_dim": 8, "n_inner": 128, "num_hidden_layers": 80}
+    hf["hidden_act"] = "gelu_new"
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    code, got = found(tmp_path)
+    assert (code, got["supported"], got["tensors"], got["bytes_on_disk"]) == (0, True, [], None)
+    assert got["plan"]["groups"] == ["q k v up <- input_layernorm", "o <- v"]
+    (unscaled,) = got["plan"]["unscaled"]
+    assert unscaled.startswith("down: the scaled value is also used by gelu")
+    sizes = 80 * (4 * 64 * 64 + 2 * 64 * 128 + 64 + 128 + 2 * 64) + 2 * 64 * hf["vocab_size"] + 2 * 64
+    assert got["parameters"] == sizes + hf["vocab_size"]  # GPT-J's head has a bias
+    text = run(tmp_path)[1]
+    assert "config.json alone, gptj" in text
+    assert "not scaled  down: the scaled value" in text
+    assert run(tmp_path, "--check")[0] == 2  # there is nothing to check
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}))
+    assert "supported   no: model_type 'mamba'" in run(tmp_path)[1]
+    (tmp_path / "config.json").write_text(json.dumps(hf | {"num_hidden_layers": -1}))
+    assert "supported   no: config.json: num_hidden_layers must be" in run(tmp_path)[1]
 
 
 def test_a_hub_that_does_not_answer_or_misbehaves(gemm: Path, monkeypatch: pytest.MonkeyPatch) -> None:

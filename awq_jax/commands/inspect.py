@@ -29,9 +29,10 @@ def add(subparsers: Any) -> None:
         "inspect",
         run,
         "show what a checkpoint holds, and check it",
-        "Format, bits, group size and sizes of a checkpoint, which linears are float, a table of its tensors, and what "
-        "is wrong with it. Only config and headers are read, also of a checkpoint on the hub, so it takes a second "
-        "whatever the size; --check reads every tensor, and ends with status 1 if it finds a problem.",
+        "Format, bits, group size and sizes of a checkpoint, which linears are float, whether it can be quantized and "
+        "how it would be scaled, a table of its tensors, and what is wrong with it. Only config and headers are read, "
+        "also of a checkpoint on the hub, so it takes seconds whatever the size (a directory may hold config.json "
+        "alone); --check reads every tensor, and ends with status 1 if it finds a problem.",
         _EXAMPLES,
     )
     p.add_argument("dir", metavar="DIR", help="checkpoint directory, .gguf file or hub id")
@@ -44,9 +45,10 @@ def run(args: argparse.Namespace) -> None:
     with opened(args.dir, whole=args.check) as source:
         if args.plan:
             from awq_jax import models
-            from awq_jax.commands import preflight
+            from awq_jax.commands import preflight, support
 
-            plan = preflight.plan(models.config_of(source))
+            alone = isinstance(source, support.ConfigOnly)
+            plan = preflight.plan(models.config_from_hf(source.config) if alone else models.config_of(source))
             print(common.to_json(plan.to_dict()) if args.json else plan)
             return
         found = describe(source)
@@ -66,6 +68,12 @@ def opened(path: str, whole: bool) -> Iterator[Any]:
     from awq_jax.convert import hf, registry
 
     local = Path(path).expanduser()
+    if not whole and local.is_dir():
+        from awq_jax.commands import support
+
+        if support.config_only(local):
+            yield support.ConfigOnly(local)
+            return
     if whole or os.path.lexists(local) or local.suffix == ".gguf" or not hf.HUB_ID.fullmatch(path):
         yield registry.open_source(path, packed=True)
         return
@@ -76,10 +84,12 @@ def opened(path: str, whole: bool) -> Iterator[Any]:
 
 
 def bytes_on_disk(path: Path) -> int | None:
-    """Bytes of the weight files of a local checkpoint; None for a hub id."""
+    """Bytes of the weight files of a local checkpoint; None for a hub id, or without weights."""
+    from awq_jax.commands import support
+
     if path.is_file():
         return path.stat().st_size
-    if not path.is_dir():
+    if not path.is_dir() or support.config_only(path):
         return None
     from awq_jax.convert.orbax_files import PARAMS, holds_params
     from awq_jax.convert.safetensors_io import find_files
@@ -93,7 +103,10 @@ def problems(source: Any, path: Path, check: bool, progress: bool = False) -> li
     from tqdm import tqdm
 
     from awq_jax.commands import check as checks
+    from awq_jax.commands import support
 
+    if isinstance(source, support.ConfigOnly):
+        return []
     found = [("files", what) for what in (checks.files(path) if path.is_dir() else [])]
     found += [("config.json", what) for what in checks.config(source)]
     if check:
@@ -105,6 +118,8 @@ def problems(source: Any, path: Path, check: bool, progress: bool = False) -> li
 
 def describe(source: Any) -> dict[str, Any]:
     """Plain data about an open `awq_jax.convert.source.Source`, from its headers."""
+    from awq_jax.commands import support
+
     tensors: list[dict[str, Any]] = []
     for name in _sorted(source):
         info = source.info(name)
@@ -123,10 +138,13 @@ def describe(source: Any) -> dict[str, Any]:
     packed = [t for t in tensors if "bits" in t]
     weights = sum(math.prod(t["shape"]) for t in packed)
     linears = [t["name"] for t in tensors if "bits" not in t and _is_linear(t)]
+    possible = support.support(source)
+    stored = sum(math.prod(t["shape"]) for t in tensors)
     return {
         "format": source.format,
         "model_type": source.config.get("model_type"),
-        "parameters": sum(math.prod(t["shape"]) for t in tensors),
+        **possible,
+        "parameters": stored if tensors else possible["parameters"],
         "bytes": sum(t["bytes"] for t in tensors),
         "quantized": len(packed),
         "bits": sorted({t["bits"] for t in packed}),
@@ -143,6 +161,8 @@ def _print(found: dict[str, Any], check: bool) -> None:
     from awq_jax import render
 
     print("\n".join(render.columns(_summary(found))))
+    if not found["tensors"]:
+        return
     print()
     head = ("tensor", "shape", "type", "group", "scales", "size")
     rows = [
@@ -183,7 +203,12 @@ def _is_linear(tensor: dict[str, Any]) -> bool:
 
 def _summary(found: dict[str, Any]) -> list[tuple[str, str]]:
     from awq_jax import render
+    from awq_jax.commands import support
 
+    can = [(title, _plain(line)) for title, line in support.summary(found)]
+    if not found["tensors"]:
+        size = f"{found['parameters']:,}, by its config" if found["parameters"] else "unknown"
+        return [("format", f"{found['format']}, {found['model_type']}"), ("parameters", size), *can]
     types = Counter(t["type"] for t in found["tensors"])
     rows = [
         ("format", f"{found['format']}, {found['model_type']}"),
@@ -201,7 +226,7 @@ def _summary(found: dict[str, Any]) -> list[tuple[str, str]]:
             ("group size", _list(found["group_size"]) + (", act-order" if found["act_order"] else "")),
             ("left float", ", ".join(left) or "no linear"),
         ]
-    return rows
+    return rows + can
 
 
 def _list(values: list[Any]) -> str:

@@ -1,0 +1,113 @@
+"""Whether the reference decoder has a checkpoint's architecture, and how it would be scaled: from its config alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from awq_jax import models, paths
+from awq_jax.commands import preflight
+from awq_jax.convert import hf
+from awq_jax.convert.orbax_files import holds_params
+from awq_jax.convert.source import Info, Source, read_config
+from awq_jax.errors import AwqError
+from awq_jax.models import params
+from awq_jax.plan import Group
+
+
+class ConfigOnly:
+    """A directory that holds a ``config.json`` and no weights, as a source without tensors."""
+
+    format = "config.json alone"
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.config = read_config(directory)
+
+    def names(self) -> list[str]:
+        """None."""
+        return []
+
+    def info(self, name: str) -> Info:
+        """Never called: there are no names."""
+        raise KeyError(name)
+
+
+def config_only(path: Path) -> bool:
+    """Whether that is a directory with a config and without weights of any kind."""
+    weights = ("*.safetensors", "*.safetensors.index.json", "*.gguf", *hf.PICKLES)
+    return (path / "config.json").is_file() and not holds_params(path) and not any(any(path.glob(w)) for w in weights)
+
+
+def support(source: Source | ConfigOnly) -> dict[str, Any]:
+    """What a quantization would find.
+
+    Layers that are alike are looked at once, so that the time does not grow with their number.
+
+    Returns:
+      ``supported``; ``reason`` why it is not, or None; ``parameters`` of the whole model, by its config; ``plan``:
+      ``groups`` (what absorbs the scale of which linears), ``unscaled`` and ``float`` (and why), each once.
+    """
+    try:
+        alone = isinstance(source, ConfigOnly)
+        config = models.config_from_hf(source.config) if alone else models.config_of(source)
+        kinds = Counter(config.layers)
+        different = dataclasses.replace(config, layers=tuple(kinds))
+        plan = preflight.plan(different)
+        leaves = paths.flatten(params.abstract(different)[1])
+    except AwqError as e:
+        return {"supported": False, "reason": str(e), "parameters": None, "plan": None}
+    scaled, unscaled = rows(g for g in plan.groups if g.name.startswith("layers/"))
+    skipped: dict[str, list[str]] = {}
+    for path, why in plan.skipped.items():
+        skipped.setdefault(why, []).append(short(path))
+    left = [f"{names[0]}{f' and {len(names) - 1} more' * (len(names) > 1)}: {why}" for why, names in skipped.items()]
+    found = {"groups": scaled, "unscaled": unscaled, "float": left}
+    alike = list(kinds.values())
+    sizes = (
+        math.prod(leaf.shape) * (alike[int(path.split("/")[1])] if path.startswith("layers/") else 1)
+        for path, leaf in leaves.items()
+    )
+    return {"supported": True, "reason": None, "parameters": sum(sizes), "plan": found}
+
+
+def rows(groups: Iterable[Group]) -> tuple[list[str], list[str]]:
+    """``"q k v <- input_layernorm"`` for what is scaled, ``"down: why not"`` for what is not; each once."""
+    every = list(groups)
+    scaled = (f"{_sites(g)} <- {_joined(a.path for a in g.absorbers)}" for g in every if g.absorbers)
+    rest = (f"{_sites(g)}: {_reason(g)}" for g in every if not g.absorbers)
+    return list(dict.fromkeys(scaled)), list(dict.fromkeys(rest))
+
+
+def summary(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Lines of a table: what is printed of `support`."""
+    if not found["supported"]:
+        return [("supported", f"no: {found['reason']}")]
+    out = [("supported", "yes")]
+    for title, key in (("scaled", "groups"), ("not scaled", "unscaled"), ("stays float", "float")):
+        lines = found["plan"][key]
+        out += [(title if i == 0 else "", line) for i, line in enumerate(lines)]
+    return out
+
+
+def short(path: str) -> str:
+    """A parameter's path without its layer and what is the same in all names."""
+    name = re.sub(r"^layers/\d+/|/(kernel|scale|bias)$|_proj\b", "", path)
+    return re.sub(r"^(self_attn|mlp)/", "", name).replace("/", ".")
+
+
+def _sites(group: Group) -> str:
+    return _joined(s.path for s in group.sites)
+
+
+def _joined(names: Iterable[str]) -> str:
+    return " ".join(dict.fromkeys(map(short, names)))
+
+
+def _reason(group: Group) -> str:
+    return re.sub(r" \(\w+\.py:\d+\)", "", group.reason)

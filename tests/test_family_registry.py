@@ -1,0 +1,109 @@
+"""Which architectures there are, and what is said of those there are not."""
+
+from __future__ import annotations
+
+import pytest
+
+from awq_jax import models
+from awq_jax.errors import UnsupportedModelError
+
+# Every name in AutoAWQ 0.2.9's AWQ_CAUSAL_LM_MODEL_MAP (awq/models/auto.py).
+AUTOAWQ = [
+    "mpt",
+    "llama",
+    "opt",
+    "RefinedWeb",
+    "RefinedWebModel",
+    "exaone",
+    "falcon",
+    "bloom",
+    "gptj",
+    "gpt_bigcode",
+    "mistral",
+    "mixtral",
+    "gpt_neox",
+    "aquila",
+    "Yi",
+    "qwen",
+    "baichuan",
+    "llava",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "gemma",
+    "gemma2",
+    "stablelm",
+    "starcoder2",
+    "llava_next",
+    "phi3",
+    "phi3_v",
+    "cohere",
+    "deepseek_v2",
+    "deepseek_v3",
+    "minicpm",
+    "internlm2",
+    "minicpm3",
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen2_5_omni",
+]
+
+
+def test_every_family_of_autoawq_is_supported():
+    assert len(AUTOAWQ) == 37
+    assert set(AUTOAWQ) <= set(models.supported())
+
+
+def refusal(**hf):
+    with pytest.raises(UnsupportedModelError) as caught:
+        models.config_from_hf(hf)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("hf", "near"),
+    [
+        ({"model_type": "llama4_text"}, "llama"),
+        ({"model_type": "qwen3_5"}, "qwen3"),
+        ({"model_type": "deepseek_v32"}, "deepseek_v3"),
+        ({"model_type": "kimi_k2", "architectures": ["DeepseekV3ForCausalLM"]}, "deepseek_v3"),
+        ({"model_type": "mine", "architectures": ["LlamaForCausalLM"]}, "llama"),
+        ({"model_type": "mine", "text_config": {"model_type": "qwen2"}, "vision_config": {}}, "qwen2"),
+        ({"model_type": "starcoder3"}, "starcoder2"),
+    ],
+)
+def test_an_unknown_decoder_is_told_its_nearest_relative(hf, near):
+    text = refusal(**hf)
+    assert text.startswith(f"model_type {hf['model_type']!r} is not supported")
+    assert f"nearest supported relative is {near!r}" in text
+    assert "docs/adding-a-family.md" in text
+    assert ("looks at images" in text) == ("vision_config" in hf)
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("t5", "an encoder with a decoder"),
+        ("whisper", "an encoder with a decoder"),
+        ("mamba2", "a state space or recurrent model"),
+        ("rwkv", "a state space or recurrent model"),
+        ("bert", "an encoder, which does not generate"),
+        ("xlm-roberta", "an encoder, which does not generate"),
+    ],
+)
+def test_what_is_no_decoder_is_told_so(kind, why):
+    text = refusal(model_type=kind)
+    assert f"model_type {kind!r} is not supported: it is {why}" in text
+    assert "awq_jax.quantize" in text
+    assert "relative" not in text
+
+
+def test_a_config_may_say_that_it_is_no_decoder():
+    assert "an encoder with a decoder" in refusal(model_type="mine", is_encoder_decoder=True)
+
+
+@pytest.mark.parametrize("kind", [None, 7, "", "x" * 10000])
+def test_a_type_that_is_no_name(kind):
+    text = refusal(model_type=kind)
+    assert "is not supported; its nearest supported relative is" in text
+    assert len(text) < 2500
