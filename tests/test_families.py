@@ -166,21 +166,22 @@ def unpacked(w):
 
 
 def test_packed_weights_come_back(pair, tmp_path):
-    """Logits are those of the dequantized weights, and what is saved as GEMM is loaded to the bit."""
+    """Logits are those of the dequantized weights, and what is saved is loaded to the bit."""
     targets, _ = select(pair.plan, AwqConfig(group_size=16, on_indivisible="float"))
     rng = np.random.default_rng(0)
     packed = paths.map_with_path(lambda p, w: packed_like(targets[p], rng) if p in targets else w, pair.params)
     dense = paths.map_with_path(lambda _, w: unpacked(w) if is_quantized(w) else w, packed)
     close(pair.run(packed, TOKENS), pair.run(dense, TOKENS))
 
-    source, tensors = pair.source, model_params.tensors(packed, pair.config)
-    writing.write_checkpoint(tmp_path / "gemm", tensors, source.config, "gemm", None, tokenizer=None, extra=source)
-    again = model_params.load(registry.open_source(tmp_path / "gemm"), pair.config, pair.params, "float32")
-    for path, leaf in paths.flatten(again).items():
-        want = by_expert(paths.flatten(packed)[path])
-        assert is_quantized(leaf) == (path in targets)
-        for a, b in zip(jax.tree.leaves(leaf), jax.tree.leaves(want), strict=True):
-            np.testing.assert_array_equal(a, b, err_msg=path)
+    for format in ("gemm", "compressed-tensors"):
+        tensors, config = model_params.tensors(packed, pair.config), pair.source.config
+        writing.write_checkpoint(tmp_path / format, tensors, config, format, extra=pair.source)
+        again = model_params.load(registry.open_source(tmp_path / format), pair.config, pair.params, "float32")
+        for path, leaf in paths.flatten(again).items():
+            want = by_expert(paths.flatten(packed)[path])
+            assert is_quantized(leaf) == (path in targets)
+            for a, b in zip(jax.tree.leaves(leaf), jax.tree.leaves(want), strict=True):
+                np.testing.assert_array_equal(a, b, err_msg=path)
 
 
 @pytest.mark.slow
