@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 import awq_jax
-from awq_jax.commands import common, convert, demo, evaluate, generate, inspect, quantize
+from awq_jax.commands import bench, common, convert, demo, evaluate, generate, inspect, quantize
 from awq_jax.errors import AwqError
 
 _EXAMPLES = """examples:
@@ -19,7 +19,8 @@ _EXAMPLES = """examples:
   awq-jax eval ./Qwen3-0.6B-awq --text book.txt --against ./Qwen3-0.6B
   awq-jax generate ./Qwen3-0.6B-awq "Why is the sky blue?" --chat
   awq-jax convert ./Qwen3-0.6B-awq ./Qwen3-0.6B-ct --to compressed-tensors
-  awq-jax inspect ./Qwen3-0.6B-awq"""
+  awq-jax inspect ./Qwen3-0.6B-awq
+  awq-jax bench decode"""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -32,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"awq-jax {awq_jax.__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (quantize, convert, evaluate, generate, inspect, demo):
+    for command in (quantize, convert, evaluate, generate, inspect, bench, demo):
         command.add(subparsers)
     return parser
 

@@ -1,0 +1,139 @@
+"""Int4 products of other libraries on the same weight, where they are installed: torch, gemlite, Marlin.
+
+They run under CUDA graphs, which is the fastest way to start them. A peer that fails is reported with
+its error, and the measurement goes on.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from awq_jax.bench import timing
+from awq_jax.qtensor import QuantizedTensor
+
+Product = Callable[[Any], Any]
+
+
+def measure(
+    q: QuantizedTensor,
+    x: jax.Array,
+    seed: int,
+    error: Callable[[Any, jax.Array, QuantizedTensor, int], float],
+    seconds: float,
+) -> dict[str, float | str]:
+    """Microseconds of each peer for ``x @ q``, or why there are none.
+
+    Args:
+      q: asymmetric, canonical, one matrix.
+      x: bfloat16 ``[m, K]``.
+      seed, error: for the check against float64 (see `awq_jax.bench.products.error`).
+      seconds: to measure each for, about.
+    """
+    try:
+        import torch
+    except ImportError:
+        return {"torch": "not installed"}
+    if jax.default_backend() not in ("gpu", "cuda") or not torch.cuda.is_available():
+        return {"torch": "sees no CUDA device"}
+    codes = torch.from_numpy(np.array(q.codes().T)).cuda()  # uint8 [N, K]
+    scales = torch.from_numpy(np.array(q.scales.astype(jnp.float32).T)).cuda()  # [N, K/g]
+    assert q.zeros is not None
+    zeros = torch.from_numpy(np.array(q.zeros.T)).cuda().float()
+    rows = torch.from_numpy(np.array(x.astype(jnp.float32))).cuda()
+    out: dict[str, float | str] = {}
+    for name, build in (("torch", _torch), ("gemlite", _gemlite), ("marlin", _marlin)):
+        try:
+            count = timing.copies(q.qweight.nbytes)
+            products, dtype, symmetric = build(torch, q, codes, scales, zeros, count)
+            given = rows.to(dtype)
+            y = products[0](given).float().cpu().numpy()
+            if not symmetric:
+                wrong = error(y, x, q, seed)
+                if not wrong < 2e-2:
+                    out[name] = f"wrong: relative error {wrong:.1e}"
+                    continue
+            out[name] = _graph_time(torch, products, given, seconds) * 1e6
+        except Exception as e:  # whatever another library does must not end our measurement
+            out[name] = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:160]}"
+    return out
+
+
+def _graph_time(torch: Any, products: list[Product], x: Any, seconds: float) -> float:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for product in products[:3]:
+            product(x)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for product in products:
+            product(x)
+    graph.replay()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    took: list[float] = []
+    while sum(took) < seconds or len(took) < 5:
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        took.append(begin.elapsed_time(end) / 1e3)
+    return statistics.median(took) / len(products)
+
+
+def _torch(torch: Any, q: QuantizedTensor, codes: Any, scales: Any, zeros: Any, count: int) -> Any:
+    """``torch._weight_int4pack_mm``: bfloat16, ``(code - 8) * scale + zero``; even rows in the high nibble."""
+    if q.bits != 4:
+        raise NotImplementedError(f"{q.bits} bits")
+    packed = torch._convert_weight_to_int4pack(codes[:, ::2] << 4 | codes[:, 1::2], 8)
+    both = torch.stack([scales, (8 - zeros) * scales], -1).transpose(0, 1).contiguous().to(torch.bfloat16)
+    copies = [(packed.clone(), both.clone()) for _ in range(count)]
+    return (
+        [lambda x, c=c: torch._weight_int4pack_mm(x, c[0], q.group_size, c[1]) for c in copies],
+        torch.bfloat16,
+        False,
+    )
+
+
+def _gemlite(torch: Any, q: QuantizedTensor, codes: Any, scales: Any, zeros: Any, count: int) -> Any:
+    """gemlite's Triton kernels, in bfloat16, ``(code - zero) * scale``."""
+    import gemlite
+
+    def one() -> Product:
+        layer = gemlite.GemLiteLinear(
+            q.bits,
+            group_size=q.group_size,
+            in_features=q.k,
+            out_features=q.n,
+            input_dtype=gemlite.DType.BF16,
+            output_dtype=gemlite.DType.BF16,
+        )
+        layer.pack(codes, scales.to(torch.bfloat16), zeros.to(torch.bfloat16), None)
+        return layer
+
+    return [one() for _ in range(count)], torch.bfloat16, False
+
+
+def _marlin(torch: Any, q: QuantizedTensor, codes: Any, scales: Any, zeros: Any, count: int) -> Any:
+    """IST-DASLab's Marlin: float16, symmetric, so it is timed on random words and not checked."""
+    import marlin
+
+    if q.bits != 4 or q.group_size not in (128, q.k):
+        raise NotImplementedError(f"{q.bits} bits in groups of {q.group_size}")
+    words = torch.randint(-(2**31), 2**31 - 1, (q.k // 16, q.n * 2), dtype=torch.int32, device="cuda")
+    table = scales.T.contiguous().half()
+    workspace = torch.zeros(q.n // 128 * 16, dtype=torch.int32, device="cuda")
+    copies = [(words.clone(), table.clone()) for _ in range(count)]
+
+    def product(x: Any, c: Any) -> Any:
+        y = torch.empty(len(x), q.n, dtype=torch.float16, device="cuda")
+        marlin.mul(x, c[0], y, c[1], workspace, -1, -1, -1)
+        return y
+
+    return [lambda x, c=c: product(x, c) for c in copies], torch.float16, True

@@ -1,0 +1,222 @@
+"""Matrix products: the packed kernels, XLA in bfloat16, and other libraries', each against the floor."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from awq_jax import kernels
+from awq_jax.bench import peers, timing
+from awq_jax.kernels import dispatch, layout, tuned
+from awq_jax.qtensor import QuantizedTensor
+
+SHAPES = ((4096, 14336), (14336, 4096), (8192, 8192), (8192, 28672))
+ROWS = (1, 4, 16, 64, 256, 2048)
+CHECKED = 256  # columns compared with float64
+LIMIT = 1e-2  # relative error of a product of bfloat16 numbers
+Say = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """A random packed weight, and the codes behind some of its columns as the reference.
+
+    Attributes:
+      canonical, ready: as files hold it, and in this platform's layout.
+    """
+
+    canonical: QuantizedTensor
+    ready: QuantizedTensor
+
+
+def floor(m: int, k: int, n: int, group: int, bits: int, top: timing.Ceilings) -> float:
+    """Seconds below which no kernel can be: each byte moved once, each multiplication done once.
+
+    The weight's codes, a 16-bit scale and an 8-bit zero point per group and column, and 16-bit
+    activations and results.
+    """
+    moved = k * n * bits / 8 + -(-k // group) * n * 3 + 2 * m * (k + n)
+    return max(moved / top.bandwidth, 2 * m * k * n / top.flops)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _random(key: jax.Array, k: int, n: int, group: int, bits: int) -> tuple[jax.Array, ...]:
+    a, b, c = jax.random.split(key, 3)
+    groups = k // group
+    scales = jax.random.uniform(b, (groups, n), jnp.float32, 0.005, 0.025).astype(jnp.bfloat16)
+    zeros = jax.random.bits(c, (groups, n), jnp.uint8) >> (8 - bits)
+    return jax.random.bits(a, (k * bits // 32, n), jnp.uint32), scales, zeros
+
+
+def weight(seed: int, k: int, n: int, group: int, bits: int) -> Weight:
+    """Random codes, scales and zero points; every 32-bit word is a valid one."""
+    words, scales, zeros = _random(jax.random.key(seed), k, n, group, bits)
+    q = QuantizedTensor(words, scales, zeros, None, bits, group, "kn", (k,), (n,), "bfloat16")
+    return Weight(q, kernels.prepare(q))
+
+
+def expected(x: np.ndarray, q: QuantizedTensor, columns: np.ndarray) -> np.ndarray:
+    """``x @ w[:, columns]`` in float64, unpacked here with NumPy."""
+    words = np.asarray(q.qweight)[:, columns]
+    shifts = np.arange(0, 32, q.bits, dtype=np.uint32)[:, None]
+    codes = ((words[:, None] >> shifts) & np.uint32(2**q.bits - 1)).reshape(-1, len(columns))[: q.k]
+    spread = functools.partial(np.repeat, repeats=q.group_size, axis=0)
+    zeros, scales = np.asarray(q.zeros)[:, columns], np.asarray(q.scales.astype(jnp.float32))[:, columns]
+    w = (codes.astype(np.float64) - spread(zeros.astype(np.float64))) * spread(scales.astype(np.float64))
+    return x.astype(np.float64) @ w
+
+
+def error(y: Any, x: jax.Array, q: QuantizedTensor, seed: int) -> float:
+    """Relative error of ``y [m, N]`` in some columns; infinite if any element is not finite."""
+    y = np.asarray(y, np.float32) if not isinstance(y, jax.Array) else np.asarray(y.astype(jnp.float32))
+    if not np.isfinite(y).all():
+        return float("inf")
+    columns = np.random.default_rng(seed).choice(q.n, min(CHECKED, q.n), replace=False)
+    want = expected(np.asarray(x.astype(jnp.float32)), q, columns)
+    return float(np.linalg.norm(y[:, columns] - want) / np.linalg.norm(want))
+
+
+def implementations(m: int, w: Weight, dtype: Any) -> dict[str, tuple[Callable[..., Any], QuantizedTensor]]:
+    """What can run here by name, with the weight in the layout it reads."""
+    out: dict[str, tuple[Callable[..., Any], QuantizedTensor]] = {}
+    for backend in dispatch.BACKENDS:
+        q = w.canonical if backend.name in ("xla", "pallas") else w.ready
+        request = dispatch.Request(m, q, dtype, dispatch._canonical(jax.default_backend()))
+        if backend.obstacle(request) is None:
+            out[backend.name] = (functools.partial(_run, backend.name), q)
+    return out
+
+
+def _run(name: str, x: jax.Array, q: QuantizedTensor) -> jax.Array:
+    return kernels.matmul(x, q, impl=name)
+
+
+def measure(
+    shapes: Iterable[tuple[int, int]],
+    rows: Sequence[int],
+    group: int,
+    bits: int,
+    top: timing.Ceilings,
+    *,
+    seconds: float = 0.2,
+    seed: int = 0,
+    with_peers: bool = True,
+) -> Iterator[dict[str, Any]]:
+    """One row per shape, number of rows and implementation; each is checked on fresh random data.
+
+    Yields:
+      Dicts with ``m``, ``k``, ``n``, ``group_size``, ``bits``, ``impl``, ``form``, ``us`` and
+      ``us_again`` (two measurements), ``floor_us``, ``floor_share``, ``vs_bf16``, ``error``,
+      ``correct``, ``peers_us`` (microseconds of other libraries, or why there are none).
+    """
+    for k, n in shapes:
+        count = timing.copies(k * n * bits // 8)
+        weights = [weight(seed + i, k, n, group, bits) for i in range(count)]
+        dense_count = timing.copies(2 * k * n, 16)
+        normals = jax.jit(lambda key, k=k, n=n: jax.random.normal(key, (k, n), jnp.bfloat16) * 0.02)
+        dense = [normals(jax.random.key(seed + i)) for i in range(dense_count)]
+        for m in rows:
+            xs = [jax.random.normal(jax.random.key(seed + 99 + i), (m, k), jnp.bfloat16) for i in range(count)]
+            bf16 = timing.per_call(jnp.dot, list(zip(xs, dense, strict=False)), seconds)
+            others = peers.measure(weights[0].canonical, xs[0], seed, error, seconds) if with_peers else {}
+            least = floor(m, k, n, group, bits, top)
+            for name, (run, q) in implementations(m, weights[0], jnp.bfloat16).items():
+                sets = [
+                    (x, w.ready if q is weights[0].ready else w.canonical) for x, w in zip(xs, weights, strict=True)
+                ]
+                wrong = error(jax.jit(run)(*sets[0]), xs[0], weights[0].canonical, seed + m)
+                took = [timing.per_call(run, sets, seconds) for _ in range(2)]
+                best = min(took)
+                yield {
+                    "m": m, "k": k, "n": n, "group_size": group, "bits": bits, "impl": name,
+                    "form": kernels.explain(xs[0], q, impl=name),
+                    "us": best * 1e6, "us_again": max(took) * 1e6, "floor_us": least * 1e6,
+                    "floor_share": least / best, "bf16_us": bf16 * 1e6, "vs_bf16": bf16 / best,
+                    "error": wrong, "correct": wrong < LIMIT, "peers_us": others,
+                }  # fmt: skip
+
+
+def line(row: dict[str, Any]) -> str:
+    """One row for people."""
+    others = ", ".join(f"{k} {v:.1f}" for k, v in row["peers_us"].items() if isinstance(v, float))
+    return (
+        f"{row['m']:5d} x {row['k']}x{row['n']} {row['impl']:7s} {row['us']:9.1f} us  floor {row['floor_share']:4.0%}  "
+        f"bf16 x{row['vs_bf16']:.2f}  error {row['error']:.1e}{'' if row['correct'] else ' WRONG'}  {others}"
+    )
+
+
+def candidates(m: int, chip: tuned.Chip, bits: int, k: int, n: int) -> list[tuned.Config]:
+    """At most six configurations worth timing for ``m`` rows, the tables' own choice first."""
+    own = tuned.choose(chip, bits, m, k, n)
+    mma = functools.partial(tuned.Config, "mma")
+    if m <= 16:
+        bm = 8 if m <= 8 else 16
+        more = [
+            mma(bm, 128, stages=6, resident=3), mma(bm, 64, warps=2, resident=8), mma(bm, 128, resident=8),
+            mma(bm, 128, resident=2), tuned.Config("gemv", block_n=64, stages=1, resident=6),
+        ]  # fmt: skip
+    elif m <= 64:
+        bm = 32 if m <= 32 else 64
+        more = [
+            mma(bm, 128, late=True, resident=2), mma(bm, 128, late=False, resident=4),
+            mma(bm, 64, late=True, resident=3),
+            mma(bm, 256, warps=8, stages=3, late=False, resident=1), mma(16, 128, resident=4),
+        ]  # fmt: skip
+    else:
+        more = [
+            mma(128, 128, warps=8, stages=3, late=False, resident=1),
+            mma(128, 256, warps=8, stages=3, late=False, resident=1),
+            mma(64, 256, warps=8, stages=3, late=False, resident=1), mma(64, 128, late=False, resident=2),
+            tuned.Config("dequantize"),
+        ]  # fmt: skip
+    return list(dict.fromkeys([own, *more]))[:6]
+
+
+def tune(
+    shapes: Iterable[tuple[int, int]],
+    rows: Sequence[int],
+    group: int,
+    bits: int,
+    chip: tuned.Chip,
+    *,
+    seconds: float = 0.1,
+    seed: int = 0,
+    say: Say = lambda line: None,
+) -> Iterator[dict[str, Any]]:
+    """Time the candidates; the fastest correct one for each shape and bucket of rows.
+
+    Yields:
+      Entries of ``shapes`` in a table of `awq_jax.kernels.tuned` (see `table`).
+    """
+    from awq_jax.kernels import triton_matmul
+
+    for k, n in shapes:
+        count = timing.copies(k * n * bits // 8)
+        weights = [weight(seed + i, k, n, group, bits) for i in range(count)]
+        for m in sorted({tuned.bucket(m) or m for m in rows}):
+            xs = [jax.random.normal(jax.random.key(seed + 99 + i), (m, k), jnp.bfloat16) for i in range(count)]
+            timed: list[tuple[float, tuned.Config]] = []
+            for config in candidates(m, chip, bits, k, n):
+                run = functools.partial(triton_matmul.matmul, out_dtype=jnp.bfloat16, chip=chip, config=config)
+                sets = [(x, layout.to_cuda(w.ready)) for x, w in zip(xs, weights, strict=True)]
+                try:
+                    if error(jax.jit(run)(*sets[0]), xs[0], weights[0].canonical, seed) < LIMIT:
+                        timed.append((timing.per_call(run, sets, seconds), config))
+                except Exception as e:  # what does not compile for this chip is no candidate
+                    say(f"{m} x {k}x{n} {config}: {type(e).__name__}: {str(e).splitlines()[0][:200]}")
+            if not timed:
+                continue
+            ranked = sorted(timed, key=lambda t: t[0])
+            say(f"{m} x {k}x{n}: {ranked[0][0] * 1e6:.1f} us with {ranked[0][1]}")
+            yield {"k": k, "n": n, "bits": bits, "rows": m} | dataclasses.asdict(ranked[0][1])
+
+
+def table(chip: tuned.Chip, entries: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """The content of ``kernels/tuned/<chip>.json``."""
+    return {"chip": chip.kind, "source": "measured by awq-jax bench tune", "rules": [], "shapes": list(entries)}

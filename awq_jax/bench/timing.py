@@ -1,0 +1,72 @@
+"""Seconds per call of work on a device, and the ceilings of the device itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+CACHE_BYTES = 200 << 20  # more than three times the second-level cache of any chip in the tables
+
+
+@dataclasses.dataclass(frozen=True)
+class Ceilings:
+    """What the device reaches on plain work, measured.
+
+    Attributes:
+      bandwidth: bytes per second, read and written together, of a large copy.
+      flops: multiply-adds, counted as two, per second of a large bfloat16 product.
+    """
+
+    bandwidth: float
+    flops: float
+
+
+def per_call(fn: Callable[..., Any], sets: Sequence[tuple[Any, ...]], seconds: float = 0.2) -> float:
+    """Median seconds of one call of ``fn``, many calls being one program.
+
+    Args:
+      fn: pure function of arrays.
+      sets: arguments of one call each; enough of them that no cache holds them all. Each set has its
+        own activation, so that XLA cannot join products that share one.
+      seconds: to measure for, about.
+
+    Returns:
+      Seconds per call.
+    """
+    program = jax.jit(lambda sets: [fn(*arguments) for arguments in sets])
+    jax.block_until_ready(program(sets))
+    start = time.perf_counter()
+    jax.block_until_ready(program(sets))
+    once = time.perf_counter() - start
+    repeats = max(1, min(1000, int(seconds / 5 / once)))
+    rounds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        for _ in range(repeats):  # queued without waiting: the host is ahead of the device
+            out = program(sets)
+        jax.block_until_ready(out)
+        rounds.append((time.perf_counter() - start) / repeats / len(sets))
+    return statistics.median(rounds)
+
+
+def copies(nbytes: int, most: int = 64) -> int:
+    """How many sets of ``nbytes`` no cache holds, and enough that starting a program costs little."""
+    return max(16 if nbytes < CACHE_BYTES else 1, min(most, -(-CACHE_BYTES // max(nbytes, 1))))
+
+
+def ceilings(scale: float = 1.0) -> Ceilings:
+    """Measure this device; ``scale`` shrinks the arrays (2 GiB, and 8192 x 8192) for slow ones."""
+    key = jax.random.key(0)
+    words = int(scale * (1 << 28))
+    big = jax.random.bits(key, (words,), jnp.uint32)
+    copy = per_call(lambda a: a ^ 1, [(big,)])
+    side = max(256, int(8192 * scale**0.5) // 128 * 128)
+    a, b = (jax.random.normal(k, (side, side), jnp.bfloat16) for k in jax.random.split(key))
+    product = per_call(lambda a, b: a @ b, [(a, b)])
+    return Ceilings(8 * words / copy, 2 * side**3 / product)

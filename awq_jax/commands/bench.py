@@ -1,0 +1,177 @@
+"""``awq-jax bench``: speed of the packed kernels and of whole models on this device."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from awq_jax.commands import common
+from awq_jax.errors import BackendError, ConfigError
+
+_EXAMPLES = """
+awq-jax bench kernels --shapes 4096x14336 8192x8192 --rows 1 16 64
+awq-jax bench decode --model llama-3-8b
+awq-jax bench prefill --model llama-2-7b --context 2048 --json
+awq-jax bench tune --out nvidia-h200.json
+"""
+
+
+def add(subparsers: Any) -> None:
+    """Register the command."""
+    p = common.parser(
+        subparsers,
+        "bench",
+        run,
+        "measure kernels and models on this device",
+        "Measure against the device's own ceilings and against XLA in bfloat16, on random weights. kernels: products "
+        "of packed weights, also those of torch, gemlite and Marlin where installed; decode, prefill: whole models; "
+        "tune: the kernels' tile sizes, to be kept as a table.",
+        _EXAMPLES,
+    )
+    p.add_argument("what", choices=("kernels", "decode", "prefill", "tune"))
+    p.add_argument("--shapes", nargs="+", type=_shape, metavar="KxN", help="inputs x outputs of the products")
+    p.add_argument("--rows", nargs="+", type=common.positive, metavar="M", help="activation rows of the products")
+    p.add_argument("--bits", type=int, choices=(4, 8), default=4, help="default: %(default)s")
+    p.add_argument("--group-size", type=common.positive, default=128, metavar="G", help="default: %(default)s")
+    p.add_argument("--seconds", type=float, default=0.2, help="per measurement, about (default: %(default)s)")
+    p.add_argument("--no-peers", action="store_true", help="leave other libraries out")
+    p.add_argument("--model", nargs="+", metavar="NAME", help="shapes of known models: llama-3-8b, llama-2-7b, small")
+    p.add_argument("--layers", type=common.positive, metavar="L", help="only so many layers of the model")
+    p.add_argument("--batch", type=common.positive, default=1, metavar="B", help="sequences (default: %(default)s)")
+    p.add_argument("--context", type=common.positive, metavar="T", help="tokens of each prompt")
+    p.add_argument(
+        "--steps", type=common.positive, default=64, metavar="S", help="tokens decoded (default: %(default)s)"
+    )
+    p.add_argument("--out", type=Path, metavar="FILE", help="write the JSON there as well")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure and print."""
+    if args.out and not args.out.absolute().parent.is_dir():
+        raise ConfigError(f"cannot write {args.out}: its directory does not exist")
+    if args.what in ("kernels", "tune"):
+        _check_shapes(args)
+    result = {"kernels": _kernels, "decode": _model, "prefill": _model, "tune": _tune}[args.what](args)
+    text = common.to_json(result)
+    if args.out:
+        args.out.write_text(text + "\n")
+    if args.json:
+        print(text)
+
+
+def _shape(text: str) -> tuple[int, int]:
+    k, _, n = text.partition("x")
+    if not (k.isdigit() and n.isdigit() and int(k) and int(n)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not inputs x outputs, such as 4096x14336")
+    return int(k), int(n)
+
+
+def _check_shapes(args: argparse.Namespace) -> None:
+    unit = args.group_size
+    for k, n in args.shapes or ():
+        if k % unit or k % 32:
+            raise ConfigError(f"{k}x{n}: group_size={unit} does not divide {k} inputs, or 32 does not")
+
+
+def device() -> dict[str, Any]:
+    """What was measured on."""
+    import importlib.metadata as metadata
+
+    import jax
+
+    names = ("jax", "jaxlib", "jax-triton", "triton", "torch", "gemlite", "awq-jax")
+    versions: dict[str, str | None] = {}
+    for name in names:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    one = jax.devices()[0]
+    return {"device": one.device_kind, "platform": one.platform, "python": sys.version.split()[0], "versions": versions}
+
+
+def _fast() -> bool:
+    import jax
+
+    return jax.default_backend() != "cpu"
+
+
+def _ceilings(args: argparse.Namespace) -> Any:
+    from awq_jax.bench import timing
+
+    top = timing.ceilings(1.0 if _fast() else 0.02)
+    common.say(f"copy {top.bandwidth / 1e9:.0f} GB/s, bfloat16 {top.flops / 1e12:.2f} TFLOP/s", args.quiet)
+    return top
+
+
+def _kernels(args: argparse.Namespace) -> dict[str, Any]:
+    import dataclasses
+
+    from awq_jax.bench import products
+
+    top = _ceilings(args)
+    shapes = args.shapes or (products.SHAPES if _fast() else ((1024, 1024),))
+    rows = args.rows or (products.ROWS if _fast() else (1, 16))
+    measured = products.measure(
+        shapes, rows, args.group_size, args.bits, top, seconds=args.seconds, with_peers=not args.no_peers
+    )
+    kept = []
+    for row in measured:
+        kept.append(row)
+        if not args.json:
+            print(products.line(row), flush=True)
+    return device() | {"ceilings": dataclasses.asdict(top), "kernels": kept}
+
+
+def _model(args: argparse.Namespace) -> dict[str, Any]:
+    import dataclasses
+
+    from awq_jax.bench import decoding
+
+    names = args.model or (["llama-3-8b"] if _fast() else ["small"])
+    for name in names:
+        if name not in decoding.SHAPES:
+            raise ConfigError(f"no model shape {name!r}; choose from {', '.join(decoding.SHAPES)}")
+    top = _ceilings(args)
+    context = args.context or (512 if _fast() else 32)
+    steps = args.steps if args.what == "decode" else 1
+    kept = []
+    for name, bits in itertools.product(names, (None, args.bits)):
+        row = decoding.run(
+            name, bits, top, group=args.group_size, batch=args.batch, context=context, steps=steps, layers=args.layers
+        )
+        if args.what == "prefill":
+            row = {k: v for k, v in row.items() if k not in decoding.OF_STEPS}
+        kept.append(row)
+        if not args.json:
+            print(decoding.line(row), flush=True)
+    return device() | {"ceilings": dataclasses.asdict(top), args.what: kept}
+
+
+def _tune(args: argparse.Namespace) -> dict[str, Any]:
+    from awq_jax.bench import products
+    from awq_jax.kernels import triton_matmul, tuned
+
+    chip = tuned.local_chip()
+    if chip is None:
+        raise BackendError("there is nothing to tune: this process has no NVIDIA GPU")
+    reason = triton_matmul.unavailable()
+    if reason is not None:
+        raise BackendError(f"there is nothing to tune: {reason}")
+    entries = products.tune(
+        args.shapes or products.SHAPES,
+        args.rows or products.ROWS,
+        args.group_size,
+        args.bits,
+        chip,
+        seconds=args.seconds,
+        say=lambda line: common.say(line, args.quiet),
+    )
+    table = products.table(chip, entries)
+    if not args.json and not args.out:
+        print(json.dumps(table, indent=1))
+    return table
