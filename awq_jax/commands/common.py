@@ -66,7 +66,8 @@ def say(message: str, quiet: bool = False) -> None:
 
 def as_options(message: str) -> str:
     """Python's spelling of a remedy, ``group_size=-1``, as the option the user can type."""
-    message = re.sub(r"\b(quantize_head|overwrite|restart|resume)=True", lambda m: "--" + m[1].replace("_", "-"), message)
+    flags = "quantize_head|overwrite|restart|resume"
+    message = re.sub(rf"\b({flags})=True", lambda m: "--" + m[1].replace("_", "-"), message)
     names = "group_size|on_indivisible|max_tokens|batch_size|max_new_tokens|dtype|stride|context|method"
     return re.sub(rf'\b({names})="?([\w+-]+)"?', lambda m: f"--{m[1].replace('_', '-')} {m[2]}", message)
 
