@@ -33,6 +33,7 @@ class Generator:
 
     def __init__(self, graphdef: nnx.GraphDef, config: ModelConfig):
         self.graphdef, self.config = graphdef, config
+        self.forward = jax.jit(lambda params, input_ids, **images: nnx.merge(graphdef, params)(input_ids, **images))
         self.prefill = jax.jit(self._prefill, static_argnames=("slots", "mode"))
         self.step = jax.jit(self._step, static_argnames=("mode",), donate_argnames=("cache",))
 

@@ -20,7 +20,7 @@ from awq_jax.convert import registry, writing
 from awq_jax.convert.source import Source
 from awq_jax.detokenize import Detokenizer
 from awq_jax.errors import CalibrationError, ConfigError, ShapeError
-from awq_jax.generate import Generator, check_tokens
+from awq_jax.generate import check_tokens
 from awq_jax.models import layouts
 from awq_jax.models import params as model_params
 from awq_jax.models.plans import plan as plan_of
@@ -28,6 +28,7 @@ from awq_jax.models.vision import inputs as vision
 from awq_jax.qtensor import is_quantized
 from awq_jax.report import Report
 from awq_jax.sampling import Sampling
+from awq_jax.served import Weights
 
 log = logging.getLogger(__name__)
 
@@ -36,13 +37,19 @@ CALIBRATION_BATCH_TOKENS = 2048
 AUTO = ("gemm", "compressed-tensors", "awq-jax")  # the first that holds the weights as they are
 
 
-def load(path: str | Path, dtype: str | None = None) -> Model:
+def load(
+    path: str | Path, dtype: str | None = None, *, merge: bool | None = None, resident: bool | None = None
+) -> Model:
     """Load a model for the reference decoder.
 
     Args:
       path: a directory in Hugging Face's layout (float or quantized), a ``.gguf`` file, or a hub id.
       dtype: of floating-point tensors and activations, ``"float32"``, ``"bfloat16"`` or
         ``"float16"``; None keeps what is stored (GGUF: float32).
+      merge: while generating, linears that read the same activation are one (exact, and undone when
+        the parameters are asked for); None: if any is packed.
+      resident: generate with a float32 copy of packed weights; None: on CPU, where packed matmuls are
+        slow, if the copy takes at most half of the free memory. `Model.explain` says what is done.
 
     Raises:
       UnsupportedModelError: the architecture is not one of `awq_jax.models.supported`.
@@ -54,15 +61,17 @@ def load(path: str | Path, dtype: str | None = None) -> Model:
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)} or None; got {dtype!r}")
     source = registry.open_source(path)
-    return from_source(source, dtype or ("float32" if source.format == "gguf" else None))
+    return from_source(source, dtype or ("float32" if source.format == "gguf" else None), merge, resident)
 
 
-def from_source(source: Source, dtype: str | None = None) -> Model:
+def from_source(
+    source: Source, dtype: str | None = None, merge: bool | None = None, resident: bool | None = None
+) -> Model:
     """As `load`, from an open `awq_jax.convert.source.Source`."""
     config = models.config_of(source)
     graphdef, state = model_params.abstract(config)
     params = model_params.load(source, config, state, dtype)
-    return Model(config, dict(source.config), graphdef, params, source.tokenizer(), source)
+    return Model(config, dict(source.config), graphdef, params, source.tokenizer(), source, merge, resident)
 
 
 class Model:
@@ -71,7 +80,8 @@ class Model:
     Attributes:
       config: architecture.
       hf_config: content of the checkpoint's ``config.json``.
-      params: ``nnx.State``; leaves are arrays or `QuantizedTensor`.
+      params: ``nnx.State``; leaves are arrays or `QuantizedTensor`. While the model generates, packed
+        weights may be held in another form (see `explain`); reading this takes them back, to the bit.
       tokenizer: a transformers tokenizer, or None.
       source: where it was loaded from.
       apply: ``apply(params, input_ids [B, T] int32) -> logits [B, T, vocab] float32``: pure, without a
@@ -88,8 +98,11 @@ class Model:
         params: nnx.State,
         tokenizer: Any,
         source: Source,
+        merge: bool | None = None,
+        resident: bool | None = None,
     ):
-        self.config, self.hf_config, self.params = config, hf_config, params
+        self.config, self.hf_config = config, hf_config
+        self._weights = Weights(graphdef, config, params, merge, resident)
         self.tokenizer, self.source = tokenizer, source
         self.settings: AwqConfig | None = None
 
@@ -97,8 +110,19 @@ class Model:
             return nnx.merge(graphdef, params)(input_ids, **images)
 
         self.apply: Callable[..., jax.Array] = apply
-        self._forward = jax.jit(self.apply)
-        self.generator = Generator(graphdef, config)
+        self.generator = self._weights.held[0]
+
+    @property
+    def params(self) -> nnx.State:
+        return self._weights.params
+
+    @params.setter
+    def params(self, params: nnx.State) -> None:
+        self._weights.params = params
+
+    def explain(self) -> str:
+        """One line on the form in which the weights generate: copied, merged, how many bytes."""
+        return self._weights.explain()
 
     def __call__(self, tokens: Any) -> jax.Array:
         """Logits of every position; compiled once per shape.
@@ -114,12 +138,14 @@ class Model:
           ConfigError, ShapeError: see `inputs`.
         """
         if isinstance(tokens, Mapping):
-            return self._forward(self.params, **self.inputs(tokens))
+            generator, params = self._weights.held
+            return generator.forward(params, **self.inputs(tokens))
         tokens = np.asarray(tokens)
         if tokens.ndim != 2:
             raise ShapeError(f"tokens must be [batch, length]; got shape {tokens.shape}")
         check_tokens(tokens, self.config.vocab_size, "tokens")
-        return self._forward(self.params, jnp.asarray(tokens, jnp.int32))
+        generator, params = self._weights.held
+        return generator.forward(params, jnp.asarray(tokens, jnp.int32))
 
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Arguments of `apply` from what the checkpoint's transformers processor returned.
@@ -141,7 +167,7 @@ class Model:
     @property
     def nbytes(self) -> int:
         """Bytes of all parameters as held in memory."""
-        return sum(a.nbytes for a in jax.tree.leaves(self.params))
+        return self._weights.nbytes
 
     def generate(
         self,
@@ -199,8 +225,9 @@ class Model:
             emit(row, texts[row].push(token))
             return texts[row].stopped
 
-        self.generator.run(
-            self.params,
+        generator, params = self._weights.serving()
+        generator.run(
+            params,
             prompts,
             max_new_tokens=max_new_tokens,
             sampling=sampling,

@@ -1,0 +1,169 @@
+"""Linears that read the same activation as one: queries, keys and values; gate and up.
+
+A decode step is bound by how many kernels start and how long each reads; one matrix instead of three reads
+the same bytes in one go. Columns do not know of each other, so results are the same; and the parts can be
+had back to the bit. The families that come with fused matrices already have the code paths.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from awq_jax import paths
+from awq_jax.models import params as model_params
+from awq_jax.models.config import AttentionConfig, LayerConfig, MLPConfig, ModelConfig, MoEConfig
+from awq_jax.qtensor import QuantizedTensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Linears that read the same activation.
+
+    Attributes:
+      layer: number of their layer.
+      place: path of the module around them.
+      parts: their names.
+      whole: what a fused model calls them together.
+    """
+
+    layer: int
+    place: str
+    parts: tuple[str, ...]
+    whole: str
+
+    def fused(self, layer: LayerConfig) -> LayerConfig:
+        """The layer's config with this group fused."""
+        if isinstance(layer.attention, AttentionConfig) and self.whole == "qkv_proj":
+            return dataclasses.replace(layer, attention=dataclasses.replace(layer.attention, fused="concatenated"))
+        if isinstance(layer.mlp, MLPConfig):
+            return dataclasses.replace(layer, mlp=dataclasses.replace(layer.mlp, fused=True))
+        assert isinstance(layer.mlp, MoEConfig)
+        field = "shared" if self.place.endswith("shared_expert") else "expert"
+        inner: Any = dataclasses.replace(getattr(layer.mlp, field), fused=True)
+        return dataclasses.replace(layer, mlp=dataclasses.replace(layer.mlp, **{field: inner}))
+
+
+def groups(config: ModelConfig) -> Iterator[Group]:
+    """Every group of linears of the model that are not fused already."""
+    for i, layer in enumerate(config.layers):
+        place, c = f"layers/{i}", layer.attention
+        if isinstance(c, AttentionConfig) and c.fused is None and not c.gated:
+            yield Group(i, f"{place}/self_attn", ("q_proj", "k_proj", "v_proj"), "qkv_proj")
+        mlps: dict[str, MLPConfig | None] = {"mlp": layer.mlp} if isinstance(layer.mlp, MLPConfig) else {}
+        if isinstance(layer.mlp, MoEConfig):
+            mlps = {"mlp/experts": layer.mlp.expert, "mlp/shared_expert": layer.mlp.shared}
+        for name, mlp in mlps.items():
+            if mlp is not None and mlp.gated and not mlp.fused:
+                yield Group(i, f"{place}/{name}", ("gate_proj", "up_proj"), "gate_up_proj")
+
+
+def merged(config: ModelConfig, leaves: dict[str, Any]) -> ModelConfig:
+    """Merge, in place, every group that `obstacle` has nothing against.
+
+    Parts leave ``leaves`` as their group is merged: memory grows by no more than one group.
+
+    Args:
+      config: of the model.
+      leaves: its parameters by path (see `awq_jax.paths.flatten`).
+
+    Returns:
+      The config of the same model with fused linears, which ``leaves`` are then the parameters of.
+    """
+    layers = list(config.layers)
+    for group in groups(config):
+        names = [f"{group.place}/{part}" for part in group.parts]
+        if obstacle([leaves[f"{name}/kernel"] for name in names]) is not None:
+            continue
+        layers[group.layer] = group.fused(layers[group.layer])
+        for kind in ("kernel", "bias"):
+            if f"{names[0]}/{kind}" in leaves:
+                leaves[f"{group.place}/{group.whole}/{kind}"] = join([leaves.pop(f"{n}/{kind}") for n in names])
+    return dataclasses.replace(config, layers=tuple(layers))
+
+
+def unmerged(config: ModelConfig, fused: ModelConfig, leaves: dict[str, Any]) -> None:
+    """The inverse of `merged`, in place and to the bit.
+
+    Args:
+      config: of the model.
+      fused: what `merged` made of it.
+      leaves: parameters of the fused model by path.
+    """
+    still = {(group.place, group.whole) for group in groups(fused)}
+    for group in groups(config):
+        if (group.place, group.whole) in still:
+            continue
+        layer = config.layers[group.layer]
+        sizes = _sizes(layer.attention) if group.whole == "qkv_proj" else None
+        for kind in ("kernel", "bias"):
+            if (whole := leaves.pop(f"{group.place}/{group.whole}/{kind}", None)) is not None:
+                parts = split(whole, sizes or [whole.shape[-1] // 2] * 2)
+                leaves.update(zip([f"{group.place}/{n}/{kind}" for n in group.parts], parts, strict=True))
+
+
+def assemble(config: ModelConfig, leaves: dict[str, Any]) -> tuple[nnx.GraphDef, nnx.State]:
+    """The decoder's static part, and its state with these parameters."""
+    graphdef, state = model_params.abstract(config)
+    return graphdef, paths.map_with_path(lambda path, _: leaves[path], state)
+
+
+def _sizes(c: Any) -> list[int]:
+    return [c.heads * c.head_dim, c.kv_heads * c.head_dim, c.kv_heads * c.head_dim]
+
+
+def obstacle(kernels: list[Any]) -> str | None:
+    """Why these kernels, float or packed, cannot be one, or None if they can."""
+    if any(len(a.devices()) > 1 for k in kernels for a in jax.tree.leaves(k)):
+        return "they are spread over several devices"
+    packed = [isinstance(k, QuantizedTensor) for k in kernels]
+    if not any(packed):
+        return None if len({k.dtype for k in kernels}) == 1 else "their dtypes differ"
+    if not all(packed):
+        return "some are packed and some are not"
+    first = kernels[0]
+    for field in ("bits", "group_size", "axes", "k_dims", "dtype", "layout", "symmetric"):
+        if len({getattr(k, field) for k in kernels}) > 1:
+            return f"they differ in {field}"
+    if first.axes not in ("kn", "bkn") or first.layout != "canonical":
+        return f"their axes are {first.axes} and their layout is {first.layout}"
+    for field in ("scales", "zeros", "offsets"):
+        if len({getattr(getattr(k, field), "dtype", None) for k in kernels}) > 1:
+            return f"they differ in the dtype of {field}"
+    for field in ("inv_scale", "perm"):
+        tables = [getattr(k, field) for k in kernels]
+        if any((t is None) != (tables[0] is None) for t in tables):
+            return f"some have {field} and some have not"
+        if tables[0] is not None and not all(np.array_equal(tables[0], t) for t in tables[1:]):
+            return f"they differ in {field}"
+    return None
+
+
+def join(parts: list[Any]) -> Any:
+    """Kernels or biases without an `obstacle` side by side: float ``[..., N]``, or packed."""
+    first = parts[0]
+    if not isinstance(first, QuantizedTensor):
+        return jnp.concatenate(parts, axis=-1)
+    columns = ("qweight", "scales", "zeros", "offsets")
+    tables = {f: [getattr(p, f) for p in parts] for f in columns if getattr(first, f) is not None}
+    whole: dict[str, Any] = {f: jnp.concatenate(t, axis=-1) for f, t in tables.items()}
+    return dataclasses.replace(first, **whole, n_dims=(sum(p.n for p in parts),))
+
+
+def split(whole: Any, sizes: list[int]) -> list[Any]:
+    """The parts of a kernel or bias, ``sizes`` columns each."""
+    ends = np.cumsum(sizes)
+    if not isinstance(whole, QuantizedTensor):
+        return [whole[..., end - n : end] for n, end in zip(sizes, ends, strict=True)]
+    columns = [f for f in ("qweight", "scales", "zeros", "offsets") if getattr(whole, f) is not None]
+    parts = []
+    for n, end in zip(sizes, ends, strict=True):
+        tables: dict[str, Any] = {f: getattr(whole, f)[..., end - n : end] for f in columns}
+        parts.append(dataclasses.replace(whole, **tables, n_dims=(n,)))
+    return parts

@@ -1,0 +1,131 @@
+"""The form in which a model's weights are served, which need not be the one in which they are kept."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import jax
+from flax import nnx
+
+from awq_jax import kernels, paths
+from awq_jax.generate import Generator
+from awq_jax.kernels import resident
+from awq_jax.models import merge
+from awq_jax.models.config import ModelConfig
+from awq_jax.qtensor import is_quantized
+
+log = logging.getLogger(__name__)
+
+
+class Weights:
+    """Parameters of one model, kept and served.
+
+    Packed weights are served merged (see `awq_jax.models.merge`) and in the layout of the kernel that
+    reads them. That form is exact, so it *replaces* the other until `params` is asked for again: there
+    are never two packed copies. On CPU, where a packed matmul writes its weight out as floats, a float32 copy
+    is served instead and the packed weights stay (see `awq_jax.kernels.resident`).
+
+    Args:
+      graphdef, config: of the decoder.
+      params: its parameters.
+      merge_linears: serve linears that read the same activation as one; None: where any is packed.
+      copy: serve a dequantized float32 copy; None: on CPU, if it takes at most half of the free memory.
+    """
+
+    def __init__(
+        self,
+        graphdef: nnx.GraphDef,
+        config: ModelConfig,
+        params: nnx.State,
+        merge_linears: bool | None = None,
+        copy: bool | None = None,
+    ):
+        self.graphdef, self.config = graphdef, config
+        self.merge_linears, self.copy = merge_linears, copy
+        self._kept: nnx.State | None = params
+        self._served: nnx.State | None = None
+        self._fused = config
+        self._generators = {config: Generator(graphdef, config)}
+        self._how = ""
+
+    @property
+    def params(self) -> nnx.State:
+        """The parameters as they were given; ends serving in a form that replaced them."""
+        if self._kept is None:
+            leaves = paths.flatten(self._served)
+            self._served = None
+            for path in leaves:
+                leaves[path] = kernels.canonical(leaves[path])
+            merge.unmerged(self.config, self._fused, leaves)
+            self._kept = merge.assemble(self.config, leaves)[1]
+        return self._kept
+
+    @params.setter
+    def params(self, params: nnx.State) -> None:
+        self._kept, self._served = params, None
+
+    @property
+    def held(self) -> tuple[Generator, nnx.State]:
+        """The exact parameters in whichever form they are, and the programs for that form."""
+        if self._kept is None:
+            return self.serving()
+        return self._generators[self.config], self._kept
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the exact parameters."""
+        return paths.nbytes(self.held[1])
+
+    def serving(self) -> tuple[Generator, nnx.State]:
+        """The parameters to generate with, and the programs for them."""
+        if self._served is None:
+            self._served = self._prepare()
+            log.info("%s", self._how)
+        return self._generators[self._fused], self._served
+
+    def explain(self) -> str:
+        """One line on the form in which the weights are served, with its bytes."""
+        self.serving()
+        return self._how
+
+    def _prepare(self) -> nnx.State:
+        leaves, size = paths.flatten(self.params), paths.nbytes(self.params)
+        platform = next(iter(jax.tree.leaves(leaves)[0].devices())).platform
+        packed = any(map(is_quantized, leaves.values()))
+        copy, why = self._choose(leaves, platform) if packed else (False, "")
+        if copy:
+            added = resident.nbytes(leaves)
+            notes = [f"a float32 copy of {_mb(added)} beside packed weights of {_mb(size)}{why}"]
+            leaves = resident.resident(leaves)
+        else:
+            notes = [f"{'packed' if packed else 'float'} weights of {_mb(size)}{why}"]
+            self._kept = None  # replaced part by part
+        self._fused = self.config
+        if packed if self.merge_linears is None else self.merge_linears:
+            self._fused = merge.merged(self.config, leaves)
+            was, now = (len(list(merge.groups(c))) for c in (self.config, self._fused))
+            notes.append(f"{was - now} of {was} groups of linears that read the same activation merged")
+        for path in leaves:
+            leaves[path] = kernels.prepare(leaves[path], platform)
+        graphdef, served = merge.assemble(self._fused, leaves)
+        self._generators.setdefault(self._fused, Generator(graphdef, self._fused))
+        self._how = "served as " + "; ".join(notes)
+        return served
+
+    def _choose(self, params: Any, platform: str) -> tuple[bool, str]:
+        """Whether to serve a copy, and why."""
+        if self.copy is not None:
+            return self.copy, ", as was asked for"
+        if platform != "cpu":
+            return False, ""
+        need, room = resident.nbytes(params), resident.room()
+        if room is not None and need > resident.SHARE * room:
+            return False, (
+                f", and slowly: a float32 copy would take {_mb(need)} of the {_mb(room)} free (resident=True makes one)"
+            )
+        return True, " (resident=False saves it, and decodes slowly)"
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"
