@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 BLOCK = 128  # rows compensated before the rest of the matrix is updated
+CHUNK = 1 << 22  # numbers in the largest intermediate of `refit`
 
 
 class Grid(NamedTuple):
@@ -217,13 +218,32 @@ def refit(w: jax.Array, gram: jax.Array, codes: jax.Array, grid: Grid, dtype: st
     scales with a closed-form minimum. Groups whose new scale would not stay within a factor of two
     keep the old one.
     """
+    k, n = w.shape
+    groups = grid.scale.shape[0]
+    chunk = max(1, CHUNK // (k * groups))  # columns at a time: what is between has K x G numbers for each
+    target = gram @ w
+    if chunk >= n:
+        return _refit(gram, target, codes, grid, dtype)
+    count = -(-n // chunk)
+
+    def split(x: jax.Array, fill: float) -> jax.Array:
+        x = jnp.pad(x, ((0, 0), (0, count * chunk - n)), constant_values=fill)
+        return jnp.moveaxis(x.reshape(-1, count, chunk), 1, 0)
+
+    parts = split(target, 0.0), split(codes, 0.0), split(grid.scale, 1.0), split(grid.zero, 0.0)
+    scale = jax.lax.map(lambda p: _refit(gram, p[0], p[1], Grid(p[2], p[3]), dtype).scale, parts)
+    return Grid(jnp.moveaxis(scale, 0, 1).reshape(groups, -1)[:, :n], grid.zero)
+
+
+def _refit(gram: jax.Array, target: jax.Array, codes: jax.Array, grid: Grid, dtype: str) -> Grid:
+    """See `refit`; ``target`` is ``gram @ w``."""
     groups, n = grid.scale.shape
     base = codes.reshape(groups, -1, n) - grid.zero[:, None]
-    k = w.shape[0]
+    k = gram.shape[0]
     h = gram.reshape(groups, k // groups, groups, k // groups)
     hb = jnp.einsum("GgLl,Lln->GgLn", h, base)
     a = jnp.einsum("Ggn,GgLn->nGL", base, hb)
-    b = jnp.einsum("Ggn,Ggn->nG", base, (gram @ w).reshape(groups, -1, n))
+    b = jnp.einsum("Ggn,Ggn->nG", base, target.reshape(groups, -1, n))
     diag = jnp.einsum("nGG->nG", a)
     floor = 1e-4 * diag.mean(axis=1, keepdims=True) + 1e-30
     a = a + jnp.eye(groups) * floor[:, :, None]

@@ -7,6 +7,7 @@ manifest (see `awq_jax.convert.manifest`), and, if they are kept on disk, the hi
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import json
 import shutil
@@ -154,6 +155,7 @@ def _quantize(job: Job, done: Manifest, bar: tqdm) -> None:
                 hidden.forget(len(done.shards))
                 bar.update()
                 del result, tensors
+                _trim()
     if len(done.shards) == len(blocks):
         write_part(done, job.work, len(blocks), layouts.carried(job.source, session.chain.config), {})
 
@@ -225,6 +227,13 @@ class Writer:
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
+
+
+def _trim() -> None:
+    """Give freed memory back to the system, where the C library keeps it (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _tidy(job: Job) -> None:
