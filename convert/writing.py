@@ -174,7 +174,8 @@ def refuse_source(target: Path, source: Source | None) -> None:
 def final_config(
     config: Mapping[str, Any], changes: Mapping[str, Any] | None, records: Sequence[Record]
 ) -> dict[str, Any]:
-    """The source's config with this checkpoint's quantization and the dtype most float bytes have."""
+    """The source's config with this checkpoint's quantization, the dtype most float bytes have, and both spellings
+    of the rotary constants."""
     stale = ("quantization_config", "quantization", "compression_config", "torch_dtype", "dtype")
     out = {k: v for k, v in config.items() if k not in stale}
     floats: dict[str, int] = {}
@@ -183,7 +184,25 @@ def final_config(
             floats[r.dtype] = floats.get(r.dtype, 0) + r.nbytes
     dtype = max(sorted(floats), key=lambda d: floats[d]) if floats else "float16"
     out["torch_dtype"] = out["dtype"] = dtype  # transformers before and since version 5
-    return {**out, **(changes or {})}
+    if isinstance(out.get("text_config"), Mapping):
+        out["text_config"] = with_rope_scaling(out["text_config"])
+    return {**with_rope_scaling(out), **(changes or {})}
+
+
+def with_rope_scaling(config: Mapping[str, Any]) -> dict[str, Any]:
+    """``config`` whose ``rope_parameters`` (transformers 5) are also there as transformers 4 had them.
+
+    Readers that know only ``rope_theta``, ``rope_scaling`` and ``partial_rotary_factor`` (mlx-lm, vLLM with
+    transformers 4, llama.cpp's converter) would take their own defaults without a word. Parameters per kind of
+    layer had no common spelling, and stay as they are.
+    """
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, Mapping) or any(isinstance(v, Mapping) for v in rope.values()):
+        return dict(config)
+    old = {k: rope[k] for k in ("rope_theta", "partial_rotary_factor") if rope.get(k) is not None}
+    if rope.get("rope_type", "default") != "default":
+        old["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
+    return {**config, **{k: v for k, v in old.items() if config.get(k) is None}}
 
 
 def copy_companions(directory: Path, tokenizer: Any, extra: Source | None) -> None:
