@@ -158,7 +158,7 @@ def calibrate(
             if not verified:
                 plan = verify(plan, apply_fn, params, *args, **kwargs)
             collect = collector(apply_fn, _without_head(plan, include_head))
-            step = jax.jit(lambda *a: collect(*a)[1])
+            step = jax.jit(lambda *a, collect=collect: collect(*a)[1])
             add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0)
         new = step(params, args, kwargs)
         # Waiting here bounds what is in flight to one batch.

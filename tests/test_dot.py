@@ -174,7 +174,7 @@ def test_unknown_and_unavailable_backends(monkeypatch):
         lambda: dot(x, dense(q), impl="cublas"),
         lambda: kernels.explain(x, q, impl=""),
     ):
-        with pytest.raises(BackendError, match="choose one of auto, .*xla"):
+        with pytest.raises(BackendError, match=r"choose one of auto, .*xla"):
             call()
     absent = dispatch.Backend("far", lambda r: f"no {r.dtype} on {r.platform}", lambda r: "", lambda x, r, o: x)
     monkeypatch.setattr(dispatch, "BACKENDS", (absent, *dispatch.BACKENDS))
