@@ -12,6 +12,7 @@ multiple of 32 gives each plane one scale per column. Scales and zero points sta
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, TypeVar
 
 import jax
@@ -65,8 +66,7 @@ def to_canonical(q: QuantizedTensor) -> QuantizedTensor:
     """Repack into the canonical layout, which files hold; exact."""
     if q.layout == "canonical":
         return q
-    codes = unpack_cuda(q.qweight, q.bits, _rows(q))
-    return dataclasses.replace(q, qweight=pack.pack(codes, q.bits), layout="canonical")
+    return dataclasses.replace(q, qweight=_pack_canonical(q.qweight, q.bits, _rows(q)), layout="canonical")
 
 
 def prepare(tree: T, platform: str | None = None) -> T:
@@ -107,10 +107,16 @@ def unpack_cuda(qweight: jax.Array, bits: int, rows: int) -> jax.Array:
     return jnp.swapaxes(codes, -1, -2)
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _pack_canonical(qweight: jax.Array, bits: int, rows: int) -> jax.Array:
+    return pack.pack(unpack_cuda(qweight, bits, rows), bits)
+
+
 def _rows(q: QuantizedTensor) -> int:
     return int(q.scales.shape[-2]) * q.group_size
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))  # fused: the codes are never in memory one by one
 def _pack_cuda(qweight: jax.Array, bits: int, rows: int) -> jax.Array:
     codes = jnp.swapaxes(pack.unpack(qweight, bits, rows), -1, -2)
     *lead, n, _ = codes.shape

@@ -48,7 +48,7 @@ def unavailable() -> str | None:
     """Why jax-triton cannot be used in this process, or None."""
     try:
         _modules()
-    except (ImportError, RuntimeError) as e:
+    except Exception as e:  # besides ImportError: versions of jax and jax-triton that do not fit each other
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         return f"jax-triton cannot be imported ({reason}); install awq-jax[cuda]"
     return None
