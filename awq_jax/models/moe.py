@@ -2,7 +2,8 @@
 
 A whole sequence goes through every expert, and what a token was not routed to is masked out: one
 batched matmul per matrix, whose activations calibration can tell apart by expert. A single new
-token per row gathers its experts' weights instead.
+token per row gathers its experts' weights instead, and packed experts only ever see the rows that
+were routed to them (see `awq_jax.kernels.grouped`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from awq_jax import kernels
+from awq_jax.kernels import grouped
 from awq_jax.models.config import MoEConfig
 from awq_jax.models.mlp import MLP, gated
 from awq_jax.models.routing import route
@@ -54,12 +56,16 @@ class Experts(nnx.Module):
 
         Args:
           x: ``[T, K]``, read by all experts, or ``[E, T, K]``.
-          chosen: int32 ``[P]``: use these experts only, ``x`` being ``[P, T, K]``.
+          chosen: int32 ``[P]``: use these experts only, ``x`` being ``[P, 1, K]``.
 
         Returns:
           ``[E, T, N]``, or ``[P, T, N]``.
         """
         w = by_expert(self.kernel.get_value())
+        if chosen is not None and isinstance(w, QuantizedTensor):
+            dtype = jnp.promote_types(x.dtype, w.dtype)
+            y = grouped.matmul(x[:, 0].astype(dtype), w, chosen)[:, None]
+            return y + self.bias.get_value()[chosen][:, None] if self.use_bias else y
         if chosen is not None:
             w = jax.tree.map(lambda a: a[chosen], w)
         if isinstance(w, QuantizedTensor):
@@ -132,7 +138,8 @@ class MoE(nnx.Module):
         rows = x.reshape(-1, x.shape[-1])
         correction = self.correction.get_value() if c.correction else None
         weights, chosen = route(self.gate(rows), c, correction)
-        if decoding and rows.shape[0] * c.top_k <= c.experts:
+        few = decoding and rows.shape[0] * c.top_k <= c.experts
+        if few or isinstance(self.experts.down_proj.kernel.get_value(), QuantizedTensor):
             y = self.experts.chosen(rows, weights, chosen)
         else:
             dense = jnp.zeros((rows.shape[0], c.experts), weights.dtype)

@@ -1,0 +1,123 @@
+"""Mixture of experts: each row times the packed matrix of its own expert.
+
+A few rows (decoding) fetch their experts' packed weights. Many rows (a prompt) are sorted by expert and cut
+into tiles of one expert each, so that a matrix is dequantized once for a tile, and one at a time: neither the
+float weights of all experts nor the products of all rows with all experts ever exist.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from awq_jax.errors import ShapeError
+from awq_jax.kernels import dispatch
+from awq_jax.qtensor import QuantizedTensor
+
+FEW_ROWS = 16  # up to here every row fetches its expert
+SMALLEST_TILE, LARGEST_TILE = 16, 256
+
+
+def matmul(
+    x: jax.Array, q: QuantizedTensor, expert: jax.Array, *, impl: str = "auto", preferred_element_type: Any = None
+) -> jax.Array:
+    """Row t of ``x`` times matrix ``expert[t]``, accumulated in float32; differentiable with respect to ``x``.
+
+    Args:
+      x: float ``[T, K]``.
+      q: packed weight ``[E, K, N]``.
+      expert: int32 ``[T]``, from 0 to E-1.
+      impl: as `awq_jax.kernels.matmul`, for the product of one tile.
+      preferred_element_type: dtype of the result (default: ``x.dtype``).
+
+    Returns:
+      ``[T, N]``.
+
+    Raises:
+      ShapeError: if the shapes do not fit.
+      BackendError: if ``impl`` is unknown or cannot run this.
+    """
+    dispatch.check_impl(impl)
+    if len(q.batch) != 1 or x.ndim != 2 or x.shape[-1] != q.k or expert.shape != x.shape[:1]:
+        raise ShapeError(
+            f"rows {x.shape} of experts {expert.shape} do not fit a packed weight of shape {q.shape} (axes "
+            f"{q.live_axes!r}): expected [T, {q.k}], [T] and [experts, {q.k}, ...]"
+        )
+    out_dtype = jnp.dtype(preferred_element_type or x.dtype)
+    if q.inv_scale is not None:
+        x = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) * q.inv_scale[expert]).astype(x.dtype)
+    if q.perm is not None:
+        x = jnp.take_along_axis(x, q.perm[expert], axis=-1)
+    q = dataclasses.replace(q, inv_scale=None, perm=None)
+    if not len(x):
+        return jnp.zeros((0, q.n), out_dtype)
+    pallas = _pallas(x, q, impl)
+    if len(x) <= FEW_ROWS and not pallas:
+        one = jax.tree.map(lambda a: a[expert], q)
+        return dispatch.matmul(x[:, None], one, impl=impl, preferred_element_type=out_dtype)[:, 0]
+    rows = tile_rows(len(x), q.batch[0])
+    slots, owner = tiles(expert, q.batch[0], rows)
+    tiled = jnp.zeros((len(owner) * rows, q.k), x.dtype).at[slots].set(x).reshape(-1, rows, q.k)
+    if pallas:
+        from awq_jax.kernels import pallas_tpu
+
+        y = pallas_tpu.experts(tiled, q, owner, out_dtype)
+    else:
+        y = _scan(tiled, q, owner, impl, out_dtype)
+    return y.reshape(-1, q.n)[slots]
+
+
+def tile_rows(rows: int, experts: int) -> int:
+    """Rows of a tile: about as many as an expert has, a power of two."""
+    return min(LARGEST_TILE, max(SMALLEST_TILE, 1 << (-(-rows // experts) - 1).bit_length()))
+
+
+def tiles(expert: jax.Array, experts: int, rows: int) -> tuple[jax.Array, jax.Array]:
+    """Where each row stands when rows are put, expert by expert, into tiles of ``rows``.
+
+    Args:
+      expert: int32 ``[T]``.
+      experts: E.
+      rows: R.
+
+    Returns:
+      Slots int32 ``[T]``, all different: row t of ``x`` is row ``slots[t] % R`` of tile ``slots[t] // R``; and
+      the expert of each tile, -1 behind the last. There are as many tiles as the worst routing takes.
+    """
+    total = len(expert)
+    most = (total + (rows - 1) * min(experts, total)) // rows
+    counts = jnp.zeros(experts, jnp.int32).at[expert].add(1)
+    ends = jnp.cumsum(-(-counts // rows))  # in tiles
+    order = jnp.argsort(expert, stable=True)
+    sorted_expert = expert[order]
+    rank = jnp.arange(total, dtype=jnp.int32) - (jnp.cumsum(counts) - counts)[sorted_expert]
+    first = (ends - -(-counts // rows))[sorted_expert] * rows
+    slots = jnp.zeros(total, jnp.int32).at[order].set(first + rank)
+    index = jnp.arange(most, dtype=jnp.int32)
+    owner = jnp.searchsorted(ends, index, side="right").astype(jnp.int32)
+    return slots, jnp.where(index < ends[-1], owner, -1)
+
+
+def _pallas(x: jax.Array, q: QuantizedTensor, impl: str) -> bool:
+    """Whether the TPU kernel runs, which picks the experts' blocks by itself."""
+    request = dispatch.Request(len(x), q, x.dtype, dispatch._platform(x))
+    return dispatch._pick(request, impl).name == "pallas"
+
+
+def _scan(tiled: jax.Array, q: QuantizedTensor, owner: jax.Array, impl: str, out_dtype: Any) -> jax.Array:
+    """``[tiles, R, K]`` times the matrices of their experts, one after the other."""
+
+    def product(x: jax.Array, e: jax.Array) -> jax.Array:
+        one = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, e, keepdims=False), q)
+        return dispatch.matmul(x, one, impl=impl, preferred_element_type=out_dtype)
+
+    def step(_: None, tile: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
+        x, e = tile
+        empty = lambda x, e: jnp.zeros((len(x), q.n), out_dtype)  # noqa: E731
+        return None, lax.cond(e >= 0, product, empty, x, e)
+
+    return lax.scan(step, None, (tiled, owner))[1]
