@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 import time
@@ -63,14 +64,14 @@ def random_params(
             return jnp.ones(shape, dtype)
         if not packed or not path.startswith("layers/") or not path.endswith("/kernel") or "/gate/" in path:
             std = shape[-2] ** -0.5 if len(shape) > 1 else 0.02
-            return jax.jit(lambda k: (jax.random.normal(k, shape, jnp.float32) * std).astype(dtype))(key)
+            return _normal(key, shape, dtype, std)
         *lead, k, n = shape
         if k % group_size or group_size * bits % 32:
             raise ConfigError(f"groups of {group_size} do not divide the {k} rows of {path} into words; choose another")
         groups = k // group_size
         steps = k**-0.5 / 2 ** (bits - 2)  # codes are spread over about four standard deviations
         return QuantizedTensor(
-            qweight=jax.random.bits(key, (*lead, k * bits // 32, n), jnp.uint32),
+            qweight=_bits(key, (*lead, k * bits // 32, n)),
             scales=jnp.full((*lead, groups, n), steps, dtype),
             zeros=jnp.full((*lead, groups, n), 2 ** (bits - 1), jnp.uint8),
             inv_scale=None,
@@ -83,6 +84,16 @@ def random_params(
         )
 
     return graphdef, paths.map_with_path(leaf, state)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))  # one program per shape, and no float32 copy
+def _normal(key: jax.Array, shape: tuple[int, ...], dtype: str, std: float) -> jax.Array:
+    return (jax.random.normal(key, shape, jnp.float32) * std).astype(dtype)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return jax.random.bits(key, shape, jnp.uint32)
 
 
 def decode(
