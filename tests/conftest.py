@@ -6,8 +6,11 @@ They are in the environment before jax is imported, so that the commands which t
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,3 +34,20 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     from xdist.scheduler import LoadFileScheduling
 
     return LoadFileScheduling(config, log) if config.getvalue("dist") == "load" else None
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Without torch, the files that need none are still tested."""
+    if importlib.util.find_spec("torch"):
+        return None
+    file = collection_path / "conftest.py" if collection_path.is_dir() else collection_path
+    return True if file.suffix == ".py" and _needs_torch(file) else None
+
+
+def _needs_torch(file: Path) -> bool:
+    """Whether a file of the tests, or one that it imports, imports torch at its top."""
+    if not file.is_file():
+        return False
+    names = re.findall(r"^(?:import|from) (\w+)", file.read_text(), re.MULTILINE)
+    folders = {file.parent, Path(__file__).parent}
+    return "torch" in names or any(_needs_torch(d / f"{name}.py") for name in names for d in folders)
