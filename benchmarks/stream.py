@@ -2,22 +2,23 @@
 
     python benchmarks/stream.py make DIR --layers 116
     python benchmarks/stream.py memory DIR OUT --samples 16
+    python benchmarks/stream.py peer DIR OUT --python AUTOAWQ_VENV/bin/python --seconds 600
     python benchmarks/stream.py kills DIR OUT --kills 25
 
 `make` writes a Llama-shaped checkpoint of random weights in which a few channels are large. `memory` runs
 ``awq-jax quantize`` in a process of its own and compares its peak with ``2.5 blocks + hidden states + 700
-MB``. `kills` sends SIGKILL at random moments, continues each time, and compares the files with those of a
-run that nothing interrupted.
+MB``. `peer` begins to do the same with AutoAWQ 0.2.9 (`autoawq_driver.py`; its environment: `vs_autoawq.py`), for
+some time. `kills` sends SIGKILL at random moments, continues each time, and compares the files with those of a
+run that nothing interrupted (`stream_faults`).
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
-import random
-import shutil
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -26,6 +27,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import stream_faults
 
 from awq_jax.convert.shards import ShardWriter, write_json
 
@@ -96,13 +98,16 @@ def tokens(directory: Path, where: Path, samples: int, length: int) -> Path:
     return path
 
 
-def command(args: argparse.Namespace, out: Path, calib: Path) -> list[str]:
+def command(args: argparse.Namespace, out: Path, calib: Path, hidden: str = "") -> list[str]:
     quantize = [sys.executable, "-m", "awq_jax.cli", "quantize", str(args.directory), str(out)]
-    return [*quantize, "--calib", str(calib), "--json", "--hidden", args.hidden, *args.options.split()]
+    return [*quantize, "--calib", str(calib), "--json", "--hidden", hidden or args.hidden, *args.options.split()]
 
 
-def watched(argv: list[str], log: Path) -> tuple[int, list[tuple[float, int]]]:
-    """Exit code and resident bytes (seconds since the start, bytes) of a process, ten times a second."""
+def watched(argv: list[str], log: Path, limit: float = float("inf")) -> tuple[int, list[tuple[float, int]]]:
+    """Exit code and resident bytes (seconds since the start, bytes) of a process, ten times a second.
+
+    It is killed after ``limit`` seconds. The last of the samples is the kernel's own figure of the peak.
+    """
     start, samples = time.perf_counter(), []
     with log.open("wb") as out:
         process = subprocess.Popen(argv, stdout=out, stderr=subprocess.STDOUT)
@@ -113,9 +118,41 @@ def watched(argv: list[str], log: Path) -> tuple[int, list[tuple[float, int]]]:
                 peak = _field(text, "VmHWM")
             except (OSError, StopIteration):  # it has just ended
                 break
+            if samples[-1][0] > limit:
+                process.kill()
             time.sleep(0.1)
         code = process.wait()
     return code, [*samples, (time.perf_counter() - start, peak)]
+
+
+def peer(args: argparse.Namespace) -> dict[str, Any]:
+    """Memory of AutoAWQ at the same work, for ``args.seconds`` or until it is done."""
+    calib = tokens(args.directory, args.out.parent, args.samples, args.seq_len)
+    rows = calib.with_suffix(".json")
+    rows.write_text(json.dumps(np.load(calib).tolist()))
+    driver = Path(__file__).with_name("autoawq_driver.py")
+    argv = [args.python, str(driver), str(args.directory), str(rows), str(args.out), "--group-size", "128"]
+    log = args.out.with_suffix(".log")
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    code, samples = watched(argv, log, args.seconds)
+    text = log.read_text()
+    if code not in (0, -signal.SIGKILL):
+        raise SystemExit(f"failed: {text[-2000:]}")
+    size = sum(f.stat().st_size for f in args.directory.glob("*.safetensors"))
+    peak = max(b for _, b in samples)
+    layers = re.findall(r"AWQ:[^\r]*?(\d+)/(\d+)", text)
+    return {
+        "peer": "AutoAWQ 0.2.9",
+        "checkpoint_bytes": size,
+        "blocks_done": [int(n) for n in layers[-1]] if layers else None,
+        "finished": code == 0,
+        "seconds": samples[-1][0],
+        "peak_bytes": peak,
+        "peak_over_checkpoint": peak / size,
+        "resident_bytes_each_minute": [
+            b for i, (t, b) in enumerate(samples) if not i or t // 60 > samples[i - 1][0] // 60
+        ],
+    }
 
 
 def _field(status: str, name: str) -> int:
@@ -149,37 +186,10 @@ def memory(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def kills(args: argparse.Namespace) -> dict[str, Any]:
-    """Kill and continue until it is done, and compare with an uninterrupted run."""
+    """See `stream_faults.kills`."""
+    args.out.mkdir(parents=True, exist_ok=True)
     calib = tokens(args.directory, args.out.parent, args.samples, args.seq_len)
-    whole, broken = args.out / "whole", args.out / "broken"
-    start = time.perf_counter()
-    subprocess.run(command(args, whole, calib), check=True, stdout=subprocess.DEVNULL)
-    length = time.perf_counter() - start
-    random.seed(args.seed)
-    sent = 0
-    while sent < args.kills:
-        process = subprocess.Popen(command(args, broken, calib), stdout=subprocess.DEVNULL)
-        try:
-            code = process.wait(random.uniform(0, length))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            sent += 1
-            continue
-        if code:
-            raise SystemExit(f"a run failed after {sent} kills")
-        if sent < args.kills:  # it got through: compare, and begin anew
-            _compare(whole, broken)
-            shutil.rmtree(broken)
-    subprocess.run(command(args, broken, calib), check=True, stdout=subprocess.DEVNULL)
-    _compare(whole, broken)
-    return {"kills": sent, "identical": True, "seconds_uninterrupted": length}
-
-
-def _compare(a: Path, b: Path) -> None:
-    digests = [{f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in d.iterdir()} for d in (a, b)]
-    if digests[0] != digests[1]:
-        raise SystemExit(f"{a} and {b} differ")
+    return stream_faults.kills(args, lambda out, hidden: command(args, out, calib, hidden))
 
 
 def main() -> None:
@@ -204,6 +214,14 @@ def main() -> None:
         p.add_argument("--kills", type=int, default=25)
         p.add_argument("--seed", type=int, default=0)
         p.set_defaults(run=run)
+    p = sub.add_parser("peer")
+    p.add_argument("directory", type=Path)
+    p.add_argument("out", type=Path)
+    p.add_argument("--python", required=True, help="of an environment with AutoAWQ 0.2.9")
+    p.add_argument("--seconds", type=float, default=600)
+    p.add_argument("--samples", type=int, default=16)
+    p.add_argument("--seq-len", type=int, default=512)
+    p.set_defaults(run=peer)
     args = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     result = args.run(args)
