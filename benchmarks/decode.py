@@ -1,12 +1,12 @@
-"""Decoding on this machine: packed weights, with and without the float copy, against a float model.
+"""Decoding on a CPU: packed weights, with and without the float32 copy, against the float32 model.
 
-    python benchmarks/decode.py --shape llama-100m --out benchmarks/results/decode-cpu.json
-    python benchmarks/decode.py --model SmolLM2-135M-Instruct.Q4_1.gguf
+    python benchmarks/decode.py --shape smollm2-135m --group-size 64 --out benchmarks/results/decode_cpu_135m.json
+    python benchmarks/decode.py --model stories15m --group-size 96 --out benchmarks/results/decode_cpu_stories15m.json
 
-Every row is a process of its own, so that its peak memory is its own: ``dense`` is the float32 model,
-``packed`` what `generate` does unasked, ``packed-only`` with ``resident=False``, ``packed-unmerged`` also with
-``merge=False``. With ``--model`` all serve that file's weights (``dense``: dequantized when loaded) with the
-whole of `generate` timed, prompt and sampling included; runs go round ``--rounds`` times, and the fastest counts.
+All kinds live in one process and take turns, so that a busy machine is busy for each: ``dense`` is the float32
+model as `generate` serves it, ``packed`` the packed model as `generate` serves it unasked, ``packed-only`` the same
+with ``resident=False`` (no copy). Packed weights are rounded to nearest; ``dense`` has the same, dequantized. Speeds
+are medians over rounds of the ratio to ``dense`` in the same round.
 """
 
 from __future__ import annotations
@@ -14,79 +14,63 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
-import subprocess
-import sys
-import time
 from pathlib import Path
+from typing import Any
 
-KINDS: dict[str, dict[str, bool]] = {
-    "dense": {},
-    "packed": {},
-    "packed-only": {"resident": False},
-    "packed-unmerged": {"resident": False, "merge": False},
-}
-
-
-def work(args: argparse.Namespace) -> None:
-    """One measured process: prints one JSON line."""
-    import jax
-
-    row: dict[str, object]
-    if args.model:
-        import awq_jax
-        from awq_jax.kernels.resident import resident
-        from awq_jax.sampling import Sampling
-
-        model = awq_jax.load(args.model, dtype="float32", **KINDS[args.work])
-        if args.work == "dense":
-            model.params = resident(model.params)
-        generator, params = model._weights.serving()
-        best = float("inf")
-        for repeat in range(4):
-            start = time.perf_counter()
-            out = generator.run(params, [[1] * 16], max_new_tokens=args.steps, sampling=Sampling())
-            best = min(best, time.perf_counter() - start) if repeat else best
-        row = {"tokens_per_second": len(out[0]) / best, "served": model.explain()}
-    else:
-        from awq_jax import bench_decode
-
-        full = bench_decode.decode(
-            args.shape, packed=args.work != "dense", dtype="float32", steps=args.steps, context=16, **KINDS[args.work]
-        )
-        keep = ("tokens_per_second", "ms_per_step", "weight_bytes", "bandwidth", "floor_share", "served")
-        row = {key: full[key] for key in keep}
-    row["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    print(json.dumps({"kind": args.work, "jax": jax.__version__, **row}))
+KINDS = ("dense", "packed", "packed-only")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", default="llama-100m", help="a name in awq_jax.bench_decode.SHAPES")
+    parser.add_argument("--shape", default="smollm2-135m", help="a name in awq_jax.bench.random_models.SHAPES")
     parser.add_argument("--model", help="measure this model instead")
-    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
-    parser.add_argument("--steps", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--work", help=argparse.SUPPRESS)
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS[1:], default=KINDS[1:])
+    parser.add_argument("--context", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=32, help="tokens of each turn")
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    if args.work:
-        return work(args)
-    best: dict[str, dict[str, object]] = {}
-    for _ in range(args.rounds):
-        for kind in args.kinds:
-            command = [sys.executable, __file__, "--work", kind, "--shape", args.shape, "--steps", str(args.steps)]
-            command += ["--model", args.model] if args.model else []
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            row = json.loads(done.stdout.splitlines()[-1])
-            if kind not in best or row["tokens_per_second"] > best[kind]["tokens_per_second"]:
-                best[kind] = row
-            print(row, flush=True)
-    for row in best.values() if "dense" in best else ():
-        row["vs_dense"] = row["tokens_per_second"] / best["dense"]["tokens_per_second"]  # type: ignore[operator]
-    name = Path(args.model).name if args.model else args.shape
-    result = {"model": name, "cores": os.cpu_count(), "steps": args.steps, "rows": list(best.values())}
-    print(json.dumps(result, indent=1))
+    import jax
+
+    import awq_jax
+    from awq_jax import paths
+    from awq_jax.bench import decoding, random_models
+    from awq_jax.commands.bench import device
+    from awq_jax.kernels.resident import resident
+    from awq_jax.served import Weights
+
+    if args.model:
+        model = awq_jax.load(args.model, dtype="float32")
+        settings = {"bits": args.bits, "group_size": args.group_size, "method": "rtn"}  # reads no statistics
+        model.quantize([list(range(16))], samples=1, seq_len=16, progress=False, **settings)
+        graphdef, c, packed = model._weights.graphdef, model.config, model.params
+    else:
+        c = random_models.config(args.shape)
+        graphdef, packed = random_models.random_model(c, "float32", args.bits, args.group_size)
+
+    def session(kind: str) -> Any:
+        params = resident(packed) if kind == "dense" else jax.tree.map(lambda a: a, packed)
+        weights = Weights(graphdef, c, params, copy=False if kind == "packed-only" else None)
+        return decoding.Session(weights, context=args.context, steps=args.steps)
+
+    sessions = {kind: session(kind) for kind in ("dense", *args.kinds)}
+    rows: list[dict[str, Any]] = []
+    for kind, times in decoding.paired(sessions, "dense", args.rounds).items():
+        one = sessions[kind]
+        rows.append({"kind": kind, **times, "served": one.weights.explain(), "served_bytes": paths.nbytes(one.params),
+                     "packed_bytes": None if kind == "dense" else paths.nbytes(packed),
+                     "step_temp_bytes": one.temp_bytes["step"]})  # fmt: skip
+        print(
+            f"{kind:12s} {times['ms_per_step']:8.2f} ms per token, {times['speed']:.2f} times dense "
+            f"(quartiles {times['speed_low']:.2f}, {times['speed_high']:.2f}; processor time {times['cpu_speed']:.2f})"
+        )
+    result = device() | {
+        "model": Path(args.model).name if args.model else args.shape, "bits": args.bits,
+        "group_size": args.group_size, "cores": os.cpu_count(), "load": os.getloadavg()[0],
+        "context": args.context, "steps": args.steps, "rounds": args.rounds, "decode": rows,
+    }  # fmt: skip
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -7,9 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from awq_jax import cli
-from awq_jax.bench import decoding, peers, products, timing
+from awq_jax import cli, paths
+from awq_jax.bench import decoding, peers, products, random_models, timing
+from awq_jax.errors import ConfigError
 from awq_jax.kernels import tuned
+from awq_jax.models import params
+from awq_jax.qtensor import is_quantized
+from awq_jax.served import Weights
 
 TOP = timing.Ceilings(bandwidth=4e12, flops=8e14)
 H200 = tuned.Chip("NVIDIA H200", 90, 132)
@@ -68,22 +72,66 @@ def test_kernels_command_writes_the_schema(tmp_path, capsys):
     assert printed["versions"]["jax"] == jax.__version__
 
 
-@pytest.mark.slow
 def test_decode_command_measures_dense_and_packed(capsys):
-    assert cli.main(["bench", "decode", "--layers", "1", "--context", "16", "--steps", "4", "--json"]) == 0
+    shape = ["--model", "small", "--layers", "1", "--context", "16", "--steps", "4"]
+    assert cli.main(["bench", "decode", *shape, "--json"]) == 0
     dense, packed = json.loads(capsys.readouterr().out)["decode"]
     assert (dense["bits"], packed["bits"]) == (None, 4)
-    assert packed["weight_bytes"] < dense["weight_bytes"]
-    assert min(dense["tokens_per_s"], packed["tokens_per_s"]) > 0
+    assert "copy" in packed["served"]
+    for row in (dense, packed):
+        assert row["tokens_per_s"] * row["ms_per_step"] == pytest.approx(1e3)
+        assert row["floor_share"] == pytest.approx(row["floor_ms"] / row["ms_per_step"])
+        assert row["peak_allowed_bytes"] == row["weight_bytes"] + row["cache_bytes"] + row["tile_bytes"]
+    assert packed["tile_bytes"] == 0, "a copy is dequantized once, before"
 
 
-def test_random_models_have_the_shape_of_the_known_ones():
-    _, state = decoding.random_state(decoding.config("small"), 4, 128)
-    assert decoding.read_per_step(state) == decoding.nbytes(state) - 1024 * 256 * 2
-    llama = decoding.config("llama-3-8b")
-    from awq_jax.models import params
+@pytest.mark.slow
+def test_prefill_command(capsys):
+    assert cli.main(["bench", "prefill", "--model", "small", "--layers", "1", "--context", "16"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert all("prefill" in line and "decode" not in line for line in lines)
 
-    assert 8.02e9 < sum(np.prod(a.shape) for a in jax.tree.leaves(params.abstract(llama)[1])) < 8.04e9
+
+def test_what_a_session_reads_and_keeps():
+    c = random_models.config("small")
+    session = decoding.Session(Weights(*_weights(c), copy=False), batch=2, context=5, steps=3)
+    hidden, inner, vocab, kv, layers = 256, 512, 1024, 128, 2
+    weights = hidden * (2 * hidden + 2 * kv) + 3 * hidden * inner
+    groups = (hidden // 128) * (2 * hidden + 2 * kv + 2 * inner) + (inner // 128) * hidden
+    floats = 2 * (layers * 2 * hidden + hidden + 2 * vocab * hidden)
+    packed = layers * (weights // 2 + 3 * groups)
+    assert paths.nbytes(session.params) == packed + floats
+    assert decoding.read_per_step(c, session.params) == packed + floats - 2 * vocab * hidden
+    assert session.cache_bytes == 2 * layers * 2 * 64 * kv * 2
+    assert decoding.largest_tile(session.params) == 2 * hidden * 2 * inner
+    turns = decoding.paired({"a": session, "b": session}, "a", 2)
+    assert turns["a"]["speed"] == turns["a"]["cpu_speed"] == 1
+    with pytest.raises(ConfigError, match="context of 512"):
+        decoding.Session(session.weights, context=512)
+    with pytest.raises(ConfigError, match="at least 1"):
+        decoding.Session(session.weights, steps=0)
+
+
+def _weights(c):
+    graphdef, params = random_models.random_model(c, "bfloat16")
+    return graphdef, c, params
+
+
+def test_random_models_are_packed_as_awq_packs_them():
+    c = random_models.config("small", layers=1)
+    flat = paths.flatten(random_models.random_model(c, "bfloat16", 4, 64)[1])
+    packed = {path for path, leaf in flat.items() if is_quantized(leaf)}
+    assert len(packed) == 7
+    assert {path.split("/")[0] for path in packed} == {"layers"}
+    w = np.asarray(flat["layers/0/mlp/down_proj/kernel"].dequantize("float32"))
+    assert 0.5 < w.std() * 512**0.5 < 2
+    assert len(np.unique(w)) == 16
+    with pytest.raises(ConfigError, match="groups of 96"):
+        random_models.random_model(c, "bfloat16", 4, 96)
+    for name, billions in (("llama-2-7b", 6.74), ("llama-3-8b", 8.03), ("smollm2-135m", 0.1345)):
+        leaves = jax.tree.leaves(params.abstract(random_models.config(name))[1])
+        assert sum(np.prod(a.shape, dtype=float) for a in leaves) / 1e9 == pytest.approx(billions, abs=0.01 * billions)
 
 
 @pytest.mark.parametrize(

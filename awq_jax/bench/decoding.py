@@ -1,104 +1,132 @@
-"""Decoding and prefill of whole models: random weights in the shapes of known ones, nothing downloaded."""
+"""Decoding and prefill of whole models: the programs that `generate` runs, timed, and the memory they take."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import math
 import statistics
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from awq_jax import kernels, models, paths
-from awq_jax.bench import timing
-from awq_jax.generate import Generator
-from awq_jax.models import merge
-from awq_jax.models import params as model_params
+from awq_jax import paths
+from awq_jax.bench import random_models, timing
+from awq_jax.errors import ConfigError
+from awq_jax.generate import bucket
 from awq_jax.models.config import ModelConfig
-from awq_jax.qtensor import QuantizedTensor, is_quantized
+from awq_jax.qtensor import is_quantized
+from awq_jax.sampling import Sampling
+from awq_jax.served import Weights
 
-_LLAMA = {"model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama-3-8b": _LLAMA | {
-        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192, "rope_theta": 500000.0,
-    },
-    "llama-2-7b": _LLAMA | {
-        "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 32, "vocab_size": 32000, "max_position_embeddings": 4096, "rope_theta": 10000.0,
-    },
-    "small": _LLAMA | {
-        "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "vocab_size": 1024, "max_position_embeddings": 512, "rope_theta": 10000.0,
-    },
-}  # fmt: skip
+# What a row says about decoding and not about prefill.
+OF_STEPS = ("tokens_per_s", "ms_per_step", "floor_ms", "floor_share", "step_temp_bytes")
 
 
-# What says nothing about prefill.
-OF_STEPS = ("tokens_per_s", "ms_per_step", "floor_ms", "floor_share")
+class Session:
+    """One model after a prompt of random tokens, ready to be timed.
 
+    Args:
+      weights: of the model; from here on in the form that `generate` serves.
+      batch: rows decoded together.
+      context: tokens of each row's prompt.
+      steps: tokens that one call of `decode` decodes, greedily.
 
-def config(name: str, layers: int | None = None, fused: bool = True) -> ModelConfig:
-    """A shape's architecture, with fused projections, and fewer layers if asked."""
-    c = models.config_from_hf(SHAPES[name] | ({"num_hidden_layers": layers} if layers else {}))
-    if fused:
-        decoder = list(c.layers)
-        for group in merge.groups(c):
-            decoder[group.layer] = group.fused(decoder[group.layer])
-        c = dataclasses.replace(c, layers=tuple(decoder))
-    return c
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _normal(key: jax.Array, shape: tuple[int, ...], dtype: str) -> jax.Array:
-    return (jax.random.normal(key, shape, jnp.float32) * shape[-2 if len(shape) > 1 else 0] ** -0.5).astype(dtype)
-
-
-def random_state(
-    c: ModelConfig, bits: int | None, group: int, dtype: str = "bfloat16"
-) -> tuple[nnx.GraphDef, nnx.State]:
-    """A decoder with random weights; those inside its layers packed with ``bits`` unless None.
-
-    The embedding and the head stay float, as in AWQ checkpoints.
+    Raises:
+      ConfigError: a number is not positive, or the model's context is shorter.
     """
-    graphdef, state = model_params.abstract(c)
-    number = iter(range(1 << 30))
 
-    def leaf(path: str, shape: Any) -> Any:
-        key, size = jax.random.key(next(number)), tuple(shape.shape)
-        if len(size) == 1:
-            return jnp.ones(size, dtype)
-        if bits is None or not path.endswith("kernel") or not path.startswith("layers/"):
-            return _normal(key, size, dtype)
-        k, n = size
-        g = k if group == -1 else group
-        a, b = jax.random.split(key)
-        words = jax.random.bits(a, (k * bits // 32, n), jnp.uint32)
-        scales = jnp.full((k // g, n), k**-0.5 / 2 ** (bits - 2), dtype)
-        zeros = jax.random.bits(b, (k // g, n), jnp.uint8) >> (8 - bits)
-        return kernels.prepare(QuantizedTensor(words, scales, zeros, None, bits, g, "kn", (k,), (n,), dtype))
+    def __init__(self, weights: Weights, *, batch: int = 1, context: int = 512, steps: int = 64):
+        c = weights.config
+        if min(batch, context, steps) < 1:
+            raise ConfigError("batch, context and steps must be at least 1")
+        if context + steps > c.max_length:
+            raise ConfigError(f"{context} + {steps} tokens do not fit the model's context of {c.max_length}")
+        generator, self.params = weights.serving()
+        self.weights, self.batch, self.context, self.steps = weights, batch, context, steps
+        self._tokens = np.random.default_rng(0).integers(0, c.vocab_size, (batch, context)).astype(np.int32)
+        self._lengths = np.full(batch, context, np.int32)
+        self._options = (jax.random.key(0), np.float32(0), np.int32(0), np.float32(1))
+        mode, slots = Sampling().mode, bucket(context + steps, 64)
+        arguments = (self.params, self._tokens, self._lengths, *self._options)
+        self._prefill = generator.prefill.lower(*arguments, slots=slots, mode=mode).compile()
+        self._token, self._cache = jax.block_until_ready(self._prefill(*arguments))
+        arguments = (self.params, self._cache, self._token, self._lengths, *self._options)
+        self._step = generator.step.lower(*arguments, mode=mode).compile()
 
-    return graphdef, paths.map_with_path(leaf, state)
+    @property
+    def cache_bytes(self) -> int:
+        """Of keys and values."""
+        return paths.nbytes(self._cache)
+
+    @property
+    def temp_bytes(self) -> dict[str, int | None]:
+        """What each compiled program needs besides its arguments and results, as its compiler counts it."""
+        found = {"prefill": self._prefill.memory_analysis(), "step": self._step.memory_analysis()}
+        return {name: None if m is None else int(m.temp_size_in_bytes) for name, m in found.items()}
+
+    def prefill(self) -> float:
+        """Seconds for the prompt."""
+        start = time.perf_counter()
+        jax.block_until_ready(self._prefill(self.params, self._tokens, self._lengths, *self._options))
+        return time.perf_counter() - start
+
+    def decode(self) -> tuple[float, float]:
+        """Seconds, and processor seconds, of one step; the same positions each time."""
+        start, cpu = time.perf_counter(), time.process_time()
+        token, cache = self._token, self._cache
+        for i in range(self.steps):
+            token, cache = self._step(self.params, cache, token, self._lengths + np.int32(i), *self._options)
+        jax.block_until_ready(token)
+        took = time.perf_counter() - start, time.process_time() - cpu
+        self._token, self._cache = token, cache
+        return took[0] / self.steps, took[1] / self.steps
 
 
-def nbytes(state: Any) -> int:
-    """Bytes of all arrays."""
-    return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(state))
+def read_per_step(c: ModelConfig, params: Any) -> int:
+    """Bytes of parameters that a decode step reads: all but an embedding of which it looks up rows only."""
+    leaves = paths.flatten(params)
+    if not c.tied:
+        leaves.pop("embed_tokens/embedding", None)
+    return paths.nbytes(leaves)
 
 
-def read_per_step(state: Any) -> int:
-    """Bytes of parameters that one decode step reads: all but the embedding, of which it looks up rows."""
-    flat = paths.flatten(state)
-    return nbytes([leaf for path, leaf in flat.items() if "embed_tokens" not in path])
+def largest_tile(params: Any, itemsize: int = 2) -> int:
+    """Bytes of the largest packed weight, dequantized: one matrix, of which experts are several."""
+    packed = [q for q in jax.tree.leaves(params, is_leaf=is_quantized) if is_quantized(q)]
+    return max((q.k * q.n * itemsize for q in packed), default=0)
+
+
+def row(session: Session, top: timing.Ceilings, rounds: int = 3) -> dict[str, Any]:
+    """Time one session.
+
+    Returns:
+      A dict: ``batch``, ``context``, ``prefill_tokens_per_s``, ``tokens_per_s`` (of all sequences together),
+      ``ms_per_step``, ``floor_ms`` (weights and cache read once at the copy bandwidth), ``floor_share``,
+      ``served`` (the form of the weights), ``weight_bytes``, ``cache_bytes``; and memory: ``prefill_temp_bytes``
+      and ``step_temp_bytes`` (see `Session.temp_bytes`), ``tile_bytes`` (the largest weight, dequantized),
+      ``peak_bytes`` (of the process so far, by the allocator; None where it does not say) and
+      ``peak_allowed_bytes``: weights, cache and one tile.
+    """
+    session.decode()
+    steps = statistics.median(session.decode()[0] for _ in range(rounds))
+    prompt = statistics.median(session.prefill() for _ in range(rounds))
+    weights, cache = paths.nbytes(session.params), session.cache_bytes
+    least = (read_per_step(session.weights.config, session.params) + cache) / top.bandwidth
+    temp, tile = session.temp_bytes, largest_tile(session.params)
+    return {
+        "batch": session.batch, "context": session.context,
+        "prefill_tokens_per_s": session.batch * session.context / prompt,
+        "tokens_per_s": session.batch / steps, "ms_per_step": steps * 1e3,
+        "floor_ms": least * 1e3, "floor_share": least / steps, "served": session.weights.explain(),
+        "weight_bytes": weights, "cache_bytes": cache, "tile_bytes": tile,
+        "prefill_temp_bytes": temp["prefill"], "step_temp_bytes": temp["step"],
+        "peak_bytes": peak_bytes(), "peak_allowed_bytes": weights + cache + tile,
+    }  # fmt: skip
 
 
 def peak_bytes() -> int | None:
-    """The device allocator's peak so far, or None where it does not say."""
+    """The device allocator's peak since the process began, or None where it does not say."""
     stats = jax.devices()[0].memory_stats() or {}
     return stats.get("peak_bytes_in_use")
 
@@ -115,47 +143,54 @@ def run(
     layers: int | None = None,
     dtype: str = "bfloat16",
 ) -> dict[str, Any]:
-    """Prefill ``context`` tokens, then decode ``steps`` tokens greedily.
+    """`row` of a model with random weights, with ``model``, ``layers``, ``bits`` (None: dense) and ``group_size``.
+
+    Dense weights are merged as packed ones are, so that only the weights differ.
+
+    Raises:
+      ConfigError: unknown shape, or a group size that does not divide it.
+    """
+    c = random_models.config(name, layers)
+    graphdef, params = random_models.random_model(c, dtype, bits, group)
+    weights = Weights(graphdef, c, params, merge_linears=True)
+    del params  # the form in which they are served may replace them
+    session = Session(weights, batch=batch, context=context, steps=steps)
+    before = peak_bytes()
+    said = {"model": name, "layers": len(c.layers), "bits": bits, "group_size": group if bits else None}
+    return said | row(session, top) | {"peak_before_timing_bytes": before}
+
+
+def paired(sessions: Mapping[str, Session], against: str, rounds: int) -> dict[str, dict[str, float]]:
+    """Decode with each session in turn, in an order that rotates, so that a busy machine is busy for all.
+
+    Args:
+      sessions: by name.
+      against: the one that the others are compared with.
+      rounds: how often each is timed.
 
     Returns:
-      A dict: ``model``, ``bits`` (None: dense), ``batch``, ``context``, ``prefill_tokens_per_s``,
-      ``tokens_per_s`` (of one sequence), ``ms_per_step``, ``floor_ms`` (weights and cache read once),
-      ``floor_share``, ``weight_bytes``, ``cache_bytes``, ``peak_bytes``.
+      By name: ``ms_per_step``, ``cpu_ms_per_step`` (medians), and the medians over rounds of how much
+      faster it was than ``against`` in that round: ``speed``, ``cpu_speed``; and ``speed_low``, ``speed_high``,
+      quartiles.
     """
-    c = config(name, layers)
-    graphdef, state = random_state(c, bits, group, dtype)
-    generator = Generator(graphdef, c)
-    slots = context + steps + 8
-    tokens = np.random.default_rng(0).integers(0, c.vocab_size, (batch, context)).astype(np.int32)
-    lengths = np.full(batch, context, np.int32)
-    options = (jax.random.key(0), np.float32(0), np.int32(0), np.float32(1))
-
-    def prefill() -> Any:
-        return generator.prefill(state, tokens, lengths, *options, slots=slots, mode="greedy")
-
-    jax.block_until_ready(prefill())
-    took = []
-    for _ in range(3):
-        start = time.perf_counter()
-        token, cache = jax.block_until_ready(prefill())
-        took.append(time.perf_counter() - start)
-    cache_bytes = nbytes(cache)
-    token, cache = generator.step(state, cache, token, lengths, *options, mode="greedy")
-    jax.block_until_ready(token)
-    start = time.perf_counter()
-    for i in range(1, steps + 1):
-        token, cache = generator.step(state, cache, token, lengths + np.int32(i), *options, mode="greedy")
-    jax.block_until_ready(token)
-    step = (time.perf_counter() - start) / steps
-    least = (read_per_step(state) + cache_bytes) / top.bandwidth
-    packed = [leaf for leaf in jax.tree.leaves(state, is_leaf=is_quantized) if is_quantized(leaf)]
-    form = kernels.explain(jax.ShapeDtypeStruct((batch, packed[0].k), dtype), packed[0]) if packed else "dense"
-    return {
-        "model": name, "layers": len(c.layers), "bits": bits, "group_size": group if bits else None, "form": form,
-        "batch": batch, "context": context, "prefill_tokens_per_s": batch * context / statistics.median(took),
-        "tokens_per_s": 1 / step, "ms_per_step": step * 1e3, "floor_ms": least * 1e3, "floor_share": least / step,
-        "weight_bytes": nbytes(state), "cache_bytes": cache_bytes, "peak_bytes": peak_bytes(),
-    }  # fmt: skip
+    took: dict[str, list[tuple[float, float]]] = {name: [] for name in sessions}
+    for session in sessions.values():
+        session.decode()
+    names = list(sessions)
+    for i in range(rounds):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            took[name].append(sessions[name].decode())
+    out = {}
+    for name, mine in took.items():
+        ratios = [(b[0] / a[0], b[1] / max(a[1], 1e-9)) for a, b in zip(mine, took[against], strict=True)]
+        low, middle, high = np.quantile([r[0] for r in ratios], (0.25, 0.5, 0.75))
+        out[name] = {
+            "ms_per_step": statistics.median(a[0] for a in mine) * 1e3,
+            "cpu_ms_per_step": statistics.median(a[1] for a in mine) * 1e3,
+            "speed": float(middle), "speed_low": float(low), "speed_high": float(high),
+            "cpu_speed": statistics.median(r[1] for r in ratios),
+        }  # fmt: skip
+    return out
 
 
 def line(row: dict[str, Any]) -> str:
@@ -164,5 +199,7 @@ def line(row: dict[str, Any]) -> str:
     text = f"{row['model']} ({row['layers']} layers) {weights:7s} prefill {row['prefill_tokens_per_s']:9.1f} tokens/s"
     if "tokens_per_s" in row:
         text += f"  decode {row['tokens_per_s']:7.1f} tokens/s, {row['floor_share']:.0%} of the floor"
-    peak = "" if row["peak_bytes"] is None else f"  peak {row['peak_bytes'] / 2**30:.2f} GiB"
-    return f"{text}  weights {row['weight_bytes'] / 2**30:.2f} GiB{peak}"
+    text += f"  weights {row['weight_bytes'] / 2**30:.2f} GiB"
+    if row["peak_bytes"] is not None:
+        text += f"  peak {row['peak_bytes'] / 2**30:.2f} of {row['peak_allowed_bytes'] / 2**30:.2f} GiB"
+    return text

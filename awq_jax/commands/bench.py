@@ -39,7 +39,9 @@ def add(subparsers: Any) -> None:
     p.add_argument("--group-size", type=common.positive, default=128, metavar="G", help="default: %(default)s")
     p.add_argument("--seconds", type=float, default=0.2, help="per measurement, about (default: %(default)s)")
     p.add_argument("--no-peers", action="store_true", help="leave other libraries out")
-    p.add_argument("--model", nargs="+", metavar="NAME", help="shapes of known models: llama-3-8b, llama-2-7b, small")
+    p.add_argument(
+        "--model", nargs="+", metavar="NAME", help="shapes of known models: llama-3-8b, llama-2-7b, smollm2-135m, small"
+    )
     p.add_argument("--layers", type=common.positive, metavar="L", help="only so many layers of the model")
     p.add_argument("--batch", type=common.positive, default=1, metavar="B", help="sequences (default: %(default)s)")
     p.add_argument("--context", type=common.positive, metavar="T", help="tokens of each prompt")
@@ -130,12 +132,11 @@ def _kernels(args: argparse.Namespace) -> dict[str, Any]:
 def _model(args: argparse.Namespace) -> dict[str, Any]:
     import dataclasses
 
-    from awq_jax.bench import decoding
+    from awq_jax.bench import decoding, random_models
 
     names = args.model or (["llama-3-8b"] if _fast() else ["small"])
     for name in names:
-        if name not in decoding.SHAPES:
-            raise ConfigError(f"no model shape {name!r}; choose from {', '.join(decoding.SHAPES)}")
+        random_models.config(name)  # refuses before any work
     top = _ceilings(args)
     context = args.context or (512 if _fast() else 32)
     steps = args.steps if args.what == "decode" else 1
