@@ -34,6 +34,13 @@ class SafeRestore(AwqQuantizer):
             del module2inspect.state_dict  # the class's own method again
 
 
+class NoSearch(AwqQuantizer):
+    """All scales one: for what the rest of the work needs."""
+
+    def _compute_best_scale(self, x: Any, w_mean: Any, x_mean: torch.Tensor, *rest: Any, **kw: Any) -> torch.Tensor:
+        return torch.ones(x_mean.numel())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
@@ -42,6 +49,9 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--dtype", default="bfloat16", help="of the float weights and the search")
+    parser.add_argument(
+        "--no-search", action="store_true", help="neither scales nor clipping: time and memory of the rest"
+    )
     args = parser.parse_args()
 
     rows = json.loads(args.tokens.read_text())
@@ -52,7 +62,8 @@ def main() -> None:
         calib_data=rows,
         max_calib_samples=len(rows),
         max_calib_seq_len=len(rows[0]),
-        quantizer_cls=SafeRestore,
+        quantizer_cls=NoSearch if args.no_search else SafeRestore,
+        apply_clip=not args.no_search,
     )
     model.save_quantized(args.out)
 

@@ -132,6 +132,7 @@ def peer(args: argparse.Namespace) -> dict[str, Any]:
     rows.write_text(json.dumps(np.load(calib).tolist()))
     driver = Path(__file__).with_name("autoawq_driver.py")
     argv = [args.python, str(driver), str(args.directory), str(rows), str(args.out), "--group-size", "128"]
+    argv += ["--no-search"] if args.no_search else []
     log = args.out.with_suffix(".log")
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     code, samples = watched(argv, log, args.seconds)
@@ -219,6 +220,7 @@ def main() -> None:
     p.add_argument("out", type=Path)
     p.add_argument("--python", required=True, help="of an environment with AutoAWQ 0.2.9")
     p.add_argument("--seconds", type=float, default=600)
+    p.add_argument("--no-search", action="store_true", help="see autoawq_driver.py: gets to the end sooner")
     p.add_argument("--samples", type=int, default=16)
     p.add_argument("--seq-len", type=int, default=512)
     p.set_defaults(run=peer)

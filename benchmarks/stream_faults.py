@@ -47,7 +47,7 @@ def kills(args: argparse.Namespace, command: Callable[..., list[str]]) -> dict[s
             print(sent[-1], flush=True)
         elif process.returncode:
             raise SystemExit(f"a run failed after {len(sent)} kills")
-        else:  # it got through: compare, and begin anew
+        if broken.exists() and not _work(broken).exists():  # it got through: compare, and begin anew
             _compare(whole, broken)
             shutil.rmtree(broken)
             done += 1
