@@ -151,7 +151,7 @@ def compare(
       The rows (float, rounded, AWQ), and what else there is to report: ``calibration`` (text),
       ``eval_tokens``, ``seconds`` per phase.
     """
-    from awq_jax import calibration, data, evaluate, quantizer, texts
+    from awq_jax import blockwise, calibration, data, evaluate, quantizer, texts
 
     learn, test = split_documents(texts.default_documents())
     seq_len = min(seq_len, model.config.max_length)
@@ -168,8 +168,8 @@ def compare(
 
     scores, sizes = {"float": score("float")}, {"float": model.nbytes}
     start = clock()
-    rows = max(1, 2048 // seq_len)
-    stats = calibration.calibrate(model.apply, model.params, text.batches(rows), progress=progress)
+    batches = blockwise.batched(text.tokens, model.config.vocab_size)
+    stats = calibration.calibrate(model.apply, model.params, batches, progress=progress)
     seconds["calibrate"] = clock() - start
     floats = model.params
     for name, how in (("round to nearest", "rtn"), ("AWQ", method)):

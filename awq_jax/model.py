@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from awq_jax import models, paths
 from awq_jax.config import AwqConfig
@@ -21,10 +22,11 @@ from awq_jax.convert.source import Source
 from awq_jax.detokenize import Detokenizer
 from awq_jax.errors import CalibrationError, ConfigError, ShapeError
 from awq_jax.generate import check_tokens
-from awq_jax.models import layouts
+from awq_jax.models import layouts, placing, sharding
 from awq_jax.models import params as model_params
 from awq_jax.models.plans import plan as plan_of
 from awq_jax.models.vision import inputs as vision
+from awq_jax.placement import Placement
 from awq_jax.qtensor import is_quantized
 from awq_jax.report import Report
 from awq_jax.sampling import Sampling
@@ -33,12 +35,15 @@ from awq_jax.served import Weights
 log = logging.getLogger(__name__)
 
 DTYPES = ("float32", "bfloat16", "float16")
-CALIBRATION_BATCH_TOKENS = 2048
-AUTO = ("gemm", "compressed-tensors", "awq-jax")  # the first that holds the weights as they are
 
 
 def load(
-    path: str | Path, dtype: str | None = None, *, merge: bool | None = None, resident: bool | None = None
+    path: str | Path,
+    dtype: str | None = None,
+    *,
+    merge: bool | None = None,
+    resident: bool | None = None,
+    mesh: Mesh | int | None = None,
 ) -> Model:
     """Load a model for the reference decoder.
 
@@ -50,6 +55,8 @@ def load(
         the parameters are asked for); None: if any is packed.
       resident: generate with a float32 copy of packed weights; None: on CPU, where packed matmuls are
         slow, if the copy takes at most half of the free memory. `Model.explain` says what is done.
+      mesh: devices to spread the weights over (see `awq_jax.models.sharding`): a mesh of one axis, or how
+        many of JAX's devices. Each device's part of each tensor is read from the files straight to it.
 
     Raises:
       UnsupportedModelError: the architecture is not one of `awq_jax.models.supported`.
@@ -61,17 +68,25 @@ def load(
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)} or None; got {dtype!r}")
     source = registry.open_source(path)
-    return from_source(source, dtype or ("float32" if source.format == "gguf" else None), merge, resident)
+    return from_source(source, dtype or ("float32" if source.format == "gguf" else None), merge, resident, mesh)
 
 
 def from_source(
-    source: Source, dtype: str | None = None, merge: bool | None = None, resident: bool | None = None
+    source: Source,
+    dtype: str | None = None,
+    merge: bool | None = None,
+    resident: bool | None = None,
+    mesh: Mesh | int | None = None,
 ) -> Model:
     """As `load`, from an open `awq_jax.convert.source.Source`."""
     config = models.config_of(source)
     graphdef, state = model_params.abstract(config)
-    params = model_params.load(source, config, state, dtype)
-    return Model(config, dict(source.config), graphdef, params, source.tokenizer(), source, merge, resident)
+    place = None if mesh is None else sharding.on(mesh)
+    if place is None:
+        params = model_params.load(source, config, state, dtype)
+    else:
+        params = placing.load(source, config, state, place, dtype)
+    return Model(config, dict(source.config), graphdef, params, source.tokenizer(), source, merge, resident, place)
 
 
 class Model:
@@ -100,9 +115,10 @@ class Model:
         source: Source,
         merge: bool | None = None,
         resident: bool | None = None,
+        place: Placement | None = None,
     ):
         self.config, self.hf_config = config, hf_config
-        self._weights = Weights(graphdef, config, params, merge, resident)
+        self._weights = Weights(graphdef, config, params, merge, resident, place)
         self.tokenizer, self.source = tokenizer, source
         self.settings: AwqConfig | None = None
 
@@ -334,7 +350,7 @@ class Model:
 
     def _calibration(self, calib: Any, samples: int, seq_len: int, batch_size: int | None, seed: int) -> list[Any]:
         """Batches for `awq_jax.calibrate`: see `quantize`."""
-        from awq_jax import data
+        from awq_jax import blockwise, data
 
         if isinstance(calib, Sequence) and calib and all(isinstance(b, Mapping) for b in calib):
             return [self._unpadded(b, i) for i, b in enumerate(calib[:samples])]
@@ -346,11 +362,7 @@ class Model:
             vocab_size=self.config.vocab_size,
             seed=seed,
         )
-        tokens = np.asarray(text.tokens, np.int32)
-        if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
-            raise CalibrationError(f"calibration tokens lie outside the vocabulary of {self.config.vocab_size}")
-        rows = batch_size or max(1, CALIBRATION_BATCH_TOKENS // tokens.shape[1])
-        return [tokens[i : i + rows] for i in range(0, len(tokens), rows)]
+        return list(blockwise.batched(text.tokens, self.config.vocab_size, batch_size))
 
     def _unpadded(self, batch: Mapping[str, Any], number: int) -> dict[str, np.ndarray]:
         arrays, lengths = vision.inputs(self.config, batch)
@@ -402,12 +414,12 @@ class Model:
         if not self._is_packed():
             return "float", "no weight is quantized"
         reasons: list[str] = []
-        for format in AUTO[:-1]:
+        for format in writing.AUTO[:-1]:
             problem = writing.unfit(format, model_params.tensors(self.params, self.config))
             if problem is None:
                 return format, "; ".join([*reasons, "it holds every weight"])
             reasons.append(f"not {format}: {problem}")
-        return AUTO[-1], "; ".join(reasons)
+        return writing.AUTO[-1], "; ".join(reasons)
 
     def _is_packed(self) -> bool:
         return any(map(is_quantized, paths.flatten(self.params).values()))

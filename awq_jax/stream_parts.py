@@ -26,7 +26,6 @@ from awq_jax.qtensor import QuantizedTensor
 log = logging.getLogger(__name__)
 
 Tensors = Iterable[tuple[str, np.ndarray | QuantizedTensor]]
-AUTO = ("gemm", "compressed-tensors", "awq-jax")  # the first that holds the weights as they are
 SHARD = 256 << 20  # bytes of a file of the result; a block that is larger has a file of its own
 
 
@@ -73,11 +72,11 @@ def assemble(
     write_json(work / INDEX, {"weight_map": files})
     parts = native.NativeSource(work, {"quantization_config": {"format_version": native.VERSION}})
     reasons = []
-    for choice in AUTO if format == "auto" else (format,):
+    for choice in writing.AUTO if format == "auto" else (format,):
         try:
             _write(choice, parts, [r.name for r in manifest.records], out, target, source, strict=format == "auto")
         except FormatError as e:
-            if format != "auto" or choice == AUTO[-1]:
+            if format != "auto" or choice == writing.AUTO[-1]:
                 raise
             reasons.append(f"not {choice}: {e}")
         else:

@@ -4,12 +4,15 @@
     python benchmarks/stream.py memory DIR OUT --samples 16
     python benchmarks/stream.py peer DIR OUT --python AUTOAWQ_VENV/bin/python --seconds 600
     python benchmarks/stream.py kills DIR OUT --kills 25
+    python benchmarks/stream.py make DEEP --layers 1000 --hidden 64 --inner 128 --vocab 256
+    python benchmarks/stream.py deep DEEP OUT --options "group_size=32"
 
 `make` writes a Llama-shaped checkpoint of random weights in which a few channels are large. `memory` runs
 ``awq-jax quantize`` in a process of its own and compares its peak with ``2.5 blocks + hidden states + 700
 MB``. `peer` begins to do the same with AutoAWQ 0.2.9 (`autoawq_driver.py`; its environment: `vs_autoawq.py`), for
 some time. `kills` sends SIGKILL at random moments, continues each time, and compares the files with those of a
-run that nothing interrupted (`stream_faults`).
+run that nothing interrupted (`stream_faults`). `deep` counts compilations and watches memory from block to
+block (`stream_deep`).
 """
 
 from __future__ import annotations
@@ -193,6 +196,13 @@ def kills(args: argparse.Namespace) -> dict[str, Any]:
     return stream_faults.kills(args, lambda out, hidden: command(args, out, calib, hidden))
 
 
+def deep(args: argparse.Namespace) -> dict[str, Any]:
+    """See `stream_deep.deep`."""
+    import stream_deep  # with JAX, which would add to the memory of processes that this one starts
+
+    return stream_deep.deep(args, tokens(args.directory, args.out.parent, args.samples, args.seq_len))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sub = parser.add_subparsers(required=True)
@@ -224,6 +234,13 @@ def main() -> None:
     p.add_argument("--samples", type=int, default=16)
     p.add_argument("--seq-len", type=int, default=512)
     p.set_defaults(run=peer)
+    p = sub.add_parser("deep")
+    p.add_argument("directory", type=Path)
+    p.add_argument("out", type=Path)
+    p.add_argument("--samples", type=int, default=8)
+    p.add_argument("--seq-len", type=int, default=64)
+    p.add_argument("--options", default="", help="settings, e.g. 'group_size=32 clip=False'")
+    p.set_defaults(run=deep)
     args = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     result = args.run(args)

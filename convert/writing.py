@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import shutil
@@ -13,12 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from awq_jax.config import AwqConfig
-from awq_jax.convert import pipeline, registry
+from awq_jax.convert import fused, pipeline, registry
 from awq_jax.convert.format import Encoder, Format, Record, Target
 from awq_jax.convert.shards import ShardWriter, atomic_directory, install, refuse_existing, write_json
 from awq_jax.convert.source import COMPANIONS, Source
 from awq_jax.errors import CheckpointError, ConfigError, FormatError
 from awq_jax.qtensor import QuantizedTensor
+
+AUTO = ("gemm", "compressed-tensors", "awq-jax")  # the first that holds the weights as they are
+log = logging.getLogger(__name__)
 
 Tensors = Iterable[tuple[str, np.ndarray | QuantizedTensor]]
 
@@ -175,7 +179,9 @@ def final_config(
     config: Mapping[str, Any], changes: Mapping[str, Any] | None, records: Sequence[Record]
 ) -> dict[str, Any]:
     """The source's config with this checkpoint's quantization, the dtype most float bytes have, and both spellings
-    of the rotary constants."""
+    of the rotary constants. Warns of linears that vLLM would join and that are not packed alike."""
+    for line in fused.torn(records) if changes and "quantization_config" in changes else ():
+        log.warning("%s", line)
     stale = ("quantization_config", "quantization", "compression_config", "torch_dtype", "dtype")
     out = {k: v for k, v in config.items() if k not in stale}
     floats: dict[str, int] = {}
