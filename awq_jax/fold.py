@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +17,27 @@ from awq_jax.plan import Absorber, Group, Plan, Site
 from awq_jax.qtensor import is_quantized
 
 Scales = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Factor:
+    """One step of folding a scale into a parameter.
+
+    Attributes:
+      kind: ``"times"`` or ``"over"``.
+      offset: of a parameter that is used as ``offset + parameter``; the sum is divided.
+      values: float, broadcast against the parameter.
+    """
+
+    kind: str
+    offset: float
+    values: Any
+
+    def apply(self, w: jax.Array) -> jax.Array:
+        """``w`` multiplied or divided."""
+        if self.kind == "times":
+            return w * self.values.astype(w.dtype)
+        return (self.offset + w) / self.values.astype(w.dtype) - self.offset
 
 
 class Folder:
@@ -56,18 +78,24 @@ class Folder:
         Raises:
           WeightError: the parameter is packed already.
         """
-        divide = self._absorbers.get(path, []) if absorbers else []
-        multiply = self._sites.get(path, []) if sites else []
-        if not divide and not multiply:
+        factors = self.factors(path, sites=sites, absorbers=absorbers)
+        if not factors:
             return leaf
         if is_quantized(leaf):
             raise WeightError(f"{path} is packed: scales fold into float parameters only")
         w = jnp.asarray(leaf, jnp.promote_types(leaf.dtype, jnp.float32))
-        for group, a in divide:
-            w = (a.offset + w) / absorber_scale(group, a, self._scales[group.name]).astype(w.dtype) - a.offset
-        for group, site in multiply:
-            w = w * site_scale(group, site, self._scales[group.name]).astype(w.dtype)
+        for factor in factors:
+            w = factor.apply(w)
         return w.astype(leaf.dtype)
+
+    def factors(self, path: str, *, sites: bool = True, absorbers: bool = True) -> tuple[Factor, ...]:
+        """What `leaf` does with a parameter, step by step."""
+        divide = self._absorbers.get(path, []) if absorbers else []
+        multiply = self._sites.get(path, []) if sites else []
+        return (
+            *(Factor("over", a.offset, absorber_scale(g, a, self._scales[g.name])) for g, a in divide),
+            *(Factor("times", 0.0, site_scale(g, site, self._scales[g.name])) for g, site in multiply),
+        )
 
 
 def site_scale(group: Group, site: Site, s: Any) -> jax.Array:

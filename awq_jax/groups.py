@@ -14,14 +14,16 @@ import numpy as np
 
 from awq_jax import fold, instances, pack
 from awq_jax.calibration import Stats
+from awq_jax.columns import Columns, Place, part, sweep
 from awq_jax.config import AwqConfig, LeafConfig
-from awq_jax.matrix import Rounded, round_matrix
+from awq_jax.matrix import round_matrix
 from awq_jax.moments import Moments, moments
 from awq_jax.plan import Group, Plan
+from awq_jax.pool import HERE, Pool
 from awq_jax.qtensor import QuantizedTensor, split_shape
 from awq_jax.report import LayerReport
-from awq_jax.rounding import column_loss, conditional_energy, quantize_dequantize
-from awq_jax.scale import Found, search
+from awq_jax.rounding import Factor, column_loss, conditional_energy, factorize, quantize_dequantize
+from awq_jax.scale import search
 from awq_jax.select import Target
 
 NO_TOKENS = "no finite activations were seen in calibration: rounded to nearest"
@@ -32,24 +34,23 @@ class GroupScale:
     """What the search decided for one group.
 
     Attributes:
-      scale: float32 ``[*scan, *batch, K]``, or None for 1 everywhere.
+      scale: float32 ``[*scan, *batch, K]`` (NumPy), or None for 1 everywhere.
       ratio: mean exponent chosen, None if 1.
       reason: why the scale is 1, or what a user should know about it; "" otherwise.
     """
 
-    scale: jax.Array | None
+    scale: np.ndarray | None
     ratio: float | None = None
     reason: str = ""
 
 
-class _SearchConfig(NamedTuple):
-    compensated: bool
-    n_grid: int
-    damping: float
-
-
 def find_scale(
-    group: Group, targets: list[Target], leaves: Mapping[str, Any], stats: Stats | None, config: AwqConfig
+    group: Group,
+    targets: list[Target],
+    leaves: Mapping[str, Any],
+    stats: Stats | None,
+    config: AwqConfig,
+    pool: Pool = HERE,
 ) -> GroupScale:
     """Search the scale of ``group``, or say why it stays 1.
 
@@ -57,6 +58,7 @@ def find_scale(
       targets: the weights of the group that will be quantized (at least one).
       leaves: all float parameters by path.
       stats: the group's calibration sums; needed unless the method is ``"rtn"``.
+      pool: devices that share the work.
     """
     if config.method == "rtn" or stats is None:
         return GroupScale(None)
@@ -65,26 +67,37 @@ def find_scale(
     means = moments(group, stats)
     if means is None:
         return GroupScale(None, reason=NO_TOKENS)
-    weights = [instances.from_leaf(leaves[t.site.path], t, group) for t in targets]
-    step = math.lcm(*(t.leaf.group_size for t in targets))
-    rows = -(-group.channels // step) * step
-    found = [
-        _search(
-            tuple(instances.pad_rows(w[i], rows) for w in weights),
-            instances.pad_square(means.gram[i], rows),
-            instances.pad_channels(means.absmean[i], rows, 0.0),
-            _padded_ties(group, rows),
-            leaves=tuple(t.leaf for t in targets),
-            config=_SearchConfig(config.method == "awq+gptq", config.n_grid, config.damping),
-            joint=_ties_cross_experts(group),
-            dtype=_widest(_scale_dtype(w, t.leaf) for w, t in zip(weights, targets, strict=True)),
+    rows = math.lcm(*(t.leaf.group_size for t in targets))
+    rows *= -(-group.channels // rows)
+    parts = [(t.leaf, part(t, group, leaves[t.site.path])) for t in targets]
+    weights = [(leaf, Columns([p for other, p in parts if other == leaf], rows)) for leaf in dict.fromkeys(dict(parts))]
+    dtype = _widest(_scale_dtype(p.largest(), leaf) for leaf, p in parts)
+    compensated = config.method == "awq+gptq"
+    found = []
+    for layer in range(math.prod(group.scan)):
+        absmean = _padded(means.absmean[layer], rows)
+        energies = _energies(pool, means, layer, len(absmean), rows, config.damping) if compensated else None
+
+        def metric(e: int, layer: int = layer, energies: np.ndarray | None = energies) -> Any:
+            return _pad_square(means.gram(layer, e), rows=rows) if energies is None else energies[e]
+
+        found.append(
+            search(
+                weights,
+                metric,
+                absmean if energies is None else np.sqrt(energies),
+                _padded_ties(group, rows),
+                layer=layer,
+                n_grid=config.n_grid,
+                joint=_ties_cross_experts(group),
+                dtype=dtype,
+                pool=pool,
+            )
         )
-        for i in range(math.prod(group.scan))
-    ]
-    ratios = np.concatenate([np.asarray(f.ratio) for f in found])
+    ratios = np.concatenate([f.ratio for f in found])
     if np.isnan(ratios).all():
         return GroupScale(None, reason="; ".join(filter(None, ("no scale beat plain rounding", means.note))))
-    scale = jnp.stack([f.scale[:, : group.channels] for f in found]).reshape(*group.scan, *group.batch, group.channels)
+    scale = np.stack([f.scale[:, : group.channels] for f in found]).reshape(*group.scan, *group.batch, group.channels)
     if over := _overflows(group, targets, leaves, scale):
         return GroupScale(None, reason=f"the scale does not fit into {over}")
     return GroupScale(scale, float(np.nanmean(ratios)), means.note)
@@ -98,12 +111,14 @@ def round_group(
     found: GroupScale,
     stats: Stats | None,
     config: AwqConfig,
+    pool: Pool = HERE,
 ) -> dict[str, tuple[QuantizedTensor, LayerReport]]:
     """Round and pack the targets of one group; those stored alike are rounded as one matrix.
 
     Args:
       folded: applies the scales of *all* groups: a weight here may absorb another group's scale.
       found: this group's scale.
+      pool: devices that share the work.
     """
     means = moments(group, stats) if stats is not None else None
     out: dict[str, tuple[QuantizedTensor, LayerReport]] = {}
@@ -112,126 +127,150 @@ def round_group(
         by_leaf.setdefault(t.leaf, []).append(t)
     for leaf, alike in by_leaf.items():
         # In float32: a scaled weight need not fit the leaf's own dtype, and codes are made of it anyway.
-        floats = [folded.leaf(t.site.path, jnp.asarray(leaves[t.site.path]).astype(jnp.float32)) for t in alike]
-        weights = [instances.from_leaf(w, t, group) for w, t in zip(floats, alike, strict=True)]
-        whole = jnp.concatenate(weights, axis=-1)
-        dtype = _scale_dtype(whole, leaf)
-        parts = _round_all(whole, alike[0].rows, means, group, found, leaf, config, dtype)
+        parts = [part(t, group, leaves[t.site.path], folded.factors(t.site.path)) for t in alike]
+        columns = Columns(parts, alike[0].rows)
+        dtype = _scale_dtype(columns.largest(), leaf)
+        rounded = _round(columns, means, group, found, leaf, config, dtype, pool)
         start = 0
-        for t, w in zip(alike, weights, strict=True):
-            mine = jax.tree.map(lambda a, lo=start, hi=start + w.shape[-1]: a[..., lo:hi], parts)
-            start += w.shape[-1]
-            q = _pack(t, group, leaves[t.site.path], mine.rounded, found, dtype)
+        for t, p in zip(alike, parts, strict=True):
+            mine = Rounded(*(a[..., start : start + p.columns] for a in rounded))
+            start += p.columns
+            q = _assemble(t, group, leaves[t.site.path], mine, found)
             row = _row(t, group, leaves[t.site.path], q, mine, found, means)
             out[t.site.path] = (q, row)
     return out
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Parts:
+class Rounded(NamedTuple):
     """Rounded columns and their errors, ``[S, E, ..., N]``.
 
     Attributes:
-      rounded: codes, scales, zeros, losses.
+      qweight: uint32 codes, packed.
+      scales, zeros: of the groups.
+      loss, clipped: see `awq_jax.matrix.Rounded`.
       energy: expected squared output of each column.
       rtn: loss of plain rounding without a scale.
     """
 
-    rounded: Rounded
-    energy: jax.Array
-    rtn: jax.Array
+    qweight: Any
+    scales: Any
+    zeros: Any
+    loss: Any
+    clipped: Any
+    energy: Any
+    rtn: Any
 
 
-def _round_all(
-    whole: jax.Array,
-    rows: int,
+class _Given(NamedTuple):
+    """What the columns of one instance have in common: the Gram of the scaled input, its factor, the scale."""
+
+    gram: jax.Array | None
+    factor: Factor | None
+    scale: jax.Array
+
+
+def _round(
+    columns: Columns,
     means: Moments | None,
     group: Group,
     found: GroupScale,
     leaf: LeafConfig,
     config: AwqConfig,
     dtype: str,
-) -> _Parts:
-    s, e = whole.shape[:2]
-    scale = jnp.ones((s, e, group.channels)) if found.scale is None else found.scale.reshape(s, e, -1)
-    parts = [
-        _round(
-            instances.pad_rows(whole[i], rows),
-            None if means is None else instances.pad_square(means.gram[i], rows),
-            instances.pad_channels(scale[i], rows, 1.0),
-            leaf=leaf,
-            method=config.method,
-            clip=config.clip,
-            damping=config.damping,
-            dtype=dtype,
-        )
-        for i in range(s)
-    ]
-    return jax.tree.map(lambda *xs: jnp.stack(xs), *parts)
+    pool: Pool,
+) -> Rounded:
+    layers, experts = math.prod(group.scan), math.prod(group.batch)
+    lead = (layers, experts, group.channels)
+    scale = np.ones(lead, np.float32) if found.scale is None else np.asarray(found.scale).reshape(lead)
+    compensated = config.method == "awq+gptq"
+    instances: list[Rounded] = []
+    for layer in range(layers):
+
+        def fetch(e: int, layer: int = layer) -> Any:
+            return None if means is None else means.gram(layer, e), scale[layer, e]
+
+        def prepare(given: Any) -> _Given:
+            return _prepare(*given, rows=columns.rows, damping=config.damping if compensated else None)
+
+        def run(place: Place, e: int, piece: int, given: _Given, layer: int = layer) -> Rounded:
+            w = place(columns.piece(layer, e, piece))
+            return _round_piece(w, given, leaf=leaf, nearest=config.method == "rtn", clip=config.clip, dtype=dtype)
+
+        for pieces in sweep(pool, experts, columns.pieces, fetch, prepare, run):
+            instances.append(
+                Rounded(*(np.concatenate(a, axis=-1)[..., : columns.total] for a in zip(*pieces, strict=True)))
+            )
+    return Rounded(*(np.stack(a).reshape(layers, experts, *a[0].shape) for a in zip(*instances, strict=True)))
 
 
-@functools.partial(jax.jit, static_argnames=("leaves", "config", "joint", "dtype"))
-def _search(
-    weights: tuple[jax.Array, ...],
-    gram: jax.Array,
-    absmean: jax.Array,
-    ties: jax.Array | None,
-    *,
-    leaves: tuple[LeafConfig, ...],
-    config: _SearchConfig,
-    joint: bool,
-    dtype: str,
-) -> Found:
-    magnitude = absmean
-    if config.compensated:
-        gram = jax.vmap(lambda h: conditional_energy(h, config.damping))(gram)
-        magnitude = jnp.sqrt(gram)
-    return search(weights, gram, magnitude, ties, leaves=leaves, n_grid=config.n_grid, joint=joint, dtype=dtype)
+@functools.partial(jax.jit, static_argnames=("rows", "damping"))
+def _prepare(gram: jax.Array | None, scale: jax.Array, *, rows: int, damping: float | None) -> _Given:
+    s = jnp.pad(scale, (0, rows - len(scale)), constant_values=1.0)
+    if gram is None:
+        return _Given(None, None, s)
+    scaled = _square(gram, rows) / (s[:, None] * s[None, :])
+    return _Given(scaled, None if damping is None else factorize(scaled, damping), s)
 
 
-@functools.partial(jax.jit, static_argnames=("leaf", "method", "clip", "damping", "dtype"))
-def _round(
-    w: jax.Array,
-    gram: jax.Array | None,
-    scale: jax.Array,
-    *,
-    leaf: LeafConfig,
-    method: str,
-    clip: bool,
-    damping: float,
-    dtype: str,
-) -> _Parts:
-    """Round ``w [E, K, N]``, which ``scale [E, K]`` is already multiplied into."""
-
-    def one(args: tuple[jax.Array, jax.Array | None, jax.Array]) -> _Parts:
-        w, h, s = args
-        if h is None or method == "rtn":
-            r = round_matrix(w, None, leaf=leaf, compensated=False, clip=False, damping=damping, dtype=dtype)
-            if h is None:
-                return _Parts(r, r.loss, r.loss)
-        scaled = h / (s[:, None] * s[None, :])
+@functools.partial(jax.jit, static_argnames=("leaf", "nearest", "clip", "dtype"))
+def _round_piece(w: jax.Array, given: _Given, *, leaf: LeafConfig, nearest: bool, clip: bool, dtype: str) -> Rounded:
+    """Round ``w [K, C]``, which the scale is already multiplied into."""
+    gram, factor, s = given
+    r = round_matrix(w, None if nearest else gram, factor, leaf=leaf, clip=clip, dtype=dtype)
+    energy = rtn = r.loss
+    if gram is not None:
+        energy = column_loss(w, gram)
         plain = w / s[:, None]
-        rtn = column_loss(quantize_dequantize(plain, leaf.group_size, leaf.bits, leaf.symmetric, dtype) - plain, h)
-        if method == "rtn":
-            r = r._replace(loss=rtn)
-        else:
-            compensated = method == "awq+gptq"
-            r = round_matrix(w, scaled, leaf=leaf, compensated=compensated, clip=clip, damping=damping, dtype=dtype)
-        return _Parts(r, column_loss(w, scaled), rtn)
-
-    return jax.lax.map(one, (w, gram, scale))
+        error = quantize_dequantize(plain, leaf.group_size, leaf.bits, leaf.symmetric, dtype) - plain
+        rtn = column_loss(error * s[:, None], gram)
+    loss = rtn if nearest else r.loss
+    return Rounded(pack.pack(r.codes, leaf.bits), r.scale.astype(dtype), r.zero, loss, r.clipped, energy, rtn)
 
 
-def _pack(t: Target, group: Group, leaf: Any, rounded: Rounded, found: GroupScale, dtype: str) -> QuantizedTensor:
+def _energies(pool: Pool, means: Moments, layer: int, experts: int, rows: int, damping: float) -> np.ndarray:
+    """`conditional_energy` of every instance, float32 ``[E, rows]``."""
+    made = sweep(
+        pool,
+        experts,
+        1,
+        lambda e: means.gram(layer, e),
+        lambda gram: _energy(gram, rows=rows, damping=damping),
+        lambda place, e, piece, energy: energy,
+    )
+    return np.stack([energy for (energy,) in made])
+
+
+@functools.partial(jax.jit, static_argnames=("rows", "damping"))
+def _energy(gram: jax.Array, *, rows: int, damping: float) -> jax.Array:
+    gram = _square(gram, rows)
+    return conditional_energy(gram, factorize(gram, damping))
+
+
+def _square(gram: jax.Array, rows: int) -> jax.Array:
+    """``gram`` with channels of no energy up to ``rows``."""
+    return jnp.pad(gram, (0, rows - len(gram)))
+
+
+_pad_square = jax.jit(_square, static_argnames=("rows",))
+
+
+def _padded(v: np.ndarray, rows: int) -> np.ndarray:
+    return np.pad(v, ((0, 0), (0, rows - v.shape[-1])))
+
+
+def _assemble(t: Target, group: Group, leaf: Any, rounded: Rounded, found: GroupScale) -> QuantizedTensor:
     _, k_dims, n_dims = split_shape(t.site.shape, t.site.canonical_axes)
     inverse = None
     if found.scale is not None and not group.absorbers:
-        inverse = instances.scale_to_batched(1.0 / found.scale, t, group)
+        inverse = instances.scale_to_batched(1.0 / jnp.asarray(found.scale), t, group)
+
+    def batched(a: np.ndarray) -> jax.Array:
+        return jnp.asarray(instances.to_batched(a, t, group))
+
     return QuantizedTensor(
-        qweight=pack.pack(instances.to_batched(rounded.codes, t, group), t.leaf.bits),
-        scales=instances.to_batched(rounded.scale, t, group).astype(dtype),
-        zeros=None if t.leaf.symmetric else instances.to_batched(rounded.zero, t, group),
+        qweight=batched(rounded.qweight),
+        scales=batched(rounded.scales),
+        zeros=None if t.leaf.symmetric else batched(rounded.zeros),
         inv_scale=inverse,
         bits=t.leaf.bits,
         group_size=t.leaf.group_size,
@@ -243,9 +282,9 @@ def _pack(t: Target, group: Group, leaf: Any, rounded: Rounded, found: GroupScal
 
 
 def _row(
-    t: Target, group: Group, leaf: Any, q: QuantizedTensor, parts: _Parts, found: GroupScale, means: Moments | None
+    t: Target, group: Group, leaf: Any, q: QuantizedTensor, rounded: Rounded, found: GroupScale, means: Moments | None
 ) -> LayerReport:
-    total = float(parts.energy.sum())
+    total = float(rounded.energy.sum(dtype=np.float64))
     known = means is not None and total > 0
     return LayerReport(
         path=t.site.path,
@@ -256,22 +295,22 @@ def _row(
         symmetric=t.leaf.symmetric,
         bytes_before=math.prod(t.site.shape) * np.dtype(leaf.dtype).itemsize,
         bytes_after=q.nbytes,
-        error_rtn=float(parts.rtn.sum()) / total if known else None,
-        error=float(parts.rounded.loss.sum()) / total if known else None,
+        error_rtn=float(rounded.rtn.sum(dtype=np.float64)) / total if known else None,
+        error=float(rounded.loss.sum(dtype=np.float64)) / total if known else None,
         ratio=found.ratio,
-        clipped=float(parts.rounded.clipped.mean()),
+        clipped=float(rounded.clipped.mean(dtype=np.float64)),
         scale="none" if found.scale is None else ("folded" if group.absorbers else "explicit"),
         reason=found.reason,
     )
 
 
-def _scale_dtype(w: jax.Array, leaf: LeafConfig) -> str:
+def _scale_dtype(largest: float, leaf: LeafConfig) -> str:
     """float16, which every runtime reads, unless the weights are too large or too small for it."""
-    largest = float(jnp.abs(w).max()) * 2 / (2**leaf.bits - 1)
-    return "float16" if largest == 0 or 2.0**-14 <= largest < 3e4 else "float32"
+    step = largest * 2 / (2**leaf.bits - 1)
+    return "float16" if step == 0 or 2.0**-14 <= step < 3e4 else "float32"
 
 
-def _overflows(group: Group, targets: list[Target], leaves: Mapping[str, Any], scale: jax.Array) -> str:
+def _overflows(group: Group, targets: list[Target], leaves: Mapping[str, Any], scale: np.ndarray) -> str:
     """What stays float and would become infinite in its own dtype, "" if nothing."""
     if not group.absorbers:
         return ""

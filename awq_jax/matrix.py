@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from awq_jax.config import LeafConfig
 from awq_jax.rounding import (
+    Factor,
     Grid,
     clip_search,
     column_loss,
@@ -50,7 +51,7 @@ class _Candidate(NamedTuple):
 
 
 def round_matrix(
-    w: jax.Array, gram: jax.Array | None, *, leaf: LeafConfig, compensated: bool, clip: bool, damping: float, dtype: str
+    w: jax.Array, gram: jax.Array | None, factor: Factor | None, *, leaf: LeafConfig, clip: bool, dtype: str
 ) -> Rounded:
     """Round ``w`` to ``leaf``'s grid so that the expected squared output error is small.
 
@@ -61,10 +62,9 @@ def round_matrix(
       w: float32 ``[K, N]``, already scaled; K a multiple of ``leaf.group_size``.
       gram: float32 ``[K, K]`` of the activation that meets ``w``, or None: nearest rounding, no
         clipping, losses of zero.
+      factor: of ``gram``, to try error compensation too; or None.
       leaf: bits, group size (resolved), symmetric.
-      compensated: also try error compensation.
       clip: also try clipped ranges.
-      damping: see `awq_jax.rounding.inverse_factor`.
       dtype: dtype the scales are stored in.
     """
     g, bits = leaf.group_size, leaf.bits
@@ -74,7 +74,7 @@ def round_matrix(
         codes = encode(wg, full, bits).reshape(w.shape)
         best = _Candidate(codes, full, jnp.zeros(w.shape[-1]))
     else:
-        best = _best(w, wg, gram, full, leaf, compensated, clip, damping, dtype)
+        best = _best(w, wg, gram, factor, full, leaf, clip, dtype)
     used = best.grid
     # A stored scale of 0 would be legal but divides by zero elsewhere; an all-zero group may have any.
     scale = jnp.where(used.scale > 0, used.scale, 1.0)
@@ -87,11 +87,10 @@ def _best(
     w: jax.Array,
     wg: jax.Array,
     gram: jax.Array,
+    factor: Factor | None,
     full: Grid,
     leaf: LeafConfig,
-    compensated: bool,
     clip: bool,
-    damping: float,
     dtype: str,
 ) -> _Candidate:
     bits = leaf.bits
@@ -104,8 +103,8 @@ def _best(
     best = judge(encode(wg, full, bits), full)
     start = full
     if clip:
-        if compensated:
-            metric = conditional_energy(gram, damping).reshape(wg.shape[:2])
+        if factor is not None:
+            metric = conditional_energy(gram, factor).reshape(wg.shape[:2])
         else:
             metric = diagonal_blocks(gram, leaf.group_size)
         start = clip_search(wg, metric, bits, leaf.symmetric, dtype)
@@ -113,7 +112,7 @@ def _best(
 
     def step(carry: tuple[_Candidate, Grid], _: None) -> tuple[tuple[_Candidate, Grid], None]:
         best, grid = carry
-        codes = compensate(w, gram, grid, bits, damping) if compensated else encode(wg, grid, bits).reshape(w.shape)
+        codes = encode(wg, grid, bits).reshape(w.shape) if factor is None else compensate(w, factor, grid, bits)
         best = _better(best, judge(codes, grid))
         grid = refit(w, gram, codes, grid, dtype)
         return (_better(best, judge(codes, grid)), grid), None

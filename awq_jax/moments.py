@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,19 +17,36 @@ from awq_jax.plan import Group
 MIN_TOKENS = 64
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Moments:
     """Statistics per instance: S scanned layers, E experts (or 1).
 
     Attributes:
-      gram: float32 ``[S, E, K, K]``, ``E[x^T x]``.
       absmean: float32 ``[S, E, K]``, ``E|x|``.
       note: what a user should know about them, "" if nothing.
     """
 
-    gram: jax.Array
-    absmean: jax.Array
-    note: str = ""
+    absmean: np.ndarray
+    note: str
+    _gram: Any  # [*scan, *batch, K, K]: sums
+    _lead: tuple[int, ...]
+    _count: np.ndarray  # [S, E]
+    _few: np.ndarray  # [S, E]: too few tokens to be trusted
+
+    def gram(self, layer: int, expert: int) -> jax.Array:
+        """``E[x^T x]`` of one instance, float32 ``[K, K]``."""
+        e = self._count.shape[1]
+        few = self._few[layer, expert]
+        total = self._layer(layer) if few else self._sum(layer * e + expert)
+        return total / np.float32(self._count[layer, expert])
+
+    @functools.lru_cache(maxsize=1)  # noqa: B019  (as short-lived as its arguments)
+    def _layer(self, layer: int) -> jax.Array:
+        e = self._count.shape[1]
+        return functools.reduce(jnp.add, (self._sum(layer * e + i) for i in range(e)))
+
+    def _sum(self, instance: int) -> jax.Array:
+        return jnp.asarray(self._gram[np.unravel_index(instance, self._lead)] if self._lead else self._gram)
 
 
 def moments(group: Group, stats: Stats) -> Moments | None:
@@ -36,22 +55,24 @@ def moments(group: Group, stats: Stats) -> Moments | None:
     Experts that saw fewer than ``MIN_TOKENS`` tokens take the statistics of their layer.
     """
     s, e, k = math.prod(group.scan), math.prod(group.batch), group.channels
-    gram = jnp.asarray(stats.gram).reshape(s, e, k, k)
-    total = jnp.asarray(stats.abs).reshape(s, e, k)
+    total = np.asarray(stats.abs).reshape(s, e, k)
     count = np.asarray(stats.count).reshape(s, e)
     dropped = float(np.asarray(stats.dropped).sum())
-    if (count.sum(axis=1) == 0).any() or not bool(jnp.isfinite(gram).all()):
+    if (count.sum(axis=1) == 0).any() or not bool(_all_finite(stats.gram)):
         return None
     notes = []
     if dropped:
         notes.append(f"{dropped:.0f} tokens with NaN or inf activations were left out")
-    few = count < MIN_TOKENS
-    if e > 1 and few.any():
+    few = count < MIN_TOKENS if e > 1 else np.zeros_like(count, bool)
+    if few.any():
         rare = sorted(set(np.nonzero(few)[1].tolist()))
         notes.append(f"experts {rare} saw under {MIN_TOKENS} tokens: the layer's statistics were used")
-        pick = jnp.asarray(few)
-        gram = jnp.where(pick[..., None, None], gram.sum(axis=1, keepdims=True), gram)
-        total = jnp.where(pick[..., None], total.sum(axis=1, keepdims=True), total)
+        total = np.where(few[..., None], total.sum(axis=1, keepdims=True), total)
         count = np.where(few, count.sum(axis=1, keepdims=True), count)
-    n = jnp.asarray(count)
-    return Moments(gram / n[..., None, None], total / n[..., None], "; ".join(notes))
+    absmean = total / count[..., None]
+    return Moments(absmean, "; ".join(notes), stats.gram, (*group.scan, *group.batch), count, few)
+
+
+@jax.jit
+def _all_finite(x: jax.Array) -> jax.Array:
+    return jnp.isfinite(x).all()

@@ -9,6 +9,7 @@ from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from tqdm import tqdm
 
 from awq_jax import fold, paths, report
@@ -18,6 +19,7 @@ from awq_jax.discovery import validate
 from awq_jax.errors import CalibrationError, ConfigError, WeightError
 from awq_jax.groups import GroupScale, find_scale, round_group
 from awq_jax.plan import Group, Plan
+from awq_jax.pool import HERE, Pool
 from awq_jax.qtensor import QuantizedTensor
 from awq_jax.select import Target, select
 
@@ -148,6 +150,7 @@ def quantize_groups(
     stats: Mapping[str, Stats],
     config: AwqConfig,
     tick: Callable[[], Any] = lambda: None,
+    pool: Pool = HERE,
 ) -> Quantized:
     """Search the scales of some groups, and pack their weights.
 
@@ -157,6 +160,7 @@ def quantize_groups(
       leaves: float parameters by path.
       stats: calibration sums by the name of the group.
       tick: called twice for each group.
+      pool: devices that share the work; the result does not depend on their number.
     """
     started = time.perf_counter()
     scales: dict[str, GroupScale] = {}
@@ -164,14 +168,17 @@ def quantize_groups(
     rows: list[report.LayerReport] = []
     with jax.default_matmul_precision("highest"):
         for group, mine in work:
-            scales[group.name] = find_scale(group, mine, leaves, stats.get(group.name), config)
+            scales[group.name] = find_scale(group, mine, leaves, stats.get(group.name), config, pool)
             tick()
         searched = time.perf_counter()
         found = {n: s.scale for n, s in scales.items() if s.scale is not None}
-        folded = fold.Folder(plan, found)
+        # A scale of 1 where there is none: then the programs do not depend on what was found.
+        ones = {g.name: np.ones((*g.scan, *g.batch, g.channels), np.float32) for g, _ in work}
+        folded = fold.Folder(plan, ones | found)
         for group, mine in work:
             sums = stats.get(group.name)
-            for path, (q, row) in round_group(group, mine, leaves, folded, scales[group.name], sums, config).items():
+            found_here = scales[group.name]
+            for path, (q, row) in round_group(group, mine, leaves, folded, found_here, sums, config, pool).items():
                 packed[path] = q
                 rows.append(row)
             tick()

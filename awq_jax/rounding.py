@@ -85,7 +85,25 @@ def column_loss(delta: jax.Array, gram: jax.Array) -> jax.Array:
     return jnp.maximum((delta * spread).sum(axis=0), 0.0)
 
 
-def conditional_energy(gram: jax.Array, damping: float) -> jax.Array:
+class Factor(NamedTuple):
+    """What `compensate` needs of a Gram; see `factorize`.
+
+    Attributes:
+      order: int32 ``[K]``: channels in order of falling ``diag(gram)``.
+      inverse: float32 ``[K, K]``: `inverse_factor` of the Gram in that order.
+    """
+
+    order: jax.Array
+    inverse: jax.Array
+
+
+def factorize(gram: jax.Array, damping: float) -> Factor:
+    """The factor of a Gram ``[K, K]``, whose columns may then be compensated in any pieces."""
+    order = jnp.argsort(-jnp.diagonal(gram), stable=True)
+    return Factor(order, inverse_factor(gram[order][:, order], damping))
+
+
+def conditional_energy(gram: jax.Array, factor: Factor) -> jax.Array:
     """What compensation cannot take away from each channel, ``[K]``.
 
     With rows rounded in order of falling ``diag(gram)`` and every error spread over the rows still to
@@ -93,9 +111,8 @@ def conditional_energy(gram: jax.Array, damping: float) -> jax.Array:
     the energy is the variance of channel k given the channels rounded after it (the pivot of the
     LDL factorisation), not the variance itself.
     """
-    order = jnp.argsort(-jnp.diagonal(gram), stable=True)
-    u = inverse_factor(gram[order][:, order], damping)
-    energy = jnp.zeros_like(u[0]).at[order].set(1.0 / jnp.square(jnp.diagonal(u)))
+    pivots = 1.0 / jnp.square(jnp.diagonal(factor.inverse))
+    energy = jnp.zeros_like(pivots).at[factor.order].set(pivots)
     return jnp.where(jnp.diagonal(gram) > 0, energy, 0.0)
 
 
@@ -160,14 +177,14 @@ def inverse_factor(gram: jax.Array, damping: float) -> jax.Array:
     return jax.scipy.linalg.solve_triangular(lower, eye, lower=True)[::-1, ::-1]
 
 
-def compensate(w: jax.Array, gram: jax.Array, grid: Grid, bits: int, damping: float) -> jax.Array:
+def compensate(w: jax.Array, factor: Factor, grid: Grid, bits: int) -> jax.Array:
     """Round row by row, each error spread over the rows not yet rounded (arXiv 2210.17323).
 
-    Rows go in order of falling ``diag(gram)``; the grid is fixed beforehand, so the order leaves no
-    trace in the stored format.
+    The grid is fixed beforehand, so the order of rows leaves no trace in the stored format.
 
     Args:
       w: ``[K, N]``.
+      factor: of the Gram of what meets ``w``.
       grid: parameters per (group, column).
 
     Returns:
@@ -175,8 +192,7 @@ def compensate(w: jax.Array, gram: jax.Array, grid: Grid, bits: int, damping: fl
     """
     k, n = w.shape
     group = k // grid.scale.shape[0]
-    order = jnp.argsort(-jnp.diagonal(gram), stable=True)
-    u = inverse_factor(gram[order][:, order], damping)
+    order, u = factor
     pad = -k % BLOCK
     u = jnp.pad(u, ((0, pad), (0, pad))) + jnp.diag(jnp.where(jnp.arange(k + pad) < k, 0.0, 1.0))
     scale = jnp.pad(jnp.repeat(grid.scale, group, axis=0)[order], ((0, pad), (0, 0)))

@@ -12,18 +12,19 @@ protection. Measured on a 135M model this cuts the loss of perplexity by a third
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from awq_jax.columns import Columns, Place, sweep
 from awq_jax.config import LeafConfig
+from awq_jax.pool import HERE, Pool
 from awq_jax.rounding import column_loss, quantize_dequantize
 
 LIMIT = 1e4  # largest ratio between a scale and the group's geometric centre
-
-
-_Best = tuple[jax.Array, jax.Array, jax.Array]  # scale, ratio, loss
 
 
 class Found(NamedTuple):
@@ -31,15 +32,15 @@ class Found(NamedTuple):
 
     Attributes:
       scale: float32 ``[E, K]``.
-      ratio: float32 ``[E]``: the exponent chosen; NaN where the scale is 1.
-      loss: float32 ``[E]`` of the scale chosen, rounded to nearest.
-      loss_rtn: float32 ``[E]`` of scale 1.
+      ratio: ``[E]``: the exponent chosen; NaN where the scale is 1.
+      loss: ``[E]`` of the scale chosen, rounded to nearest.
+      loss_rtn: ``[E]`` of scale 1.
     """
 
-    scale: jax.Array
-    ratio: jax.Array
-    loss: jax.Array
-    loss_rtn: jax.Array
+    scale: np.ndarray
+    ratio: np.ndarray
+    loss: np.ndarray
+    loss_rtn: np.ndarray
 
 
 def tie(log_scale: jax.Array, ties: jax.Array | None) -> jax.Array:
@@ -52,15 +53,12 @@ def tie(log_scale: jax.Array, ties: jax.Array | None) -> jax.Array:
     return (total / jnp.maximum(count, 1.0))[ties].reshape(log_scale.shape)
 
 
-def weight_share(weights: tuple[jax.Array, ...], leaves: tuple[LeafConfig, ...]) -> jax.Array:
-    """Mean over all output columns of ``|w| / (largest |w| of its group)``, ``[E, K]``."""
-    total, count = jnp.zeros(weights[0].shape[:2]), 0
-    for w, leaf in zip(weights, leaves, strict=True):
-        e, k, n = w.shape
-        magnitude = jnp.abs(w).reshape(e, k // leaf.group_size, leaf.group_size, n)
-        share = magnitude / jnp.maximum(magnitude.max(axis=2, keepdims=True), 1e-30)
-        total, count = total + share.reshape(e, k, n).sum(axis=-1), count + n
-    return total / count
+def weight_share(w: jax.Array, group_size: int) -> jax.Array:
+    """Sum over columns of ``|w| / (largest |w| of its group)``, ``[K]``, of ``w [K, N]``."""
+    k, n = w.shape
+    magnitude = jnp.abs(w).reshape(k // group_size, group_size, n)
+    share = magnitude / jnp.maximum(magnitude.max(axis=1, keepdims=True), 1e-30)
+    return share.reshape(k, n).sum(axis=-1)
 
 
 def candidate(
@@ -82,66 +80,76 @@ def candidate(
     return jnp.exp(jnp.clip(log_s, -bound, bound))
 
 
-def scaled_loss(
-    weights: tuple[jax.Array, ...],
-    gram: jax.Array,
-    scale: jax.Array,
-    leaves: tuple[LeafConfig, ...],
-    dtype: str,
-) -> jax.Array:
-    """Loss ``[E]`` of rounding ``diag(scale) W`` to nearest, all sites summed."""
+def candidates(magnitude: jax.Array, share: jax.Array, ties: jax.Array | None, n_grid: int) -> jax.Array:
+    """Scale 1, then those to be tried, ratios rising, with the weights and without: ``[1 + 2 * n_grid, E, K]``."""
+    duos = jnp.repeat(jnp.array([1.0, 0.0]), n_grid)
+    trials = jnp.tile(jnp.arange(n_grid, dtype=jnp.float32) / n_grid, 2), duos
+    made = jax.lax.map(lambda t: candidate(magnitude, share, t[0], t[1], ties), trials)
+    return jnp.concatenate([jnp.ones_like(magnitude)[None], made])
 
-    def one(args: tuple[tuple[jax.Array, ...], jax.Array, jax.Array]) -> jax.Array:
-        ws, h, s = args
-        loss = jnp.float32(0.0)
-        for w, leaf in zip(ws, leaves, strict=True):
-            q = quantize_dequantize(w * s[:, None], leaf.group_size, leaf.bits, leaf.symmetric, dtype)
-            loss += column_loss(q / s[:, None] - w, h).sum()
-        return loss
 
-    return jax.lax.map(one, (weights, gram, scale))
+def scaled_losses(w: jax.Array, metric: jax.Array, scales: jax.Array, leaf: LeafConfig, dtype: str) -> jax.Array:
+    """Losses ``[T]`` of rounding ``diag(scale) W`` to nearest, one for each of ``scales [T, K]``."""
+
+    def one(s: jax.Array) -> jax.Array:
+        q = quantize_dequantize(w * s[:, None], leaf.group_size, leaf.bits, leaf.symmetric, dtype)
+        return column_loss(q / s[:, None] - w, metric).sum()
+
+    return jax.lax.map(one, scales)
+
+
+_share = jax.jit(weight_share, static_argnames=("group_size",))
+_candidates = jax.jit(candidates, static_argnames=("n_grid",))
+_losses = jax.jit(scaled_losses, static_argnames=("leaf", "dtype"))
 
 
 def search(
-    weights: tuple[jax.Array, ...],
-    gram: jax.Array,
-    magnitude: jax.Array,
+    weights: Sequence[tuple[LeafConfig, Columns]],
+    metric: Callable[[int], jax.Array],
+    magnitude: Any,
     ties: jax.Array | None,
     *,
-    leaves: tuple[LeafConfig, ...],
+    layer: int = 0,
     n_grid: int,
     joint: bool,
     dtype: str,
+    pool: Pool = HERE,
 ) -> Found:
-    """Best of ``1 + 2*n_grid`` scales for one group.
+    """Best of ``1 + 2*n_grid`` scales for one group; scale 1 wins a tie, then the earlier one.
 
     Args:
-      weights: the sites to be quantized, float32 ``[E, K, N_i]`` each, K a multiple of the group.
-      gram: float32 ``[E, K, K]``, or ``[E, K]`` for a diagonal one.
+      weights: the sites to be quantized, those of the same storage side by side; E instances.
+      metric: the Gram of an instance, float32 ``[K, K]``, or ``[K]`` for a diagonal one. Called in order.
       magnitude: float32 ``[E, K]``: typical size of each channel, ``E|x|`` in the paper; 0 if never active.
       ties: int32 ``[E*K]`` or None.
-      leaves: storage of each site, group size resolved.
+      layer: which of the scanned layers.
       n_grid: ratios ``0, 1/n_grid, ... (n_grid-1)/n_grid``.
       joint: choose one ratio for all instances (needed where ties cross instances).
       dtype: dtype the group scales are stored in.
+      pool: devices that share the work.
     """
-    share = weight_share(weights, leaves)
-    ratios = jnp.tile(jnp.arange(n_grid, dtype=jnp.float32) / n_grid, 2)
-    duos = jnp.repeat(jnp.array([1.0, 0.0]), n_grid)
-    ones = jnp.ones_like(magnitude)
-    loss_rtn = scaled_loss(weights, gram, ones, leaves, dtype)
+    magnitude = np.asarray(magnitude, np.float32)
+    experts = len(magnitude)
+    work = [(leaf, columns, i) for leaf, columns in weights for i in range(columns.pieces)]
 
-    def step(best: _Best, trial: tuple[jax.Array, jax.Array]) -> tuple[_Best, None]:
-        scale, ratio, loss = best
-        s = candidate(magnitude, share, *trial, ties)
-        new = scaled_loss(weights, gram, s, leaves, dtype)
-        better = jnp.broadcast_to(new.sum() < loss.sum(), new.shape) if joint else new < loss
-        return (
-            jnp.where(better[:, None], s, scale),
-            jnp.where(better, trial[0], ratio),
-            jnp.where(better, new, loss),
-        ), None
+    def share(place: Place, e: int, piece: int, _: None) -> jax.Array:
+        leaf, columns, i = work[piece]
+        return _share(place(columns.piece(layer, e, i)), group_size=leaf.group_size)
 
-    start = (ones, jnp.full(loss_rtn.shape, jnp.nan), loss_rtn)
-    (scale, ratio, loss), _ = jax.lax.scan(step, start, (ratios, duos))
-    return Found(scale, ratio, loss, loss_rtn)
+    shares = sweep(pool, experts, len(work), lambda e: None, lambda x: x, share)
+    total = sum(columns.total for _, columns in weights)
+    mean = np.stack([sum(parts[1:], start=parts[0]) for parts in shares]) / np.float32(total)
+    scales = np.asarray(_candidates(magnitude, mean, ties, n_grid=n_grid))
+
+    def loss(place: Place, e: int, piece: int, given: tuple[jax.Array, jax.Array]) -> jax.Array:
+        leaf, columns, i = work[piece]
+        return _losses(place(columns.piece(layer, e, i)), *given, leaf=leaf, dtype=dtype)
+
+    parts = sweep(pool, experts, len(work), lambda e: (metric(e), scales[:, e]), lambda x: x, loss)
+    losses = np.asarray(parts, np.float64).sum(axis=1)  # [E, T]
+    judged = np.broadcast_to(losses.sum(axis=0), losses.shape) if joint else losses
+    # A loss that is not a number beats nothing, and nothing beats it.
+    best = [0 if np.isnan(row[0]) else int(np.nanargmin(row)) for row in judged]
+    every = np.arange(experts)
+    ratios = np.concatenate([[np.nan], np.tile(np.arange(n_grid) / n_grid, 2)])
+    return Found(scales[best, every], ratios[best], losses[every, best], losses[:, 0])

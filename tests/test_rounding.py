@@ -105,7 +105,7 @@ def test_compensation_matches_a_plain_float64_loop(k: int) -> None:
     w = np.random.default_rng(3).normal(size=(k, N)).astype(np.float32)
     h = gram_of(correlated(k))
     grid = rounding.make_grid(*rounding.range_of(jnp.asarray(w).reshape(-1, G, N)), 3, False, "float16")
-    got = rounding.compensate(jnp.asarray(w), jnp.asarray(h, jnp.float32), grid, 3, 0.01)
+    got = rounding.compensate(jnp.asarray(w), rounding.factorize(jnp.asarray(h, jnp.float32), 0.01), grid, 3)
 
     order = np.argsort(-np.diag(h), kind="stable")
     damped = h + np.diag(0.01 * (np.diag(h) + 0.1 * np.diag(h).mean()))
@@ -128,7 +128,9 @@ def test_conditional_energy_predicts_the_error_that_compensation_leaves() -> Non
     h = gram_of(correlated())
     damped = h + np.diag(0.01 * (np.diag(h) + 0.1 * np.diag(h).mean()))
     order = np.argsort(-np.diag(h), kind="stable")
-    got = np.asarray(rounding.conditional_energy(jnp.asarray(h, jnp.float32), 0.01))
+    gram = jnp.asarray(h, jnp.float32)
+    factor = rounding.factorize(gram, 0.01)
+    got = np.asarray(rounding.conditional_energy(gram, factor))
     for place, k in enumerate(order):
         later = order[place + 1 :]
         cross = damped[np.ix_([k], later)]
@@ -141,7 +143,7 @@ def test_conditional_energy_predicts_the_error_that_compensation_leaves() -> Non
     w = np.random.default_rng(3).normal(size=(K, 400)).astype(np.float32)
     low, high = rounding.range_of(jnp.asarray(w).reshape(-1, G, 400))
     grid = rounding.make_grid(1.4 * low, 1.4 * high, 4, False, "float16")  # wide: nothing is clamped
-    codes = rounding.compensate(jnp.asarray(w), jnp.asarray(h, jnp.float32), grid, 4, 0.01)
+    codes = rounding.compensate(jnp.asarray(w), factor, grid, 4)
     delta = rounding.decode(codes.reshape(-1, G, 400), grid).reshape(K, 400) - w
     left = float(rounding.column_loss(delta, jnp.asarray(damped, jnp.float32)).mean())
     step = np.square(np.repeat(np.asarray(grid.scale), G, 0)).mean(axis=1) / 12
@@ -190,10 +192,9 @@ def test_hard_inputs_are_finite_and_no_column_is_worse_than_nearest(
     x[:, 9] *= 1000.0
     h = gram_of(x)
     leaf = LeafConfig(bits, G, symmetric)
-    r = round_matrix(
-        jnp.asarray(w), jnp.asarray(h, jnp.float32), leaf=leaf, compensated=compensated, clip=True, damping=0.01,
-        dtype="float16",
-    )  # fmt: skip
+    gram = jnp.asarray(h, jnp.float32)
+    factor = rounding.factorize(gram, 0.01) if compensated else None
+    r = round_matrix(jnp.asarray(w), gram, factor, leaf=leaf, clip=True, dtype="float16")
     for a in jax.tree.leaves(r):
         assert np.isfinite(np.asarray(a, np.float64)).all()
     assert float(r.scale.min()) > 0

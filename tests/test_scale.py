@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from test_rounding import correlated, gram_of, plain
 
-from awq_jax import scale
+from awq_jax import columns, scale
+from awq_jax.columns import Columns, Part
 from awq_jax.config import LeafConfig
 
 K, G = 32, 16
@@ -18,6 +19,16 @@ def problem(seed: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarr
     x = correlated(seed=seed)
     ws = [np.random.default_rng(seed + i).normal(size=(K, n)).astype(np.float32) for i, n in ((10, 5), (11, 8))]
     return x, ws[0], ws[1], np.abs(x).mean(axis=0)
+
+
+def search(ws, gram, a, ties=None, **settings):
+    """`scale.search` of stacked arrays: weights ``[E, K, N]``, Grams ``[E, K, K]`` or ``[E, K]``."""
+    parts = [Part(jnp.asarray(w), "bkn", experts=len(w)) for w in ws]
+    return scale.search([(LEAF, Columns(parts, K))], gram.__getitem__, a, ties, **settings)
+
+
+def share_of(*ws: np.ndarray) -> jax.Array:
+    return sum(scale.weight_share(jnp.asarray(w), G) for w in ws)[None] / sum(w.shape[1] for w in ws)
 
 
 def numpy_candidate(a: np.ndarray, share: np.ndarray, r: float, duo: bool) -> np.ndarray:
@@ -35,7 +46,7 @@ def numpy_share(*ws: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("ratio", [0.0, 0.35, 0.95])
 def test_candidates_follow_the_paper(ratio: float, duo: bool) -> None:
     _, w1, w2, a = problem()
-    share = scale.weight_share((jnp.asarray(w1)[None], jnp.asarray(w2)[None]), (LEAF, LEAF))
+    share = share_of(w1, w2)
     np.testing.assert_allclose(share[0], numpy_share(w1, w2), rtol=1e-5)
     got = scale.candidate(jnp.asarray(a)[None], share, jnp.float32(ratio), jnp.float32(duo), None)
     np.testing.assert_allclose(got[0], numpy_candidate(a, numpy_share(w1, w2), ratio, duo), rtol=1e-4)
@@ -44,7 +55,7 @@ def test_candidates_follow_the_paper(ratio: float, duo: bool) -> None:
 def test_dead_channels_keep_scale_one() -> None:
     _, w1, _, a = problem()
     a[[3, 17]] = 0.0
-    share = scale.weight_share((jnp.asarray(w1)[None],), (LEAF,))
+    share = share_of(w1)
     got = scale.candidate(jnp.asarray(a)[None], share, jnp.float32(0.5), jnp.float32(1.0), None)[0]
     assert got[3] == got[17] == 1.0
     assert np.isfinite(got).all()
@@ -53,7 +64,7 @@ def test_dead_channels_keep_scale_one() -> None:
 def test_tied_channels_share_one_scale() -> None:
     _, w1, _, a = problem()
     ties = np.arange(K) % 8
-    share = scale.weight_share((jnp.asarray(w1)[None],), (LEAF,))
+    share = share_of(w1)
     got = np.asarray(
         scale.candidate(jnp.asarray(a)[None], share, jnp.float32(0.5), jnp.float32(1.0), jnp.asarray(ties))[0]
     )
@@ -66,10 +77,8 @@ def test_tied_channels_share_one_scale() -> None:
 
 def test_search_returns_the_candidate_with_the_least_output_error() -> None:
     x, w1, w2, a = problem()
-    found = scale.search(
-        (jnp.asarray(w1)[None], jnp.asarray(w2)[None]), jnp.asarray(gram_of(x), jnp.float32)[None],
-        jnp.asarray(a)[None], None, leaves=(LEAF, LEAF), n_grid=5, joint=False, dtype="float16",
-    )  # fmt: skip
+    gram = jnp.asarray(gram_of(x), jnp.float32)[None]
+    found = search((w1[None], w2[None]), gram, a[None], n_grid=5, joint=False, dtype="float16")
 
     def error(s: np.ndarray) -> float:
         """Squared output error over the tokens themselves, in float64."""
@@ -88,16 +97,26 @@ def test_search_returns_the_candidate_with_the_least_output_error() -> None:
     np.testing.assert_allclose(error(np.asarray(found.scale[0], np.float64)), best, rtol=5e-3)
 
 
+def test_some_columns_at_a_time_are_searched_like_all_at_once(monkeypatch) -> None:
+    x, w1, w2, a = problem()
+    gram = jnp.asarray(gram_of(x), jnp.float32)[None]
+    args = {"n_grid": 4, "joint": False, "dtype": "float16"}
+    whole = search((w1[None], w2[None]), gram, a[None], **args)
+    monkeypatch.setattr(columns, "PIECE", {jax.default_backend(): 4 * K})
+    monkeypatch.setattr(columns, "ALIGNED", 4)
+    parts = search((w1[None], w2[None]), gram, a[None], **args)
+    np.testing.assert_allclose(parts.loss, whole.loss, rtol=1e-5)
+    np.testing.assert_allclose(parts.scale, whole.scale, rtol=1e-5)
+
+
 def test_scale_one_wins_where_nothing_is_better() -> None:
     """Weights on the grid already: any scale loses."""
     grid = np.linspace(-1, 0.75, 8, dtype=np.float32)
     w = rng.choice(grid, size=(K, 4))
     w[::G], w[1::G] = grid[0], grid[-1]
     x = correlated()
-    found = scale.search(
-        (jnp.asarray(w)[None],), jnp.asarray(gram_of(x), jnp.float32)[None], jnp.asarray(np.abs(x).mean(0))[None], None,
-        leaves=(LEAF,), n_grid=4, joint=False, dtype="float16",
-    )  # fmt: skip
+    gram = jnp.asarray(gram_of(x), jnp.float32)[None]
+    found = search((w[None],), gram, np.abs(x).mean(0)[None], n_grid=4, joint=False, dtype="float16")
     assert float(found.loss_rtn[0]) < 1e-6
     assert np.isnan(float(found.ratio[0]))
     assert (np.asarray(found.scale) == 1).all()
@@ -108,11 +127,11 @@ def test_experts_choose_apart_unless_joined() -> None:
     w = tuple(jnp.stack([p[i] for p in probs]) for i in (1, 2))
     h = jnp.stack([jnp.asarray(gram_of(p[0]), jnp.float32) for p in probs])
     a = jnp.stack([p[3] for p in probs])
-    kw = {"leaves": (LEAF, LEAF), "n_grid": 5, "dtype": "float16"}
-    apart = scale.search(w, h, a, None, joint=False, **kw)
-    joint = scale.search(w, h, a, None, joint=True, **kw)
+    kw = {"n_grid": 5, "dtype": "float16"}
+    apart = search(w, h, a, joint=False, **kw)
+    joint = search(w, h, a, joint=True, **kw)
     for e in range(2):
-        alone = scale.search(tuple(v[e : e + 1] for v in w), h[e : e + 1], a[e : e + 1], None, joint=False, **kw)
+        alone = search(tuple(v[e : e + 1] for v in w), h[e : e + 1], a[e : e + 1], joint=False, **kw)
         np.testing.assert_allclose(apart.scale[e], alone.scale[0], rtol=1e-6)
     assert float(joint.ratio[0]) == float(joint.ratio[1])
     assert float(joint.loss.sum()) <= float(joint.loss_rtn.sum())
@@ -121,8 +140,8 @@ def test_experts_choose_apart_unless_joined() -> None:
 def test_a_diagonal_metric_is_the_full_one_without_correlations() -> None:
     _, w1, _, a = problem()
     energy = jnp.asarray(np.square(a))[None]
-    args = {"leaves": (LEAF,), "n_grid": 4, "joint": False, "dtype": "float16"}
-    full = scale.search((jnp.asarray(w1)[None],), jax.vmap(jnp.diag)(energy), jnp.asarray(a)[None], None, **args)
-    diagonal = scale.search((jnp.asarray(w1)[None],), energy, jnp.asarray(a)[None], None, **args)
+    args = {"n_grid": 4, "joint": False, "dtype": "float16"}
+    full = search((w1[None],), jax.vmap(jnp.diag)(energy), a[None], **args)
+    diagonal = search((w1[None],), energy, a[None], **args)
     np.testing.assert_allclose(diagonal.loss, full.loss, rtol=1e-5)
     np.testing.assert_allclose(diagonal.scale, full.scale, rtol=1e-6)

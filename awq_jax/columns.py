@@ -1,0 +1,193 @@
+"""Weights side by side, a few columns at a time: what bounds the memory of search and rounding.
+
+Columns of a weight are quantized independently of each other once the statistics of its input are known,
+so they are worked on in pieces ``[K, C]`` of one shape: one compiled program, memory for one piece, and the
+same bits however many devices share them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from awq_jax import fold
+from awq_jax.plan import Group
+from awq_jax.pool import Pool
+from awq_jax.qtensor import split_shape, to_canonical
+from awq_jax.select import Target
+
+PIECE = {"cpu": 1 << 20}  # numbers in a piece, by backend
+PIECE_ELSEWHERE = 1 << 25  # accelerators: enough columns to keep them busy
+ALIGNED = 64  # columns in a piece are a multiple of it
+
+Place = Callable[[Any], Any]  # brings arrays to the device that works on a piece
+_Kinds = tuple[tuple[str, float], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One weight, seen as ``[S, E, K, N]``; see `awq_jax.instances`.
+
+    Attributes:
+      leaf: float, with axes as ``axes`` says.
+      axes: see `awq_jax.qtensor.QuantizedTensor.axes`.
+      scan: S, the number of scanned layers.
+      experts: E, the number of experts with an activation of their own (1 if they share one: then the
+        columns of all experts stand side by side).
+      factors: what to multiply and divide the leaf by on the way; see `awq_jax.fold.Folder.factors`.
+    """
+
+    leaf: jax.Array
+    axes: str
+    scan: int = 1
+    experts: int = 1
+    factors: tuple[fold.Factor, ...] = ()
+
+    @property
+    def columns(self) -> int:
+        """N."""
+        _, k, _ = split_shape(self.leaf.shape, self.axes)
+        return self.leaf.size // (math.prod(k) * self.scan * self.experts)
+
+    def take(self, layer: int, expert: int, start: int, size: int) -> jax.Array:
+        """Columns ``start ... start + size - 1`` of one instance, float32 ``[K, size]``."""
+        arrays, kinds = self._factors()
+        return _take(self.leaf, arrays, layer, expert, start, kinds=kinds, size=size, **self._form())
+
+    def largest(self) -> float:
+        """The largest magnitude of all."""
+        arrays, kinds = self._factors()
+        return float(_largest(self.leaf, arrays, kinds=kinds))
+
+    def _factors(self) -> tuple[tuple[Any, ...], _Kinds]:
+        return tuple(f.values for f in self.factors), tuple((f.kind, f.offset) for f in self.factors)
+
+    def _form(self) -> dict[str, Any]:
+        return {"axes": self.axes, "scan": self.scan, "experts": self.experts}
+
+
+def part(target: Target, group: Group, leaf: Any, factors: tuple[fold.Factor, ...] = ()) -> Part:
+    """The weight of ``target``."""
+    return Part(jnp.asarray(leaf), target.site.canonical_axes, math.prod(group.scan), math.prod(group.batch), factors)
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """Weights with the same input and the same storage, side by side.
+
+    Attributes:
+      parts: the weights, in order.
+      rows: K filled up with rows of zeros.
+    """
+
+    parts: Sequence[Part]
+    rows: int
+
+    @property
+    def total(self) -> int:
+        """Columns of all parts."""
+        return sum(p.columns for p in self.parts)
+
+    @property
+    def pieces(self) -> int:
+        """How many pieces they are cut into."""
+        most = PIECE.get(jax.default_backend(), PIECE_ELSEWHERE) // self.rows
+        return -(-self.total // max(ALIGNED, most - most % ALIGNED))
+
+    @property
+    def size(self) -> int:
+        """Columns of a piece; the last may have fewer, and is filled up with zeros."""
+        return -(-self.total // (self.pieces * ALIGNED)) * ALIGNED if self.pieces > 1 else self.total
+
+    def piece(self, layer: int, expert: int, number: int) -> jax.Array:
+        """float32 ``[rows, size]``."""
+        low, high = number * self.size, min((number + 1) * self.size, self.total)
+        found, before = [], 0
+        for p in self.parts:
+            start, stop = max(low - before, 0), min(high - before, p.columns)
+            if start < stop:
+                found.append(p.take(layer, expert, start, stop - start))
+            before += p.columns
+        w = found[0] if len(found) == 1 else jnp.concatenate(found, axis=1)
+        short = (self.rows - w.shape[0], self.size - w.shape[1])
+        return jnp.pad(w, [(0, n) for n in short]) if any(short) else w
+
+    def largest(self) -> float:
+        """The largest magnitude of all."""
+        return max(p.largest() for p in self.parts)
+
+
+def sweep(
+    pool: Pool,
+    experts: int,
+    pieces: int,
+    fetch: Callable[[int], Any],
+    prepare: Callable[[Any], Any],
+    run: Callable[[Place, int, int, Any], Any],
+) -> list[list[Any]]:
+    """Work on all pieces of all experts, with what each expert's pieces have in common made once a device.
+
+    Args:
+      experts, pieces: how many.
+      fetch: what belongs to an expert; called in order, in every process.
+      prepare: makes of that what the expert's pieces need; on each device that has one of them.
+      run: ``run(place, expert, piece, prepared)``.
+
+    Returns:
+      Results by expert and piece, as NumPy arrays.
+    """
+    out: list[list[Any]] = []
+    window = -(-pool.size // pieces)
+    for low in range(0, experts, window):
+        fetched = [fetch(e) for e in range(low, min(low + window, experts))]
+        ready: dict[tuple[int, int], Any] = {}
+
+        def one(number: int, low: int = low, fetched: list[Any] = fetched, ready: dict[Any, Any] = ready) -> Any:
+            e, i = divmod(number, pieces)
+            key = e, number % pool.size
+            if key not in ready:
+                ready[key] = prepare(pool.place(number, fetched[e]))
+            return run(functools.partial(pool.place, number), low + e, i, ready[key])
+
+        done = jax.device_get(pool.map(len(fetched) * pieces, one))
+        out += [done[i * pieces : (i + 1) * pieces] for i in range(len(fetched))]
+    return out
+
+
+def _scaled(leaf: jax.Array, arrays: tuple[Any, ...], kinds: _Kinds) -> jax.Array:
+    w = leaf.astype(jnp.float32)
+    for values, (kind, offset) in zip(arrays, kinds, strict=True):
+        w = fold.Factor(kind, offset, values).apply(w)
+    return w
+
+
+@functools.partial(jax.jit, static_argnames=("axes", "scan", "experts", "kinds", "size"))
+def _take(
+    leaf: jax.Array,
+    arrays: tuple[Any, ...],
+    layer: int,
+    expert: int,
+    start: int,
+    *,
+    axes: str,
+    scan: int,
+    experts: int,
+    kinds: _Kinds,
+    size: int,
+) -> jax.Array:
+    w = to_canonical(_scaled(leaf, arrays, kinds), axes)
+    k, n = w.shape[-2:]
+    # Experts that share one activation become more columns.
+    w = jnp.moveaxis(w.reshape(scan, experts, -1, k, n), 2, 3).reshape(scan, experts, k, -1)
+    return jax.lax.dynamic_slice(w, (layer, expert, 0, start), (1, 1, k, size))[0, 0]
+
+
+@functools.partial(jax.jit, static_argnames=("kinds",))
+def _largest(leaf: jax.Array, arrays: tuple[Any, ...], *, kinds: _Kinds) -> jax.Array:
+    return jnp.abs(_scaled(leaf, arrays, kinds)).max()
