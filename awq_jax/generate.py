@@ -13,11 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from awq_jax.errors import ConfigError, ShapeError
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.decoder import Cache
+from awq_jax.models.sharding import cache_shardings
 from awq_jax.models.vision.inputs import of_images
+from awq_jax.placement import Placement
 from awq_jax.sampling import Sampling, sample
 
 SMALLEST_PROMPT, SMALLEST_CACHE = 16, 64
@@ -29,10 +32,11 @@ class Generator:
     Args:
       graphdef: the decoder's static part (see `awq_jax.models.params.abstract`).
       config: its architecture.
+      place: the mesh over which its parameters are spread, or None.
     """
 
-    def __init__(self, graphdef: nnx.GraphDef, config: ModelConfig):
-        self.graphdef, self.config = graphdef, config
+    def __init__(self, graphdef: nnx.GraphDef, config: ModelConfig, place: Placement | None = None):
+        self.graphdef, self.config, self.place = graphdef, config, place
         self.forward = jax.jit(lambda params, input_ids, **images: nnx.merge(graphdef, params)(input_ids, **images))
         self.prefill = jax.jit(self._prefill, static_argnames=("slots", "mode"))
         self.step = jax.jit(self._step, static_argnames=("mode",), donate_argnames=("cache",))
@@ -43,15 +47,24 @@ class Generator:
         rows, width = tokens.shape
         positions = jnp.minimum(jnp.arange(width), lengths[:, None] - 1)
         hidden, cache = decoder.hidden(tokens, positions, None, images)
-        logits = decoder.head(hidden[jnp.arange(rows), lengths - 1])
-        return sample(logits, key, temperature, top_k, top_p, mode), cache.grown(slots)
+        logits, cache = self._kept(decoder.head(hidden[jnp.arange(rows), lengths - 1]), cache.grown(slots))
+        return sample(logits, key, temperature, top_k, top_p, mode), cache
 
     def _step(self, params, cache: Cache, token, position, key, temperature, top_k, top_p, *, mode):
         """The token after ``token [B]``, which stands at ``position [B]``."""
         decoder = nnx.merge(self.graphdef, params)
         hidden, cache = decoder.hidden(token[:, None], position[:, None], cache)
-        logits = decoder.head(hidden[:, 0])
+        logits, cache = self._kept(decoder.head(hidden[:, 0]), cache)
         return sample(logits, key, temperature, top_k, top_p, mode), cache
+
+    def _kept(self, logits: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Where they lie on a mesh: every device has all logits, and the keys and values of its heads."""
+        if self.place is None:
+            return logits, cache
+        put, place = jax.lax.with_sharding_constraint, self.place
+        if logits.shape[-1] % place.size == 0:  # made in parts, then gathered: else the head's weights would be
+            logits = put(logits, place.sharding(PartitionSpec(None, place.axis)))
+        return put(logits, place.sharding(PartitionSpec())), put(cache, cache_shardings(cache, place))
 
     def run(
         self,

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from awq_jax import pack
 from awq_jax.errors import ShapeError
+from awq_jax.placement import Placement
 
 # Files are read into NumPy arrays, models hold JAX arrays; typed as the one that both can stand for.
 Array = Any
@@ -44,6 +45,8 @@ class QuantizedTensor:
         act-order; groups are contiguous in packed rows).
       layout: how ``qweight`` is stored: ``"canonical"`` (as above, what files hold) or ``"cuda"``
         (uint16 ``[*B, N, W]``, see `awq_jax.kernels.layout`).
+      placement: how it lies on a mesh, so that each device multiplies by its own part (see
+        `awq_jax.kernels.parallel`); None on one device.
 
     Slicing or stacking every array along leading batch axes (``jax.lax.scan``, ``vmap``,
     ``jax.tree.map(lambda a: a[i], q)``) gives a valid QuantizedTensor of the slice, as long as the
@@ -63,6 +66,7 @@ class QuantizedTensor:
     offsets: Array | None = None
     perm: Array | None = None
     layout: str = dataclasses.field(default="canonical", metadata={"static": True})
+    placement: Placement | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def k(self) -> int:
@@ -116,8 +120,10 @@ class QuantizedTensor:
         """uint8 codes ``[*B, Kp, N]``, from either layout."""
         rows = self.scales.shape[-2] * self.group_size
         if self.layout == "cuda":
-            from awq_jax.kernels.layout import unpack_cuda  # which builds on this module
+            from awq_jax.kernels.layout import to_canonical, unpack_cuda  # which build on this module
 
+            if self.placement is not None:  # each device's words are padded on their own
+                return to_canonical(self).codes()
             return unpack_cuda(self.qweight, self.bits, rows)
         return pack.unpack(self.qweight, self.bits, rows)
 

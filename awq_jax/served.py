@@ -13,6 +13,7 @@ from awq_jax.generate import Generator
 from awq_jax.kernels import resident
 from awq_jax.models import merge
 from awq_jax.models.config import ModelConfig
+from awq_jax.placement import Placement
 from awq_jax.qtensor import is_quantized
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ class Weights:
       params: its parameters.
       merge_linears: serve linears that read the same activation as one; None: where any is packed.
       copy: serve a dequantized float32 copy; None: on CPU, if it takes at most half of the free memory.
+      place: the mesh over which the parameters are spread, or None.
     """
 
     def __init__(
@@ -40,13 +42,14 @@ class Weights:
         params: nnx.State,
         merge_linears: bool | None = None,
         copy: bool | None = None,
+        place: Placement | None = None,
     ):
-        self.graphdef, self.config = graphdef, config
+        self.graphdef, self.config, self.place = graphdef, config, place
         self.merge_linears, self.copy = merge_linears, copy
         self._kept: nnx.State | None = params
         self._served: nnx.State | None = None
         self._fused = config
-        self._generators = {config: Generator(graphdef, config)}
+        self._generators = {config: Generator(graphdef, config, place)}
         self._how = ""
 
     @property
@@ -109,7 +112,7 @@ class Weights:
         for path in leaves:
             leaves[path] = kernels.prepare(leaves[path], platform)
         graphdef, served = merge.assemble(self._fused, leaves)
-        self._generators.setdefault(self._fused, Generator(graphdef, self._fused))
+        self._generators.setdefault(self._fused, Generator(graphdef, self._fused, self.place))
         self._how = "served as " + "; ".join(notes)
         return served
 
@@ -117,7 +120,7 @@ class Weights:
         """Whether to serve a copy, and why."""
         if self.copy is not None:
             return self.copy, ", as was asked for"
-        if platform != "cpu":
+        if platform != "cpu" or self.place is not None:
             return False, ""
         need, room = resident.nbytes(params), resident.room()
         if room is not None and need > resident.SHARE * room:

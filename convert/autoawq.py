@@ -83,6 +83,7 @@ class GemmSource(AwqSource):
 
     format = "gemm"
     required = ("qweight", "qzeros", "scales")
+    roles = dict.fromkeys(required, "kn")
 
     def __init__(self, directory: Path, config: dict[str, Any]) -> None:
         found = version(config["quantization_config"])

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from awq_jax.convert import activations, linear
+from awq_jax.convert import activations, linear, slices
 from awq_jax.convert.fitting import (
     DEFAULT_FLOAT,
     check_integer,
@@ -106,6 +106,9 @@ class AwqSource(PackedSource):
         if isinstance(value, QuantizedTensor) and name in self._activations:
             return activations.undone(value, self._activations[name], self.files)
         return value
+
+    def read_slice(self, name: str, index: slices.Index) -> np.ndarray | QuantizedTensor | None:
+        return None if name in self._activations else super().read_slice(name, index)
 
     def info(self, name: str) -> Info:
         if name not in self.packed and name in self._activations.values():

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -71,6 +71,13 @@ class CompressedSource(PackedSource):
     format = ct_config.METHOD
     required = PARTS
     optional = ("weight_zero_point", "weight_g_idx")
+    roles: ClassVar[Mapping[str, str]] = {
+        "weight_packed": "nk",
+        "weight_scale": "nk",
+        "weight_zero_point": "nk",
+        "weight_shape": "",
+        "weight_g_idx": "k",
+    }
 
     def __init__(self, directory: Path, config: dict[str, Any]) -> None:
         self.settings = ct_config.parse(config)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -65,6 +65,7 @@ class GptqSource(PackedSource):
 
     required = PARTS
     optional = ("g_idx",)
+    roles: ClassVar[Mapping[str, str]] = {**dict.fromkeys(PARTS, "kn"), "g_idx": "k"}
 
     def __init__(self, directory: Path, config: dict[str, Any]) -> None:
         self.settings = gptq_config.parse(config)

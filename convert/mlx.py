@@ -121,6 +121,7 @@ class MlxSource(PackedSource):
 
     format = "mlx"
     required = ("scales", "biases", "weight")
+    roles = dict.fromkeys(required, "nk")
     container = MlxFiles
     files: MlxFiles
 

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from awq_jax import pack
-from awq_jax.convert import linear
+from awq_jax.convert import linear, slices
 from awq_jax.convert.format import BaseEncoder, Format, Record, quant_method
+from awq_jax.convert.safetensors_io import SafetensorsDir
 from awq_jax.convert.source import DirectorySource, Info, Packed
 from awq_jax.errors import CheckpointError, FormatError, WeightError
 from awq_jax.qtensor import QuantizedTensor
@@ -114,6 +115,33 @@ class NativeSource(DirectorySource):
             return super().read(name)
         info = self.packed[name]
         arrays = {p.removeprefix(f"{name}."): self.files.read(p) for p in _parts(name, info)}
+        return self._built(name, arrays, tuple(info["k_dims"]), tuple(info["n_dims"]))
+
+    def read_slice(self, name: str, index: slices.Index) -> np.ndarray | QuantizedTensor | None:
+        if name not in self.packed:
+            return super().read_slice(name, index)
+        info = self.packed[name]
+        plain = len(info["k_dims"]) == len(info["n_dims"]) == 1 and isinstance(self.files, SafetensorsDir)
+        parts = dict(zip(info["axes"], index, strict=True)) if plain and info["axes"].count("b") < 2 else {}
+        if not parts or (info["perm"] and parts["k"] != slice(0, info["k_dims"][0])):
+            return None
+        lead = (parts["b"],) if "b" in parts else ()
+        k, n = info["k_dims"][0], info["n_dims"][0]
+        arrays = {}
+        for whole in _parts(name, info):
+            part, shape = whole.removeprefix(f"{name}."), self.files.entry(whole).shape
+            across = part not in ("perm", "inv_scale")
+            rows = slices.scaled(parts["k"], k, shape[-2 if across else -1])
+            if rows is None or (k % info["group_size"] and rows != slice(0, shape[-2 if across else -1])):
+                return None
+            arrays[part] = self.files.read_slice(whole, (*lead, rows, parts["n"]) if across else (*lead, rows))
+        (k0, k1), (n0, n1) = slices.bounds(parts["k"], k), slices.bounds(parts["n"], n)
+        return self._built(name, arrays, (k1 - k0,), (n1 - n0,))
+
+    def _built(
+        self, name: str, arrays: Mapping[str, np.ndarray], k_dims: tuple[int, ...], n_dims: tuple[int, ...]
+    ) -> QuantizedTensor:
+        info = self.packed[name]
         for part, array in arrays.items():
             if part in ("scales", "offsets", "inv_scale") and not np.isfinite(array).all():
                 raise WeightError(f"{name}.{part} of {self.directory} holds NaN or inf; download it again")
@@ -129,8 +157,8 @@ class NativeSource(DirectorySource):
             bits=info["bits"],
             group_size=info["group_size"],
             axes=info["axes"],
-            k_dims=tuple(info["k_dims"]),
-            n_dims=tuple(info["n_dims"]),
+            k_dims=k_dims,
+            n_dims=n_dims,
             dtype=info["dtype"],
         )
 

@@ -19,6 +19,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from awq_jax.convert.slices import read_block
 from awq_jax.errors import CheckpointError
 
 DTYPES: Mapping[str, np.dtype] = {
@@ -111,6 +112,15 @@ class SafetensorsDir:
         if raw.size != e.nbytes:
             raise CheckpointError(f"{e.file} became shorter while it was read (tensor {name!r}); copy it again")
         return raw.view(e.dtype).reshape(e.shape)
+
+    def read_slice(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """``tensor[index]`` (a slice for each axis, without steps) as a fresh array; the rest is not kept.
+
+        Raises:
+          CheckpointError: as `read`.
+        """
+        e = self.entry(name)
+        return read_block(e.file, e.offset, e.dtype, e.shape, index)
 
     def entry(self, name: str) -> Entry:
         """Where a tensor lies.

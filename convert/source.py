@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
+from awq_jax.convert import slices
 from awq_jax.convert.linear import FLOATS
 from awq_jax.convert.safetensors_io import Entry, SafetensorsDir, read_json, refuse_outside
 from awq_jax.errors import CheckpointError, WeightError
@@ -145,6 +146,14 @@ class DirectorySource:
     def read(self, name: str) -> np.ndarray | QuantizedTensor:
         return self.files.read(name)
 
+    def read_slice(self, name: str, index: slices.Index) -> np.ndarray | QuantizedTensor | None:
+        """``tensor[index]``, a slice for each axis of its shape; None if this format has to read all of it.
+
+        Raises:
+          CheckpointError: as `read`.
+        """
+        return self.files.read_slice(name, index) if isinstance(self.files, SafetensorsDir) else None
+
     def tokenizer(self) -> Any:
         from awq_jax import tokenizer  # transformers takes seconds to import
 
@@ -169,6 +178,8 @@ class PackedSource(DirectorySource):
 
     required: ClassVar[tuple[str, ...]]
     optional: ClassVar[tuple[str, ...]] = ()
+    # What the axes of a part go along, ``n`` or ``k``, in equal units; empty: only whole modules are decoded.
+    roles: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, directory: Path, config: dict[str, Any]) -> None:
         super().__init__(directory, config)
@@ -227,15 +238,52 @@ class PackedSource(DirectorySource):
         if name not in self.packed:
             return super().read(name)
         module, info = self.packed[name]
+        return self._decoded(module, info, (info.shape[0], info.shape[1]), self._parts(module, None) or {})
+
+    def read_slice(self, name: str, index: slices.Index) -> np.ndarray | QuantizedTensor | None:
+        if name not in self.packed:
+            return super().read_slice(name, index)
+        module, info = self.packed[name]
+        packed, whole_k = info.packed, index[1] == slice(0, info.shape[1])
+        assert packed is not None
+        # Whether zero points are stored that symmetric weights do not need, only all of them together say.
+        if (packed.symmetric and "qzeros" in self.required) or (packed.act_order and not whole_k):
+            return None
+        arrays = self._parts(module, (info.shape, index))
+        if arrays is None:
+            return None
+        n, k = ((stop - start) for start, stop in map(slices.bounds, index, info.shape))
+        return self._decoded(module, info, (n, k), arrays)
+
+    def _parts(self, module: str, block: tuple[tuple[int, ...], slices.Index] | None) -> dict[str, np.ndarray] | None:
+        """A module's tensors, or of each what makes a block of ``(shape, index)``; None if that cuts a unit."""
         stored = self.files.entries
-        present = [p for p in (*self.required, *self.optional) if f"{module}.{p}" in stored]
-        arrays = {p: self.files.read(f"{module}.{p}") for p in present}
+        arrays: dict[str, np.ndarray] = {}
+        for part in (p for p in (*self.required, *self.optional) if f"{module}.{p}" in stored):
+            whole = f"{module}.{part}"
+            if block is None or self.roles.get(part) == "":
+                arrays[part] = self.files.read(whole)
+                continue
+            if part not in self.roles:
+                return None
+            sizes, index = dict(zip("nk", block[0], strict=True)), dict(zip("nk", block[1], strict=True))
+            shape = stored[whole].shape
+            roles = self.roles[part][: len(shape)]
+            units = [slices.scaled(index[r], sizes[r], s) for r, s in zip(roles, shape, strict=True)]
+            if None in units:
+                return None
+            arrays[part] = self.files.read_slice(whole, tuple(u for u in units if u is not None))
+        return arrays
+
+    def _decoded(
+        self, module: str, info: Info, shape: tuple[int, int], arrays: Mapping[str, np.ndarray]
+    ) -> QuantizedTensor:
         for part, array in arrays.items():
             if array.dtype.name in FLOATS and not np.isfinite(array).all():
                 raise WeightError(f"{module}.{part} of {self.directory} holds NaN or inf; download it again")
         assert info.packed is not None
         try:
-            return self.decode(arrays, (info.shape[0], info.shape[1]), info.packed)
+            return self.decode(arrays, shape, info.packed)
         except CheckpointError as e:
             raise CheckpointError(f"{self.directory}: {module}: {e}") from e
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from awq_jax.errors import BackendError, ShapeError
-from awq_jax.kernels import triton_matmul, tuned, xla
+from awq_jax.kernels import parallel, triton_matmul, tuned, xla
 from awq_jax.qtensor import QuantizedTensor
 
 log = logging.getLogger(__name__)
@@ -159,6 +159,10 @@ def matmul(
         )
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ShapeError(f"activation has dtype {x.dtype}; cast it to a floating point dtype first")
+    if q.placement is not None:
+        each = functools.partial(_on_one_device, impl=impl)
+        y = parallel.matmul(x, q, each, jnp.dtype(preferred_element_type or x.dtype))
+        return y if bias is None else y + bias.astype(y.dtype)
     request = dataclasses.replace(_request(x, q), bias=bias)
     out_dtype = jnp.dtype(preferred_element_type or x.dtype)
     if q.inv_scale is not None:
@@ -172,6 +176,10 @@ def matmul(
     if bias is not None and not backend.fuses_bias:
         y = y + bias.astype(y.dtype)
     return y.reshape(*x.shape[:-1], q.n)
+
+
+def _on_one_device(x: jax.Array, q: QuantizedTensor, dtype: Any, impl: str) -> jax.Array:
+    return matmul(x, q, impl=impl, preferred_element_type=dtype)
 
 
 def explain(x: Any, w: Any, *, impl: str = "auto") -> str:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from awq_jax import pack
 from awq_jax.errors import ShapeError
+from awq_jax.kernels import parallel
 from awq_jax.qtensor import QuantizedTensor, is_quantized
 
 T = TypeVar("T")
@@ -59,6 +60,8 @@ def to_cuda(q: QuantizedTensor) -> QuantizedTensor:
     reason = obstacle(q)
     if reason is not None:
         raise ShapeError(f"a packed weight of shape {q.shape} has no CUDA layout: {reason}")
+    if q.placement is not None:
+        return parallel.on_each(to_cuda, q)
     return dataclasses.replace(q, qweight=_pack_cuda(q.qweight, q.bits, _rows(q)), layout="cuda")
 
 
@@ -66,6 +69,8 @@ def to_canonical(q: QuantizedTensor) -> QuantizedTensor:
     """Repack into the canonical layout, which files hold; exact."""
     if q.layout == "canonical":
         return q
+    if q.placement is not None:
+        return parallel.on_each(to_canonical, q)
     return dataclasses.replace(q, qweight=_pack_canonical(q.qweight, q.bits, _rows(q)), layout="canonical")
 
 

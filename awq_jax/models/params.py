@@ -123,6 +123,10 @@ class Weights:
         """The tensors that make a parameter, as this checkpoint calls them."""
         return [self._found[name] for name in self._wanted[path].names]
 
+    def stored(self, path: str) -> Stored:
+        """How this checkpoint holds a parameter."""
+        return self._wanted[path]
+
     def read(self, path: str) -> Iterator[np.ndarray | QuantizedTensor]:
         """The tensors that make a parameter, as stored."""
         return map(self._source.read, self.names(path))
@@ -229,7 +233,7 @@ def _one(value: np.ndarray | QuantizedTensor, name: str, how: Stored, dtype: str
     """A tensor as read, checked, in our orientation."""
     if isinstance(value, QuantizedTensor):
         return _packed(value, name, how, dtype)
-    _check_shape(name, tuple(value.shape), how.shape)
+    check_shape(name, tuple(value.shape), how.shape)
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise WeightError(f"{name} is {value.dtype}, not floating point; was it quantized by an unknown tool?")
     array = jnp.asarray(value).astype(dtype)
@@ -243,14 +247,19 @@ def _packed(value: QuantizedTensor, name: str, how: Stored, dtype: str) -> Quant
     # One matrix is canonical inside whatever its orientation, and PyTorch's in every file.
     linear = len(how.shape) == 2 and not value.batch
     want = how.shape if how.transpose or not linear else how.shape[::-1]
-    _check_shape(name, value.shape, want)
+    check_shape(name, value.shape, want)
     if not bool(jnp.isfinite(value.scales).all()):
         raise WeightError(f"the scales of {name} hold NaN or inf; re-download the checkpoint")
     value = jax.tree.map(jnp.asarray, value)
     return dataclasses.replace(value, axes="kn" if linear else value.axes, dtype=dtype)
 
 
-def _check_shape(name: str, got: tuple[int, ...], want: tuple[int, ...]) -> None:
+def check_shape(name: str, got: tuple[int, ...], want: tuple[int, ...]) -> None:
+    """Refuse a tensor of another shape.
+
+    Raises:
+      ShapeError: naming it.
+    """
     if got != want:
         raise ShapeError(f"{name} has shape {got}; config.json implies {want}")
 

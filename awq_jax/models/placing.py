@@ -1,0 +1,178 @@
+"""A checkpoint straight onto a mesh: each device's part of each tensor is read, put there and forgotten."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from awq_jax import paths, placement
+from awq_jax.convert import codes, slices
+from awq_jax.convert.source import Source
+from awq_jax.errors import WeightError
+from awq_jax.models import moe, sharding
+from awq_jax.models import params as model_params
+from awq_jax.models.config import ModelConfig
+from awq_jax.placement import Placement
+from awq_jax.qtensor import QuantizedTensor
+
+log = logging.getLogger(__name__)
+
+
+def load(source: Source, config: ModelConfig, state: nnx.State, base: Placement, dtype: str | None = None) -> nnx.State:
+    """As `awq_jax.models.params.load`, onto the devices of ``base`` that belong to this process.
+
+    The host holds one part of one parameter at a time; of a tensor whose format cannot be read in parts,
+    also all of that tensor (see `awq_jax.convert.slices`).
+
+    Raises:
+      WeightError, ShapeError: as there.
+      CheckpointError: a tensor cannot be read.
+    """
+    loader = Loader(source, config, state, base, dtype)
+    log.info("%s", loader.explain())
+    return paths.map_with_path(lambda path, _: loader.leaf(path), state)
+
+
+class Loader:
+    """Reads the parameters of a checkpoint, each to where the rule has it; see `load`."""
+
+    def __init__(self, source: Source, config: ModelConfig, state: nnx.State, base: Placement, dtype: str | None):
+        shapes = {path: tuple(leaf.shape) for path, leaf in paths.flatten(state).items()}
+        if dtype is None:
+            names = model_params.Weights(source, config, shapes, None).names(model_params.EMBEDDING)
+            dtype = source.info(names[0]).dtype
+        self.base, self.dtype, self.shapes = base, dtype, shapes
+        self.weights = model_params.Weights(source, config, shapes, dtype)
+        self.source, self.reader = source, slices.Reader(source)
+        self.leaves = leaves_of(source, self.weights, shapes, np.dtype(dtype).itemsize)
+        self.cuts = sharding.rule(config, self.leaves, base.size)
+
+    def explain(self) -> str:
+        """What lies where."""
+        return sharding.explain(self.leaves, self.cuts, self.base.size)
+
+    def leaf(self, path: str) -> Any:
+        """A parameter on the mesh."""
+        place = dataclasses.replace(self.base, dim=self.cuts[path].dim)
+        if len(self.shapes[path]) < 2 or not path.endswith(("/kernel", "/embedding")):
+            value = np.asarray(self.weights.leaf(path))
+            return jax.make_array_from_callback(value.shape, place.sharding(PartitionSpec()), lambda i: value[i])
+        shape = self.shapes[path]
+        spec = place.sharding(placement.float_spec(place.dim, len(shape), place.axis))
+        parts: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+        for device, index in spec.addressable_devices_indices_map(shape).items():
+            assert index is not None
+            parts.setdefault(tuple(map(slices.bounds, index, shape)), []).append(device)
+        placed: list[Any] = []
+        for bounds, devices in parts.items():
+            part = self._part(path, bounds)
+            placed += [jax.tree.map(lambda a, d=d: jax.device_put(a, d), part) for d in devices]
+            del part
+        self.reader.forget()
+        return _assembled(placed, place, spec, shape)
+
+    def _part(self, path: str, bounds: tuple[tuple[int, int], ...]) -> Any:
+        """A block of a parameter, in our orientation, in host memory."""
+        how = self.weights.stored(path)
+        names = self.weights.names(path)
+        if not how.stacked:
+            return self._block(path, names[0], bounds)
+        blocks = [self._block(path, name, bounds[1:]) for name in names[slice(*bounds[0])]]
+        if isinstance(blocks[0], QuantizedTensor):
+            stacked = jax.tree.map(lambda *a: np.stack(a), *_alike(blocks))
+            return dataclasses.replace(stacked, axes="b" + stacked.axes)
+        return np.stack(blocks)
+
+    def _block(self, path: str, name: str, bounds: tuple[tuple[int, int], ...]) -> Any:
+        """The same of one tensor."""
+        how, info = self.weights.stored(path), self.source.info(name)
+        matrix = info.packed is not None and path.endswith("/kernel") and len(how.shape) == 2
+        turned = how.transpose or matrix  # packed ones are [N, K] in every file
+        model_params.check_shape(name, info.shape, how.shape[::-1] if matrix and not how.transpose else how.shape)
+        index, part = [slice(*b) for b in bounds], how.part
+        if part is not None:  # of columns that another parameter shares
+            ahead = part.index * self.shapes[path][-1]
+            whole = self.shapes[path][-1] * part.count
+            index[-1] = slice(0, whole) if part.interleaved else slice(index[-1].start + ahead, index[-1].stop + ahead)
+        if info.packed is not None and len(how.shape) == 3:
+            value = self.reader.read(name, [slice(0, n) for n in info.shape])
+            value = slices.cut(moe.by_expert(value), tuple(index))
+        else:
+            if turned:
+                index[-2:] = index[:-3:-1]
+            value = self.reader.read(name, index)
+        if self.leaves[path].group is not None:
+            return _packed(value, name, self.dtype)
+        if isinstance(value, QuantizedTensor):
+            value = codes.dequantize(value).T
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            raise WeightError(f"{name} is {value.dtype}, not floating point; was it quantized by an unknown tool?")
+        value = value.astype(self.dtype)
+        if not np.isfinite(value).all():
+            raise WeightError(f"{name} holds NaN or inf as {self.dtype}; re-download it, or load with dtype='float32'")
+        if turned:
+            value = np.swapaxes(value, -1, -2)
+        if part is not None and part.interleaved:
+            value = value[..., part.index :: part.count][..., slice(*bounds[-1])]
+        return np.ascontiguousarray(value)
+
+
+def _packed(value: QuantizedTensor, name: str, dtype: str) -> QuantizedTensor:
+    if not np.isfinite(value.scales).all():
+        raise WeightError(f"the scales of {name} hold NaN or inf; re-download the checkpoint")
+    value = dataclasses.replace(value, axes=value.axes if value.batch else "kn", dtype=dtype)
+    return jax.tree.map(np.ascontiguousarray, value)
+
+
+def _alike(parts: list[QuantizedTensor]) -> list[QuantizedTensor]:
+    """Experts of one structure: all with zero points if any has them."""
+    if all(p.symmetric for p in parts):
+        return parts
+
+    def zeros(p: QuantizedTensor) -> Any:
+        return np.full(p.scales.shape, 2 ** (p.bits - 1), np.uint8) if p.symmetric else p.zeros
+
+    return [dataclasses.replace(p, zeros=zeros(p)) for p in parts]
+
+
+def _assembled(placed: list[Any], place: Placement, spec: NamedSharding, shape: tuple[int, ...]) -> Any:
+    """The parameter whose parts lie on the devices of this process."""
+    first = placed[0]
+    if not isinstance(first, QuantizedTensor):
+        return jax.make_array_from_single_device_arrays(shape, spec, placed)
+    tables: dict[str, Any] = {}
+    for field, where in vars(placement.shardings(first, place)).items():
+        if isinstance(where, NamedSharding):
+            parts = [getattr(p, field) for p in placed]
+            sizes = [n * (place.size if axis else 1) for n, axis in zip(parts[0].shape, where.spec, strict=True)]
+            tables[field] = jax.make_array_from_single_device_arrays(tuple(sizes), where, parts)
+    return dataclasses.replace(first, **tables, k_dims=shape[-2:-1], n_dims=shape[-1:], placement=place)
+
+
+def leaves_of(
+    source: Source, weights: model_params.Weights, shapes: Mapping[str, tuple[int, ...]], itemsize: int
+) -> dict[str, sharding.Leaf]:
+    """What the headers of a checkpoint say of the parameters; float ones take ``itemsize`` bytes an entry."""
+    return {path: _leaf_of(source, weights, path, shape, itemsize) for path, shape in shapes.items()}
+
+
+def _leaf_of(
+    source: Source, weights: model_params.Weights, path: str, shape: tuple[int, ...], itemsize: int
+) -> sharding.Leaf:
+    packed = [source.info(name).packed for name in weights.names(path)]
+    first = packed[0]
+    if first is None or not path.endswith("/kernel") or any(p != first for p in packed):
+        return sharding.Leaf(shape, math.prod(shape) * itemsize)
+    per_group = np.dtype(first.scale_dtype).itemsize * (2 if first.offsets else 1) + (not first.symmetric)
+    count, groups = math.prod(shape), math.prod(shape) // first.group_size
+    unit = sharding.unit(first.group_size, first.bits)
+    return sharding.Leaf(shape, count * first.bits // 8 + groups * per_group, unit, first.act_order)

@@ -1,0 +1,62 @@
+"""Packed weights on a mesh: every device runs its kernel on its own part (`jax.shard_map`).
+
+A custom call cannot be cut by the compiler, which would gather the weight instead; so it is cut here, and
+the kernels see the shapes of one device. Sums over devices are taken in float32, as those within one are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from awq_jax.placement import local, specs
+from awq_jax.qtensor import QuantizedTensor
+
+
+def matmul(x: jax.Array, q: QuantizedTensor, run: Callable[..., jax.Array], out_dtype: Any) -> jax.Array:
+    """``x [*B, ..., K]`` times a placed weight.
+
+    Args:
+      x: float; each device needs the part that goes with its rows of the weight, or all of it.
+      q: with a `Placement`.
+      run: ``(x, q, dtype) -> [*B, ..., N]`` on one device.
+      out_dtype: dtype of the result.
+
+    Returns:
+      ``[*B, ..., N]``: cut along N, or along the first axis, as the weight is; else the same on all devices.
+    """
+    place = q.placement
+    assert place is not None
+    summed = place.dim == "k"
+
+    def own(x: jax.Array, q: QuantizedTensor) -> jax.Array:
+        y = run(x, local(q), jnp.promote_types(out_dtype, jnp.float32) if summed else out_dtype)
+        return lax.psum(y, place.axis).astype(out_dtype) if summed else y
+
+    def at(dim: str, last: str) -> P:
+        if place.dim == dim:
+            return P(*[None] * (x.ndim - 1), place.axis)
+        return P(place.axis) if place.dim == "b" and last else P()
+
+    in_x, out = at("k", "x"), at("n", "y")
+    return jax.shard_map(own, mesh=place.mesh, in_specs=(in_x, specs(q, place)), out_specs=out)(x, q)
+
+
+def on_each(f: Callable[[QuantizedTensor], QuantizedTensor], q: QuantizedTensor) -> QuantizedTensor:
+    """``f`` of each device's part of a placed weight: a change of layout, say, which has to fit each part."""
+    place = q.placement
+    assert place is not None
+    after = jax.eval_shape(f, dataclasses.replace(q, placement=None))  # for what arrays there are
+    leaves = jax.tree.leaves(specs(after, place), is_leaf=lambda s: isinstance(s, P))
+
+    def own(q: QuantizedTensor) -> list[Any]:
+        return jax.tree.leaves(f(local(q)))
+
+    arrays = jax.shard_map(own, mesh=place.mesh, in_specs=(specs(q, place),), out_specs=leaves)(q)
+    return dataclasses.replace(jax.tree.unflatten(jax.tree.structure(after), arrays), placement=place)
