@@ -6,6 +6,7 @@ import argparse
 import gc
 import itertools
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,8 @@ def deep(args: argparse.Namespace, calib: Path) -> dict[str, Any]:
     layers = marks[2:-1]  # at the start, embedding, layers, head
     settled = np.array([b for _, b, _ in layers[SETTLED:]], float)
     slope = float(np.polyfit(np.arange(settled.size), settled, 1)[0])
-    kept = len(json.dumps(done.report.to_dict()["layers"])) / len(layers)
+    rows = json.loads(json.dumps(done.report.to_dict()["layers"]))  # as the manifest keeps them until the end
+    kept = sum(_size(row) for row in rows) / len(layers)
     return {
         "blocks": len(layers),
         "seconds": seconds,
@@ -59,6 +61,11 @@ def deep(args: argparse.Namespace, calib: Path) -> dict[str, Any]:
         "objects_every_100": [o for _, _, o in marks if o],
         "resident_bytes_at_the_end": resident(),
     }
+
+
+def _size(row: dict[str, Any]) -> int:
+    """Bytes of a row of the report; its keys are shared by all rows."""
+    return sys.getsizeof(row) + sum(map(sys.getsizeof, row.values()))
 
 
 def settings(options: str) -> dict[str, Any]:

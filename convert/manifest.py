@@ -56,7 +56,8 @@ class Manifest:
     def _read(self, fingerprint: str) -> bool:
         """Take over what is there; False if it belongs to another job."""
         self._file.seek(0)
-        lines = self._file.read().splitlines()
+        lines = self._file.read().split("\n")[:-1]  # what no newline ends was cut off
+        good = 0
         try:
             if not lines or json.loads(lines[0]) != {"fingerprint": fingerprint}:
                 return False
@@ -66,14 +67,16 @@ class Manifest:
                 path = self._directory / part_name(number)
                 if not path.is_file() or path.stat().st_size != line["bytes"]:
                     break
-                self.records += [Record(**{**r, "shape": tuple(r["shape"])}) for r in line["records"]]
+                records = [Record(**{**r, "shape": tuple(r["shape"])}) for r in line["records"]]
                 self.shards.append(line["names"])
+                self.records += records
                 self.notes.append(line.get("note", {}))
                 good += len(text) + 1
-        except (ValueError, KeyError, TypeError):  # a line cut off by a crash
-            pass
+        except (ValueError, KeyError, TypeError):  # a line damaged by a crash
+            if not good:
+                return False
         self._file.seek(0)
-        self._file.truncate(good if lines else 0)
+        self._file.truncate(good)
         self._file.seek(0, os.SEEK_END)
         return True
 
@@ -91,7 +94,7 @@ def opened(directory: Path, fingerprint: str, keep: Collection[str] = ()) -> Ite
       CheckpointError: if another process is at work there.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    with (directory / NAME).open("a+", encoding="ascii") as file:
+    with (directory / NAME).open("a+", encoding="ascii", errors="replace", newline="\n") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
@@ -113,14 +116,18 @@ def opened(directory: Path, fingerprint: str, keep: Collection[str] = ()) -> Ite
 def written_for(directory: Path) -> str | None:
     """The fingerprint of the job that left ``directory``, or None if nothing usable is there."""
     try:
-        with (directory / NAME).open(encoding="ascii") as file:
+        with (directory / NAME).open(encoding="ascii", errors="replace") as file:
             return str(json.loads(file.readline())["fingerprint"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def fingerprint(source: Source, **settings: Any) -> str:
-    """Identifies a job: its source files (names, sizes, times) and everything that decides the output."""
+    """Identifies a job: its source files and everything that decides the output.
+
+    Files are told apart by name, size and time of change: one that was only touched counts as another; one
+    whose bytes were changed and whose time was then set back, or not kept by the file system, does not.
+    """
     where = Path(getattr(source, "directory", None) or source.file.path)
     files = sorted(where.iterdir()) if where.is_dir() else [where]
     state = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]

@@ -117,10 +117,11 @@ def write_file(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[
 
 
 def write_json(path: Path, data: Mapping[str, object]) -> None:
-    """A JSON file, flushed to disk."""
+    """A JSON file, flushed to disk with its name."""
     with path.open("w", encoding="utf-8") as f:
         f.write(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
         _sync(f)
+    _sync_directory(path.parent)
 
 
 @contextlib.contextmanager
@@ -154,6 +155,10 @@ def install(temporary: Path, dst: Path, overwrite: bool) -> None:
       CheckpointError: if ``dst`` exists and may not be replaced.
       OSError: if the disk refuses; ``dst`` is then what it was.
     """
+    for path in temporary.iterdir():  # those copied by others, too: a power cut must not leave empty files
+        if path.is_file():
+            with path.open("rb") as f:
+                os.fsync(f.fileno())
     _sync_directory(temporary)
     refuse_existing(dst, overwrite)
     old = dst.parent / f".{dst.name}.old-{os.getpid()}-{secrets.token_hex(4)}"
