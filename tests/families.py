@@ -40,6 +40,7 @@ LLAMA: dict[str, Any] = {
     "pad_token_id": None,
 }
 TIED = {"tie_word_embeddings": True}
+HUNYUAN = TIED | {"head_dim": 16}
 GEMMA = TIED | {"head_dim": 16, "query_pre_attn_scalar": 12, "sliding_window": 5}
 GPT2 = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.3}
 GPT2 |= {"bos_token_id": 1, "eos_token_id": 2}
@@ -68,9 +69,9 @@ LATENT = {"num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 16, "v_he
 LATENT |= {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8}
 GROUPS = {"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 16, "n_group": 4, "topk_group": 2}
 GROUPS |= {"first_k_dense_replace": 1, "routed_scaling_factor": 1.5, "n_shared_experts": 2}
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 12}
 DELTA |= {"linear_conv_kernel_dim": 4, "shared_expert_intermediate_size": 16, "head_dim": 16}
+ERNIE = {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16, "moe_num_shared_experts": 2}
 BAICHUAN = {k: v for k, v in LLAMA.items() if k not in ("num_key_value_heads", "max_position_embeddings")}
 QWEN = {k: LLAMA[k] for k in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")}
 QWEN |= {"intermediate_size": 96, "kv_channels": 12, "rotary_emb_base": 500.0, "layer_norm_epsilon": 1e-6}
@@ -165,7 +166,8 @@ CASES = (
     Case("glm4", "glm4", {"head_dim": 8}),
     Case("exaone4", "exaone4", {"sliding_window": 5, "layer_types": TYPES}, GATED_POST_NORM),
     Case("exaone4-1.2b", "exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 2}, GATED_POST_NORM),
-    Case("olmo", "olmo", {"clip_qkv": 0.5}, CLIPPED + GATED_POST_NORM),
+    Case("olmo", "olmo", {}, GATED_POST_NORM),
+    Case("olmo-clip", "olmo", {"clip_qkv": 0.5}, CLIPPED + GATED_POST_NORM),
     Case("olmo2", "olmo2", {}, GATED_POST_NORM),
     Case("olmo3", "olmo3", {"sliding_window": 5, "layer_types": TYPES, "rope_scaling": YARN}, GATED_POST_NORM),
     Case("ministral", "ministral", {"sliding_window": 5, "layer_types": TYPES, "head_dim": 16}),
@@ -173,6 +175,28 @@ CASES = (
     Case("internlm3", "internlm3", {"head_dim": 16, "attention_bias": True, "mlp_bias": True}),
     Case("helium", "helium", {"head_dim": 8}),
     Case("nemotron", "nemotron", {}, PLAIN_MLP),
+    Case("ernie4_5", "ernie4_5", TIED | {"head_dim": 16, "use_bias": True}),
+    Case("ernie4_5_moe", "ernie4_5_moe", TIED | ERNIE),
+    Case("seed_oss", "seed_oss", {"head_dim": 16, "attention_bias": True, "attention_out_bias": False}),
+    Case(
+        "hunyuan_v1_dense",
+        "hunyuan_v1_dense",
+        HUNYUAN | {"rope_scaling": {"type": "dynamic", "factor": 1.0, "alpha": 50.0}},
+    ),
+    Case("arcee", "arcee", {}, PLAIN_MLP),
+    Case("apertus", "apertus", {}, PLAIN_MLP),
+    Case("cwm", "cwm", {"head_dim": 8, "sliding_window": 5}),
+    Case("dots1", "dots1", GROUPS | {"head_dim": 8, "sliding_window": 5, "layer_types": TYPES}),
+    Case("glm4_moe_lite", "glm4_moe_lite", LATENT | {k: v for k, v in GROUPS.items() if "first" not in k}),
+    Case(
+        "minimax_m2", "minimax_m2", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "rotary_dim": 4}
+    ),
+    Case("solar_open", "solar_open", {k: v for k, v in GROUPS.items() if "first" not in k} | {"head_dim": 16}),
+    Case(
+        "granitemoeshared", "granitemoeshared", MULTIPLIERS | {"num_local_experts": 4, "shared_intermediate_size": 24}
+    ),
+    Case("vaultgemma", "vaultgemma", GEMMA | {"layer_types": TYPES}),
+    Case("kimi_k2", "kimi_k2", LATENT | GROUPS | {"rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}}),
     Case("yi", "Yi", {"rope_theta": 1000.0}),
     Case("aquila", "aquila"),
     Case("baichuan", "baichuan", BAICHUAN | {"max_position_embeddings": 64, "z_loss_weight": 0}),

@@ -6,6 +6,7 @@ python tests/model_table.py --check    # exit with 1 if it is not current
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import families
 import jax
 import multimodal
 import numpy as np
+import peer_mappings
 import references
 from flax import nnx
 from transformers import AutoConfig
@@ -22,7 +24,7 @@ from awq_jax import models
 from awq_jax.commands import support
 from awq_jax.models import params
 from awq_jax.models.families import FAMILIES
-from awq_jax.plan import Plan
+from awq_jax.plan import Group, Plan
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 HEADER = """# Model families
@@ -41,10 +43,17 @@ input as it is (or with a scale that is stored beside them: `explicit_scale=True
 stay float, and so does what looks at images or hears: it is run with the decoder, or carried through as it is where the
 table says so.
 
+The last column compares with the tables that AutoAWQ 0.2.9 and llm-compressor 0.14 hold for the family (as written down
+in `tests/peer_mappings.py`; a dash: they have none of its name). "Also" is what is scaled, or scaled along, here alone:
+routers most of all, without which a scale in the norm before them changes which experts a token goes to. AutoAWQ leaves
+out `o <- v` where key/value heads are fewer than query heads; here the query heads of one key/value head share their
+scales. "Not" is what a peer has and we have not:
+{explained}
+
 This page is generated: `python tests/model_table.py` (`--check` tells whether it is current).
 
-| `model_type` | what it is | groups and what absorbs their scale | not scaled, and why |
-|---|---|---|---|
+| `model_type` | what it is | groups and what absorbs their scale | not scaled, and why | compared with the peers |
+|---|---|---|---|---|
 """
 
 
@@ -60,16 +69,29 @@ def plan_of(case: families.Case | multimodal.Case) -> Plan:
     return awq_jax.discover(lambda p, t: nnx.merge(graphdef, p)(t), state, jax.ShapeDtypeStruct((1, 4), np.int32))
 
 
+@functools.cache
+def groups_of(family: str) -> list[Group]:
+    """The groups of all cases of a family, within layers."""
+    cases = [c for c in (*families.CASES, *multimodal.CASES, *multimodal.CARRIED) if c.family == family]
+    return [g for c in cases for g in plan_of(c).groups if g.name.startswith("layers/")]
+
+
 def page() -> str:
     """The whole of docs/models.md."""
     rows = []
     for family in sorted(FAMILIES):
         about = (sys.modules[FAMILIES[family].__module__].__doc__ or "").splitlines()[0].rstrip(".")
-        cases = [c for c in (*families.CASES, *multimodal.CASES, *multimodal.CARRIED) if c.family == family]
-        groups = [g for c in cases for g in plan_of(c).groups if g.name.startswith("layers/")]
-        scaled, rest = ("; ".join(lines).replace("|", "\\|") for lines in support.rows(groups))
-        rows.append(f"| `{family}` | {about} | {scaled} | {rest or '-'} |")
-    return HEADER + "\n".join(rows) + "\n"
+        scaled, rest = support.rows(groups_of(family))
+        cells = (
+            f"`{family}`",
+            about,
+            "; ".join(scaled),
+            "; ".join(rest) or "-",
+            peer_mappings.compared(family, scaled),
+        )
+        rows.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
+    explained = "\n".join(f"- `{what}`: {why}." for what, why in peer_mappings.EXPLAINED.items())
+    return HEADER.format(explained=explained) + "\n".join(rows) + "\n"
 
 
 if __name__ == "__main__":

@@ -280,6 +280,23 @@ class RefinedWeb:
         Path(directory, "config.json").write_text(json.dumps(self.config))
 
 
+class KimiK2:
+    """transformers' DeepSeek-V3 under the name that Kimi K2's checkpoints have."""
+
+    def __init__(self, config: dict[str, Any]):
+        from tiny import randomized
+
+        self.config = config
+        self.model = randomized("deepseek_v3", {k: v for k, v in config.items() if k != "model_type"})
+
+    def __call__(self, tokens: torch.Tensor, attention_mask: torch.Tensor | None = None) -> Any:
+        return self.model(tokens, attention_mask=attention_mask)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        self.model.save_pretrained(directory)
+        Path(directory, "config.json").write_text(json.dumps(self.config))
+
+
 MODELS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "Yi": Yi,
     "aquila": Llama,
@@ -288,6 +305,7 @@ MODELS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "minicpm": MiniCPM,
     "qwen": Qwen,
     "exaone": Exaone,
+    "kimi_k2": KimiK2,
     "RefinedWeb": RefinedWeb,
     "RefinedWebModel": RefinedWeb,
 }

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import model_table
 import multimodal
 import numpy as np
+import peer_mappings
 import pytest
 import torch
 from flax import nnx
@@ -19,6 +20,7 @@ from tiny import close, randomized
 
 import awq_jax
 from awq_jax import models, paths, verify
+from awq_jax.commands import support
 from awq_jax.config import AwqConfig
 from awq_jax.convert import registry, writing
 from awq_jax.models import params as model_params
@@ -135,6 +137,27 @@ def test_every_family_has_a_case():
 
 def test_the_table_of_families_is_current():
     assert model_table.PAGE.read_text() == model_table.page(), "run python tests/model_table.py"
+
+
+@pytest.mark.parametrize("peer", peer_mappings.PEERS)
+def test_what_the_peers_scale_is_scaled(peer):
+    """Every group of theirs lies in one of ours, but for those that are explained."""
+    for family, theirs in peer_mappings.PEERS[peer].items():
+        ours, _ = support.rows(model_table.groups_of(family))
+        lacking = set(peer_mappings.lacking(ours, theirs))
+        explained = set(peer_mappings.EXPLAINED) & set(theirs)
+        assert lacking == explained, family
+
+
+def test_a_group_that_differs_from_the_peers_is_noticed():
+    theirs = peer_mappings.LLAMA
+    assert peer_mappings.compared("llama", theirs) == "AutoAWQ and llm-compressor: the same"
+    assert peer_mappings.lacking(theirs[1:], theirs) == [theirs[0]]
+    assert peer_mappings.lacking(["q k <- input_layernorm", *theirs[1:]], theirs) == [theirs[0]]
+    assert peer_mappings.lacking(["q k v <- norm", *theirs[1:]], theirs) == [theirs[0]]
+    more = ["q k v x <- input_layernorm", *theirs[1:], "x <- y"]
+    assert peer_mappings.lacking(more, theirs) == []
+    assert peer_mappings.beyond(more, theirs) == ["x <- input_layernorm", "x <- y"]
 
 
 def packed_like(target, rng):

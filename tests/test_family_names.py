@@ -20,7 +20,7 @@ from awq_jax.models import params
 
 CASES = [c for c in families.CASES if c.family not in references.MODELS]
 # Their experts are one tensor in every published checkpoint; packed ones have a name for each, after the relative's.
-STACKED = {"gpt_oss": "mlp.experts.", "granitemoe": "block_sparse_moe.experts."}
+STACKED = dict.fromkeys(("granitemoe", "granitemoeshared"), "block_sparse_moe.experts.") | {"gpt_oss": "mlp.experts."}
 
 
 def rules(family: str) -> list[Any]:

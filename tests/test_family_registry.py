@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import peer_mappings
 import pytest
 
 from awq_jax import models
@@ -49,9 +50,19 @@ AUTOAWQ = [
 ]
 
 
+# What came after, and what AutoAWQ never had. Gemma 3 has a name for its text model alone.
+LATER = "qwen2_moe qwen3_next gemma3_text gemma3 phi phimoe gpt2 cohere2 olmo2 olmoe granite glm4 smollm3 exaone4"
+LATER += " internlm3 gpt_oss ministral qwen3_vl"
+
+
 def test_every_family_of_autoawq_is_supported():
     assert len(AUTOAWQ) == 37
     assert set(AUTOAWQ) <= set(models.supported())
+    assert set(AUTOAWQ) == set(peer_mappings.AUTOAWQ)
+
+
+def test_the_families_that_came_after_are_supported():
+    assert set(LATER.split()) <= set(models.supported())
 
 
 def refusal(**hf):
@@ -66,7 +77,7 @@ def refusal(**hf):
         ({"model_type": "llama4_text"}, "llama"),
         ({"model_type": "qwen3_5"}, "qwen3"),
         ({"model_type": "deepseek_v32"}, "deepseek_v3"),
-        ({"model_type": "kimi_k2", "architectures": ["DeepseekV3ForCausalLM"]}, "deepseek_v3"),
+        ({"model_type": "kimi_k3", "architectures": ["DeepseekV3ForCausalLM"]}, "deepseek_v3"),
         ({"model_type": "mine", "architectures": ["LlamaForCausalLM"]}, "llama"),
         ({"model_type": "mine", "text_config": {"model_type": "qwen2"}, "vision_config": {}}, "qwen2"),
         ({"model_type": "starcoder3"}, "starcoder2"),

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from awq_jax.models import rope
+from awq_jax.models import columns, rope
 from awq_jax.models.config import AttentionConfig, LayerConfig, RopeConfig
 from awq_jax.models.norm import Norm
 from awq_jax.nnx import Linear
@@ -68,6 +68,8 @@ class Attention(nnx.Module):
         if turn is not None:
             cos, sin = step.angles[turn]
             q, k = rope.rotate(q, cos, sin, turn.interleaved), rope.rotate(k, cos, sin, turn.interleaved)
+        if c.norm is not None and c.norm_rotated:
+            q, k = self.q_norm(q), self.k_norm(k)
         if c.query_growth is not None:
             beta, length = c.query_growth
             growth = 1 + beta * jnp.log1p((step.positions // length).astype(jnp.float32))
@@ -91,7 +93,7 @@ class Attention(nnx.Module):
                 y = y.reshape(*lead, c.kv_heads, c.heads // c.kv_heads + 2, c.head_dim)
                 q, k, v = y[..., :-2, :], y[..., -2, :], y[..., -1, :]
             else:
-                q, k, v = y[..., : -2 * kv], y[..., -2 * kv : -kv], y[..., -kv:]
+                q, k, v = columns.split(y, (c.heads * c.head_dim, kv, kv), c.ways)
         else:
             q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
             if c.gated:
@@ -102,7 +104,7 @@ class Attention(nnx.Module):
         q, k, v = (_clip(a, c) for a in (q, k, v))
         q = q.reshape(*lead, c.heads, c.head_dim)
         k, v = (a.reshape(*lead, c.kv_heads, c.head_dim) for a in (k, v))
-        if c.norm is not None and c.norm_over != "width":
+        if c.norm is not None and c.norm_over != "width" and not c.norm_rotated:
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v, gate
 

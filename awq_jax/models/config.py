@@ -81,8 +81,10 @@ class AttentionConfig:
       heads, kv_heads, head_dim: query heads, key/value heads (a divisor), channels of each.
       fused: one matrix makes queries, keys and values: ``concatenated`` as all q, all k, all v;
         ``grouped`` per key/value head as its q heads, its k, its v. None: three matrices.
+      ways: ``concatenated`` in this many runs of columns (see `awq_jax.models.columns`).
       qkv_bias, o_bias: which linears have a bias.
-      norm: of queries and keys, before they are rotated; None for none.
+      norm: of queries and keys; None for none.
+      norm_rotated: they are normalised after they are rotated, instead of before.
       norm_over: ``head``: over the channels of a head, one scale for all heads; ``heads``: the same
         with a scale for each head; ``width``: over all heads together.
       scale: of the scores; None for ``head_dim ** -0.5``.
@@ -102,10 +104,12 @@ class AttentionConfig:
     kv_heads: int
     head_dim: int
     fused: Literal["concatenated", "grouped"] | None = None
+    ways: int = 1
     qkv_bias: bool = False
     o_bias: bool = False
     norm: NormConfig | None = None
     norm_over: Literal["head", "heads", "width"] = "head"
+    norm_rotated: bool = False
     scale: float | None = None
     cap: float | None = None
     clip: float | None = None
@@ -180,6 +184,7 @@ class MLPConfig:
       activation: name in `awq_jax.models.mlp.ACTIVATIONS`.
       gated: there is a gate.
       fused: one matrix makes the gate and then the up half.
+      ways: it does so in this many runs of columns (see `awq_jax.models.columns`).
       bias: the linears have biases.
       limit: the halves are clipped, the gate to at most ``limit`` and up to ``[-limit, limit]``, and
         multiplied as ``gate * sigmoid(steepness * gate) * (up + 1)``; None for the plain product.
@@ -190,6 +195,7 @@ class MLPConfig:
     activation: str = "silu"
     gated: bool = True
     fused: bool = False
+    ways: int = 1
     bias: bool = False
     limit: float | None = None
     steepness: float = 1.0
@@ -210,7 +216,8 @@ class MoEConfig:
         logit, or chosen one by one by ``sparsemixer`` (arXiv 2409.12136) with its ``jitter``.
       groups, top_groups: experts stand in groups of equal size; only those of a token's best
         ``top_groups`` are chosen from. A group is as good as its ``group_best`` best experts together.
-      correction: a bias per expert is added to the scores for the choice, but not to the weights.
+      correction: a bias per expert is added to the scores for the choice, but not to the weights; stored as
+        ``[experts]``, or ``"row"`` as ``[1, experts]``.
       scale: multiplies the weights.
       router_bias: the router has a bias.
     """
@@ -226,7 +233,7 @@ class MoEConfig:
     groups: int = 1
     top_groups: int = 1
     group_best: int = 1
-    correction: bool = False
+    correction: bool | Literal["row"] = False
     scale: float = 1.0
     router_bias: bool = False
 

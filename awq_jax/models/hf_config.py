@@ -19,7 +19,7 @@ from awq_jax.models.config import (
     RopeConfig,
 )
 from awq_jax.models.hf_rope import rope_config
-from awq_jax.models.mlp import ACTIVATIONS
+from awq_jax.models.mlp import ACTIVATIONS, LEARNED
 
 # What other families call Llama's keys; the first that is there counts.
 SPELLINGS = {
@@ -150,9 +150,10 @@ def mlp_config(hf: Mapping[str, Any], **changes: Any) -> MLPConfig:
         changes["size"] = required(hf, "intermediate_size")
     if "activation" not in changes:
         changes["activation"] = get(hf, "hidden_act", "silu")
-    if changes["activation"] not in ACTIVATIONS:
+    known = (*ACTIVATIONS, *(() if changes.get("gated", True) else LEARNED))
+    if changes["activation"] not in known:
         raise UnsupportedModelError(
-            f"hidden_act {changes['activation']!r} is not supported; the decoder has {', '.join(sorted(ACTIVATIONS))}"
+            f"hidden_act {changes['activation']!r} is not supported; the decoder has {', '.join(sorted(known))}"
         )
     return MLPConfig(**changes)
 

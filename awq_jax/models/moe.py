@@ -14,13 +14,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from awq_jax import kernels
-from awq_jax.kernels import grouped
+from awq_jax.kernels import grouped, parallel
 from awq_jax.models.config import MoEConfig
 from awq_jax.models.mlp import MLP, gated
 from awq_jax.models.routing import route
 from awq_jax.nnx import Linear
+from awq_jax.paths import path_str
+from awq_jax.placement import float_spec
 from awq_jax.qtensor import QuantizedTensor
 
 
@@ -51,12 +54,13 @@ class Experts(nnx.Module):
             self.bias = nnx.Param(jnp.zeros((experts, out)))
         self.use_bias = use_bias
 
-    def __call__(self, x: jax.Array, chosen: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, chosen: jax.Array | None = None, sparse: bool = False) -> jax.Array:
         """Each expert on its rows.
 
         Args:
           x: ``[T, K]``, read by all experts, or ``[E, T, K]``.
           chosen: int32 ``[P]``: use these experts only, ``x`` being ``[P, 1, K]``.
+          sparse: many of them are -1: none, for packed experts.
 
         Returns:
           ``[E, T, N]``, or ``[P, T, N]``.
@@ -64,7 +68,7 @@ class Experts(nnx.Module):
         w = by_expert(self.kernel.get_value())
         if chosen is not None and isinstance(w, QuantizedTensor):
             dtype = jnp.promote_types(x.dtype, w.dtype)
-            y = grouped.matmul(x[:, 0].astype(dtype), w, chosen)[:, None]
+            y = grouped.matmul(x[:, 0].astype(dtype), w, chosen, sparse=sparse)[:, None]
             return y + self.bias.get_value()[chosen][:, None] if self.use_bias else y
         if chosen is not None:
             w = jax.tree.map(lambda a: a[chosen], w)
@@ -100,18 +104,45 @@ class ExpertMLP(nnx.Module):
 
     def chosen(self, x: jax.Array, weights: jax.Array, experts: jax.Array) -> jax.Array:
         """Tokens ``x [T, hidden]`` through ``experts [T, k]`` only, summed with ``weights [T, k]``."""
+        kernels_ = [e.kernel.get_value() for e in vars(self).values() if isinstance(e, Experts)]
+        place = next((k.placement for k in kernels_ if isinstance(k, QuantizedTensor)), None)
+        if place is None:
+            return self._chosen(x, weights, experts, False)
+        graphdef, state = nnx.split(self)
+        own = place.dim == "b"
+
+        def cut(path: Any, leaf: Any) -> PartitionSpec:
+            down = "down_proj" in path_str(path)
+            if leaf.ndim == 3:  # a float kernel
+                return float_spec("b" if own else "k" if down else "n", 3, place.axis)
+            return float_spec("b" if own else "" if down else "n", 2, place.axis)
+
+        def run(state: Any, x: jax.Array, weights: jax.Array, experts: jax.Array) -> jax.Array:
+            part: ExpertMLP = nnx.merge(graphdef, state)
+            index = jax.lax.axis_index(place.axis)
+            if own:
+                each = self.config.experts // place.size
+                here = experts // each == index
+                weights, experts = jnp.where(here, weights, 0), jnp.where(here, experts - each * index, -1)
+            elif place.dim and part.down_proj.use_bias:  # once
+                part.down_proj.bias.set_value(jnp.where(index == 0, part.down_proj.bias.get_value(), 0))
+            return part._chosen(x, weights, experts, own)
+
+        return parallel.summed(run, state, cut, place, x, weights, experts)
+
+    def _chosen(self, x: jax.Array, weights: jax.Array, experts: jax.Array, sparse: bool) -> jax.Array:
         tokens, k = experts.shape
         rows = jnp.repeat(x, k, axis=0)[:, None]
         pick = experts.reshape(-1)
-        y = self.down_proj(self.inner(rows, pick), pick).reshape(tokens, k, -1)
+        y = self.down_proj(self.inner(rows, pick, sparse), pick, sparse).reshape(tokens, k, -1)
         return jnp.einsum("tkd,tk->td", y, weights.astype(x.dtype))
 
-    def inner(self, x: jax.Array, pick: jax.Array | None) -> jax.Array:
+    def inner(self, x: jax.Array, pick: jax.Array | None, sparse: bool = False) -> jax.Array:
         c = self.config.expert
         if c.fused:
-            gate, up = jnp.split(self.gate_up_proj(x, pick), 2, axis=-1)
+            gate, up = jnp.split(self.gate_up_proj(x, pick, sparse), 2, axis=-1)
         else:
-            gate, up = self.gate_proj(x, pick), self.up_proj(x, pick)
+            gate, up = self.gate_proj(x, pick, sparse), self.up_proj(x, pick, sparse)
         return gated(gate, up, c)
 
 
@@ -124,7 +155,8 @@ class MoE(nnx.Module):
             size, config.experts, use_bias=config.router_bias, preferred_element_type=jnp.float32, rngs=rngs
         )
         if config.correction:
-            self.correction = nnx.Param(jnp.zeros(config.experts))
+            row = (1,) if config.correction == "row" else ()
+            self.correction = nnx.Param(jnp.zeros((*row, config.experts)))
         self.experts = ExpertMLP(size, config, rngs)
         if config.shared is not None:
             self.shared_expert = MLP(size, config.shared, rngs)

@@ -16,7 +16,7 @@ def route(logits: jax.Array, config: MoEConfig, correction: jax.Array | None = N
     Args:
       logits: ``[T, E]``.
       config: how.
-      correction: ``[E]``, with `MoEConfig.correction`.
+      correction: ``[E]`` or ``[1, E]``, with `MoEConfig.correction`.
 
     Returns:
       float32 and int32 ``[T, top_k]``, best first.

@@ -19,8 +19,8 @@ NAMES = names(
 )
 
 
-def config(hf: Mapping[str, Any]) -> ModelConfig:
-    """``model_type`` "gemma2"."""
+def config(hf: Mapping[str, Any], **changes: Any) -> ModelConfig:
+    """``model_type`` "gemma2"; ``changes`` are arguments of `base` that differ in its relatives."""
     count = required(hf, "num_hidden_layers")
     types = layer_types(hf, ["full_attention" if i % 2 else "sliding_attention" for i in range(count)])
     return gemma_base(
@@ -30,7 +30,6 @@ def config(hf: Mapping[str, Any]) -> ModelConfig:
             "cap": hf.get("attn_logit_softcapping", 50.0),
         },
         windows=windows(types, hf.get("sliding_window", 4096)),
-        norms="sandwich",
         logit_cap=hf.get("final_logit_softcapping", 30.0),
-        names=NAMES,
+        **{"norms": "sandwich", "names": NAMES} | changes,
     )

@@ -1,0 +1,30 @@
+"""Apertus: Llama with a norm of each head, and an MLP that has no gate and an activation with parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from awq_jax.convert.names import names
+from awq_jax.models.config import ModelConfig, NormConfig
+from awq_jax.models.hf_config import base, get
+from awq_jax.models.hf_rope import rope_config
+
+NAMES = names({"input_layernorm": "attention_layernorm", "post_attention_layernorm": "feedforward_layernorm"})
+ROPE = {"rope_type": "llama3", "rope_theta": 12e6, "factor": 8.0, "original_max_position_embeddings": 8192}
+ROPE |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+def config(hf: Mapping[str, Any]) -> ModelConfig:
+    """``model_type`` "apertus"."""
+    bias = bool(hf.get("attention_bias", False))
+    eps = float(get(hf, "norm_eps", 1e-5))
+    said = hf.get("rope_scaling") or hf.get("rope_parameters")
+    return base(
+        hf,
+        attention={"qkv_bias": bias, "o_bias": bias, "norm": NormConfig(eps=eps)},
+        mlp={"gated": False, "activation": get(hf, "hidden_act", "xielu")},
+        norm={"eps": eps},
+        ropes=rope_config(hf, theta=12e6, data=None if said else ROPE),
+        names=NAMES,
+    )

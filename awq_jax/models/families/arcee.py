@@ -1,0 +1,20 @@
+"""Arcee (AFM): Llama with an MLP that has no gate and a squared ReLU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from awq_jax.models.config import ModelConfig
+from awq_jax.models.hf_config import base, get
+
+
+def config(hf: Mapping[str, Any]) -> ModelConfig:
+    """``model_type`` "arcee"."""
+    bias = bool(hf.get("attention_bias", False))
+    return base(
+        hf,
+        attention={"qkv_bias": bias, "o_bias": bias},
+        mlp={"gated": False, "bias": bool(hf.get("mlp_bias", False)), "activation": get(hf, "hidden_act", "relu2")},
+        norm={"eps": float(get(hf, "norm_eps", 1e-5))},
+    )

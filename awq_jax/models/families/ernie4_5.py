@@ -1,0 +1,28 @@
+"""ERNIE 4.5: Llama with neighbouring channels rotated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from awq_jax.models.config import ModelConfig
+from awq_jax.models.hf_config import base, get
+from awq_jax.models.hf_rope import rope_config
+
+
+def ernie_base(hf: Mapping[str, Any], **changes: Any) -> ModelConfig:
+    """What both kinds share; ``changes`` as `awq_jax.models.hf_config.base` takes them."""
+    bias = bool(hf.get("use_bias", False))
+    return base(
+        hf,
+        attention={"qkv_bias": bias, "o_bias": bias},
+        norm={"eps": float(get(hf, "norm_eps", 1e-5))},
+        ropes=rope_config(hf, theta=500000.0, interleaved=True),
+        tied=bool(hf.get("tie_word_embeddings", True)),
+        **changes,
+    )
+
+
+def config(hf: Mapping[str, Any]) -> ModelConfig:
+    """``model_type`` "ernie4_5"."""
+    return ernie_base({"head_dim": 128} | dict(hf), mlp={"bias": bool(hf.get("use_bias", False))})

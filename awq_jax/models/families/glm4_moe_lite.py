@@ -1,0 +1,32 @@
+"""GLM-4.7-Flash: DeepSeek-V3 with the experts in all layers but the first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from awq_jax.convert.names import names
+from awq_jax.models.config import ModelConfig
+from awq_jax.models.families.deepseek_v2 import latent_base
+from awq_jax.models.families.deepseek_v3 import NAMES, sigmoid_experts
+from awq_jax.models.hf_config import get, mlp_config, required
+from awq_jax.models.hf_moe import after_dense
+
+
+def config(hf: Mapping[str, Any]) -> ModelConfig:
+    """``model_type`` "glm4_moe_lite"."""
+    count = required(hf, "num_hidden_layers")
+    moe, dense = sigmoid_experts(hf), mlp_config(hf)
+    said = hf.get("mlp_layer_types")
+    mlps = (
+        [moe if t == "sparse" else dense for t in said]
+        if said
+        else after_dense({"first_k_dense_replace": 1} | dict(hf), moe)
+    )
+    return latent_base(
+        hf,
+        bool(hf.get("rope_interleave", True)),
+        mlps=mlps,
+        norm={"eps": float(get(hf, "norm_eps", 1e-5))},
+        names=names(NAMES, ignored=rf"^model\.layers\.{count}\."),  # predicts the token after the next
+    )

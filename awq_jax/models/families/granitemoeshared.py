@@ -1,0 +1,30 @@
+"""Granite MoE with an expert that all tokens share, gate and up fused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from awq_jax.convert.names import names
+from awq_jax.models.config import ModelConfig
+from awq_jax.models.families import granitemoe
+from awq_jax.models.families.granite import granite_base
+from awq_jax.models.hf_config import mlp_config, required
+from awq_jax.models.hf_moe import moe_config
+
+NAMES = names(
+    dict(granitemoe.NAMES.entries)
+    | {
+        "mlp.shared_expert.gate_up_proj": "shared_mlp.input_linear",
+        "mlp.shared_expert.down_proj": "shared_mlp.output_linear",
+    },
+    packed=dict(granitemoe.NAMES.packed),
+)
+
+
+def config(hf: Mapping[str, Any]) -> ModelConfig:
+    """``model_type`` "granitemoeshared"."""
+    size = hf.get("shared_intermediate_size")
+    shared = mlp_config(hf, size=required(hf, "shared_intermediate_size"), fused=True) if size else None
+    moe = moe_config(hf, normalize=True, shared=shared)
+    return granite_base(hf, mlps=[moe] * required(hf, "num_hidden_layers"), names=NAMES)

@@ -1,0 +1,36 @@
+"""Hunyuan dense (0.5B to 7B): Llama with a norm of each head behind its rotation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from awq_jax.convert.names import names
+from awq_jax.models.config import ModelConfig, NormConfig, RopeConfig
+from awq_jax.models.hf_config import base, get
+from awq_jax.models.hf_rope import rope_config
+
+NAMES = names({"self_attn.q_norm": "self_attn.query_layernorm", "self_attn.k_norm": "self_attn.key_layernorm"})
+
+
+def config(hf: Mapping[str, Any]) -> ModelConfig:
+    """``model_type`` "hunyuan_v1_dense"."""
+    bias = bool(hf.get("attention_bias", False))
+    eps = float(get(hf, "norm_eps", 1e-5))
+    return base(
+        hf,
+        attention={"qkv_bias": bias, "o_bias": bias, "norm": NormConfig(eps=eps), "norm_rotated": True},
+        norm={"eps": eps},
+        ropes=_rope(hf),
+        names=NAMES,
+    )
+
+
+def _rope(hf: Mapping[str, Any]) -> RopeConfig:
+    """A scaling that is called dynamic but has an ``alpha`` stretches the base alike for all lengths."""
+    data = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
+    if data.get("rope_type", data.get("type")) != "dynamic" or not data.get("alpha"):
+        return rope_config(hf)
+    dim = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
+    theta = float(data.get("rope_theta") or hf.get("rope_theta") or 10000.0)
+    return rope_config(hf, data={"rope_theta": theta * float(data["alpha"]) ** (dim / (dim - 2))})

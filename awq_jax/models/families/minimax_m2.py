@@ -1,0 +1,32 @@
+"""MiniMax-M2: Mixtral with experts chosen by sigmoids and a correction, and norms over all queries and all keys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from awq_jax.convert.names import names
+from awq_jax.models.config import ModelConfig, NormConfig
+from awq_jax.models.families.mixtral import NAMES as MIXTRAL
+from awq_jax.models.hf_config import base, get, required
+from awq_jax.models.hf_moe import moe_config
+from awq_jax.models.hf_rope import rope_config
+
+NAMES = names(
+    dict(MIXTRAL.entries) | {"mlp.correction": "block_sparse_moe.e_score_correction_bias"},
+    ignored=r"\.mtp\.|^model\.mtp",  # predicts the tokens after the next
+)
+
+
+def config(hf: Mapping[str, Any]) -> ModelConfig:
+    """``model_type`` "minimax_m2"."""
+    hf = {"head_dim": 128} | dict(hf)
+    fraction = hf["rotary_dim"] / hf["head_dim"] if hf.get("rotary_dim") else 1.0
+    moe = moe_config(hf, score="sigmoid", correction=True, normalize=True)
+    return base(
+        hf,
+        attention={"norm": NormConfig(eps=float(get(hf, "norm_eps", 1e-6))), "norm_over": "width"},
+        mlps=[moe] * required(hf, "num_hidden_layers"),
+        ropes=rope_config(hf, theta=5e6, fraction=fraction),
+        names=NAMES,
+    )

@@ -1,0 +1,21 @@
+"""Seed-OSS: Llama with biases on q, k and v."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from awq_jax.models.config import ModelConfig
+from awq_jax.models.hf_config import base
+
+
+def config(hf: Mapping[str, Any]) -> ModelConfig:
+    """``model_type`` "seed_oss"."""
+    return base(
+        {"head_dim": 128} | dict(hf),
+        attention={
+            "qkv_bias": bool(hf.get("attention_bias", True)),
+            "o_bias": bool(hf.get("attention_out_bias", False)),
+        },
+        mlp={"bias": bool(hf.get("mlp_bias", False))},
+    )

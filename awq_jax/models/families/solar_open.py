@@ -1,0 +1,24 @@
+"""Solar Open: Llama with DeepSeek-V3's experts in every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from awq_jax.convert.names import names
+from awq_jax.models.config import ModelConfig
+from awq_jax.models.families.deepseek_v3 import NAMES, sigmoid_experts
+from awq_jax.models.hf_config import base, get, required
+from awq_jax.models.hf_rope import rope_config
+
+
+def config(hf: Mapping[str, Any]) -> ModelConfig:
+    """``model_type`` "solar_open"."""
+    return base(
+        {"head_dim": 128} | dict(hf),
+        attention={"qkv_bias": bool(hf.get("attention_bias", False))},
+        norm={"eps": float(get(hf, "norm_eps", 1e-5))},
+        mlps=[sigmoid_experts(hf)] * required(hf, "num_hidden_layers"),
+        ropes=rope_config(hf, theta=1e6),
+        names=names(NAMES),
+    )

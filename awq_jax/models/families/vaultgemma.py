@@ -1,0 +1,17 @@
+"""VaultGemma: Gemma 2 without the norms behind each half of a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from awq_jax.convert.names import names
+from awq_jax.models.config import ModelConfig
+from awq_jax.models.families import gemma2
+
+NAMES = names({"post_attention_layernorm": "pre_feedforward_layernorm"})
+
+
+def config(hf: Mapping[str, Any]) -> ModelConfig:
+    """``model_type`` "vaultgemma"."""
+    return gemma2.config(hf, norms="pre", names=NAMES)
