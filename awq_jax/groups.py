@@ -79,7 +79,7 @@ def find_scale(
         energies = _energies(pool, means, layer, len(absmean), rows, config.damping) if compensated else None
 
         def metric(e: int, layer: int = layer, energies: np.ndarray | None = energies) -> Any:
-            return _pad_square(means.gram(layer, e), rows=rows) if energies is None else energies[e]
+            return _mean(means.gram(layer, e), rows=rows) if energies is None else energies[e]
 
         found.append(
             search(
@@ -161,6 +161,9 @@ class Rounded(NamedTuple):
     rtn: Any
 
 
+_Sums = tuple[jax.Array, Any]  # of `awq_jax.moments.Moments.gram`
+
+
 class _Given(NamedTuple):
     """What the columns of one instance have in common: the Gram of the scaled input, its factor, the scale."""
 
@@ -204,11 +207,11 @@ def _round(
 
 
 @functools.partial(jax.jit, static_argnames=("rows", "damping"))
-def _prepare(gram: jax.Array | None, scale: jax.Array, *, rows: int, damping: float | None) -> _Given:
+def _prepare(sums: _Sums | None, scale: jax.Array, *, rows: int, damping: float | None) -> _Given:
     s = jnp.pad(scale, (0, rows - len(scale)), constant_values=1.0)
-    if gram is None:
+    if sums is None:
         return _Given(None, None, s)
-    scaled = _square(gram, rows) / (s[:, None] * s[None, :])
+    scaled = _square(sums, rows) / (s[:, None] * s[None, :])
     return _Given(scaled, None if damping is None else factorize(scaled, damping), s)
 
 
@@ -234,24 +237,25 @@ def _energies(pool: Pool, means: Moments, layer: int, experts: int, rows: int, d
         experts,
         1,
         lambda e: means.gram(layer, e),
-        lambda gram: _energy(gram, rows=rows, damping=damping),
+        lambda sums: _energy(sums, rows=rows, damping=damping),
         lambda place, e, piece, energy: energy,
     )
     return np.stack([energy for (energy,) in made])
 
 
 @functools.partial(jax.jit, static_argnames=("rows", "damping"))
-def _energy(gram: jax.Array, *, rows: int, damping: float) -> jax.Array:
-    gram = _square(gram, rows)
+def _energy(sums: _Sums, *, rows: int, damping: float) -> jax.Array:
+    gram = _square(sums, rows)
     return conditional_energy(gram, factorize(gram, damping))
 
 
-def _square(gram: jax.Array, rows: int) -> jax.Array:
-    """``gram`` with channels of no energy up to ``rows``."""
-    return jnp.pad(gram, (0, rows - len(gram)))
+def _square(sums: _Sums, rows: int) -> jax.Array:
+    """The mean Gram, with channels of no energy up to ``rows``."""
+    gram, count = sums
+    return jnp.pad(gram / count, (0, rows - len(gram)))
 
 
-_pad_square = jax.jit(_square, static_argnames=("rows",))
+_mean = jax.jit(_square, static_argnames=("rows",))
 
 
 def _padded(v: np.ndarray, rows: int) -> np.ndarray:

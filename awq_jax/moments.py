@@ -33,12 +33,12 @@ class Moments:
     _count: np.ndarray  # [S, E]
     _few: np.ndarray  # [S, E]: too few tokens to be trusted
 
-    def gram(self, layer: int, expert: int) -> jax.Array:
-        """``E[x^T x]`` of one instance, float32 ``[K, K]``."""
+    def gram(self, layer: int, expert: int) -> tuple[jax.Array, np.float32]:
+        """The sum of ``x^T x`` of one instance, float32 ``[K, K]``, and how many tokens it is of."""
         e = self._count.shape[1]
         few = self._few[layer, expert]
         total = self._layer(layer) if few else self._sum(layer * e + expert)
-        return total / np.float32(self._count[layer, expert])
+        return total, np.float32(self._count[layer, expert])
 
     @functools.lru_cache(maxsize=1)  # noqa: B019  (as short-lived as its arguments)
     def _layer(self, layer: int) -> jax.Array:

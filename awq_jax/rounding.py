@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 
 BLOCK = 128  # rows compensated before the rest of the matrix is updated
-CHUNK = 1 << 22  # numbers in the largest intermediate of `refit`
 
 
 class Grid(NamedTuple):
@@ -194,7 +193,8 @@ def compensate(w: jax.Array, factor: Factor, grid: Grid, bits: int) -> jax.Array
     group = k // grid.scale.shape[0]
     order, u = factor
     pad = -k % BLOCK
-    u = jnp.pad(u, ((0, pad), (0, pad))) + jnp.diag(jnp.where(jnp.arange(k + pad) < k, 0.0, 1.0))
+    if pad:
+        u = jnp.pad(u, ((0, pad), (0, pad))) + jnp.diag(jnp.where(jnp.arange(k + pad) < k, 0.0, 1.0))
     scale = jnp.pad(jnp.repeat(grid.scale, group, axis=0)[order], ((0, pad), (0, 0)))
     zero = jnp.pad(jnp.repeat(grid.zero, group, axis=0)[order], ((0, pad), (0, 0)))
     rest = jnp.pad(w[order], ((0, pad), (0, 0)))
@@ -236,30 +236,17 @@ def refit(w: jax.Array, gram: jax.Array, codes: jax.Array, grid: Grid, dtype: st
     """
     k, n = w.shape
     groups = grid.scale.shape[0]
-    chunk = max(1, CHUNK // (k * groups))  # columns at a time: what is between has K x G numbers for each
-    target = gram @ w
-    if chunk >= n:
-        return _refit(gram, target, codes, grid, dtype)
-    count = -(-n // chunk)
+    size = k // groups
+    base = codes.reshape(groups, size, n) - grid.zero[:, None]
 
-    def split(x: jax.Array, fill: float) -> jax.Array:
-        x = jnp.pad(x, ((0, 0), (0, count * chunk - n)), constant_values=fill)
-        return jnp.moveaxis(x.reshape(-1, count, chunk), 1, 0)
+    def against(i: jax.Array) -> jax.Array:
+        """Products ``[G, N]`` of the part that group ``i`` makes with the parts of all groups."""
+        rows = jax.lax.dynamic_slice(gram, (i * size, 0), (size, k))
+        return (base * (rows.T @ base[i]).reshape(base.shape)).sum(axis=1)
 
-    parts = split(target, 0.0), split(codes, 0.0), split(grid.scale, 1.0), split(grid.zero, 0.0)
-    scale = jax.lax.map(lambda p: _refit(gram, p[0], p[1], Grid(p[2], p[3]), dtype).scale, parts)
-    return Grid(jnp.moveaxis(scale, 0, 1).reshape(groups, -1)[:, :n], grid.zero)
-
-
-def _refit(gram: jax.Array, target: jax.Array, codes: jax.Array, grid: Grid, dtype: str) -> Grid:
-    """See `refit`; ``target`` is ``gram @ w``."""
-    groups, n = grid.scale.shape
-    base = codes.reshape(groups, -1, n) - grid.zero[:, None]
-    k = gram.shape[0]
-    h = gram.reshape(groups, k // groups, groups, k // groups)
-    hb = jnp.einsum("GgLl,Lln->GgLn", h, base)
-    a = jnp.einsum("Ggn,GgLn->nGL", base, hb)
-    b = jnp.einsum("Ggn,Ggn->nG", base, target.reshape(groups, -1, n))
+    # One group at a time: all at once would take K x G numbers for each column.
+    a = jnp.moveaxis(jax.lax.map(against, jnp.arange(groups)), 2, 0)
+    b = (base * (gram @ w).reshape(base.shape)).sum(axis=1).T
     diag = jnp.einsum("nGG->nG", a)
     floor = 1e-4 * diag.mean(axis=1, keepdims=True) + 1e-30
     a = a + jnp.eye(groups) * floor[:, :, None]

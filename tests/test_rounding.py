@@ -213,19 +213,3 @@ def test_a_group_far_from_zero_survives() -> None:
     w = jnp.asarray(np.linspace(1.0, 1.1, G, dtype=np.float32)[:, None])
     got = rounding.quantize_dequantize(w, G, 4, False, "float16")
     assert float(jnp.abs(got - w).max()) < 0.04
-
-
-def test_scales_refitted_some_columns_at_a_time_are_the_same(monkeypatch):
-    """The last piece is filled up with columns that do not count."""
-    r = np.random.default_rng(5)
-    gram = jnp.asarray(gram_of(correlated()), jnp.float32)
-    w = jnp.asarray(r.normal(size=(K, N)), jnp.float32)
-    groups = w.reshape(-1, G, N)
-    grid = rounding.make_grid(*rounding.range_of(groups), 3, False, "float32")
-    codes = rounding.encode(groups, grid, 3).reshape(K, N)
-    whole = rounding.refit(w, gram, codes, grid, "float32")
-    assert (whole.scale != grid.scale).any()
-    monkeypatch.setattr(rounding, "CHUNK", 4 * K * (K // G))
-    parts = rounding.refit(w, gram, codes, grid, "float32")
-    np.testing.assert_allclose(parts.scale, whole.scale, rtol=1e-5)
-    assert parts.zero.shape == whole.zero.shape
