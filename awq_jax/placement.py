@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from awq_jax.qtensor import QuantizedTensor
 
 Dim = Literal["k", "n", "b", ""]
+TABLES = ("qweight", "scales", "zeros", "offsets", "inv_scale", "perm")  # the arrays of a packed weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +65,7 @@ def specs(q: QuantizedTensor, place: Placement) -> QuantizedTensor:
 def shardings(q: QuantizedTensor, place: Placement) -> QuantizedTensor:
     """As `specs`, with shardings on the mesh."""
     tree = specs(q, place)
-    fields = ("qweight", "scales", "zeros", "offsets", "inv_scale", "perm")
-    found: dict[str, Any] = {f: place.sharding(s) for f in fields if (s := getattr(tree, f)) is not None}
+    found: dict[str, Any] = {f: place.sharding(s) for f in TABLES if (s := getattr(tree, f)) is not None}
     return dataclasses.replace(tree, **found)
 
 

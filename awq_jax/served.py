@@ -11,7 +11,7 @@ from flax import nnx
 from awq_jax import kernels, paths
 from awq_jax.generate import Generator
 from awq_jax.kernels import resident
-from awq_jax.models import merge
+from awq_jax.models import merge, spread
 from awq_jax.models.config import ModelConfig
 from awq_jax.placement import Placement
 from awq_jax.qtensor import is_quantized
@@ -48,7 +48,7 @@ class Weights:
         self.merge_linears, self.copy = merge_linears, copy
         self._kept: nnx.State | None = params
         self._served: nnx.State | None = None
-        self._fused = config
+        self._fused = self._apart = config
         self._generators = {config: Generator(graphdef, config, place)}
         self._how = ""
 
@@ -60,7 +60,9 @@ class Weights:
             self._served = None
             for path in leaves:
                 leaves[path] = kernels.canonical(leaves[path])
-            merge.unmerged(self.config, self._fused, leaves)
+            merge.unmerged(self._apart, self._fused, leaves)
+            if self.place is not None:
+                spread.together(self.config, leaves, self.place)
             self._kept = merge.assemble(self.config, leaves)[1]
         return self._kept
 
@@ -104,10 +106,12 @@ class Weights:
         else:
             notes = [f"{'packed' if packed else 'float'} weights of {_mb(size)}{why}"]
             self._kept = None  # replaced part by part
-        self._fused = self.config
+        self._fused = self._apart = self.config
+        if self.place is not None:
+            self._fused = self._apart = spread.apart(self.config, leaves, self.place)
         if packed if self.merge_linears is None else self.merge_linears:
-            self._fused = merge.merged(self.config, leaves)
-            was, now = (len(list(merge.groups(c))) for c in (self.config, self._fused))
+            self._fused = merge.merged(self._apart, leaves)
+            was, now = (len(list(merge.groups(c))) for c in (self._apart, self._fused))
             notes.append(f"{was - now} of {was} groups of linears that read the same activation merged")
         for path in leaves:
             leaves[path] = kernels.prepare(leaves[path], platform)

@@ -17,21 +17,26 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
 from tqdm import tqdm
 
-from awq_jax.blocks import Block
+from awq_jax import stream_team
+from awq_jax.blocks import HEAD, REST, Block
 from awq_jax.blockwise import Done
-from awq_jax.convert import manifest, native
+from awq_jax.convert import native
 from awq_jax.convert.format import Target
 from awq_jax.convert.manifest import Manifest
 from awq_jax.convert.shards import install, write_json
 from awq_jax.convert.source import Source
 from awq_jax.errors import CheckpointError, ConfigError, FormatError
+from awq_jax.hidden import Hidden, InMemory
 from awq_jax.models import layouts
 from awq_jax.models import params as model_params
+from awq_jax.pool import pool_of
+from awq_jax.processes import team
 from awq_jax.report import LayerReport, Report
-from awq_jax.stream_job import FINISHED, HIDDEN, OUT, Job, Options, prepare
-from awq_jax.stream_parts import Tensors, assemble, write_part
+from awq_jax.stream_job import FINISHED, OUT, Job, Options, prepare
+from awq_jax.stream_parts import assemble, write_part
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +70,7 @@ def quantize_checkpoint(
     hidden_dtype: str | None = None,
     resume: bool = False,
     restart: bool = False,
+    mesh: Mesh | None = None,
     progress: bool = True,
     **settings: Any,
 ) -> Outcome:
@@ -90,7 +96,11 @@ def quantize_checkpoint(
         model's own, which changes nothing in the result.
       resume: it is an error if there is no unfinished run to continue.
       restart: discard an unfinished run.
-      progress: show a progress bar on stderr.
+      mesh: devices that share the work: batches of the calibration set, and columns of the weights. All of
+        the mesh's, however it is arranged; None: one, or all where JAX runs in several processes. The bits do
+        not depend on it, and a run may be continued with another. All processes make the same call, see
+        ``src`` and ``dst`` on a file system that they share, and each writes some of the parts.
+      progress: show a progress bar on stderr (of process 0).
       **settings: fields of `AwqConfig`; ``explicit_scale`` is False unless given.
 
     Raises:
@@ -102,27 +112,35 @@ def quantize_checkpoint(
       CheckpointError: ``src`` is damaged, ``dst`` exists, the disk is full or too small, or an unfinished run
         had another source, other settings, other calibration data or another environment.
       CalibrationError: the calibration data are empty or do not fit the model.
+      ProcessError: another process of this run has ended.
     """
     options = Options(samples, seq_len, batch_size, seed, dtype, format, overwrite, hidden, hidden_dtype)
-    return run(prepare(src, dst, calib, options, settings), resume=resume, restart=restart, progress=progress)
+    with team() as processes:
+        job = prepare(src, dst, calib, options, settings, pool_of(mesh, processes))
+        return run(job, resume=resume, restart=restart, progress=progress)
 
 
 def run(job: Job, *, resume: bool = False, restart: bool = False, progress: bool = True) -> Outcome:
     """Do, or continue, what `awq_jax.stream_job.prepare` has checked; see `quantize_checkpoint`."""
     if resume and restart:
         raise ConfigError("resume continues an unfinished run and restart discards it: give one of them")
-    if restart:
-        _tidy(job)
-    if not job.unfinished() and resume:
-        raise CheckpointError(f"there is no unfinished run of {job.path} to continue; leave resume=True out")
-    job.check_space()
+    pool = job.session.pool
+    stream_team.agree(pool, job)
+    if not pool.rank:
+        if restart:
+            _tidy(job)
+        if not job.unfinished() and resume:
+            raise CheckpointError(f"there is no unfinished run of {job.path} to continue; leave resume=True out")
+        job.check_space()
     try:
-        with manifest.opened(job.work, job.fingerprint, {HIDDEN, OUT, FINISHED}) as done:
+        with stream_team.opened(pool, job) as done:
             resumed = len(done.shards)
-            with tqdm(total=len(job.session.blocks), desc="quantize", unit="block", disable=not progress) as bar:
+            silent = not progress or pool.rank > 0
+            with tqdm(total=len(job.session.blocks), desc="quantize", unit="block", disable=silent) as bar:
                 _quantize(job, done, bar)
             start = time.perf_counter()
-            format, problem = _finish(job, done)
+            ended = ["", ""] if pool.rank else _finish(job, done)
+            format, problem = json.loads(pool.meet(json.dumps(ended))[0])
             report = _report(job, done)
             report.seconds["save"] += time.perf_counter() - start
     except OSError as e:
@@ -130,7 +148,8 @@ def run(job: Job, *, resume: bool = False, restart: bool = False, progress: bool
             f"cannot write {job.path}: {e}. Free some space and run the same command again: it continues after the "
             "last finished block"
         ) from e
-    _tidy(job)
+    if not pool.rank:
+        _tidy(job)
     if problem:
         raise FormatError(f"{problem}. Nothing is lost: the result is in {job.path}, in the format {format}")
     return Outcome(report, format, resumed)
@@ -146,7 +165,7 @@ def _quantize(job: Job, done: Manifest, bar: tqdm) -> None:
     bar.update(min(finished, len(blocks)))
     if finished < len(blocks):
         hidden, behind = job.open_hidden(finished, session.activations)
-        with Reader(job, blocks[behind:]) as reader, Writer(job, done) as writer:
+        with Reader(job, blocks[behind:]) as reader, stream_team.writer(job, done) as writer:
             for block in blocks[behind:finished]:  # statistics and all, as another program might round otherwise
                 session.calibrate(block, reader(block), hidden, len(job.batches))
             for number, result in enumerate(session.run(blocks[finished:], reader, hidden, len(job.batches)), finished):
@@ -156,7 +175,7 @@ def _quantize(job: Job, done: Manifest, bar: tqdm) -> None:
                 bar.update()
                 del result, tensors
                 _trim()
-    if len(done.shards) == len(blocks):
+    if len(done.shards) == len(blocks) and not session.pool.rank:
         write_part(done, job.work, len(blocks), layouts.carried(job.source, session.chain.config), {})
 
 
@@ -196,37 +215,6 @@ class Reader:
             self._coming = self._pool.submit(
                 lambda: {p: list(self._job.weights.read(block.prefix + p)) for p in wanted}
             )
-
-
-class Writer:
-    """Writes one part while the next is made."""
-
-    def __init__(self, job: Job, done: Manifest) -> None:
-        self._job, self._done = job, done
-        self._pool = ThreadPoolExecutor(1, "write")
-        self._pending: Future[None] | None = None
-
-    def __enter__(self) -> Writer:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
-        try:
-            self._wait()
-        except OSError:
-            if kind is None:  # otherwise there is an older error to report
-                raise
-        finally:
-            self._pool.shutdown()
-
-    def put(self, number: int, tensors: Tensors, note: dict[str, Any]) -> None:
-        """Start writing a part, when the one before is on the disk."""
-        self._wait()
-        self._pending = self._pool.submit(write_part, self._done, self._job.work, number, tensors, note)
-
-    def _wait(self) -> None:
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
 
 
 def _trim() -> None:

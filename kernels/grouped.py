@@ -23,7 +23,13 @@ SMALLEST_TILE, LARGEST_TILE = 16, 256
 
 
 def matmul(
-    x: jax.Array, q: QuantizedTensor, expert: jax.Array, *, impl: str = "auto", preferred_element_type: Any = None
+    x: jax.Array,
+    q: QuantizedTensor,
+    expert: jax.Array,
+    *,
+    impl: str = "auto",
+    preferred_element_type: Any = None,
+    sparse: bool = False,
 ) -> jax.Array:
     """Row t of ``x`` times matrix ``expert[t]``, accumulated in float32; differentiable with respect to ``x``.
 
@@ -33,6 +39,7 @@ def matmul(
       expert: int32 ``[T]``, from 0 to E-1.
       impl: as `awq_jax.kernels.matmul`, for the product of one tile.
       preferred_element_type: dtype of the result (default: ``x.dtype``).
+      sparse: many rows have no expert, which is then -1: they are not multiplied, and their results mean nothing.
 
     Returns:
       ``[T, N]``.
@@ -56,11 +63,16 @@ def matmul(
     if not len(x):
         return jnp.zeros((0, q.n), out_dtype)
     pallas = _pallas(x, q, impl)
-    if len(x) <= FEW_ROWS and not pallas:
+    if len(x) <= FEW_ROWS and not pallas and not sparse:
         one = jax.tree.map(lambda a: a[expert], q)
         return dispatch.matmul(x[:, None], one, impl=impl, preferred_element_type=out_dtype)[:, 0]
     rows = tile_rows(len(x), q.batch[0])
-    slots, owner = tiles(expert, q.batch[0], rows)
+    experts = q.batch[0]
+    if sparse:  # as if there were one expert more, whose tiles are passed over
+        slots, owner = tiles(jnp.where(expert < 0, experts, expert), experts + 1, rows)
+        owner = jnp.where(owner == experts, -1, owner)
+    else:
+        slots, owner = tiles(expert, experts, rows)
     tiled = jnp.zeros((len(owner) * rows, q.k), x.dtype).at[slots].set(x).reshape(-1, rows, q.k)
     if pallas:
         from awq_jax.kernels import pallas_tpu

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from awq_jax.placement import local, specs
-from awq_jax.qtensor import QuantizedTensor
+from awq_jax.placement import Placement, local, specs
+from awq_jax.qtensor import QuantizedTensor, is_quantized
+
+T = TypeVar("T")
 
 
 def matmul(x: jax.Array, q: QuantizedTensor, run: Callable[..., jax.Array], out_dtype: Any) -> jax.Array:
@@ -60,3 +62,30 @@ def on_each(f: Callable[[QuantizedTensor], QuantizedTensor], q: QuantizedTensor)
 
     arrays = jax.shard_map(own, mesh=place.mesh, in_specs=(specs(q, place),), out_specs=leaves)(q)
     return dataclasses.replace(jax.tree.unflatten(jax.tree.structure(after), arrays), placement=place)
+
+
+def summed(
+    run: Callable[..., jax.Array], params: T, cut: Callable[[Any, Any], P], place: Placement, *args: jax.Array
+) -> jax.Array:
+    """``run(params, *args)`` on every device with its part of ``params``, and the sum of what they give.
+
+    Args:
+      run: called with parts: packed weights without a placement, arrays as they are cut.
+      params: a pytree with placed weights.
+      cut: ``(key path, array) -> PartitionSpec`` for its other arrays.
+      place: the mesh; where its ``dim`` is empty all devices do the same, and nothing is summed.
+      *args: the same on all devices.
+    """
+
+    def own(params: T, *args: jax.Array) -> jax.Array:
+        y = run(jax.tree.map(lambda q: local(q) if is_quantized(q) else q, params, is_leaf=is_quantized), *args)
+        return lax.psum(y, place.axis) if place.dim else y
+
+    def spec(path: Any, leaf: Any) -> Any:
+        return specs(leaf, leaf.placement) if is_quantized(leaf) else cut(path, leaf)
+
+    in_specs = jax.tree_util.tree_map_with_path(spec, params, is_leaf=is_quantized)
+    # Unchecked: the branches of a scan over tiles of rows differ in what they vary over.
+    return jax.shard_map(
+        own, mesh=place.mesh, in_specs=(in_specs, *(P() for _ in args)), out_specs=P(), check_vma=False
+    )(params, *args)

@@ -1,6 +1,6 @@
 """The Triton programs. Importing this needs ``triton``; `awq_jax.kernels.triton` does so only when it runs one.
 
-Both read the ``"cuda"`` layout (`awq_jax.kernels.layout`): uint16 ``[B, N, W]``, 32 words = one run of
+All read the ``"cuda"`` layout (`awq_jax.kernels.layout`): uint16 ``[B, N, W]``, 32 words = one run of
 ``PLANES`` planes of 32 rows. A code becomes a float without an integer conversion: or-ed into the
 mantissa of a power of two it *is* that power plus the code (bfloat16: 128, float16: 1024), and
 subtracting the same power plus the zero point is exact.
@@ -296,3 +296,53 @@ def gemv(
         y += tl.load(b_ptr + on, mask=in_n, other=0).to(tl.float32)
     y_ptr += (tl.program_id(2).to(tl.int64) * M + row) * N
     tl.store(y_ptr + on, y.to(y_ptr.dtype.element_ty), mask=in_n)
+
+
+@triton.jit
+def dequantize(
+    q_ptr,
+    s_ptr,
+    z_ptr,
+    w_ptr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP_PLANES: tl.constexpr,
+    BITS: tl.constexpr,
+    ZEROS: tl.constexpr,
+    PER: tl.constexpr,  # runs per program
+    BN: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """``w [B, N, K]``, the weight transposed: as its words lie, so that reading and writing are both contiguous."""
+    dtype: tl.constexpr = w_ptr.dtype.element_ty
+    PLANES: tl.constexpr = 16 // BITS
+    RUN: tl.constexpr = 32 * PLANES
+    RUNS: tl.constexpr = (K + RUN - 1) // RUN
+    FULL_K: tl.constexpr = K % RUN == 0
+    FULL_N: tl.constexpr = N % BN == 0
+    batch = tl.program_id(2).to(tl.int64)
+    on = tl.program_id(0) * BN + tl.arange(0, BN)
+    j = tl.arange(0, 32)
+    in_n = on < N
+    q_ptr += batch * N * (RUNS * 32)
+    s_ptr += batch * GROUPS * N
+    z_ptr += batch * GROUPS * N
+    w_ptr += batch * N * K
+    rows = on.to(tl.int64)[:, None] * K
+    first = tl.program_id(1) * PER
+    for u in range(first, tl.minimum(first + PER, RUNS)):
+        q = _load(q_ptr + on[:, None] * (RUNS * 32) + (u * 32 + j)[None, :], in_n[:, None], FULL_N)
+        planes = _four_planes_fp32(q, ASM) if BITS == 4 else _two_planes(q, ASM)
+        for i in tl.static_range(PLANES):
+            group = (u * PLANES + i) // GROUP_PLANES
+            at = group * N + on
+            in_s = in_n & (group < GROUPS)
+            s = _load(s_ptr + at, in_s, FULL_N and FULL_K)[:, None].to(tl.float32)
+            z = _zero_fp32(z_ptr + at, in_s, FULL_N and FULL_K, BITS, ZEROS)
+            w = ((planes[i] - z) * s).to(dtype)
+            k = u * RUN + 32 * i + j
+            if FULL_N and FULL_K:
+                tl.store(w_ptr + rows + k[None, :], w)
+            else:
+                tl.store(w_ptr + rows + k[None, :], w, mask=in_n[:, None] & (k < K)[None, :])

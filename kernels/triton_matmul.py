@@ -23,6 +23,7 @@ from awq_jax.kernels import layout, tuned, xla
 from awq_jax.qtensor import QuantizedTensor
 
 DTYPES = ("bfloat16", "float16")
+DENSE_COLUMNS, DENSE_RUNS = 64, 4  # of a program that dequantizes: 64 KiB written
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,15 +147,14 @@ def _vmappable(spec: Spec):
     @custom_vmap
     def product(x, qweight, scales, zeros, bias):
         choice = spec.config or tuned.choose(spec.chip, spec.bits, x.shape[1], x.shape[2], qweight.shape[1])
-        if choice.kernel == "dequantize":
-            return _dense(spec, x, qweight, scales, zeros, bias)
+        launch = _launch_dense if choice.kernel == "dequantize" else _launch
         return lax.platform_dependent(
             x,
             qweight,
             scales,
             zeros,
             bias,
-            cuda=functools.partial(_launch, spec, choice),
+            cuda=functools.partial(launch, spec, choice),
             default=functools.partial(_dense, spec),
         )
 
@@ -195,51 +195,88 @@ def _tensor(spec, x, qweight, scales, zeros) -> QuantizedTensor:
 
 
 def _launch(spec: Spec, choice: tuned.Config, x, qweight, scales, zeros, bias) -> jax.Array:
-    jt, kernels, out_keyword = _modules()
     b, m, k = x.shape
-    n, groups = qweight.shape[1], scales.shape[1]
+    n = qweight.shape[1]
     split = choice.splits(spec.chip, b, m, k, n, spec.bits)
-    constants = {
-        "N": n,
-        "K": k,
-        "GROUPS": groups,
-        "GROUP_PLANES": spec.group_size // layout.PLANE,
-        "BITS": spec.bits,
-        "ZEROS": zeros is not None,
-        "BIAS": bias is not None and split == 1,
-        "SPLIT": split,
-        "BN": choice.block_n,
-        "ASM": True,
-    }
+    constants = {"BIAS": bias is not None and split == 1, "SPLIT": split, "BN": choice.block_n}
     rows = 1
     if choice.kernel == "mma":
         rows = choice.block_m
         constants |= {"BM": rows, "LATE": choice.late}
     out_dtype = jnp.dtype(spec.out_dtype)
-    y = jt.triton_call(
-        x,
-        qweight,
-        scales.astype(jnp.float32) if scales.dtype.itemsize > 4 else scales,
-        qweight if zeros is None else zeros,
-        x if bias is None else bias,
-        m,
-        kernel=getattr(kernels, choice.kernel),
-        grid=(-(-m // rows), -(-n // choice.block_n), b * split),
-        num_warps=choice.warps,
-        num_stages=choice.stages,
-        compute_capability=spec.chip.sm,
-        name=f"awq_{choice.kernel}",
-        **{out_keyword: jax.ShapeDtypeStruct((b * split, m, n), out_dtype if split == 1 else jnp.float32)},
-        **constants,
+    y = _call(
+        spec,
+        choice,
+        (x, *_weight(qweight, scales, zeros), x if bias is None else bias, m),
+        (-(-m // rows), -(-n // choice.block_n), b * split),
+        jax.ShapeDtypeStruct((b * split, m, n), out_dtype if split == 1 else jnp.float32),
+        _constants(spec, k, qweight, scales, zeros) | constants,
     )
-    varying = frozenset().union(*(_varying(a) for a in (x, qweight, scales, zeros, bias) if a is not None))
-    missing = tuple(varying - _varying(y))
-    if missing:  # inside shard_map: the call does not say along which mesh axes its result differs
-        y = lax.pcast(y, missing, to="varying")
     if split > 1:
         y = y.reshape(b, split, m, n).sum(1)
         y = y if bias is None else y + bias.astype(jnp.float32)
     return y.astype(out_dtype)
+
+
+def _launch_dense(spec: Spec, choice: tuned.Config, x, qweight, scales, zeros, bias) -> jax.Array:
+    """Write the weight out, transposed as its words lie, and let XLA multiply."""
+    # Otherwise the weights, which depend on nothing, may all be dequantized at the start of the program.
+    x, qweight = lax.optimization_barrier((x, qweight))
+    (b, _, k), n = x.shape, qweight.shape[1]
+    runs = -(-k // (layout.PLANE * layout.planes(spec.bits)))
+    w = _call(
+        spec,
+        choice,
+        _weight(qweight, scales, zeros),
+        (-(-n // DENSE_COLUMNS), -(-runs // DENSE_RUNS), b),
+        jax.ShapeDtypeStruct((b, n, k), x.dtype),
+        _constants(spec, k, qweight, scales, zeros) | {"PER": DENSE_RUNS, "BN": DENSE_COLUMNS},
+    )
+    # Tensor cores sum in float32 whatever they return.
+    exact = bias is not None or jnp.dtype(spec.out_dtype) != x.dtype
+    y = lax.dot_general(
+        x, w, (((2,), (2,)), ((0,), (0,))), preferred_element_type=jnp.float32 if exact else spec.out_dtype
+    )
+    return (y if bias is None else y + bias.astype(y.dtype)).astype(spec.out_dtype)
+
+
+def _weight(qweight, scales, zeros) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The pointers of a weight; one that is not there is any other."""
+    scales = scales.astype(jnp.float32) if scales.dtype.itemsize > 4 else scales
+    return qweight, scales, qweight if zeros is None else zeros
+
+
+def _constants(spec: Spec, k: int, qweight, scales, zeros) -> dict[str, Any]:
+    return {
+        "N": qweight.shape[1],
+        "K": k,
+        "GROUPS": scales.shape[1],
+        "GROUP_PLANES": spec.group_size // layout.PLANE,
+        "BITS": spec.bits,
+        "ZEROS": zeros is not None,
+        "ASM": True,
+    }
+
+
+def _call(spec: Spec, choice: tuned.Config, arguments, grid, result, constants) -> jax.Array:
+    """Start the kernel ``choice.kernel``."""
+    jt, kernels, out_keyword = _modules()
+    y = jt.triton_call(
+        *arguments,
+        kernel=getattr(kernels, choice.kernel),
+        grid=grid,
+        num_warps=choice.warps,
+        num_stages=choice.stages,
+        compute_capability=spec.chip.sm,
+        name=f"awq_{choice.kernel}",
+        **{out_keyword: result},
+        **constants,
+    )
+    varying = frozenset().union(*(_varying(a) for a in arguments if isinstance(a, jax.Array)))
+    missing = tuple(varying - _varying(y))
+    if missing:  # inside shard_map: the call does not say along which mesh axes its result differs
+        y = lax.pcast(y, missing, to="varying")
+    return y
 
 
 def _varying(a: jax.Array) -> frozenset[Any]:

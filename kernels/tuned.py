@@ -23,7 +23,7 @@ from awq_jax.errors import ConfigError
 from awq_jax.kernels.layout import PLANE, planes
 
 FOLDER = Path(__file__).parent / "tuned"
-BUCKETS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
+BUCKETS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 KERNELS = ("mma", "gemv", "dequantize")
 
 

@@ -4,6 +4,7 @@ Needs ``pip install "awq-jax[cuda-offline]"`` for the first two; the rest runs a
 """
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -58,8 +59,14 @@ ORACLE = [
     case("gemv", 1, 576, 40, 96, zeros=False),
     case("gemv", 2, 160, 40, -1, bits=8, split=2, dtype="float32"),
     case("gemv", 1, 256, 33, 128, bits=8, dtype="float32"),
+    case("dequantize", 0, 512, 64, 128, split=2),
+    case("dequantize", 0, 576, 40, 96, split=4, zeros=False),
+    case("dequantize", 0, 160, 33, 32, b=2, dtype="float32"),
+    case("dequantize", 0, 160, 40, -1, bits=8, split=2),
+    case("dequantize", 0, 192, 32, 64, bits=8, dtype="float32", zeros=False),
     case("mma", 5, 256, 32, 128, damage=True),
     case("gemv", 5, 256, 32, 128, damage=True),
+    case("dequantize", 0, 256, 32, 128, damage=True),
 ]
 
 
@@ -80,7 +87,7 @@ def test_kernels_in_the_interpreter_against_numpy():
         if c["damage"]:  # the comparison notices one wrong code of 8192
             assert result["error"] > 1e-3, c
         else:
-            early = c["kernel"] == "mma" and not c["late"]
+            early = c["kernel"] == "dequantize" or (c["kernel"] == "mma" and not c["late"])
             assert result["error"] < (1e-3 if early and c["dtype"] == "float16" else 1e-6), (c, result)
 
 
@@ -95,9 +102,8 @@ def tabled():
 def machine_code(folder, sm, c, **more):
     import triton_sass
 
-    return triton_sass.compiled(
-        folder, sm, c.kernel, bm=c.block_m, bn=c.block_n, warps=c.warps, stages=c.stages, late=c.late, **more
-    )
+    sizes = {"bm": c.block_m, "bn": c.block_n, "warps": c.warps, "stages": c.stages, "late": c.late}
+    return triton_sass.compiled(folder, sm, c.kernel, **sizes | more)
 
 
 def check(code, sm, resident):
@@ -147,6 +153,20 @@ def test_the_check_of_machine_code_can_fail(tmp_path):
     trap = machine_code(tmp_path, 100, tuned.Config("mma", block_m=128, late=False, warps=8, stages=3), split=1)
     assert "no loop" in check(trap, 100, 1)
     assert "no tensor cores" in check(machine_code(tmp_path, 90, tuned.Config("gemv", block_n=64)), 90, 1)
+
+
+@needs_triton
+@pytest.mark.parametrize("sm", [80, 90, 100])
+def test_machine_code_that_dequantizes(tmp_path, sm):
+    """It must only move bytes: few instructions for each weight, all of a thread's bytes in wide ones."""
+    more = {"bn": triton_matmul.DENSE_COLUMNS, "split": triton_matmul.DENSE_RUNS}
+    code = machine_code(tmp_path, sm, tuned.Config("dequantize"), **more)
+    assert check(code, sm, 8) == ["no tensor cores"]
+    weights = more["bn"] * 128 / code.threads
+    assert len(code.loop) / weights < 6, "13 us for 8192 x 8192 on an H200, whose memory takes 36"
+    assert code.count("STG.E.128") * 8 == weights
+    taken_apart = machine_code(tmp_path, sm, tuned.Config("dequantize"), asm=False, **more)
+    assert len(taken_apart.loop) > len(code.loop)
 
 
 @pytest.mark.slow
@@ -206,25 +226,41 @@ def test_the_assembly_separates_every_code():
 class FakeTriton:
     """Stands for jax-triton on a CPU: does what the kernels' documentation says, in JAX."""
 
-    mma, gemv = "mma", "gemv"
+    mma, gemv, dequantize = "mma", "gemv", "dequantize"
 
     def __init__(self):
         self.calls = []
 
-    def triton_call(self, x, words, scales, zeros, bias, m, *, kernel, grid, out_shape, compute_capability, **c):
+    def triton_call(self, *arrays, kernel, grid, out_shape, compute_capability, **c):
+        assert compute_capability == 90
+        if kernel == "dequantize":
+            self.calls.append((kernel, grid, 1))
+            assert out_shape.shape == (len(arrays[0]), c["N"], c["K"])
+            runs = -(-c["K"] // (32 * (16 // c["BITS"])))
+            assert grid == (-(-c["N"] // c["BN"]), -(-runs // c["PER"]), len(arrays[0]))
+            return self.dense(*arrays, c).swapaxes(1, 2).astype(out_shape.dtype)
+        return self.product(*arrays, kernel=kernel, grid=grid, out_shape=out_shape, **c)
+
+    @staticmethod
+    def dense(words, scales, zeros, c):
+        """``[B, K, N]``."""
+        k, bits = c["K"], c["BITS"]
+        group = jnp.minimum(jnp.arange(k) // (32 * c["GROUP_PLANES"]), c["GROUPS"] - 1)
+        zero = zeros[:, group].astype(jnp.float32) if c["ZEROS"] else 2.0 ** (bits - 1)
+        codes = layout.unpack_cuda(words, bits, k).astype(jnp.float32)
+        return (codes - zero) * scales[:, group].astype(jnp.float32)
+
+    def product(self, x, words, scales, zeros, bias, m, *, kernel, grid, out_shape, **c):
         self.calls.append((kernel, grid, c["SPLIT"]))
         b, k, n, split, bits = len(x), c["K"], c["N"], c["SPLIT"], c["BITS"]
         rows = c["BM"] if kernel == "mma" else 1
         assert x.shape == (b, m, k)
-        assert (compute_capability, grid) == (90, (-(-m // rows), -(-n // c["BN"]), b * split))
+        assert grid == (-(-m // rows), -(-n // c["BN"]), b * split)
         assert out_shape.shape == (b * split, m, n)
         run = 32 * (16 // bits)
         runs = -(-k // run)
         per = -(-runs // split) * run  # rows of each part
-        group = jnp.minimum(jnp.arange(k) // (32 * c["GROUP_PLANES"]), c["GROUPS"] - 1)
-        zero = zeros[:, group].astype(jnp.float32) if c["ZEROS"] else 2.0 ** (bits - 1)
-        codes = layout.unpack_cuda(words, bits, k).astype(jnp.float32)
-        w = (codes - zero) * scales[:, group].astype(jnp.float32)
+        w = self.dense(words, scales, zeros, c)
         parts = [
             x[:, :, i * per : (i + 1) * per].astype(jnp.float32) @ w[:, i * per : (i + 1) * per] for i in range(split)
         ]
@@ -288,12 +324,27 @@ def test_parts_of_k_add_up(fake, split):
     assert fake.calls[-1][2] == split
 
 
-def test_many_rows_are_dequantized(fake):
+@pytest.mark.parametrize("kind", ["zeros", "symmetric", "offsets", "8 bits"])
+def test_the_product_with_a_dequantized_weight(fake, kind):
+    q, w = random_cuda(160, 24, 32, 8 if kind == "8 bits" else 4, (2,), kind == "offsets", kind != "symmetric")
+    x, bias = activation(2, 5, 160), activation(24, dtype=jnp.float32)
+    want = np.asarray(x, np.float64) @ w
+    dense = functools.partial(triton_matmul.matmul, chip=H200, config=tuned.Config("dequantize"))
+    close(dense(x, q, jnp.bfloat16), want, 8e-3)
+    close(dense(x, q, jnp.float32, bias=bias), want + np.asarray(bias, np.float64), 8e-3)
+    assert [call[0] for call in fake.calls] == ["dequantize"] * 2
+    grad = jax.grad(lambda x: dense(x, q, jnp.float32).sum())(x)
+    close(grad, np.broadcast_to(w.sum(-1)[:, None], x.shape), 1e-2)
+
+
+def test_which_rows_are_dequantized(fake):
     q, w = random_cuda(64, 8)
-    x = activation(300, 64)
+    x = activation(2000, 64)
     close(dot(x, q), np.asarray(x, np.float64) @ w, 8e-3)
-    assert not fake.calls
-    assert "triton dequantize: 300 rows" in kernels.explain(x, q)
+    assert fake.calls[-1][0] == "dequantize"
+    assert "triton dequantize: 2000 rows" in kernels.explain(x, q)
+    dot(x[:1000], q)
+    assert fake.calls[-1][0] == "mma"
 
 
 def test_vmap_joins_rows_or_stacks_weights(fake):

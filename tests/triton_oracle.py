@@ -42,6 +42,16 @@ def run(kernels, torch, case: dict) -> dict:
     words = torch.from_numpy(packed(codes, bits))
     if case["damage"]:  # one code of the first column
         words[0, 0, 0] ^= 1
+    if case["kernel"] == "dequantize":
+        w = torch.full((b, n, k), float("nan"), dtype=dtype)
+        runs = -(-k // (32 * (16 // bits)))
+        kernels.dequantize[(-(-n // case["bn"]), -(-runs // split), b)](
+            words, scales, torch.tensor(zeros).to(torch.uint8), w, N=n, K=k, GROUPS=groups, GROUP_PLANES=g // 32,
+            BITS=bits, ZEROS=case["zeros"], PER=split, BN=case["bn"], ASM=False,
+        )  # fmt: skip
+        exact = ((codes - spread[0]) * spread[1])[:, :k].transpose(0, 2, 1)
+        far = np.abs(w.double().numpy() - exact).max() / np.abs(exact).max()
+        return {"written": bool(np.isfinite(w.numpy()).all()), "error": float(far)}
     y = torch.full((b * split, m, n), float("nan"), dtype=torch.float32)
     constants = {
         "N": n, "K": k, "GROUPS": groups, "GROUP_PLANES": g // 32, "BITS": bits, "ZEROS": case["zeros"],

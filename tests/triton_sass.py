@@ -61,12 +61,15 @@ def compiled(
     }  # fmt: skip
     if kernel == "mma":
         constants |= {"BM": bm, "LATE": late}
+    if kernel == "dequantize":
+        signature = {"q_ptr": "*u16", "s_ptr": f"*{dtype}", "z_ptr": "*u8", "w_ptr": f"*{dtype}"}
+        constants = {key: constants[key] for key in constants if key not in ("BIAS", "SPLIT")} | {"PER": split}
     at = {name: (function.arg_names.index(name),) for name in (*signature, *constants)}
     source = ASTSource(
         function,
         signature | dict.fromkeys(constants, "constexpr"),
         {at[name]: value for name, value in constants.items()},
-        {at[name]: [["tt.divisibility", 16]] for name in POINTERS},
+        {at[name]: [["tt.divisibility", 16]] for name in signature if name != "M"},
     )
     built = triton.compile(source, GPUTarget("cuda", sm, 32), {"num_warps": warps, "num_stages": stages})
     path = folder / f"{kernel}_{sm}.cubin"

@@ -170,10 +170,11 @@ def candidates(m: int, chip: tuned.Chip, bits: int, k: int, n: int) -> list[tune
         ]  # fmt: skip
     else:
         more = [
-            mma(128, 128, warps=8, stages=3, late=False, resident=1),
-            mma(128, 256, warps=8, stages=3, late=False, resident=1),
-            mma(64, 256, warps=8, stages=3, late=False, resident=1), mma(64, 128, late=False, resident=2),
             tuned.Config("dequantize"),
+            mma(128, 128, split=1, warps=8, stages=3, late=False, resident=1),
+            mma(128, 256, split=1, warps=8, stages=3, late=False, resident=1),
+            mma(256, 128, split=1, warps=8, stages=3, late=False, resident=1),
+            mma(64, 256, warps=8, stages=3, late=False, resident=1), mma(64, 128, late=False, resident=2),
         ]  # fmt: skip
     return list(dict.fromkeys([own, *more]))[:6]
 

@@ -8,18 +8,21 @@ had back to the bit. The families that come with fused matrices already have the
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from awq_jax import paths
+from awq_jax import paths, placement
+from awq_jax.models import columns
 from awq_jax.models import params as model_params
 from awq_jax.models.config import AttentionConfig, LayerConfig, MLPConfig, ModelConfig, MoEConfig
 from awq_jax.qtensor import QuantizedTensor
+
+COLUMNS = ("qweight", "scales", "zeros", "offsets")  # the tables of a packed weight that have its columns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,15 +41,16 @@ class Group:
     parts: tuple[str, ...]
     whole: str
 
-    def fused(self, layer: LayerConfig) -> LayerConfig:
+    def fused(self, layer: LayerConfig, ways: int = 1) -> LayerConfig:
         """The layer's config with this group fused."""
         if isinstance(layer.attention, AttentionConfig) and self.whole == "qkv_proj":
-            return dataclasses.replace(layer, attention=dataclasses.replace(layer.attention, fused="concatenated"))
+            whole = dataclasses.replace(layer.attention, fused="concatenated", ways=ways)
+            return dataclasses.replace(layer, attention=whole)
         if isinstance(layer.mlp, MLPConfig):
-            return dataclasses.replace(layer, mlp=dataclasses.replace(layer.mlp, fused=True))
+            return dataclasses.replace(layer, mlp=dataclasses.replace(layer.mlp, fused=True, ways=ways))
         assert isinstance(layer.mlp, MoEConfig)
         field = "shared" if self.place.endswith("shared_expert") else "expert"
-        inner: Any = dataclasses.replace(getattr(layer.mlp, field), fused=True)
+        inner: Any = dataclasses.replace(getattr(layer.mlp, field), fused=True, ways=ways)
         return dataclasses.replace(layer, mlp=dataclasses.replace(layer.mlp, **{field: inner}))
 
 
@@ -64,8 +68,29 @@ def groups(config: ModelConfig) -> Iterator[Group]:
                 yield Group(i, f"{place}/{name}", ("gate_proj", "up_proj"), "gate_up_proj")
 
 
+def apart(config: ModelConfig) -> ModelConfig:
+    """The config of the same model without fused linears, but for those grouped by head."""
+
+    def mlp(c: Any) -> Any:
+        return c if c is None else dataclasses.replace(c, fused=False, ways=1)
+
+    def layer(c: LayerConfig) -> LayerConfig:
+        attention, inner = c.attention, c.mlp
+        if isinstance(attention, AttentionConfig) and attention.fused == "concatenated":
+            attention = dataclasses.replace(attention, fused=None, ways=1)
+        if isinstance(inner, MoEConfig):
+            inner = dataclasses.replace(inner, expert=mlp(inner.expert), shared=mlp(inner.shared))
+        else:
+            inner = mlp(inner)
+        return dataclasses.replace(c, attention=attention, mlp=inner)
+
+    return dataclasses.replace(config, layers=tuple(map(layer, config.layers)))
+
+
 def merged(config: ModelConfig, leaves: dict[str, Any]) -> ModelConfig:
     """Merge, in place, every group that `obstacle` has nothing against.
+
+    Parts on a mesh are merged on each device: see ``ways`` of `awq_jax.models.columns`.
 
     Parts leave ``leaves`` as their group is merged: memory grows by no more than one group.
 
@@ -79,12 +104,16 @@ def merged(config: ModelConfig, leaves: dict[str, Any]) -> ModelConfig:
     layers = list(config.layers)
     for group in groups(config):
         names = [f"{group.place}/{part}" for part in group.parts]
-        if obstacle([leaves[f"{name}/kernel"] for name in names]) is not None:
+        kernels = [leaves[f"{name}/kernel"] for name in names]
+        if obstacle(kernels) is not None:
             continue
-        layers[group.layer] = group.fused(layers[group.layer])
+        place = getattr(kernels[0], "placement", None)
+        ways = 1 if place is None else place.size
+        del kernels
+        layers[group.layer] = group.fused(layers[group.layer], ways)
         for kind in ("kernel", "bias"):
             if f"{names[0]}/{kind}" in leaves:
-                leaves[f"{group.place}/{group.whole}/{kind}"] = join([leaves.pop(f"{n}/{kind}") for n in names])
+                leaves[f"{group.place}/{group.whole}/{kind}"] = join([leaves.pop(f"{n}/{kind}") for n in names], ways)
     return dataclasses.replace(config, layers=tuple(layers))
 
 
@@ -100,11 +129,11 @@ def unmerged(config: ModelConfig, fused: ModelConfig, leaves: dict[str, Any]) ->
     for group in groups(config):
         if (group.place, group.whole) in still:
             continue
-        layer = config.layers[group.layer]
-        sizes = _sizes(layer.attention) if group.whole == "qkv_proj" else None
+        widths = sizes(config.layers[group.layer], group)
+        ways = _ways(fused.layers[group.layer], group)
         for kind in ("kernel", "bias"):
             if (whole := leaves.pop(f"{group.place}/{group.whole}/{kind}", None)) is not None:
-                parts = split(whole, sizes or [whole.shape[-1] // 2] * 2)
+                parts = split(whole, widths, ways)
                 leaves.update(zip([f"{group.place}/{n}/{kind}" for n in group.parts], parts, strict=True))
 
 
@@ -114,14 +143,34 @@ def assemble(config: ModelConfig, leaves: dict[str, Any]) -> tuple[nnx.GraphDef,
     return graphdef, paths.map_with_path(lambda path, _: leaves[path], state)
 
 
-def _sizes(c: Any) -> list[int]:
-    return [c.heads * c.head_dim, c.kv_heads * c.head_dim, c.kv_heads * c.head_dim]
+def sizes(layer: LayerConfig, group: Group) -> list[int]:
+    """Columns of each part of a group."""
+    c = layer.attention
+    if group.whole == "qkv_proj" and isinstance(c, AttentionConfig):
+        return [c.heads * c.head_dim, c.kv_heads * c.head_dim, c.kv_heads * c.head_dim]
+    return [_mlp(layer, group).size] * 2
+
+
+def _ways(layer: LayerConfig, group: Group) -> int:
+    if group.whole == "qkv_proj" and isinstance(layer.attention, AttentionConfig):
+        return layer.attention.ways
+    return _mlp(layer, group).ways
+
+
+def _mlp(layer: LayerConfig, group: Group) -> MLPConfig:
+    mlp: Any = layer.mlp
+    if isinstance(mlp, MoEConfig):
+        return mlp.shared if group.place.endswith("shared_expert") else mlp.expert  # type: ignore[return-value]
+    return mlp
 
 
 def obstacle(kernels: list[Any]) -> str | None:
     """Why these kernels, float or packed, cannot be one, or None if they can."""
     if any(len(a.devices()) > 1 for k in kernels for a in jax.tree.leaves(k)):
-        return "they are spread over several devices"
+        places = {getattr(k, "placement", None) for k in kernels}
+        by_column = len(places) == 1 and all(p is not None and p.dim == "n" for p in places)
+        if not by_column or kernels[0].batch:
+            return "they are spread over several devices, and not all by columns"
     packed = [isinstance(k, QuantizedTensor) for k in kernels]
     if not any(packed):
         return None if len({k.dtype for k in kernels}) == 1 else "their dtypes differ"
@@ -145,25 +194,36 @@ def obstacle(kernels: list[Any]) -> str | None:
     return None
 
 
-def join(parts: list[Any]) -> Any:
+def join(parts: list[Any], ways: int = 1) -> Any:
     """Kernels or biases without an `obstacle` side by side: float ``[..., N]``, or packed."""
     first = parts[0]
     if not isinstance(first, QuantizedTensor):
-        return jnp.concatenate(parts, axis=-1)
-    columns = ("qweight", "scales", "zeros", "offsets")
-    tables = {f: [getattr(p, f) for p in parts] for f in columns if getattr(first, f) is not None}
-    whole: dict[str, Any] = {f: jnp.concatenate(t, axis=-1) for f, t in tables.items()}
-    return dataclasses.replace(first, **whole, n_dims=(sum(p.n for p in parts),))
+        return columns.join(parts, ways)
+    tables = {f: [getattr(p, f) for p in parts] for f in COLUMNS if getattr(first, f) is not None}
+    side_by_side: Any = functools.partial(jax.tree.map, lambda t: columns.join(t, ways), is_leaf=_is_list)
+    whole = dataclasses.replace(first, n_dims=(sum(p.n for p in parts),))
+    return _placed(side_by_side, tables, whole)
 
 
-def split(whole: Any, sizes: list[int]) -> list[Any]:
+def split(whole: Any, sizes: list[int], ways: int = 1) -> list[Any]:
     """The parts of a kernel or bias, ``sizes`` columns each."""
-    ends = np.cumsum(sizes)
     if not isinstance(whole, QuantizedTensor):
-        return [whole[..., end - n : end] for n, end in zip(sizes, ends, strict=True)]
-    columns = [f for f in ("qweight", "scales", "zeros", "offsets") if getattr(whole, f) is not None]
+        return columns.split(whole, sizes, ways)
+    tables = {f: getattr(whole, f) for f in COLUMNS if getattr(whole, f) is not None}
     parts = []
-    for n, end in zip(sizes, ends, strict=True):
-        tables: dict[str, Any] = {f: getattr(whole, f)[..., end - n : end] for f in columns}
-        parts.append(dataclasses.replace(whole, **tables, n_dims=(n,)))
+    for i, n in enumerate(sizes):
+        pick: Any = functools.partial(jax.tree.map, lambda a, i=i: columns.split(a, sizes, ways)[i])
+        parts.append(_placed(pick, tables, dataclasses.replace(whole, n_dims=(n,))))
     return parts
+
+
+def _placed(f: Any, tables: dict[str, Any], whole: QuantizedTensor) -> QuantizedTensor:
+    """``whole`` with the tables that ``f`` makes, which lie where those of ``whole`` do."""
+    if whole.placement is None:
+        return dataclasses.replace(whole, **f(tables))
+    where = placement.shardings(whole, whole.placement)
+    return dataclasses.replace(whole, **jax.jit(f, out_shardings={t: getattr(where, t) for t in tables})(tables))
+
+
+def _is_list(a: Any) -> bool:
+    return isinstance(a, list)

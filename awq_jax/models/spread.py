@@ -1,0 +1,86 @@
+"""Linears that a checkpoint stores as one, taken apart for a mesh and put together again.
+
+Equal runs of the columns of queries, keys and values side by side are no device's heads. So the parts are cut
+one by one; `awq_jax.models.merge` may then merge what each device has of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from awq_jax import placement
+from awq_jax.models import merge, sharding
+from awq_jax.models.config import ModelConfig
+from awq_jax.models.sharding import Cut, Leaf
+from awq_jax.placement import Placement
+from awq_jax.qtensor import QuantizedTensor
+
+
+def apart(config: ModelConfig, leaves: dict[str, Any], base: Placement) -> ModelConfig:
+    """Take them apart, in place; one at a time is whole on every device.
+
+    Args:
+      config: of the model.
+      leaves: its parameters by path, on the mesh.
+      base: the mesh.
+
+    Returns:
+      The config of the model whose parameters ``leaves`` then are.
+    """
+    plain = merge.apart(config)
+    known = {path: Leaf.of(leaf) for path, leaf in leaves.items()}
+    taken = _groups(config, plain)
+    for group, sizes in taken:
+        for kind in ("kernel", "bias"):
+            whole = known.pop(f"{group.place}/{group.whole}/{kind}", None)
+            for part, size in zip(group.parts, sizes, strict=True):
+                if whole is not None:
+                    shape = (*whole.shape[:-1], size)
+                    known[f"{group.place}/{part}/{kind}"] = dataclasses.replace(whole, shape=shape)
+    cuts = sharding.rule(plain, known, base.size)
+    for group, sizes in taken:
+        for kind in ("kernel", "bias"):
+            leaf = leaves.pop(f"{group.place}/{group.whole}/{kind}", None)
+            if leaf is not None:
+                for part, value in zip(group.parts, merge.split(moved(leaf, Cut(), base), sizes), strict=True):
+                    path = f"{group.place}/{part}/{kind}"
+                    leaves[path] = moved(value, cuts[path], base)
+    return plain
+
+
+def together(config: ModelConfig, leaves: dict[str, Any], base: Placement) -> None:
+    """The inverse of `apart`, in place and to the bit."""
+    taken = _groups(config, merge.apart(config))
+    for group, _ in taken:
+        for kind in ("kernel", "bias"):
+            if f"{group.place}/{group.parts[0]}/{kind}" in leaves:
+                parts = [moved(leaves.pop(f"{group.place}/{p}/{kind}"), Cut(), base) for p in group.parts]
+                path = f"{group.place}/{group.whole}/{kind}"
+                leaves[path] = merge.join(parts)
+                known = {p: Leaf.of(leaf) for p, leaf in leaves.items()}
+                leaves[path] = moved(leaves[path], sharding.rule(config, known, base.size)[path], base)
+
+
+def moved(leaf: Any, cut: Cut, base: Placement) -> Any:
+    """A parameter on the mesh, cut otherwise."""
+    where = sharding.sharding(leaf, cut, base)
+    if not isinstance(leaf, QuantizedTensor):
+        return leaf if leaf.sharding == where else jax.jit(_same, out_shardings=where)(leaf)
+    if leaf.placement == where.placement:
+        return leaf
+    tables = {f: a for f in placement.TABLES if (a := getattr(leaf, f)) is not None}
+    moved_tables: dict[str, Any] = jax.jit(_same, out_shardings={f: getattr(where, f) for f in tables})(tables)
+    return dataclasses.replace(leaf, **moved_tables, placement=where.placement)
+
+
+def _same(a: Any) -> Any:
+    return a
+
+
+def _groups(config: ModelConfig, plain: ModelConfig) -> list[tuple[merge.Group, list[int]]]:
+    """The groups of ``plain`` that are fused in ``config``, and how many columns each part has."""
+    apart_already = set(merge.groups(config))
+    return [(g, merge.sizes(plain.layers[g.layer], g)) for g in merge.groups(plain) if g not in apart_already]
