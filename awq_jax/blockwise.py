@@ -29,7 +29,8 @@ from awq_jax.select import select
 from awq_jax.verify import verify
 
 PROBE = 64  # tokens on which a plan is proven
-BATCH_TOKENS = 2048
+BATCH_TOKENS = {"cpu": 1024}  # by backend; what bounds the memory of activations
+BATCH_TOKENS_ELSEWHERE = 8192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,7 +217,7 @@ class Session:
 
 
 def batched(tokens: np.ndarray, vocab_size: int, batch_size: int | None = None) -> list[np.ndarray]:
-    """Calibration tokens ``[S, T]`` as batches of ``batch_size`` rows, by default as many as make about 2048 tokens.
+    """Calibration tokens ``[S, T]`` as batches of ``batch_size`` rows, by default as many as make 1024 tokens on a CPU and 8192 elsewhere.
 
     Raises:
       CalibrationError: if a token lies outside the vocabulary.
@@ -224,7 +225,8 @@ def batched(tokens: np.ndarray, vocab_size: int, batch_size: int | None = None) 
     tokens = np.asarray(tokens, np.int32)
     if tokens.min() < 0 or tokens.max() >= vocab_size:
         raise CalibrationError(f"calibration tokens lie outside the vocabulary of {vocab_size}")
-    rows = batch_size or max(1, BATCH_TOKENS // tokens.shape[1])
+    most = BATCH_TOKENS.get(jax.default_backend(), BATCH_TOKENS_ELSEWHERE)
+    rows = batch_size or max(1, most // tokens.shape[1])
     return [tokens[i : i + rows] for i in range(0, len(tokens), rows)]
 
 
