@@ -7,6 +7,7 @@ a checkpoint: same programs on the same batches, hence the same bits.
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -24,8 +25,10 @@ from awq_jax.errors import CalibrationError, ConfigError
 from awq_jax.hidden import Hidden, InMemory
 from awq_jax.models import ModelConfig
 from awq_jax.plan import Group, Plan
+from awq_jax.pool import HERE, Pool
 from awq_jax.report import LayerReport, Report
 from awq_jax.select import select
+from awq_jax.sums import Sums
 from awq_jax.verify import verify
 
 PROBE = 64  # tokens on which a plan is proven
@@ -59,6 +62,7 @@ class Session:
     Args:
       config: architecture.
       settings: what to quantize to.
+      pool: devices that share the work; the result does not depend on their number.
 
     Attributes:
       chain: the blocks.
@@ -72,8 +76,8 @@ class Session:
       ConfigError: nothing would be quantized.
     """
 
-    def __init__(self, config: ModelConfig, settings: AwqConfig) -> None:
-        self.chain, self.settings = Chain(config), settings
+    def __init__(self, config: ModelConfig, settings: AwqConfig, pool: Pool = HERE) -> None:
+        self.chain, self.settings, self.pool = Chain(config), settings, pool
         self.plan = self.chain.plan()
         self.targets, self.skipped = select(self.plan, settings)
         if not self.targets:
@@ -125,29 +129,43 @@ class Session:
             )
             del done
 
-    def calibrate(self, block: Block, leaves: Mapping[str, Any], hidden: Hidden, batches: int) -> dict[str, Stats]:
+    def calibrate(self, block: Block, leaves: Mapping[str, Any], hidden: Hidden, batches: int) -> Mapping[str, Stats]:
         """Send all batches through a block, and sum up the statistics of its groups.
+
+        Batch ``i`` is the work of device ``i`` modulo their number, and its hidden states stay on the host of
+        that device's process.
 
         Returns:
           By the full name of the group.
+
+        Raises:
+          ProcessError: another process has ended.
         """
         groups = [_within(g, block) for g, _ in self.work(block)]
         if block.kind == REST or (block.kind == HEAD and not groups):
             return {}
-        step = self._step(block, groups)
-        stats = {g.name: calibration.zeros(g) for g in groups}
-        for i in range(batches):
-            x = jnp.asarray(hidden.get(i))
-            if block.kind != EMBED:
-                x = x.astype(self.activations or x.dtype)
-            y, stats = step(leaves, x, stats)
-            if y is not None:
-                self.activations = y.dtype.name
-                hidden.put(i, np.asarray(y))
-            # Waiting here bounds what is in flight to one batch.
-            jax.block_until_ready(stats)
+        step, pool = self._step(block, groups), self.pool
+        copies = pool.spread(dict(leaves))
+        sums = Sums(pool, groups, block.prefix)
+        for first in range(0, batches, pool.size):
+            count = min(pool.size, batches - first)
+            made = {}
+            for i in range(first, first + count):
+                if pool.mine(i):
+                    x = hidden.get(i)
+                    if block.kind != EMBED:
+                        x = x.astype(self.activations or x.dtype, copy=False)
+                    made[i] = step(copies(i), pool.place(i, jnp.asarray(x)))
+            # Waiting in each round bounds what is in flight to a batch a device.
+            sums.add({i: stats for i, (_, stats) in made.items()}, first, count)
+            for i, (y, _) in made.items():
+                if y is not None:
+                    self.activations = y.dtype.name
+                    hidden.put(i, np.asarray(y))
         hidden.turn()
-        return {block.prefix + name: s for name, s in stats.items()}
+        # A process without a batch learns it from the others.
+        self.activations = next(filter(None, pool.meet(self.activations or "")), None)
+        return sums
 
     def quantize(self, block: Block, leaves: Mapping[str, Any], stats: Mapping[str, Stats]) -> Done:
         """Pack a block's weights; ``stats`` from `calibrate`.
@@ -162,7 +180,7 @@ class Session:
         work = self.work(block)
         plan = Plan(tuple(g for g, _ in work))
         own = {block.prefix + p: leaves[p] for p in block.owned}
-        done = quantizer.quantize_groups(plan, work, own, stats, self.settings)
+        done = quantizer.quantize_groups(plan, work, own, stats, self.settings, pool=self.pool)
         seconds = {"calibrate": proven - start, **done.seconds}
         return Done(block, done.leaves, done.rows, seconds, paths.nbytes(own), paths.nbytes(done.leaves))
 
@@ -189,11 +207,12 @@ class Session:
             collect = calibration.collector(self.chain.apply(block), groups)
             last = block.kind == HEAD
 
-            def run(leaves: Any, x: jax.Array, stats: dict[str, Stats]) -> tuple[Any, dict[str, Stats]]:
+            # Sums are another program's work: it must not depend on them how this one rounds.
+            def run(leaves: Any, x: jax.Array) -> tuple[Any, dict[str, Stats]]:
                 y, new = collect(leaves, (x,), {})
-                return None if last else y, jax.tree.map(jnp.add, stats, new)
+                return None if last else y, jax.tree.map(lambda a: a[None], new)
 
-            self._steps[key] = jax.jit(run, donate_argnums=2)
+            self._steps[key] = jax.jit(run)
         return self._steps[key]
 
     def _prove(self, block: Block, leaves: Mapping[str, Any]) -> None:
@@ -209,11 +228,12 @@ class Session:
             # Normal numbers rather than real hidden states: a few of those can be so large that they hide the rest.
             probe = jnp.asarray(rng.standard_normal((1, length, config.hidden_size)), self.activations or jnp.float32)
         proven = verify(plan, self.chain.apply(block), dict(leaves), probe)
-        self.refused[block.kind] = {
+        refused = {
             new.name: new.reason
             for old, new in zip(plan.groups, proven.groups, strict=True)
             if old.absorbers and not new.absorbers
         }
+        self.refused[block.kind] = json.loads(self.pool.meet(json.dumps(refused))[0])
 
 
 def batched(tokens: np.ndarray, vocab_size: int, batch_size: int | None = None) -> list[np.ndarray]:

@@ -23,6 +23,8 @@ from awq_jax.verify import verify
 
 Array = jax.Array | np.ndarray
 
+SLAB, SLAB_CHANNELS = 128, 512  # see `_in_slabs`
+
 
 @dataclasses.dataclass(frozen=True)
 class Stats:
@@ -230,10 +232,27 @@ def _moments(x: jax.Array) -> Stats:
     x = jnp.where(finite, x, 0)
     # Products of 16-bit floats are exact in float32 as they are.
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    gram = jnp.einsum("...tk,...tj->...kj", x, x, precision=precision, preferred_element_type=jnp.float32)
+    parts = _in_slabs(x)
+    gram = jnp.einsum("...tk,...tj->...kj", parts, parts, precision=precision, preferred_element_type=jnp.float32)
+    if parts is not x:
+        gram = gram.sum(axis=-3)
     count = (x != 0).any(axis=-1).sum(axis=-1, dtype=jnp.float32)
     dropped = (~finite[..., 0]).sum(axis=-1, dtype=jnp.float32)
     return Stats(gram, jnp.abs(x).astype(jnp.float32).sum(axis=-2), count, dropped)
+
+
+def _in_slabs(x: jax.Array) -> jax.Array:
+    """``x [*batch, T, K]`` as ``[*batch, S, SLAB, K]``, padded with zeros, where K is small; else ``x``.
+
+    XLA on CPU cuts a long contraction into as many sums as there are threads when its result is small (found
+    for K up to 256); in slabs that short it does not, so that sums do not depend on the number of threads.
+    """
+    *batch, t, k = x.shape
+    if k > SLAB_CHANNELS or t <= SLAB:
+        return x
+    slabs = -(-t // SLAB)
+    x = jnp.pad(x, [*((0, 0) for _ in batch), (0, slabs * SLAB - t), (0, 0)])
+    return x.reshape(*batch, slabs, SLAB, k)
 
 
 def _fit(stats: Stats, use: _jaxpr.Use, group: Group) -> Stats:

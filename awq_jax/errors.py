@@ -41,3 +41,7 @@ class UnsupportedModelError(AwqError, ValueError):
 
 class BackendError(AwqError, RuntimeError):
     """An explicitly chosen kernel cannot run here."""
+
+
+class ProcessError(AwqError, RuntimeError):
+    """Another process of the same run has ended, so that this one cannot go on."""

@@ -100,6 +100,30 @@ class OnDisk:
                 path.unlink(missing_ok=True)
 
 
+class Some:
+    """The hidden states of some batches, by the numbers that those have among all.
+
+    Args:
+      kept: theirs.
+      numbers: of the batches, in the order in which ``kept`` has them.
+    """
+
+    def __init__(self, kept: Hidden, numbers: Sequence[int]) -> None:
+        self._kept, self._places = kept, {n: i for i, n in enumerate(numbers)}
+
+    def get(self, batch: int) -> np.ndarray:
+        return self._kept.get(self._places[batch])
+
+    def put(self, batch: int, value: np.ndarray) -> None:
+        self._kept.put(self._places[batch], value)
+
+    def turn(self) -> None:
+        self._kept.turn()
+
+    def forget(self, before: int) -> None:
+        self._kept.forget(before)
+
+
 def holds(directory: Path, boundary: int, tokens: Sequence[np.ndarray], dtype: str, size: int) -> bool:
     """Whether the hidden states behind ``boundary`` blocks are there; see `OnDisk`."""
     path = _file(directory, boundary)

@@ -164,7 +164,7 @@ def _quantize(job: Job, done: Manifest, bar: tqdm) -> None:
         session.restore(block, note["refused"], note["activations"])
     bar.update(min(finished, len(blocks)))
     if finished < len(blocks):
-        hidden, behind = job.open_hidden(finished, session.activations)
+        hidden, behind = _hidden(job, finished)
         with Reader(job, blocks[behind:]) as reader, stream_team.writer(job, done) as writer:
             for block in blocks[behind:finished]:  # statistics and all, as another program might round otherwise
                 session.calibrate(block, reader(block), hidden, len(job.batches))
@@ -177,6 +177,14 @@ def _quantize(job: Job, done: Manifest, bar: tqdm) -> None:
                 _trim()
     if len(done.shards) == len(blocks) and not session.pool.rank:
         write_part(done, job.work, len(blocks), layouts.carried(job.source, session.chain.config), {})
+
+
+def _hidden(job: Job, finished: int) -> tuple[Hidden, int]:
+    """Hidden states, and how many blocks they have behind them; any will do where nothing is left to calibrate."""
+    session = job.session
+    if all(b.kind in (HEAD, REST) and not session.work(b) for b in session.blocks[finished:]):
+        return InMemory(job.batches), finished
+    return job.open_hidden(finished, session.activations)
 
 
 class Reader:

@@ -24,8 +24,9 @@ from awq_jax.convert.pipeline import DTYPES
 from awq_jax.convert.shards import refuse_existing
 from awq_jax.convert.source import Source
 from awq_jax.errors import CheckpointError, ConfigError, FormatError
-from awq_jax.hidden import Hidden, InMemory, OnDisk, holds
+from awq_jax.hidden import Hidden, InMemory, OnDisk, Some, holds
 from awq_jax.models.params import Weights
+from awq_jax.pool import HERE, Pool
 from awq_jax.qtensor import QuantizedTensor
 
 FLOAT_FORMATS = ("hf", "gguf")
@@ -123,14 +124,26 @@ class Job:
         )
 
     def open_hidden(self, done: int, activations: str | None) -> tuple[Hidden, int]:
-        """Hidden states, and the number of blocks that they have behind them; ``done`` are finished."""
+        """Hidden states of this process's batches, and the number of blocks that they have behind them.
+
+        Args:
+          done: blocks that are finished.
+          activations: dtype that came out of them.
+        """
+        pool = self.session.pool
+        mine = [i for i in range(len(self.batches)) if pool.mine(i)]
+        batches = [self.batches[i] for i in mine]
         if self.options.hidden == "memory":
-            return InMemory(self.batches, self.options.hidden_dtype), 0
+            return Some(InMemory(batches, self.options.hidden_dtype), mine), 0
         dtype = self.options.hidden_dtype or activations
         size = self.session.chain.config.hidden_size
-        if dtype is None or not holds(self.work / HIDDEN, done, self.batches, dtype, size):
+        directory = self.work / HIDDEN
+        if pool.team is not None:  # named after the batches: another number of processes keeps others
+            directory /= hashlib.sha256(json.dumps(mine).encode()).hexdigest()[:16]
+        there = dtype is not None and (not mine or holds(directory, done, batches, dtype, size))
+        if not all(pool.meet("there" if there else "")):
             done, dtype = 0, self.options.hidden_dtype
-        return OnDisk(self.work / HIDDEN, self.batches, dtype, size, done), done
+        return Some(OnDisk(directory, batches, dtype, size, done), mine), done
 
     def disk(self) -> int:
         """Bytes that the run will need on the disk, roughly (from above), with what it has written by now.
@@ -188,9 +201,16 @@ class Job:
 
 
 def prepare(
-    src: str | Path | Source, dst: str | Path, calib: Any, options: Options, settings: Mapping[str, Any]
+    src: str | Path | Source,
+    dst: str | Path,
+    calib: Any,
+    options: Options,
+    settings: Mapping[str, Any],
+    pool: Pool = HERE,
 ) -> Job:
     """Open the checkpoint and check all that can be checked; reads the calibration data, but no weight.
+
+    ``pool``: devices that will share the work.
 
     Raises: see `awq_jax.stream.quantize_checkpoint`.
     """
@@ -214,7 +234,7 @@ def prepare(
     architecture = models.config_of(source)
     if source.format not in FLOAT_FORMATS:
         raise ConfigError(f"{src} is quantized already ({source.format}); give the float checkpoint")
-    session = Session(architecture, config)
+    session = Session(architecture, config, pool)
     if o.format != "auto":
         _check_format(session, o.format)
     dtype = o.dtype or ("float32" if source.format == "gguf" else None)

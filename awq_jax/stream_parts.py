@@ -29,8 +29,8 @@ Tensors = Iterable[tuple[str, np.ndarray | QuantizedTensor]]
 SHARD = 256 << 20  # bytes of a file of the result; a block that is larger has a file of its own
 
 
-def write_part(manifest: Manifest, work: Path, number: int, tensors: Tensors, note: dict[str, Any]) -> None:
-    """A block's tensors, and its line in the manifest once they are on the disk."""
+def write_tensors(work: Path, number: int, tensors: Tensors) -> tuple[list[Record], list[str]]:
+    """A block's tensors in the file of its part, on the disk: what was made of them, and their names."""
     encoder, target = native.NativeEncoder(), Target()
     arrays: dict[str, np.ndarray] = {}
     metadata: dict[str, str] = {}
@@ -41,9 +41,20 @@ def write_part(manifest: Manifest, work: Path, number: int, tensors: Tensors, no
         metadata |= encoded.metadata
         records.append(encoded.record)
     write_file(work / part_name(number), arrays, metadata)
-    manifest.add(number, records, list(arrays), note)
+    return records, list(arrays)
+
+
+def write_part(manifest: Manifest, work: Path, number: int, tensors: Tensors, note: dict[str, Any]) -> None:
+    """A block's tensors, and its line in the manifest once they are on the disk."""
+    records, names = write_tensors(work, number, tensors)
+    manifest.add(number, records, names, note)
+    take(manifest, records, names, note)
+
+
+def take(manifest: Manifest, records: list[Record], names: list[str], note: dict[str, Any]) -> None:
+    """A part that has its line in the manifest."""
     manifest.records += records
-    manifest.shards.append(list(arrays))
+    manifest.shards.append(names)
     manifest.notes.append(note)
 
 

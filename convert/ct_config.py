@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from awq_jax.convert import patterns
+from awq_jax.convert import fused, patterns
 from awq_jax.convert.fitting import packed_records
 from awq_jax.convert.format import Record
 from awq_jax.errors import CheckpointError, FormatError
@@ -22,7 +22,7 @@ PRESET = re.compile(r"W([2-8])A16(_ASYM)?", re.IGNORECASE)
 REMEDY = "; dequantize it with the tool that wrote it, and convert the float checkpoint"
 MEANT = {"num_bits", "type", "symmetric", "group_size", "strategy", "dynamic", "actorder"}
 UNUSED = {"block_structure", "scale_dtype", "zp_dtype", "observer", "observer_kwargs"}  # once it is packed
-EMBEDDINGS = re.compile(r"(^|\.)(embed\w*|wte|wpe)$")
+EMBEDDINGS = re.compile(r"(^|\.)(embed(?!_out)\w*|wte|wpe)$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +187,8 @@ def written(records: Sequence[Record]) -> dict[str, Any]:
     """The ``quantization_config`` that vLLM, transformers and compressed-tensors itself expect.
 
     One way of packing: it targets the class ``Linear`` and the float modules are listed. Several: each
-    targets its modules by name, as vLLM would take the class for its fused modules before any name.
+    targets its modules by name, as vLLM would take the class for its fused modules before any name; a layer's
+    experts by a pattern, as vLLM has its own names for them and transformers looks for one.
 
     Raises:
       FormatError: if nothing is packed.
@@ -201,7 +202,7 @@ def written(records: Sequence[Record]) -> dict[str, Any]:
         schemes.setdefault(Scheme(r.bits, r.symmetric, strategy, size, r.act_order), []).append(r.module)
     groups = {
         f"group_{i}": {
-            "targets": ["Linear"] if len(schemes) == 1 else modules,
+            "targets": ["Linear"] if len(schemes) == 1 else _targets(modules, schemes),
             "weights": _weights(s.bits, s.symmetric, s.group_size, s.act_order),
             "input_activations": None,
             "output_activations": None,
@@ -223,10 +224,21 @@ def written(records: Sequence[Record]) -> dict[str, Any]:
     }
 
 
+def _targets(modules: list[str], schemes: Mapping[Scheme, list[str]]) -> list[str]:
+    """Names of modules, with one pattern for each layer whose packed experts are all among them."""
+    layers = {m: match["layer"] for m in modules if (match := fused.EXPERT.fullmatch(m))}
+    others = (match for found in schemes.values() if found is not modules for m in found
+              if (match := fused.EXPERT.fullmatch(m)))  # fmt: skip
+    whole = set(layers.values()) - {match["layer"] for match in others}
+    short = {m: fused.under(layer) for m, layer in layers.items() if layer in whole}
+    return list(dict.fromkeys(short.get(m, m) for m in modules))
+
+
 def _ignored(records: Sequence[Record]) -> list[str]:
     """Float linears, and always the head, which a tied checkpoint does not store."""
     names = [r.module for r in records if not r.bits and len(r.shape) == 2 and r.module != r.name]
-    return sorted({"lm_head"} | {n for n in names if not EMBEDDINGS.search(n)})
+    experts = map(fused.under, fused.float_experts(records))
+    return sorted({"lm_head", *experts, *(n for n in names if not EMBEDDINGS.search(n))})
 
 
 def _weights(bits: int, symmetric: bool, group_size: int, act_order: bool) -> dict[str, Any]:

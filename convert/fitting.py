@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from awq_jax.convert import codes
+from awq_jax.convert import codes, fused
 from awq_jax.convert.format import Record
 from awq_jax.errors import FormatError
 from awq_jax.qtensor import QuantizedTensor
@@ -122,7 +122,7 @@ def common_group(packed: Sequence[Record], format: str) -> int:
 
 
 def float_modules(records: Sequence[Record], format: str) -> list[str]:
-    """Modules of linears that are float and must be named as such, sorted.
+    """Modules of linears that are float and must be named as such, sorted; of experts, the module around them, too.
 
     Raises:
       FormatError: if naming one would exclude a quantized one: transformers compares whole names, but
@@ -130,7 +130,7 @@ def float_modules(records: Sequence[Record], format: str) -> list[str]:
     """
     packed = [r.module for r in records if r.bits]
     keep = [r.module for r in records if not r.bits and len(r.shape) == 2 and r.module != r.name]
-    keep = sorted(m for m in keep if not DEFAULT_FLOAT.search(m))
+    keep = sorted({*(m for m in keep if not DEFAULT_FLOAT.search(m)), *fused.float_experts(records)})
     for module in keep:
         hit = next((p for p in packed if module in p), None)
         if hit:

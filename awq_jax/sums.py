@@ -1,0 +1,194 @@
+"""Statistics of all batches, added in the order of the batches whatever device they come from.
+
+With several devices each keeps some rows of every Gram: a round's Grams (one of each device) change hands by
+an all-to-all, so that each device receives its rows of all of them, and adds them one after another. The
+volume is that of a reduce-scatter, which would add in an order that depends on the number of devices.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from awq_jax import calibration
+from awq_jax.calibration import Stats
+from awq_jax.plan import Group
+from awq_jax.pool import AXIS, Pool
+
+
+class Sums(Mapping[str, Stats]):
+    """`Stats` by the name of the group, put together on one device of each process when they are asked for.
+
+    With several processes all must ask for the same ones in the same order.
+
+    Args:
+      pool: devices that the statistics come from.
+      groups: whose.
+      prefix: of the names.
+    """
+
+    def __init__(self, pool: Pool, groups: Sequence[Group], prefix: str = "") -> None:
+        self._pool, self._prefix = pool, prefix
+        self._groups = {g.name: g for g in groups}
+        self._shared = pool.size > 1 or pool.team is not None
+        self._stats = _zeros(pool, self._groups) if self._shared else {g.name: calibration.zeros(g) for g in groups}
+        self._idle: dict[jax.Device, Any] = {}
+
+    def __getitem__(self, name: str) -> Stats:
+        own = name.removeprefix(self._prefix)
+        if not name.startswith(self._prefix) or own not in self._stats:
+            raise KeyError(name)
+        return self._whole(own) if self._shared else self._stats[own]
+
+    def __iter__(self) -> Iterator[str]:
+        return (self._prefix + name for name in self._stats)
+
+    def __len__(self) -> int:
+        return len(self._stats)
+
+    def add(self, round: Mapping[int, Mapping[str, Stats]], first: int, count: int) -> None:
+        """Add the statistics of batches ``first`` to ``first + count - 1``, and wait for it.
+
+        Args:
+          round: those of this process's batches, by batch; each array with a leading axis of 1, on the device
+            of its batch.
+          first: a multiple of the number of devices.
+          count: at most the number of devices.
+
+        Raises:
+          ProcessError: another process has ended.
+        """
+        if not self._stats:
+            return
+        if not self._shared:
+            self._stats = _add(self._stats, round[first])
+        else:
+            arrays = [round[first + i] if first + i in round else self._nothing(d) for i, d in self._places()]
+            self._pool.meet()
+            self._stats = _adder(self._pool)(self._stats, self._together(arrays), np.int32(count))
+        jax.block_until_ready(self._stats)
+
+    def _places(self) -> list[tuple[int, jax.Device]]:
+        """The devices of this process, with their places."""
+        return [(i, d) for i, d in enumerate(self._pool.devices) if self._pool.mine(i)]
+
+    def _nothing(self, device: jax.Device) -> Any:
+        """What a device without a batch brings."""
+        if device not in self._idle:
+            shapes = {n: _like(g) for n, g in self._groups.items()}
+            zeros = jax.tree.map(lambda a: np.zeros((1, *a.shape), np.float32), shapes)
+            self._idle[device] = jax.device_put(zeros, device)
+        return self._idle[device]
+
+    def _together(self, arrays: list[Any]) -> Any:
+        """One array ``[devices, ...]`` of what each device has."""
+        sharding = NamedSharding(self._pool.mesh, PartitionSpec(AXIS))
+
+        def one(*parts: jax.Array) -> jax.Array:
+            shape = (self._pool.size, *parts[0].shape[1:])
+            return jax.make_array_from_single_device_arrays(shape, sharding, list(parts))
+
+        return jax.tree.map(one, *arrays)
+
+    def _whole(self, name: str) -> Stats:
+        k = self._groups[name].channels
+        if self._pool.team is None:
+            stats = jax.device_put(self._stats[name], SingleDeviceSharding(self._pool.devices[0]))
+        else:
+            self._pool.meet()
+            replicated = jax.block_until_ready(_replicator(self._pool)(self._stats[name]))
+            stats = jax.tree.map(lambda a: a.addressable_data(0), replicated)
+        return Stats(_rows(stats.gram, k=k), stats.abs, stats.count, stats.dropped)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _add(sums: Any, new: Any) -> Any:
+    return jax.tree.map(lambda a, b: a + b[0], sums, new)
+
+
+@functools.partial(jax.jit, static_argnames="k")
+def _rows(gram: jax.Array, *, k: int) -> jax.Array:
+    return gram[..., :k, :]
+
+
+def _like(group: Group, rows: int | None = None) -> Any:
+    """Shapes of a group's statistics, its Gram with ``rows`` rows."""
+    s = jax.eval_shape(lambda: calibration.zeros(group))
+    shape = (*s.gram.shape[:-2], rows or group.channels, group.channels)
+    gram: Any = jax.ShapeDtypeStruct(shape, s.gram.dtype)
+    return Stats(gram, s.abs, s.count, s.dropped)
+
+
+def _specs(lead: int) -> Stats:
+    """How the sums lie on the devices; ``lead``: axes before the Gram's two."""
+    every: Any = PartitionSpec()
+    rows: Any = PartitionSpec(*(None,) * lead, AXIS)
+    return Stats(rows, every, every, every)
+
+
+def _zeros(pool: Pool, groups: Mapping[str, Group]) -> dict[str, Stats]:
+    out = {}
+    for name, g in groups.items():
+        rows = -(-g.channels // pool.size) * pool.size
+        out[name] = jax.tree.map(
+            lambda a, spec: jax.make_array_from_callback(
+                a.shape, sharding := NamedSharding(pool.mesh, spec), functools.partial(_block, a.shape, sharding)
+            ),
+            _like(g, rows),
+            _specs(len(g.scan) + len(g.batch)),
+        )
+    return out
+
+
+def _block(shape: tuple[int, ...], sharding: NamedSharding, index: Any) -> np.ndarray:
+    return np.zeros(sharding.shard_shape(shape), np.float32)
+
+
+@functools.cache
+def _replicator(pool: Pool) -> Callable[[Any], Any]:
+    return jax.jit(lambda a: a, out_shardings=NamedSharding(pool.mesh, PartitionSpec()))
+
+
+@functools.cache
+def _adder(pool: Pool) -> Callable[..., Any]:
+    """``(sums, new, count) -> sums`` with the first ``count`` of the arrays that the devices have made."""
+    size = pool.size
+
+    def one(total: jax.Array, parts: jax.Array, count: jax.Array) -> jax.Array:
+        for i in range(size):
+            total = jnp.where(i < count, total + parts[i], total)
+        return total
+
+    def group(sums: Any, new: Any, count: jax.Array) -> Stats:
+        axis = new.gram.ndim - 2
+        short = -new.gram.shape[axis] % size
+        gram = jnp.pad(new.gram, [(0, short if i == axis else 0) for i in range(new.gram.ndim)])
+        gram = jax.lax.all_to_all(gram, AXIS, split_axis=axis, concat_axis=0, tiled=True)
+
+        def every(a: jax.Array) -> jax.Array:
+            return jax.lax.all_gather(a, AXIS, axis=0, tiled=True)
+
+        return Stats(
+            one(sums.gram, gram, count),
+            one(sums.abs, every(new.abs), count),
+            one(sums.count, every(new.count), count),
+            one(sums.dropped, every(new.dropped), count),
+        )
+
+    def local(sums: dict[str, Stats], new: dict[str, Stats], count: jax.Array) -> dict[str, Stats]:
+        return {name: group(s, new[name], count) for name, s in sums.items()}
+
+    def run(sums: dict[str, Stats], new: dict[str, Stats], count: jax.Array) -> dict[str, Stats]:
+        lies = {name: _specs(s.gram.ndim - 2) for name, s in sums.items()}
+        devices = jax.tree.map(lambda _: PartitionSpec(AXIS), new)
+        return jax.shard_map(
+            local, mesh=pool.mesh, in_specs=(lies, devices, PartitionSpec()), out_specs=lies, check_vma=False
+        )(sums, new, count)
+
+    return jax.jit(run, donate_argnums=0)
