@@ -298,8 +298,7 @@ class Model:
           samples: calibration sequences.
           seq_len: tokens of each, at most the model's context.
           batch_size: sequences per forward pass of the calibration; None takes as many as make about
-            1024 tokens on a CPU and 8192 elsewhere. It changes memory and time, not the result (beyond the
-            rounding of sums).
+            2048 tokens. It changes memory and time, not the result (beyond the rounding of sums).
           seed: picks the calibration texts.
           progress: show progress bars on stderr.
           **settings: fields of `AwqConfig`. ``explicit_scale`` is False unless given, so that every
