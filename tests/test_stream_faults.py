@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import tiny
 import awq_jax
 from awq_jax import errors, stream_job, stream_parts
 from awq_jax.convert import manifest, shards
+from awq_jax.hidden import InMemory
 
 TOKENS = np.random.default_rng(1).integers(0, 256, (6, 16)).astype(np.int32)
 # Rounding to nearest takes the least compilation; which numbers are written does not matter here.
@@ -128,6 +130,26 @@ def test_a_line_without_its_end_does_not_spoil_the_next(checkpoint, left, work, 
     assert files(tmp_path / "out") == left[1]
 
 
+def test_what_needs_no_hidden_states_does_not_make_them_again(checkpoint, left, work, tmp_path):
+    """Killed when all layers are done: the float head is only carried through."""
+    out = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        write = stream_parts.write_file
+
+        def killed(path, *args):
+            if path.name == "part-00004.safetensors":
+                raise Killed
+            write(path, *args)
+
+        patch.setattr(stream_parts, "write_file", killed)
+        with pytest.raises(Killed):
+            quantize(checkpoint, out)
+        patch.undo()
+        patch.setattr(InMemory, "get", lambda *_: pytest.fail("hidden states are read"))
+        assert quantize(checkpoint, out).resumed == 4
+    assert files(out) == left[1]
+
+
 def test_hidden_states_may_move_between_runs(checkpoint, left, work, tmp_path):
     """Where they are kept decides nothing, so a run on the disk is continued in memory."""
     assert quantize(checkpoint, tmp_path / "out", hidden="memory").resumed == 3
@@ -182,8 +204,7 @@ def settings():
         ({"explicit_scale": True}, "settings"),
         ({"dtype": "float16"}, "settings"),
         ({"hidden_dtype": "float16"}, "settings"),
-        ({"seq_len": 8}, "calibration data"),
-        ({"samples": 5}, "calibration data"),
+        ({"calib": TOKENS[:, :8].copy()}, "calibration data"),
         ({"calib": TOKENS + 1}, "calibration data"),
         ({"bits": 3, "calib": TOKENS + 1}, "settings and other calibration data"),
     ],
@@ -271,7 +292,9 @@ def test_a_full_disk_and_the_command(checkpoint, left, disk, tmp_path):
     where = disk(128)
     np.save(tmp_path / "tokens.npy", TOKENS)
     argv = [
-        "awq-jax",
+        sys.executable,
+        "-m",
+        "awq_jax.cli",
         "quantize",
         str(checkpoint),
         str(where / "out"),
