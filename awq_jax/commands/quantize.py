@@ -5,15 +5,21 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
+import sys
 import time
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from awq_jax.commands import common
-from awq_jax.errors import ConfigError, FormatError
+from awq_jax.errors import AwqError, ConfigError, FormatError, ProcessError
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from awq_jax.config import AwqConfig
+    from awq_jax.pool import Pool
     from awq_jax.report import Report
 
 _EXAMPLES = """
@@ -22,6 +28,9 @@ awq-jax quantize ./model ./model-w3 --bits 3 --group-size 64 --calib book.txt --
 awq-jax quantize ./model ./model-awq --override 'down_proj:bits=8' --skip 'layers/0/' --format awq-jax
 awq-jax quantize ./model ./model-awq --calib default --samples 32 --json > report.json
 awq-jax quantize ./Llama-70B ./Llama-70B-awq --hidden disk --dry-run
+awq-jax quantize ./Llama-70B ./Llama-70B-awq --devices all
+awq-jax quantize ./Llama-405B ./awq --coordinator host0:4321 --processes 2 --process-id 0   # and 1 on the other host
+srun --nodes 2 awq-jax quantize ./Llama-405B ./awq --distributed
 """
 
 
@@ -86,15 +95,56 @@ def add(subparsers: Any) -> None:
     r.add_argument(
         "--hidden-dtype", choices=common.DTYPES, help="of hidden states between blocks (default: the model's)"
     )
+    d = p.add_argument_group(
+        "devices",
+        "They share the work, and the bits of the result do not depend on their number. Several processes run the same "
+        "command, each with its own --process-id, on a file system that they share; if one dies the others end, and "
+        "the same command continues.",
+    )
+    d.add_argument("--devices", type=_devices, metavar="N",
+                   help="use the first N devices, or all (default: 1; of several processes: all)")  # fmt: skip
+    d.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens for the others")
+    d.add_argument("--processes", type=common.positive, metavar="P", help="how many processes there are")
+    d.add_argument("--process-id", type=int, metavar="I", help="which of them this is, from 0")
+    d.add_argument("--distributed", action="store_true",
+                   help="instead of these three: what JAX finds out (Slurm, Open MPI, Kubernetes, TPU)")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> None:
     """Check, quantize block by block, report."""
+    several = args.distributed or (args.coordinator, args.processes, args.process_id) != (None, None, None)
+    if not several:
+        return _run(args)
+    from awq_jax import processes
+
+    if args.distributed and (args.coordinator, args.processes, args.process_id) != (None, None, None):
+        raise ConfigError("--distributed finds out what --coordinator, --processes and --process-id say: drop either")
+    processes.join(args.coordinator, args.processes, args.process_id)
+    try:
+        _run(args)
+    except (AwqError, OSError) as e:
+        if args.debug:
+            traceback.print_exc()
+        code = processes.EXIT if isinstance(e, ProcessError) else 2
+        common.say(f"awq-jax: error: {common.as_options(str(e))}")
+        sys.stdout.flush()
+        os._exit(code)  # JAX would wait at exit for the processes that have ended
+
+
+def _run(args: argparse.Namespace) -> None:
     name = args.dst.absolute().name
     if not args.dry_run and not (args.dst.absolute().parent / f".{name}.quantizing").exists():
         common.check_new_directory(args.dst, args.overwrite)
     common.check_report_path(args.report)
     config = settings(args)
+    from awq_jax import pool, processes
+
+    mesh = _mesh(args.devices)
+    with processes.team() as team:
+        _quantize(args, config, pool.pool_of(mesh, team))
+
+
+def _quantize(args: argparse.Namespace, config: AwqConfig, pool: Pool) -> None:
     from awq_jax import render, stream, stream_job
 
     start = time.perf_counter()
@@ -110,16 +160,21 @@ def run(args: argparse.Namespace) -> None:
         hidden_dtype=args.hidden_dtype,
     )
     chosen = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    job = stream_job.prepare(args.src, args.dst, args.calib, options, chosen)
-    common.say(job.description, args.quiet)
+    job = stream_job.prepare(args.src, args.dst, args.calib, options, chosen, pool)
+    first = pool.rank == 0
+    common.say(job.description, args.quiet or not first)
     read = time.perf_counter() - start
     if args.dry_run:
         from awq_jax import stream_forecast
 
         forecast = stream_forecast.forecast(job)
+        if not first:
+            return
         print(common.to_json(forecast.to_dict()) if args.json else stream_forecast.table(forecast))
         return
     done = stream.run(job, resume=args.resume, restart=args.restart, progress=not args.quiet)
+    if not first:
+        return
     report = dataclasses.replace(done.report, seconds={"text": read, **done.report.seconds})
     if args.report:
         write_report(report, args.report, f"{args.src}, {config.bits} bits")
@@ -129,6 +184,25 @@ def run(args: argparse.Namespace) -> None:
     else:
         print(common.as_options(render.table(report)))
         print(f"\nwrote {args.dst} ({done.format})" + (f" and {args.report}" if args.report else ""))
+
+
+def _devices(text: str) -> int:
+    """An argparse type: a number of devices, 0 for all."""
+    return 0 if text == "all" else common.positive(text)
+
+
+def _mesh(count: int | None) -> Mesh | None:
+    """The first ``count`` devices."""
+    if count is None:
+        return None
+    import jax
+    import numpy as np
+    from jax.sharding import Mesh
+
+    devices = jax.devices()
+    if count > len(devices):
+        raise ConfigError(f"--devices {count}: there are {len(devices)} ({devices[0].device_kind})")
+    return Mesh(np.asarray(devices[: count or None]), ("devices",))
 
 
 def settings(args: argparse.Namespace) -> AwqConfig:
