@@ -259,7 +259,8 @@ class Model:
     def eos_ids(self) -> tuple[int, ...]:
         """Ids that end an answer: generation config, model config and tokenizer together."""
         ids: set[int] = set()
-        for settings in (self.source.generation_config, self.hf_config):
+        text = self.hf_config.get("text_config")  # of a model that looks at images
+        for settings in (self.source.generation_config, self.hf_config, text if isinstance(text, dict) else {}):
             value = settings.get("eos_token_id")
             ids.update(value if isinstance(value, list) else [] if value is None else [value])
         if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:

@@ -350,6 +350,10 @@ def test_a_config_alone_is_enough(tmp_path: Path) -> None:
     assert "config.json alone, gptj" in text
     assert "not scaled  down: the scaled value" in text
     assert run(tmp_path, "--check")[0] == 2  # there is nothing to check
+    (tmp_path / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"lm_head.weight": "model-1-of-2.safetensors"}}'
+    )
+    assert found(tmp_path)[1]["supported"]  # the files that the index names are not there yet
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}))
     assert "supported   no: model_type 'mamba'" in run(tmp_path)[1]
     (tmp_path / "config.json").write_text(json.dumps(hf | {"num_hidden_layers": -1}))

@@ -39,8 +39,8 @@ class ConfigOnly:
 
 
 def config_only(path: Path) -> bool:
-    """Whether that is a directory with a config and without weights of any kind."""
-    weights = ("*.safetensors", "*.safetensors.index.json", "*.gguf", *hf.PICKLES)
+    """Whether that is a directory with a config and without weights of any kind (an index of them may be there)."""
+    weights = ("*.safetensors", "*.gguf", *hf.PICKLES)
     return (path / "config.json").is_file() and not holds_params(path) and not any(any(path.glob(w)) for w in weights)
 
 
