@@ -237,8 +237,16 @@ def _targets(modules: list[str], schemes: Mapping[Scheme, list[str]]) -> list[st
 def _ignored(records: Sequence[Record]) -> list[str]:
     """Float linears, and always the head, which a tied checkpoint does not store."""
     names = [r.module for r in records if not r.bits and len(r.shape) == 2 and r.module != r.name]
+    names = [n for n in names if not EMBEDDINGS.search(n)]
     experts = map(fused.under, fused.float_experts(records))
-    return sorted({"lm_head", *experts, *(n for n in names if not EMBEDDINGS.search(n))})
+    return sorted({"lm_head", *experts, *names, *_towers(names, [r.module for r in records if r.bits])})
+
+
+def _towers(names: Sequence[str], packed: Sequence[str]) -> list[str]:
+    """Patterns of what looks at images: in files it is ``visual``, in transformers since 5 ``model.visual``."""
+    inside = {part for module in packed for part in module.split(".")}
+    roots = {n.removeprefix("model.").split(".")[0] for n in names if n.removeprefix("model.").count(".")}
+    return [f"re:(.*[.])?{re.escape(root)}[.].+" for root in roots - inside]
 
 
 def _weights(bits: int, symmetric: bool, group_size: int, act_order: bool) -> dict[str, Any]:

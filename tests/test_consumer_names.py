@@ -241,6 +241,21 @@ def test_vllm_is_told_of_float_experts(family):
             settings.of(r.module)
 
 
+def test_what_looks_at_images_is_float_under_either_name():
+    """Files of Qwen2-VL say ``visual``, transformers 5 calls that ``model.visual``."""
+    found = [Record(f"{name}.weight", (32, 32), "float16") for name in ("visual.blocks.0.attn.qkv", "visual.merger.0")]
+    found += [Record(f"model.layers.0.{n}.weight", (32, 32), "float16", 4, 16, True) for n in ("o_proj", "visual_proj")]
+    config = written("compressed-tensors", [*found, Record("lm_head.weight", (64, 32), "float16")])
+    for name in ("visual.blocks.0.attn.qkv", "model.visual.blocks.0.attn.qkv", "model.visual.merger.0", "lm_head"):
+        assert ct_ignores(config["ignore"], name)
+    settings = ct_config.parse({"quantization_config": config})
+    for r in found[2:]:
+        assert not ct_ignores(config["ignore"], r.module)
+        assert settings.of(r.module).bits == 4
+    for family in ("llama", "gpt2", "opt", "deepseek_v3", "granitemoe"):
+        assert not [n for n in written("compressed-tensors", records(family))["ignore"] if n.startswith("re:")]
+
+
 def _of_expert(name: str) -> bool:
     return ".experts." in name or "block_sparse_moe.input_linear" in name
 
