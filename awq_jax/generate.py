@@ -33,13 +33,21 @@ class Generator:
       graphdef: the decoder's static part (see `awq_jax.models.params.abstract`).
       config: its architecture.
       place: the mesh over which its parameters are spread, or None.
+      options: XLA's, for the programs that generate (see `jax.jit`).
     """
 
-    def __init__(self, graphdef: nnx.GraphDef, config: ModelConfig, place: Placement | None = None):
+    def __init__(
+        self,
+        graphdef: nnx.GraphDef,
+        config: ModelConfig,
+        place: Placement | None = None,
+        options: Mapping[str, str] | None = None,
+    ):
         self.graphdef, self.config, self.place = graphdef, config, place
+        more: Any = {"compiler_options": dict(options)} if options else {}
         self.forward = jax.jit(lambda params, input_ids, **images: nnx.merge(graphdef, params)(input_ids, **images))
-        self.prefill = jax.jit(self._prefill, static_argnames=("slots", "mode"))
-        self.step = jax.jit(self._step, static_argnames=("mode",), donate_argnames=("cache",))
+        self.prefill = jax.jit(self._prefill, static_argnames=("slots", "mode"), **more)
+        self.step = jax.jit(self._step, static_argnames=("mode",), donate_argnames=("cache",), **more)
 
     def _prefill(self, params, tokens, lengths, key, temperature, top_k, top_p, images=None, *, slots, mode):
         """First new token ``[B]`` of right-padded ``tokens [B, P]``, and the cache with ``slots`` slots."""

@@ -18,6 +18,9 @@ from awq_jax.qtensor import is_quantized
 
 log = logging.getLogger(__name__)
 
+# Else XLA on CPU, to have work for more threads, writes out the floats of all layers at once.
+FRUGAL = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+
 
 class Weights:
     """Parameters of one model, kept and served.
@@ -49,7 +52,8 @@ class Weights:
         self._kept: nnx.State | None = params
         self._served: nnx.State | None = None
         self._fused = self._apart = config
-        self._generators = {config: Generator(graphdef, config, place)}
+        self._generators = {(config, False): Generator(graphdef, config, place)}
+        self._frugal = False
         self._how = ""
 
     @property
@@ -75,7 +79,7 @@ class Weights:
         """The exact parameters in whichever form they are, and the programs for that form."""
         if self._kept is None:
             return self.serving()
-        return self._generators[self.config], self._kept
+        return self._generators[self.config, False], self._kept
 
     @property
     def nbytes(self) -> int:
@@ -87,7 +91,7 @@ class Weights:
         if self._served is None:
             self._served = self._prepare()
             log.info("%s", self._how)
-        return self._generators[self._fused], self._served
+        return self._generators[self._fused, self._frugal], self._served
 
     def explain(self) -> str:
         """One line on the form in which the weights are served, with its bytes."""
@@ -116,7 +120,9 @@ class Weights:
         for path in leaves:
             leaves[path] = kernels.prepare(leaves[path], platform)
         graphdef, served = merge.assemble(self._fused, leaves)
-        self._generators.setdefault(self._fused, Generator(graphdef, self._fused, self.place))
+        self._frugal = packed and not copy and platform == "cpu"
+        options = FRUGAL if self._frugal else None
+        self._generators.setdefault((self._fused, self._frugal), Generator(graphdef, self._fused, self.place, options))
         self._how = "served as " + "; ".join(notes)
         return served
 

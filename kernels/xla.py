@@ -65,6 +65,7 @@ def grouped(x: jax.Array, q: QuantizedTensor, out_dtype: Any) -> jax.Array:
     Returns:
       ``[*B, m, N]``.
     """
+    x, q = lax.optimization_barrier((x, q))  # as above: the codes of all weights would be unpacked at once
     *lead, m, k = x.shape
     groups, g = q.scales.shape[-2], q.group_size
     acc = _accumulator(x)

@@ -4,6 +4,7 @@ Needs the CUDA plugin's wheels, not a GPU, and a private way into them: it print
 that way is closed, else for each case the arrays that the compiled program writes outside of fusions.
 """
 
+import dataclasses
 import functools
 import json
 import os
@@ -52,6 +53,45 @@ def written(text: str) -> list[tuple[str, int]]:
     return arrays
 
 
+def memory(where, kind: str, layers: int) -> dict[str, int]:
+    """Bytes that a decode step of a model of Llama 2's shape needs besides weights and cache; and of one weight."""
+    from unittest import mock
+
+    import jax
+    import jax.numpy as jnp
+
+    from awq_jax import kernels
+    from awq_jax.bench import decoding, random_models
+    from awq_jax.generate import Generator
+    from awq_jax.kernels import dispatch, tuned
+    from awq_jax.models import params as model_params
+    from awq_jax.models.decoder import init_cache
+
+    def abstract(*make):
+        tree = jax.eval_shape(*make)
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), tree)
+
+    c = dataclasses.replace(random_models.config("llama-2-7b", layers), vocab_size=1024)
+
+    def make():
+        params = random_models.random_model(c, "bfloat16")[1]
+        return kernels.prepare(params, "cuda") if kind == "triton" else params
+
+    params, cache = abstract(make), abstract(lambda: init_cache(c, 1, 64, jnp.bfloat16))
+    one, options = jnp.zeros(1, jnp.int32), (jax.random.key(0), jnp.float32(0), jnp.int32(0), jnp.float32(1))
+    token, options = abstract(lambda: one), abstract(lambda: options)
+    h200 = tuned.Chip("NVIDIA H200", 90, 132)
+    with (
+        mock.patch.object(tuned, "local_chip", lambda: h200), mock.patch.object(dispatch, "_platform", lambda x: "cuda")
+    ):  # fmt: skip
+        step = Generator(model_params.abstract(c)[0], c).step.lower(
+            params, cache, token, token, *options, mode="greedy"
+        )
+    assert ("triton_kernel_call" in step.as_text()) == (kind == "triton")
+    temp = step.compile().memory_analysis().temp_size_in_bytes
+    return {"temp": temp, "tile": decoding.largest_tile(params)}
+
+
 def main() -> None:
     try:
         where = sharding()
@@ -78,7 +118,8 @@ def main() -> None:
             run = jax.jit(functools.partial(getattr(xla, form), out_dtype=jnp.bfloat16), out_shardings=where)
             text = run.lower(abstract((m, K), jnp.bfloat16), q).compile().as_text()
             out[f"{form} {m} {kind}"] = written(text)
-    print(json.dumps({"K": K, "N": N, "cases": out}))
+    steps = {f"{kind} {layers}": memory(where, kind, layers) for kind in sys.argv[1:] for layers in (3, 5)}
+    print(json.dumps({"K": K, "N": N, "cases": out, "steps": steps}))
 
 
 if __name__ == "__main__":

@@ -17,8 +17,9 @@ FLOATS = ("bf16", "f16", "f32")
     reason='the CUDA compiler is not installed: pip install "awq-jax[cuda-offline]"',
 )
 def test_the_weight_is_not_materialised():
+    kinds = ["xla", "triton"] if importlib.util.find_spec("jax_triton") else ["xla"]
     done = subprocess.run(
-        [sys.executable, Path(__file__).parent / "cuda_hlo.py"], capture_output=True, text=True, check=False
+        [sys.executable, Path(__file__).parent / "cuda_hlo.py", *kinds], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads(done.stdout.splitlines()[-1])
@@ -33,3 +34,7 @@ def test_the_weight_is_not_materialised():
             assert not as_float, name
             copies = [dtype for dtype, elements in arrays if elements == size]
             assert set(copies) <= {"s4"}, "the codes may be rearranged at their packed size"
+    for kind in kinds:  # decoding: less than one dequantized weight, however many layers there are
+        few, many = (result["steps"][f"{kind} {layers}"] for layers in (3, 5))
+        assert many["temp"] <= many["tile"]
+        assert many["temp"] - few["temp"] < 0.01 * many["tile"]

@@ -1,0 +1,28 @@
+"""Serving takes the packed weights, the cache, and at most one dequantized weight: as the compiler counts it."""
+
+import jax
+
+from awq_jax.bench import decoding, random_models
+from awq_jax.kernels.resident import resident
+from awq_jax.qtensor import is_quantized
+from awq_jax.served import Weights
+
+TILE = 2 * 512 * 256 * 4  # gate and up of the shape below in float32, which is how a CPU multiplies
+REST = 1 << 18  # activations of 16 tokens: the widest are 1024 wide, 16 of them at once
+
+
+def test_one_weight_is_dequantized_at_a_time():
+    c = random_models.config("small", layers=3)
+    graphdef, params = random_models.random_model(c, "bfloat16")
+    served = decoding.Session(Weights(graphdef, c, params, copy=False), context=16, steps=8)
+    packed = [q for q in jax.tree.leaves(served.params, is_leaf=is_quantized) if is_quantized(q)]
+    assert len(packed) == 12
+    assert decoding.largest_tile(served.params, 4) == TILE
+    for program, temp in served.temp_bytes.items():
+        assert temp <= TILE + REST, program
+    # The measure sees what is dequantized at once.
+    arguments = (served.params, served._tokens, served._lengths, *served._options)
+    generator = served.weights.serving()[0]
+    eager = jax.jit(lambda p, *a: generator._prefill(resident(p), *a, slots=64, mode="greedy"))
+    found = eager.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+    assert found > sum(q.k * q.n * 4 for q in packed) > 2 * (TILE + REST)
