@@ -53,6 +53,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("initializer_range", "init_std"), 0.06),
     **dict.fromkeys(("n_heads", "num_attention_heads", "n_head"), 4),
     "vocab_size": 320,
+    "linear_num_value_heads": 16,
     "rotary_dim": 16,
     "max_position_embeddings": 128,
 }
@@ -90,6 +91,27 @@ CONSUMERS = {
     "compressed-tensors, symmetric": Consumer(
         "compressed-tensors", "compressed", "transformers", FLOAT32, symmetric=True, experts=True
     ),
+}
+GEMM, LOADER, CT, CT_SYMMETRIC = CONSUMERS
+MOE = "mixtral qwen2_moe qwen3_moe deepseek_v2 deepseek_v3 olmoe glm4_moe phimoe qwen3_next granitemoe gpt_oss".split()
+REMOTE = "Yi aquila baichuan internlm2 minicpm qwen exaone RefinedWeb RefinedWebModel".split()
+# What a program cannot read, and a part of the error it gives.
+REFUSED: dict[tuple[str, str], str] = {
+    # transformers 5 has a layer's experts in one tensor, and nothing that takes AWQ's tensors of single experts.
+    **{(f, GEMM): "missing_keys" for f in MOE},
+    # ... and its router, which is called otherwise in files, is made a packed linear, which 4 outputs do not fit.
+    ("phimoe", GEMM): "must be divisible",
+    # For those of compressed-tensors it has, but it leaves out their zero points,
+    **{(f, CT): "automatic conversion of the weights" for f in MOE},
+    # and it knows of these two only the stacked names that they are published with.
+    **{(f, c): "missing_keys" for f in ("granitemoe", "gpt_oss") for c in (CT, CT_SYMMETRIC)},
+    # Run only with code from the checkpoint.
+    **{(f, c): "does not recognize this architecture" for f in REMOTE for c in (GEMM, CT)},
+    # transformers' own code for these reads .weight of a linear, which a packed one does not have.
+    **{("gpt_bigcode", c): "has no attribute 'weight'" for c in (GEMM, CT)},
+    ("falcon", CT): "has no attribute 'weight'",
+    # Its linears are of a class of their own, which transformers does not replace.
+    ("gpt2", GEMM): "has_been_replaced",
 }
 CASES: dict[str, families.Case | multimodal.Case] = {
     c.family: c for c in reversed((*families.CASES, *multimodal.CASES))
