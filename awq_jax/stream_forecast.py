@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
+import resource
 import shutil
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
+import jax
+
 from awq_jax.blocks import Block
+from awq_jax.columns import ALIGNED, PIECE, PIECE_ELSEWHERE
 from awq_jax.hidden import InMemory
 from awq_jax.stream import Reader
 from awq_jax.stream_job import Job
 
 TRIAL_BATCHES = 2
-COPIES = 8  # of a group's weights in float32, at most, while it is rounded
-SQUARES = 6  # matrices of the size of its Gram
+COPIES = 12  # float32 copies of a piece of a group's weights, at most, while it is rounded (as XLA counts them)
+SQUARES = 4  # matrices of the size of its Gram: the scaled one, its factor, and what makes them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +32,9 @@ class Forecast:
     Attributes:
       blocks: of layers, and how many parameters the largest has.
       parameters: of the whole model.
-      memory: what is in memory at the worst moment -> bytes; besides the program itself.
+      memory: what is in the host's memory at the worst moment -> bytes. ``"program"`` is what the trial was seen
+        to take beyond what its shapes explain: Python, JAX, compiled code, activations of a batch.
+      device_memory: the same of an accelerator's; empty where the host computes.
       disk: bytes that the run writes beside the target.
       disk_free: bytes free there.
       seconds: phase -> estimated seconds; ``"compile"`` as it was in the trial.
@@ -34,6 +44,7 @@ class Forecast:
     largest: int
     parameters: int
     memory: dict[str, int]
+    device_memory: dict[str, int]
     disk: int
     disk_free: int
     seconds: dict[str, float]
@@ -49,40 +60,74 @@ def forecast(job: Job) -> Forecast:
     blocks = job.session.blocks
     sizes = [b.elements for b in blocks]
     parent = next(p for p in job.path.parents if p.exists())
+    _forget_peak()
+    seconds = _trial(job)
+    host, device = memory(job, _peak(), _device_peak())
     return Forecast(
         blocks=len(job.session.chain.config.layers),
         largest=max(sizes),
         parameters=sum(sizes),
-        memory=memory(job),
+        memory=host,
+        device_memory=device,
         disk=job.disk(),
         disk_free=shutil.disk_usage(parent).free,
-        seconds=_trial(job),
+        seconds=seconds,
     )
 
 
-def memory(job: Job) -> dict[str, int]:
-    """Bytes in memory at the worst moment, by what they are for."""
-    floats = [job.float_bytes(b) for b in job.session.blocks]
-    packed = [job.packed_bytes(b) for b in job.session.blocks]
+def memory(job: Job, peak: int, device_peak: int | None = None) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes at the worst moment, by what they are for: in the host's memory, and in an accelerator's.
+
+    Args:
+      peak: resident bytes of this process, at most, while the trial ran.
+      device_peak: bytes in use on the accelerator, at most; None if the host computes.
+    """
+    blocks = job.session.blocks
+    tokens = sum(b.size for b in job.batches)
+    seen = sum(b.size for b in job.batches[:TRIAL_BATCHES])
+    hidden = job.hidden_bytes() if job.options.hidden == "memory" else 0
+    moments = [_moment(job, i, hidden) for i in range(len(blocks))]
+    # The trial held the embedding, then the first layer and its hidden states before and after.
+    tried = [_moment(job, i, 2 * job.hidden_bytes() * seen // tokens) for i in range(2)]
+    tried[1]["next block"] = 0
+    if device_peak is None:
+        return _worst(moments, tried, peak), {}
+    there = ("block", "statistics", "rounding")
+
+    def split(parts: list[dict[str, int]], device: bool) -> list[dict[str, int]]:
+        return [{k: n for k, n in m.items() if (k in there) == device} for m in parts]
+
+    host = _worst(split(moments, False), split(tried, False), peak)
+    return host, _worst(split(moments, True), split(tried, True), device_peak)
+
+
+def _moment(job: Job, number: int, hidden: int) -> dict[str, int]:
+    """What is in memory while a block is rounded (or carried through)."""
+    blocks = job.session.blocks
+    block = blocks[number]
     grams, rounding = 0, 0
-    for block in job.session.blocks:
-        own = 0
-        for group, targets in job.session.work(block):
-            experts = 1
-            for n in (*group.scan, *group.batch):
-                experts *= n
-            own += 4 * experts * group.channels**2
-            weights = sum(_size(t.site.shape) for t in targets)
-            rounding = max(rounding, 4 * (COPIES * weights + SQUARES * group.channels**2))
-        grams = max(grams, own)
+    limit = PIECE.get(jax.default_backend(), PIECE_ELSEWHERE)
+    for group, targets in job.session.work(block):
+        instances = math.prod((*group.scan, *group.batch))
+        weights = sum(math.prod(t.site.shape) for t in targets) // instances
+        piece = min(weights, max(limit, ALIGNED * group.channels))
+        grams += 4 * instances * group.channels**2
+        rounding = max(rounding, 4 * (COPIES * piece + SQUARES * group.channels**2))
     return {
-        "block": max(floats),
-        "next block": max(floats[1:], default=0),
-        "packed blocks": 2 * max(packed),
-        "hidden states": job.hidden_bytes() if job.options.hidden == "memory" else 0,
+        "block": job.float_bytes(block),
+        "next block": job.float_bytes(blocks[number + 1]) if number + 1 < len(blocks) else 0,
+        "packed blocks": sum(job.packed_bytes(b) for b in blocks[max(0, number - 1) : number + 1]),
+        "hidden states": hidden,
         "statistics": grams,
         "rounding": rounding,
     }
+
+
+def _worst(moments: list[dict[str, int]], tried: list[dict[str, int]], peak: int) -> dict[str, int]:
+    """The moment that takes most, and what the trial took beyond its own."""
+    known = max(sum(m.values()) for m in tried)
+    worst = max(moments, key=lambda m: sum(m.values()))
+    return worst | {"program": max(0, peak - known)}
 
 
 def table(f: Forecast) -> str:
@@ -90,13 +135,17 @@ def table(f: Forecast) -> str:
     lines = [
         f"{f.parameters / 1e9:.3g} billion parameters in {f.blocks} layers; "
         f"{f.largest / 1e6:.1f} million in the largest block",
-        f"memory, besides the program: {_gib(sum(f.memory.values()))}",
-        *(f"  {name}: {_gib(n)}" for name, n in f.memory.items()),
+        *_lines("memory", f.memory),
+        *(_lines("memory of the device", f.device_memory) if f.device_memory else ()),
         f"disk: {_gib(f.disk)} while it runs ({_gib(f.disk_free)} free)",
         f"time: {_time(sum(f.seconds.values()))}, from a trial on the first block",
         *(f"  {name}: {_time(s)}" for name, s in f.seconds.items()),
     ]
     return "\n".join(lines)
+
+
+def _lines(what: str, parts: dict[str, int]) -> list[str]:
+    return [f"{what}: {_gib(sum(parts.values()))}", *(f"  {name}: {_gib(n)}" for name, n in parts.items())]
 
 
 def _trial(job: Job) -> dict[str, float]:
@@ -131,11 +180,24 @@ def _with_weights(job: Job) -> list[Block]:
     return [b for b in job.session.blocks if job.session.work(b)]
 
 
-def _size(shape: tuple[int, ...]) -> int:
-    out = 1
-    for n in shape:
-        out *= n
-    return out
+def _forget_peak() -> None:
+    """Count the peak of this process's memory from now on, where the system can (Linux)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak() -> int:
+    """Resident bytes of this process, at most."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _device_peak() -> int | None:
+    """Bytes in use on the accelerator, at most; None if the host computes."""
+    stats = jax.local_devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
+    return None if stats is None else int(stats["peak_bytes_in_use"])
 
 
 def _gib(n: float) -> str:
