@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from awq_jax import calibration, paths, quantizer
+from awq_jax import calibration, host_memory, paths, quantizer
 from awq_jax.blocks import EMBED, HEAD, REST, Block, Chain, moved
 from awq_jax.calibration import Stats
 from awq_jax.config import AwqConfig
@@ -180,7 +180,7 @@ class Session:
         work = self.work(block)
         plan = Plan(tuple(g for g, _ in work))
         own = {block.prefix + p: leaves[p] for p in block.owned}
-        done = quantizer.quantize_groups(plan, work, own, stats, self.settings, pool=self.pool)
+        done = quantizer.quantize_groups(plan, work, own, stats, self.settings, host_memory.trim, self.pool)
         seconds = {"calibrate": proven - start, **done.seconds}
         return Done(block, done.leaves, done.rows, seconds, paths.nbytes(own), paths.nbytes(done.leaves))
 

@@ -25,6 +25,7 @@ from awq_jax.select import Target
 PIECE = {"cpu": 1 << 20}  # numbers in a piece, by backend
 PIECE_ELSEWHERE = 1 << 25  # accelerators: enough columns to keep them busy
 ALIGNED = 64  # columns in a piece are a multiple of it
+SPARE = 0.15  # of the columns may be zeros that fill up the last piece
 
 Place = Callable[[Any], Any]  # brings arrays to the device that works on a piece
 _Kinds = tuple[tuple[str, float], ...]
@@ -97,13 +98,21 @@ class Columns:
     @property
     def pieces(self) -> int:
         """How many pieces they are cut into."""
-        most = PIECE.get(jax.default_backend(), PIECE_ELSEWHERE) // self.rows
-        return -(-self.total // max(ALIGNED, most - most % ALIGNED))
+        return -(-self.total // self._most)
 
     @property
     def size(self) -> int:
         """Columns of a piece; the last may have fewer, and is filled up with zeros."""
-        return -(-self.total // (self.pieces * ALIGNED)) * ALIGNED if self.pieces > 1 else self.total
+        if self.pieces == 1:
+            return self.total
+        if self.pieces * self._most <= (1 + SPARE) * self.total:
+            return self._most  # so that other weights of as many rows are rounded by the same program
+        return -(-self.total // (self.pieces * ALIGNED)) * ALIGNED
+
+    @property
+    def _most(self) -> int:
+        most = PIECE.get(jax.default_backend(), PIECE_ELSEWHERE) // self.rows
+        return max(ALIGNED, most - most % ALIGNED)
 
     def piece(self, layer: int, expert: int, number: int) -> jax.Array:
         """float32 ``[rows, size]``."""

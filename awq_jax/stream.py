@@ -7,7 +7,6 @@ manifest (see `awq_jax.convert.manifest`), and, if they are kept on disk, the hi
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import json
 import shutil
@@ -20,7 +19,7 @@ from typing import Any
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from awq_jax import stream_team
+from awq_jax import host_memory, stream_team
 from awq_jax.blocks import HEAD, REST, Block
 from awq_jax.blockwise import Done
 from awq_jax.convert import native
@@ -168,13 +167,14 @@ def _quantize(job: Job, done: Manifest, bar: tqdm) -> None:
         with Reader(job, blocks[behind:]) as reader, stream_team.writer(job, done) as writer:
             for block in blocks[behind:finished]:  # statistics and all, as another program might round otherwise
                 session.calibrate(block, reader(block), hidden, len(job.batches))
-            for number, result in enumerate(session.run(blocks[finished:], reader, hidden, len(job.batches)), finished):
-                tensors = model_params.tensors(result.leaves, session.chain.config)
-                writer.put(number, list(tensors), _note(job, result))
+            number = finished
+            for result in session.run(blocks[finished:], reader, hidden, len(job.batches)):
+                writer.put(number, list(model_params.tensors(result.leaves, session.chain.config)), _note(job, result))
                 hidden.forget(len(done.shards))
                 bar.update()
-                del result, tensors
-                _trim()
+                number += 1  # `enumerate` would hold on to the block while the next is at work
+                del result
+                host_memory.trim()
     if len(done.shards) == len(blocks) and not session.pool.rank:
         write_part(done, job.work, len(blocks), layouts.carried(job.source, session.chain.config), {})
 
@@ -223,13 +223,6 @@ class Reader:
             self._coming = self._pool.submit(
                 lambda: {p: list(self._job.weights.read(block.prefix + p)) for p in wanted}
             )
-
-
-def _trim() -> None:
-    """Give freed memory back to the system, where the C library keeps it (glibc)."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _tidy(job: Job) -> None:

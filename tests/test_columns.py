@@ -53,7 +53,7 @@ def test_pieces_run_over_the_borders_of_weights_and_are_filled_up(monkeypatch):
     monkeypatch.setattr(columns, "ALIGNED", 4)
     leaves = [rng.normal(size=(12, n)).astype(np.float32) for n in (5, 1, 8)]
     side = Columns([Part(jnp.asarray(w), "kn") for w in leaves], rows=16)
-    assert (side.total, side.pieces, side.size) == (14, 4, 4)
+    assert (side.total, side.pieces, side.size) == (14, 4, 4)  # 16 columns for 14
     pieces = [side.piece(0, 0, i) for i in range(side.pieces)]
     assert {p.shape for p in pieces} == {(16, 4)}
     whole = np.concatenate(pieces, axis=1)

@@ -119,6 +119,9 @@ def run(args: argparse.Namespace) -> None:
 
     if args.distributed and (args.coordinator, args.processes, args.process_id) != (None, None, None):
         raise ConfigError("--distributed finds out what --coordinator, --processes and --process-id say: drop either")
+    # Libraries of JAX that connect processes print to the standard output, which is for the result.
+    sys.stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
     processes.join(args.coordinator, args.processes, args.process_id)
     try:
         _run(args)
@@ -137,8 +140,9 @@ def _run(args: argparse.Namespace) -> None:
         common.check_new_directory(args.dst, args.overwrite)
     common.check_report_path(args.report)
     config = settings(args)
-    from awq_jax import pool, processes
+    from awq_jax import host_memory, pool, processes
 
+    host_memory.return_arrays_at_once()
     mesh = _mesh(args.devices)
     with processes.team() as team:
         _quantize(args, config, pool.pool_of(mesh, team))
