@@ -1,11 +1,13 @@
 """Everything that needs a CUDA card, in one command of under ten minutes.
 
-    XLA_PYTHON_CLIENT_PREALLOCATE=false python benchmarks/gpu.py --out benchmarks/results/
+    python benchmarks/gpu.py --out benchmarks/results/
 
-Checks each kernel on fresh random data, measures products against XLA in bfloat16 and other libraries, decodes
-a model of Llama 3's shape with float and packed weights, and tunes the tile sizes with what time is left. Results
-are written after each part, so that a run cut short keeps what it has: ``gpu_<chip>.json``, and ``tuned_<chip>.json``
-to be copied to ``kernels/tuned/<chip>.json``. ``--cpu`` rehearses it in small on a machine without a card.
+In this order: checks each kernel on fresh random data against float64; decodes a model of Llama 3's shape with packed
+weights (memory first, while the allocator's peak is its own) and with bfloat16 ones; tunes the tile sizes of the shapes
+the targets are about, and uses what it found; measures products against XLA in bfloat16 and other libraries; then other
+shapes. Results are written after every row, so that a run cut short keeps what it has: ``gpu_<chip>.json``, the same as
+a table in ``gpu_<chip>.md``, and ``tuned_<chip>.json``, to be copied to ``kernels/tuned/<chip>.json``. ``--dry-run``
+rehearses all of it in small on a CPU, with the kernels' place taken by XLA.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import json
 import os
 import time
 import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,128 +26,208 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs r
 
 FIRST = ((8192, 8192), (4096, 14336))  # what the targets are about
 THEN = ((14336, 4096), (8192, 28672))
+# (kernel, rows): odd numbers too, and several tiles.
+KERNELS = (("mma", (1, 5, 16, 33, 130)), ("gemv", (1, 3)), ("dequantize", (7, 260)))
+WEIGHTS = (  # k, n, group size, bits, dtype
+    (1024, 512, 128, 4, "bfloat16"), (576, 200, 64, 4, "float16"), (1056, 264, 32, 4, "bfloat16"),
+    (640, 256, 640, 8, "bfloat16"), (512, 136, 64, 8, "float16"),
+)  # fmt: skip
 
 
-def correctness(seed: int) -> list[dict[str, Any]]:
-    """Each kernel over groups, bits, dtypes and odd numbers of rows, against float64 in NumPy."""
+def correctness(seed: int, many: int | None) -> Any:
+    """Each kernel over groups, bits, dtypes and odd numbers of rows, against float64 in NumPy; then the tables'.
+
+    Args:
+      seed: of the data.
+      many: cases at most, None for all.
+
+    Yields:
+      One dict per case.
+    """
     import jax
-    import jax.numpy as jnp
 
     from awq_jax.bench import products
-    from awq_jax.kernels import triton_matmul, tuned
+    from awq_jax.kernels import triton_matmul, tuned, xla
 
     chip = tuned.local_chip()
-    out = []
-    cases = [
-        (m, k, n, g, bits, dtype, kernel)
-        for kernel, rows in (("mma", (1, 5, 16, 33, 130)), ("gemv", (1, 3)))
-        for m in rows
-        for k, n, g, bits, dtype in (
-            (1024, 512, 128, 4, "bfloat16"), (576, 200, 64, 4, "float16"), (1056, 264, 32, 4, "bfloat16"),
-            (640, 256, 640, 8, "bfloat16"), (512, 136, 64, 8, "float16"),
-        )
-    ]  # fmt: skip
-    for i, (m, k, n, g, bits, dtype, kernel) in enumerate(cases):
+    cases: list[tuple[Any, ...]] = []
+    for kernel, rows in KERNELS:
+        for m in rows:
+            tile = 8 if m <= 8 else 16 if m <= 16 else 64
+            own = tuned.Config(kernel, block_m=tile, block_n=64, late=m <= 16, stages=3)
+            cases += [(m, *weight, own) for weight in WEIGHTS]
+    cases += [(m, 1024, 1024, 128, 4, "bfloat16", None) for m in tuned.BUCKETS[: None if chip else 4]]
+    for i, (m, k, n, g, bits, dtype, config) in enumerate(cases[:many]):
         w = products.weight(seed + i, k, n, g, bits)
         x = jax.random.normal(jax.random.key(seed + i), (m, k), dtype)
-        rows = 8 if m <= 8 else 16 if m <= 16 else 64
-        config = tuned.Config(kernel, block_m=rows, block_n=64, late=m <= 16, stages=3)
-        if chip is None:
-            y = jnp.dot(x, w.ready.dequantize(dtype))
-        else:
-            y = jax.jit(lambda x, q, c=config: triton_matmul.matmul(x, q, x.dtype, chip=chip, config=c))(x, w.ready)
-        wrong = products.error(y, x, w.canonical, seed)
-        out.append({"m": m, "k": k, "n": n, "group_size": g, "bits": bits, "dtype": dtype, "kernel": kernel,
-                    "error": wrong, "correct": wrong < products.LIMIT})  # fmt: skip
-    return out
+
+        def run(x: Any, q: Any, config: Any = config) -> Any:
+            if chip is None:
+                return xla.dequantize(x, q, x.dtype)
+            return triton_matmul.matmul(x, q, x.dtype, chip=chip, config=config)
+
+        row = {"m": m, "k": k, "n": n, "group_size": g, "bits": bits, "dtype": dtype,
+               "kernel": config.kernel if config else "of the table"}  # fmt: skip
+        try:
+            wrong = products.error(jax.jit(run)(x, w.ready), x, w.canonical, seed)
+            yield row | {"error": wrong, "correct": wrong < products.LIMIT}
+        except Exception as e:  # the next kernel may work
+            yield row | {"error": f"{type(e).__name__}: {str(e)[:300]}", "correct": False}
 
 
-def main() -> None:
+class Run:
+    """Time, results and files of one run."""
+
+    def __init__(self, out: Path, minutes: float, slug: str, result: dict[str, Any]):
+        self.start, self.seconds = time.monotonic(), 60 * minutes
+        self.out, self.slug, self.result = out, slug, result
+
+    def left(self, share: float = 1.0) -> bool:
+        """Whether less than ``share`` of the time is over."""
+        return time.monotonic() - self.start < self.seconds * share
+
+    def save(self) -> None:
+        """Write what there is; each file at once, so that none is ever half a file."""
+        self.result["seconds"] = round(time.monotonic() - self.start, 1)
+        self.write(f"gpu_{self.slug}.json", json.dumps(self.result, indent=1) + "\n")
+        self.write(f"gpu_{self.slug}.md", table(self.result))
+
+    def write(self, name: str, text: str) -> None:
+        part = self.out / f".{name}.part"
+        part.write_text(text)
+        part.replace(self.out / name)
+
+    def part(self, name: str, until: float, work: Callable[[], Any]) -> None:
+        """``work`` yields after each piece; no piece is begun once a share ``until`` of the time is over."""
+        try:
+            if self.left(until):
+                for _ in work():
+                    self.save()
+                    if not self.left(until):
+                        print(f"{name}: stopped for time", flush=True)
+                        break
+        except Exception:  # one part that fails must not cost the others
+            self.result["failures"].append({"part": name, "error": traceback.format_exc()[-2000:]})
+            print(f"{name} FAILED: {self.result['failures'][-1]['error'][-300:]}", flush=True)
+        self.save()
+        print(f"-- {name}: {time.monotonic() - self.start:.0f} s", flush=True)
+
+
+def table(result: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    checked = result["correctness"]
+    top = result.get("ceilings") or {"bandwidth": 0.0, "flops": 0.0}
+    lines = [
+        f"# {result['device']}", "",
+        f"`python benchmarks/gpu.py`, {result.get('seconds', 0)} s, seed {result['seed']}; a copy moves "
+        f"{top['bandwidth'] / 1e9:.0f} GB/s, XLA's bfloat16 product does {top['flops'] / 1e12:.0f} TFLOP/s. "
+        f"{sum(c['correct'] for c in checked)} of {len(checked)} kernel checks correct.", "",
+        "| m | k x n | impl | us | share of floor | vs bf16 | error | others, us |", "|" + "---|" * 8,
+    ]  # fmt: skip
+    for r in result["kernels"]:
+        others = ", ".join(f"{k} {v:.1f}" if isinstance(v, float) else f"{k}: {v}" for k, v in r["peers_us"].items())
+        lines.append(
+            f"| {r['m']} | {r['k']} x {r['n']} | {r['impl']} | {r['us']:.1f} | {r['floor_share']:.0%} | "
+            f"{r['vs_bf16']:.2f} | {r['error']:.1e}{'' if r['correct'] else ' WRONG'} | {others.replace('|', '/')} |"
+        )
+    lines += ["", "| model | weights | tokens/s | share of floor | vs dense | prefill tokens/s | weights + cache + one "
+              "tile, GiB | peak, GiB |", "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    dense = {r["model"]: r["tokens_per_s"] for r in result["decode"] if r["bits"] is None}
+    for r in result["decode"]:
+        ratio = f"{r['tokens_per_s'] / dense[r['model']]:.2f}" if r["model"] in dense else ""
+        peak = "" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 2**30:.2f}"
+        weights = f"{r['bits']} bits, {r['tables']}" if r["bits"] else "bfloat16"
+        lines.append(
+            f"| {r['model']} | {weights} | {r['tokens_per_s']:.1f} | {r['floor_share']:.0%} | {ratio} | "
+            f"{r['prefill_tokens_per_s']:.0f} | {r['peak_allowed_bytes'] / 2**30:.2f} | {peak} |"
+        )
+    lines += [f"\n{f['part']} failed:\n\n```\n{f['error'].strip()}\n```" for f in result["failures"]]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="directory for the results")
-    parser.add_argument("--minutes", type=float, default=9.0, help="stop starting new work after so long")
+    parser.add_argument("--minutes", type=float, default=8.5, help="begin nothing after so long (default: 8.5)")
     parser.add_argument("--seed", type=int, default=int(time.time()) % 100_000)
-    parser.add_argument("--cpu", action="store_true", help="rehearse in small, without a card")
-    args = parser.parse_args()
-    start = time.monotonic()
+    parser.add_argument("--dry-run", action="store_true", help="rehearse in small, without a card")
+    args = parser.parse_args(arguments)
     from awq_jax.bench import decoding, products, timing
     from awq_jax.commands.bench import device
-    from awq_jax.kernels import triton_matmul, tuned
+    from awq_jax.kernels import triton_matmul, tuned, xla
 
     chip = tuned.local_chip()
-    if chip is None and not args.cpu:
-        raise SystemExit("no NVIDIA GPU here; --cpu rehearses without one")
-    slug = chip.slug if chip else "cpu"
+    if chip is None and not args.dry_run:
+        raise SystemExit("no NVIDIA GPU here; --dry-run rehearses without one")
+    args.out.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = device() | {
         "seed": args.seed, "chip": dataclasses.asdict(chip) if chip else None, "triton": triton_matmul.unavailable(),
-        "correctness": [], "kernels": [], "decode": [], "failures": [],
+        "correctness": [], "kernels": [], "decode": [], "tuned": [], "failures": [],
     }  # fmt: skip
+    run = Run(args.out, args.minutes, chip.slug if chip else "dry-run", result)
+    run.save()
+    print(f"Triton: {result['triton'] or 'can be used'}", flush=True)
 
-    def left(share: float) -> bool:
-        """Whether less than ``share`` of the time is over."""
-        return time.monotonic() - start < 60 * args.minutes * share
+    def ceilings() -> Any:
+        result["ceilings"] = dataclasses.asdict(timing.ceilings(1.0 if chip else 0.01))
+        yield
 
-    def save() -> None:
-        result["seconds"] = round(time.monotonic() - start, 1)
-        (args.out / f"gpu_{slug}.json").write_text(json.dumps(result, indent=1) + "\n")
+    def check() -> Any:
+        for case in correctness(args.seed, None if chip else 6):
+            result["correctness"].append(case)
+            if not case["correct"]:
+                print("WRONG", case, flush=True)
+            yield
 
-    def part(name: str, work: Any) -> None:
-        try:
-            work()
-        except Exception:  # one part that fails must not cost the others
-            result["failures"].append({"part": name, "error": traceback.format_exc()[-2000:]})
-            print(f"{name} FAILED: {result['failures'][-1]['error'][-300:]}", flush=True)
-        save()
-        print(f"-- {name} done after {time.monotonic() - start:.0f} s", flush=True)
-
-    top = timing.ceilings(1.0 if chip else 0.01)
-    result["ceilings"] = dataclasses.asdict(top)
-    print(f"copy {top.bandwidth / 1e9:.0f} GB/s, bfloat16 {top.flops / 1e12:.1f} TFLOP/s", flush=True)
-
-    def check() -> None:
-        result["correctness"] = correctness(args.seed)
-        wrong = [c for c in result["correctness"] if not c["correct"]]
-        print(f"{len(result['correctness']) - len(wrong)} of {len(result['correctness'])} products correct", flush=True)
-        for c in wrong:
-            print("WRONG", c, flush=True)
-
-    def measure(shapes: Any, until: float) -> None:
-        rows = products.ROWS if chip else (1, 16)
-        for row in products.measure(shapes, rows, 128, 4, top, seconds=0.1, seed=args.seed):
-            result["kernels"].append(row)
-            print(products.line(row), flush=True)
-            if not left(until):
-                return
-
-    def decode() -> None:
-        for bits in (4, None):
-            row = decoding.run("llama-3-8b" if chip else "small", bits, top, context=512 if chip else 16)
+    def decode(name: str, bits: int | None) -> Callable[[], Any]:
+        def work() -> Any:
+            top = timing.Ceilings(**result["ceilings"])
+            sizes = {"context": 512, "steps": 64} if chip else {"context": 16, "steps": 2, "layers": 1}
+            tables = {"tables": "tuned here" if result["tuned"] else "tables as shipped"}
+            row = decoding.run(name if chip else "small", bits, top, **sizes) | tables
             result["decode"].append(row)
             print(decoding.line(row), flush=True)
+            yield
 
-    def tune() -> None:
-        entries = []
-        for shape in (*FIRST, *THEN):
-            for entry in products.tune([shape], (1, 16, 64, 256), 128, 4, chip, seconds=0.05, say=print):
-                entries.append(entry)
-                table = products.table(chip, entries)
-                (args.out / f"tuned_{slug}.json").write_text(json.dumps(table, indent=1) + "\n")
-                if not left(0.97):
-                    return
+        return work
 
-    args.out.mkdir(parents=True, exist_ok=True)
-    part("correctness", check)
-    part("products", lambda: measure(FIRST if chip else ((256, 256),), 0.45))
-    if left(0.5):
-        part("decode", decode)
-    if chip and left(0.7):
-        part("tune", tune)
-    if chip and left(0.8):
-        part("more products", lambda: measure(THEN, 0.95))
-    for row in result["kernels"]:
-        print(products.line(row))
-    for row in result["decode"]:
-        print(decoding.line(row))
+    def tune(shapes: Any, rows: Any) -> Callable[[], Any]:
+        def work() -> Any:
+            own = chip or tuned.Chip("dry-run", 90, 132)
+            product = triton_matmul.matmul if chip else lambda x, q, out_dtype, **_: xla.dequantize(x, q, out_dtype)
+            for shape in shapes:
+                for m in rows:  # one at a time, so that the most wanted come first
+                    for entry in products.tune([shape], [m], 128, 4, own, seconds=0.04, say=print, product=product):
+                        result["tuned"].append(entry)
+                        found = products.table(own, result["tuned"])
+                        run.write(f"tuned_{run.slug}.json", json.dumps(found, indent=1) + "\n")
+                        tuned.use(own, found)
+                        yield
+
+        return work
+
+    def measure(shapes: Any, rows: Any) -> Callable[[], Any]:
+        def work() -> Any:
+            top = timing.Ceilings(**result["ceilings"])
+            for row in products.measure(shapes, rows, 128, 4, top, seconds=0.06, seed=args.seed):
+                result["kernels"].append(row)
+                print(products.line(row), flush=True)
+                yield
+
+        return work
+
+    first, then = (FIRST, THEN) if chip else (((256, 256),), ((256, 128),))
+    few, many = ((1, 4, 16, 64), (256, 2048)) if chip else ((1,), (16,))
+    run.part("ceilings", 0.1, ceilings)
+    run.part("correctness", 0.2, check)
+    run.part("packed decode", 0.3, decode("llama-3-8b", 4))
+    run.part("tuning", 0.5, tune(first, (1, 16, 64, 256, 4, 2048) if chip else (1,)))
+    run.part("products", 0.75, measure(first, (*few, *many)))
+    run.part("packed decode, tuned", 0.8, decode("llama-3-8b", 4))
+    run.part("dense decode", 0.85, decode("llama-3-8b", None))
+    run.part("packed decode, Llama 2", 0.9, decode("llama-2-7b", 4))
+    run.part("more products", 1.0, measure(then, (*few, *many)))
+    print(table(result))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from awq_jax.kernels.layout import PLANE, planes
 FOLDER = Path(__file__).parent / "tuned"
 BUCKETS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 KERNELS = ("mma", "gemv", "dequantize")
+_given: dict[str, dict[str, Any]] = {}  # tables by chip, see `use`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +107,8 @@ def bucket(m: int) -> int | None:
 
 def choose(chip: Chip, bits: int, m: int, k: int, n: int) -> Config:
     """The configuration for ``m`` rows times a ``bits``-bit ``[k, n]`` weight on ``chip``."""
-    tables = [t for t in (_table(chip.slug), _table(_architecture(chip.sm))) if t is not None]
+    stems = (chip.slug, _architecture(chip.sm))
+    tables = [t for t in (_given.get(chip.slug), *map(_table, stems)) if t is not None]
     for table in tables:
         for entry in table.get("shapes", ()):
             if (entry["k"], entry["n"], entry.get("bits", 4), entry["rows"]) == (k, n, bits, bucket(m)):
@@ -116,6 +118,11 @@ def choose(chip: Chip, bits: int, m: int, k: int, n: int) -> Config:
             if (rule["rows"] is None or m <= rule["rows"]) and rule.get("bits", bits) == bits:
                 return config(rule)
     return Config("dequantize")
+
+
+def use(chip: Chip, table: dict[str, Any]) -> None:
+    """Let `choose` read this table before the files, in this process: what has just been measured, say."""
+    _given[chip.slug] = table
 
 
 def config(entry: Mapping[str, Any]) -> Config:

@@ -81,9 +81,8 @@ def memory(where, kind: str, layers: int) -> dict[str, int]:
     one, options = jnp.zeros(1, jnp.int32), (jax.random.key(0), jnp.float32(0), jnp.int32(0), jnp.float32(1))
     token, options = abstract(lambda: one), abstract(lambda: options)
     h200 = tuned.Chip("NVIDIA H200", 90, 132)
-    with (
-        mock.patch.object(tuned, "local_chip", lambda: h200), mock.patch.object(dispatch, "_platform", lambda x: "cuda")
-    ):  # fmt: skip
+    here = mock.patch.object(tuned, "local_chip", return_value=h200)
+    with here, mock.patch.object(dispatch, "_platform", return_value="cuda"):
         step = Generator(model_params.abstract(c)[0], c).step.lower(
             params, cache, token, token, *options, mode="greedy"
         )

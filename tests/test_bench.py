@@ -1,6 +1,9 @@
 """``awq-jax bench`` on a CPU: what it checks and reports; speeds are not asserted."""
 
+import importlib.util
 import json
+import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -48,8 +51,11 @@ def test_a_table_made_by_tune_is_one_that_is_read(tmp_path, monkeypatch):
     entry = {"k": 64, "n": 32, "bits": 4, "rows": 1, **config.__dict__}
     (tmp_path / f"{H200.slug}.json").write_text(json.dumps(products.table(H200, [entry])))
     monkeypatch.setattr(tuned, "FOLDER", tmp_path)
+    monkeypatch.setattr(tuned, "_given", {})
     tuned._table.cache_clear()
     assert tuned.choose(H200, 4, 1, 64, 32) == config
+    tuned.use(H200, products.table(H200, [entry | {"split": 2}]))
+    assert tuned.choose(H200, 4, 1, 64, 32).split == 2
     tuned._table.cache_clear()
 
 
@@ -57,6 +63,62 @@ def test_peers_say_why_they_are_absent():
     w = products.weight(0, 128, 16, 32, 4)
     found = peers.measure(w.canonical, jnp.ones((1, 128), jnp.bfloat16), 0, products.error, 0.01)
     assert found["torch"] in ("not installed", "sees no CUDA device")
+
+
+def test_a_peer_has_a_deadline():
+    with pytest.raises(TimeoutError, match=r"0\.01 s"), peers.deadline(0.01):
+        time.sleep(30)
+    with peers.deadline(60):
+        pass
+
+
+@pytest.fixture
+def gpu():
+    """``benchmarks/gpu.py`` as a module."""
+    path = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
+    spec = importlib.util.spec_from_file_location("gpu", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_run_on_a_card_keeps_what_it_has(gpu, tmp_path):
+    result = {"device": "d", "seed": 1, "correctness": [], "kernels": [], "decode": [], "failures": []}
+    run = gpu.Run(tmp_path, 10, "d", result)
+    seen = []
+
+    def work():
+        for i in range(3):
+            result["correctness"].append({"correct": i != 1})
+            yield
+            seen.append(json.loads((tmp_path / "gpu_d.json").read_text()))
+        raise ValueError("no more")
+
+    run.part("one", 1.0, work)
+    assert [len(r["correctness"]) for r in seen] == [1, 2, 3]
+    assert "no more" in json.loads((tmp_path / "gpu_d.json").read_text())["failures"][0]["error"]
+    assert "2 of 3 kernel checks correct" in (tmp_path / "gpu_d.md").read_text()
+    run.start -= 301  # half of the time is over: nothing is begun, and what runs is stopped at its next piece
+    run.part("two", 0.5, work)
+    assert len(result["correctness"]) == 3
+    run.seconds = 602
+    run.part("three", 0.5, lambda: (run.__setattr__("seconds", 600) for _ in range(9)))
+    assert len(result["failures"]) == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["gpu_d.json", "gpu_d.md"]
+
+
+@pytest.mark.slow
+def test_the_run_on_a_card_is_rehearsed(gpu, tmp_path):
+    gpu.main(["--dry-run", "--out", str(tmp_path)])
+    result = json.loads((tmp_path / "gpu_dry-run.json").read_text())
+    assert result["failures"] == []
+    assert all(c["correct"] for c in result["correctness"])
+    wanted = {"m", "k", "n", "group_size", "impl", "us", "floor_share", "vs_bf16", "peers_us"}
+    assert len(result["kernels"]) == 4
+    assert all(wanted <= set(row) for row in result["kernels"])
+    assert [row["bits"] for row in result["decode"]] == [4, 4, None, 4]
+    assert json.loads((tmp_path / "tuned_dry-run.json").read_text())["shapes"] == result["tuned"] != []
+    assert "| 1 | 256 x 256 | xla |" in (tmp_path / "gpu_dry-run.md").read_text()
 
 
 def test_kernels_command_writes_the_schema(tmp_path, capsys):

@@ -127,7 +127,7 @@ def test_a_layer_with_other_settings_stays_as_it_is():
     weights = Weights(graphdef, config, params, copy=False)
     served, fused = weights.serving()
     assert [layer.attention.fused for layer in served.config.layers] == ["concatenated", None]
-    want = weights._generators[config].forward(weights.params, TOKENS)
+    want = weights._generators[config, False].forward(weights.params, TOKENS)
     np.testing.assert_allclose(served.forward(fused, TOKENS), want, atol=3e-6 * float(jnp.abs(want).max()))
 
 
@@ -142,7 +142,7 @@ def test_cpu_serves_a_copy_if_there_is_room(monkeypatch, caplog):
     floats = sum(np.prod(leaf.shape) * 4 for leaf in paths.flatten(params).values() if is_quantized(leaf))
     assert resident.nbytes(params) == floats
     assert f"copy of {floats / 1e6:,.1f} MB" in caplog.text
-    want = weights._generators[config].forward(params, TOKENS)
+    want = weights._generators[config, False].forward(params, TOKENS)
     np.testing.assert_allclose(generator.forward(copy, TOKENS), want, atol=3e-6 * float(jnp.abs(want).max()))
 
     monkeypatch.setattr(resident, "room", lambda: int(floats / resident.SHARE) - 1)

@@ -6,8 +6,11 @@ its error, and the measurement goes on.
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import statistics
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -18,6 +21,7 @@ from awq_jax.bench import timing
 from awq_jax.qtensor import QuantizedTensor
 
 Product = Callable[[Any], Any]
+LONGEST = 20  # seconds for one peer and product: some search for tile sizes when they are first called
 
 
 def measure(
@@ -49,19 +53,39 @@ def measure(
     out: dict[str, float | str] = {}
     for name, build in (("torch", _torch), ("gemlite", _gemlite), ("marlin", _marlin)):
         try:
-            count = timing.copies(q.qweight.nbytes)
-            products, dtype, symmetric = build(torch, q, codes, scales, zeros, count)
-            given = rows.to(dtype)
-            y = products[0](given).float().cpu().numpy()
-            if not symmetric:
-                wrong = error(y, x, q, seed)
-                if not wrong < 2e-2:
-                    out[name] = f"wrong: relative error {wrong:.1e}"
-                    continue
-            out[name] = _graph_time(torch, products, given, seconds) * 1e6
+            with deadline(LONGEST):
+                count = timing.copies(q.qweight.nbytes)
+                products, dtype, symmetric = build(torch, q, codes, scales, zeros, count)
+                given = rows.to(dtype)
+                y = products[0](given).float().cpu().numpy()
+                if not symmetric:
+                    wrong = error(y, x, q, seed)
+                    if not wrong < 2e-2:
+                        out[name] = f"wrong: relative error {wrong:.1e}"
+                        continue
+                out[name] = _graph_time(torch, products, given, seconds) * 1e6
         except Exception as e:  # whatever another library does must not end our measurement
             out[name] = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:160]}"
     return out
+
+
+@contextlib.contextmanager
+def deadline(seconds: float) -> Iterator[None]:
+    """Raise `TimeoutError` in what runs longer; no limit outside of the main thread, or without such signals."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        raise TimeoutError(f"took more than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _graph_time(torch: Any, products: list[Product], x: Any, seconds: float) -> float:

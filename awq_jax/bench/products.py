@@ -13,7 +13,7 @@ import numpy as np
 
 from awq_jax import kernels
 from awq_jax.bench import peers, timing
-from awq_jax.kernels import dispatch, layout, tuned
+from awq_jax.kernels import dispatch, layout, triton_matmul, tuned
 from awq_jax.qtensor import QuantizedTensor
 
 SHAPES = ((4096, 14336), (14336, 4096), (8192, 8192), (8192, 28672))
@@ -189,14 +189,22 @@ def tune(
     seconds: float = 0.1,
     seed: int = 0,
     say: Say = lambda line: None,
+    product: Callable[..., Any] = triton_matmul.matmul,
 ) -> Iterator[dict[str, Any]]:
     """Time the candidates; the fastest correct one for each shape and bucket of rows.
+
+    Args:
+      shapes, rows: of the products, (k, n) and m; each m stands for its bucket.
+      group, bits: of the weights.
+      chip: to tune for.
+      seconds: per candidate, about.
+      seed: of the data.
+      say: told of each winner, and of candidates that do not compile.
+      product: what is timed, called as `awq_jax.kernels.triton_matmul.matmul`.
 
     Yields:
       Entries of ``shapes`` in a table of `awq_jax.kernels.tuned` (see `table`).
     """
-    from awq_jax.kernels import triton_matmul
-
     for k, n in shapes:
         count = timing.copies(k * n * bits // 8)
         weights = [weight(seed + i, k, n, group, bits) for i in range(count)]
@@ -204,7 +212,7 @@ def tune(
             xs = [jax.random.normal(jax.random.key(seed + 99 + i), (m, k), jnp.bfloat16) for i in range(count)]
             timed: list[tuple[float, tuned.Config]] = []
             for config in candidates(m, chip, bits, k, n):
-                run = functools.partial(triton_matmul.matmul, out_dtype=jnp.bfloat16, chip=chip, config=config)
+                run = functools.partial(product, out_dtype=jnp.bfloat16, chip=chip, config=config)
                 sets = [(x, layout.to_cuda(w.ready)) for x, w in zip(xs, weights, strict=True)]
                 try:
                     if error(jax.jit(run)(*sets[0]), xs[0], weights[0].canonical, seed) < LIMIT:
