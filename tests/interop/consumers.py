@@ -83,18 +83,20 @@ class Consumer:
 
 
 HALF = 2e-3  # GPTQModel's kernels for the CPU round each dequantized weight to float16
+ALL_HALF = 2e-2  # its loader computes all in float16, the choice of experts too
 FLOAT32 = 5e-5
 CONSUMERS = {
     "gemm, transformers + GPTQModel": Consumer("gemm", "gptqmodel", "transformers", HALF),
-    "gemm, GPTQModel's loader": Consumer("gemm", "gptqmodel", "gptqmodel", HALF, experts=True),
+    "gemm, GPTQModel's loader": Consumer("gemm", "gptqmodel", "gptqmodel", ALL_HALF, experts=True),
     "compressed-tensors": Consumer("compressed-tensors", "compressed", "transformers", FLOAT32),
     "compressed-tensors, symmetric": Consumer(
         "compressed-tensors", "compressed", "transformers", FLOAT32, symmetric=True, experts=True
     ),
 }
 GEMM, LOADER, CT, CT_SYMMETRIC = CONSUMERS
-MOE = "mixtral qwen2_moe qwen3_moe deepseek_v2 deepseek_v3 olmoe glm4_moe phimoe qwen3_next granitemoe gpt_oss".split()
-REMOTE = "Yi aquila baichuan internlm2 minicpm qwen exaone RefinedWeb RefinedWebModel".split()
+MOE = ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "olmoe", "glm4_moe", "phimoe", "qwen3_next")
+MOE += ("granitemoe", "gpt_oss")
+REMOTE = ("Yi", "aquila", "baichuan", "internlm2", "minicpm", "qwen", "exaone", "RefinedWeb", "RefinedWebModel")
 # What a program cannot read, and a part of the error it gives.
 REFUSED: dict[tuple[str, str], str] = {
     # transformers 5 has a layer's experts in one tensor, and nothing that takes AWQ's tensors of single experts.
@@ -112,6 +114,9 @@ REFUSED: dict[tuple[str, str], str] = {
     ("falcon", CT): "has no attribute 'weight'",
     # Its linears are of a class of their own, which transformers does not replace.
     ("gpt2", GEMM): "has_been_replaced",
+    ("gpt2", CT): "missing_keys",
+    # In transformers since a release that compressed-tensors' environment does not have.
+    ("internlm3", CT): "does not recognize this architecture",
 }
 CASES: dict[str, families.Case | multimodal.Case] = {
     c.family: c for c in reversed((*families.CASES, *multimodal.CASES))
