@@ -209,6 +209,10 @@ CASES = (
     Case("refined_web-7b", "RefinedWebModel", REFINED | {"multi_query": True}, PLAIN_MLP),
 )
 
+# Variants of which another case shows the most: their tests are marked slow.
+SLOW = {"llama-biases", "deepseek_v3-halves", "olmoe-clip", "qwen3_next-gate", "phi-norms", "gpt_neox-serial"}
+SLOW |= {"bloom-6-heads", "mpt-clip", "gpt_bigcode-heads", "exaone4-1.2b", "olmo-clip", "baichuan-13b"}
+
 # Whose configs have other keys than Llama's.
 SHARED_SIZES = {"gpt2", "gptj", "bloom", "falcon", "opt", "mpt", "gpt_bigcode", "baichuan", "qwen", "exaone"}
 SHARED_SIZES |= {"RefinedWeb", "RefinedWebModel"}
