@@ -107,6 +107,11 @@ REFUSED: dict[tuple[str, str], str] = {
     **{(f, CT): "automatic conversion of the weights" for f in MOE},
     # and it knows of these two only the stacked names that they are published with.
     **{(f, c): "missing_keys" for f in ("granitemoe", "gpt_oss") for c in (CT, CT_SYMMETRIC)},
+    # phimoe's router has another name in transformers than in files, by which ``ignore`` says that it is float.
+    ("phimoe", CT_SYMMETRIC): "'PhimoeTopKRouter' object has no attribute 'weight'",
+    # GPTQModel takes experts only by the names it gives them itself, not by those that AutoAWQ and vLLM share.
+    **{(f, LOADER): "not read" for f in ("mixtral", "granitemoe", "phimoe", "qwen3_next")},
+    ("glm4_moe", LOADER): "'tuple' object has no attribute 'sigmoid'",  # in its own rewrite of the router
     # Run only with code from the checkpoint.
     **{(f, c): "does not recognize this architecture" for f in REMOTE for c in (GEMM, CT)},
     # transformers' own code for these reads .weight of a linear, which a packed one does not have.
@@ -118,6 +123,9 @@ REFUSED: dict[tuple[str, str], str] = {
     # In transformers since a release that compressed-tensors' environment does not have.
     ("internlm3", CT): "does not recognize this architecture",
 }
+# Read whole by GPTQModel's loader, every name matched, and computed otherwise; why is not known. DeepSeek's same experts
+# agree in compressed-tensors.
+DIFFERS = {("deepseek_v2", LOADER), ("deepseek_v3", LOADER), ("gpt_oss", LOADER)}
 CASES: dict[str, families.Case | multimodal.Case] = {
     c.family: c for c in reversed((*families.CASES, *multimodal.CASES))
 }
