@@ -7,6 +7,7 @@ a checkpoint: same programs on the same batches, hence the same bits.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -17,11 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from awq_jax import calibration, host_memory, paths, quantizer
+from awq_jax import calibration, expert_grams, host_memory, paths, quantizer
 from awq_jax.blocks import EMBED, HEAD, REST, Block, Chain, moved
-from awq_jax.calibration import Stats
+from awq_jax.calibration import Stats, Wanted
 from awq_jax.config import AwqConfig
 from awq_jax.errors import CalibrationError, ConfigError
+from awq_jax.expert_grams import ExpertGrams
 from awq_jax.hidden import Hidden, InMemory
 from awq_jax.models import ModelConfig
 from awq_jax.plan import Group, Plan
@@ -123,6 +125,8 @@ class Session:
             stats = self.calibrate(block, leaves, hidden, batches)
             calibrated = time.perf_counter()
             done = self.quantize(block, leaves, stats)
+            if self._in_parts(block):
+                self.pass_on(block, leaves, hidden, batches)
             del leaves, stats
             yield dataclasses.replace(
                 done, seconds={"load": loaded - start, "calibrate": calibrated - loaded, **done.seconds}
@@ -133,7 +137,9 @@ class Session:
         """Send all batches through a block, and sum up the statistics of its groups.
 
         Batch ``i`` is the work of device ``i`` modulo their number, and its hidden states stay on the host of
-        that device's process.
+        that device's process. If the Grams of its experts do not fit into memory at once
+        (`awq_jax.expert_grams`), what comes out of the block is left to `pass_on`: all goes through the block
+        again whenever other experts are asked for.
 
         Returns:
           By the full name of the group.
@@ -141,12 +147,61 @@ class Session:
         Raises:
           ProcessError: another process has ended.
         """
+        parts = self._in_parts(block)
         groups = [_within(g, block) for g, _ in self.work(block)]
         if block.kind == REST or (block.kind == HEAD and not groups):
             return {}
-        step, pool = self._step(block, groups), self.pool
+        wanted = [Wanted(g, 0 if g.name in parts else None) for g in groups]
+        sums = self._pass(block, leaves, hidden, batches, wanted, keep=not parts)
+        if not parts:
+            return sums
+        stats = {name: sums[name] for name in sums}
+        for group in groups:
+            if group.name in parts:
+                collect = functools.partial(
+                    self._some_experts, block, leaves, hidden, batches, Wanted(group, parts[group.name])
+                )
+                brief = stats[block.prefix + group.name]
+                grams = ExpertGrams(brief.gram, parts[group.name], collect)
+                stats[block.prefix + group.name] = dataclasses.replace(brief, gram=grams)
+        return stats
+
+    def pass_on(self, block: Block, leaves: Mapping[str, Any], hidden: Hidden, batches: int) -> None:
+        """Send all batches through a block that is quantized already, as `run` would.
+
+        Statistics and all, as another program might round otherwise.
+        """
+        if self._in_parts(block):
+            self._pass(block, leaves, hidden, batches, [], keep=True)
+        else:
+            self.calibrate(block, leaves, hidden, batches)
+
+    def _in_parts(self, block: Block) -> dict[str, int]:
+        """The groups whose experts' Grams are collected some at a time, by name within the block, and how many."""
+        sizes = {g.name[len(block.prefix) :]: expert_grams.at_a_time(g) for g, _ in self.work(block)}
+        return {name: n for name, n in sizes.items() if n is not None}
+
+    def _some_experts(
+        self, block: Block, leaves: Mapping[str, Any], hidden: Hidden, batches: int, wanted: Wanted, start: int
+    ) -> Any:
+        sums = self._pass(block, leaves, hidden, batches, [wanted], keep=False, start=start)
+        return sums[block.prefix + wanted.group.name].gram
+
+    def _pass(
+        self,
+        block: Block,
+        leaves: Mapping[str, Any],
+        hidden: Hidden,
+        batches: int,
+        wanted: Sequence[Wanted],
+        *,
+        keep: bool,
+        start: int = 0,
+    ) -> Sums:
+        """All batches through a block, once; ``keep``: what comes out goes into the next block."""
+        step, pool = self._step(block, wanted, keep), self.pool
         copies = pool.spread(dict(leaves))
-        sums = Sums(pool, groups, block.prefix)
+        sums = Sums(pool, wanted, block.prefix)
         for first in range(0, batches, pool.size):
             count = min(pool.size, batches - first)
             made = {}
@@ -155,14 +210,15 @@ class Session:
                     x = hidden.get(i)
                     if block.kind != EMBED:
                         x = x.astype(self.activations or x.dtype, copy=False)
-                    made[i] = step(copies(i), pool.place(i, jnp.asarray(x)))
+                    made[i] = step(copies(i), pool.place(i, jnp.asarray(x)), np.int32(start))
             # Waiting in each round bounds what is in flight to a batch a device.
             sums.add({i: stats for i, (_, stats) in made.items()}, first, count)
             for i, (y, _) in made.items():
                 if y is not None:
                     self.activations = y.dtype.name
                     hidden.put(i, np.asarray(y))
-        hidden.turn()
+        if keep:
+            hidden.turn()
         # A process without a batch learns it from the others.
         self.activations = next(filter(None, pool.meet(self.activations or "")), None)
         return sums
@@ -200,17 +256,17 @@ class Session:
             return f"{top}/{rest.partition('/')[0]}"
         return EMBED if path in self.blocks[0].leaves else HEAD
 
-    def _step(self, block: Block, groups: list[Group]) -> Callable[..., Any]:
+    def _step(self, block: Block, wanted: Sequence[Wanted], keep: bool) -> Callable[..., Any]:
         """Compiled once for each kind of block (and choice of weights)."""
-        key = (block.kind, tuple(g.name for g in groups))
+        key = (block.kind, tuple((w.group.name, w.experts) for w in wanted), keep)
         if key not in self._steps:
-            collect = calibration.collector(self.chain.apply(block), groups)
-            last = block.kind == HEAD
+            collect = calibration.collector(self.chain.apply(block), wanted)
+            keep = keep and block.kind != HEAD
 
             # Sums are another program's work: it must not depend on them how this one rounds.
-            def run(leaves: Any, x: jax.Array) -> tuple[Any, dict[str, Stats]]:
-                y, new = collect(leaves, (x,), {})
-                return None if last else y, jax.tree.map(lambda a: a[None], new)
+            def run(leaves: Any, x: jax.Array, start: jax.Array) -> tuple[Any, dict[str, Stats]]:
+                y, new = collect(leaves, (x,), {}, start)
+                return y if keep else None, jax.tree.map(lambda a: a[None], new)
 
             self._steps[key] = jax.jit(run)
         return self._steps[key]
@@ -237,7 +293,8 @@ class Session:
 
 
 def batched(tokens: np.ndarray, vocab_size: int, batch_size: int | None = None) -> list[np.ndarray]:
-    """Calibration tokens ``[S, T]`` as batches of ``batch_size`` rows, by default as many as make 1024 tokens on a CPU and 8192 elsewhere.
+    """Calibration tokens ``[S, T]`` as batches of ``batch_size`` rows, by default as many as make 1024 tokens on
+    a CPU and 8192 elsewhere.
 
     Raises:
       CalibrationError: if a token lies outside the vocabulary.

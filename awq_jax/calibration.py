@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -31,13 +31,13 @@ class Stats:
     """Sums over calibration tokens for one scale group (float32).
 
     Attributes:
-      gram: ``[*scan, *batch, K, K]``: sum of ``x^T x``.
+      gram: ``[*scan, *batch, K, K]``: sum of ``x^T x``; or `awq_jax.expert_grams.ExpertGrams`.
       abs: ``[*scan, *batch, K]``: sum of ``|x|``.
       count: ``[*scan, *batch]``: tokens summed.
       dropped: ``[*scan, *batch]``: tokens left out because of a NaN or inf in them.
     """
 
-    gram: Array
+    gram: Any
     abs: Array
     count: Array
     dropped: Array
@@ -159,7 +159,7 @@ def calibrate(
                 check(plan)
             if not verified:
                 plan = verify(plan, apply_fn, params, *args, **kwargs)
-            collect = collector(apply_fn, _without_head(plan, include_head))
+            collect = collector(apply_fn, map(Wanted, _without_head(plan, include_head)))
             step = jax.jit(lambda *a, collect=collect: collect(*a)[1])
             add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0)
         new = step(params, args, kwargs)
@@ -190,24 +190,57 @@ def _without_head(plan: Plan, include_head: bool) -> tuple[Group, ...]:
     return tuple(g for g in plan.groups if include_head or not all(s.head for s in g.sites))
 
 
-def collector(apply_fn: Callable[..., Any], groups: Iterable[Group]) -> Callable[..., tuple[Any, dict[str, Stats]]]:
-    """A jit-able ``(params, args, kwargs) -> (output, {group: Stats})``."""
-    first = {g.sites[0].path: g for g in groups}
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """What to sum up for a group.
 
-    def run(params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Stats]]:
+    Attributes:
+      group: whose statistics.
+      experts: None for all; a number for the Grams of so many experts at a time; 0 for one Gram that is the
+        sum over all experts, and everything else of each.
+    """
+
+    group: Group
+    experts: int | None = None
+
+    def shapes(self) -> Stats:
+        """Of the sums."""
+        g, k = self.group, self.group.channels
+        lead = (*g.scan, *g.batch) if not self.experts else (self.experts,)
+        of_gram = g.scan if self.experts == 0 else lead
+        shapes = ((*of_gram, k, k), (*lead, k), lead, lead)
+        return Stats(*(cast(Any, jax.ShapeDtypeStruct(shape, jnp.float32)) for shape in shapes))
+
+
+def collector(apply_fn: Callable[..., Any], wanted: Iterable[Wanted]) -> Callable[..., tuple[Any, dict[str, Stats]]]:
+    """A jit-able ``(params, args, kwargs, start=0) -> (output, {group: Stats})``.
+
+    ``start``: int32, the first of the experts where only some are wanted.
+    """
+    first = {w.group.sites[0].path: w for w in wanted}
+
+    def run(
+        params: Any, args: tuple[Any, ...], kwargs: dict[str, Any], start: jax.Array | int = 0
+    ) -> tuple[Any, dict[str, Stats]]:
         program = _jaxpr.trace(apply_fn, params, *args, **kwargs)
         missing = set(first) - {use.path for use in program.uses}
         if missing:
             raise CalibrationError(f"the model has no matmul with {sorted(missing)[0]}: the plan is for another model")
 
         def tap(use: _jaxpr.Use, x: jax.Array) -> Stats | None:
-            return _moments(x) if use.path in first else None
+            if use.path not in first:
+                return None
+            experts = first[use.path].experts
+            if experts:
+                x = x.reshape(-1, *x.shape[-2:])
+                x = jax.lax.dynamic_slice_in_dim(x, start, experts)
+            return _moments(x, summed=experts == 0)
 
         output, tapped = _jaxpr.evaluate(program, params, *args, tap=tap, **kwargs)
         out: dict[str, Stats] = {}
         for use in program.uses:
             if use.path in first:
-                name = first[use.path].name
+                name = first[use.path].group.name
                 one = _fit(tapped[use.index], use, first[use.path])
                 out[name] = jax.tree.map(jnp.add, out[name], one) if name in out else one
         return output, out
@@ -215,15 +248,8 @@ def collector(apply_fn: Callable[..., Any], groups: Iterable[Group]) -> Callable
     return run
 
 
-def zeros(group: Group) -> Stats:
-    """The statistics of no tokens."""
-    lead, k = (*group.scan, *group.batch), group.channels
-    shapes = ((*lead, k, k), (*lead, k), lead, lead)
-    return Stats(*(jnp.zeros(shape, jnp.float32) for shape in shapes))
-
-
-def _moments(x: jax.Array) -> Stats:
-    """Statistics of ``x [*batch, T, K]``.
+def _moments(x: jax.Array, summed: bool = False) -> Stats:
+    """Statistics of ``x [*batch, T, K]``; ``summed``: of the Gram only its sum over the batch.
 
     Tokens with a NaN or inf count as dropped. Rows of zeros are not tokens: they are the empty slots
     of an expert's buffer.
@@ -232,9 +258,9 @@ def _moments(x: jax.Array) -> Stats:
     x = jnp.where(finite, x, 0)
     # Products of 16-bit floats are exact in float32 as they are.
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    parts = _in_slabs(x)
+    parts = _in_slabs(x.reshape(-1, x.shape[-1]) if summed else x)
     gram = jnp.einsum("...tk,...tj->...kj", parts, parts, precision=precision, preferred_element_type=jnp.float32)
-    if parts is not x:
+    if parts.ndim > (2 if summed else x.ndim):
         gram = gram.sum(axis=-3)
     count = (x != 0).any(axis=-1).sum(axis=-1, dtype=jnp.float32)
     dropped = (~finite[..., 0]).sum(axis=-1, dtype=jnp.float32)
@@ -255,13 +281,14 @@ def _in_slabs(x: jax.Array) -> jax.Array:
     return x.reshape(*batch, slabs, SLAB, k)
 
 
-def _fit(stats: Stats, use: _jaxpr.Use, group: Group) -> Stats:
+def _fit(stats: Stats, use: _jaxpr.Use, wanted: Wanted) -> Stats:
     """Sum over iterations of loops that share the weight, so that shapes match the group's."""
     shared = tuple(i for i, letter in enumerate(use.loops) if letter == "r")
     stats = jax.tree.map(lambda a: a.sum(axis=shared), stats)
-    if stats.count.shape != (*group.scan, *group.batch):
+    expected = wanted.shapes().count.shape
+    if stats.count.shape != expected:
         raise CalibrationError(
-            f"{group.name}: statistics of shape {stats.count.shape}, the plan says {(*group.scan, *group.batch)}: "
+            f"{wanted.group.name}: statistics of shape {stats.count.shape}, the plan says {expected}: "
             "it is for another model"
         )
     return stats

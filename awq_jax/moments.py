@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from awq_jax.calibration import Stats
+from awq_jax.expert_grams import ExpertGrams
 from awq_jax.plan import Group
 
 MIN_TOKENS = 64
@@ -28,7 +29,7 @@ class Moments:
 
     absmean: np.ndarray
     note: str
-    _gram: Any  # [*scan, *batch, K, K]: sums
+    _gram: Any  # [*scan, *batch, K, K] or `ExpertGrams`: sums
     _lead: tuple[int, ...]
     _count: np.ndarray  # [S, E]
     _few: np.ndarray  # [S, E]: too few tokens to be trusted
@@ -42,10 +43,14 @@ class Moments:
 
     @functools.lru_cache(maxsize=1)  # noqa: B019  (as short-lived as its arguments)
     def _layer(self, layer: int) -> jax.Array:
+        if isinstance(self._gram, ExpertGrams):
+            return self._gram.layer
         e = self._count.shape[1]
         return functools.reduce(jnp.add, (self._sum(layer * e + i) for i in range(e)))
 
     def _sum(self, instance: int) -> jax.Array:
+        if isinstance(self._gram, ExpertGrams):
+            return self._gram.one(instance)
         return jnp.asarray(self._gram[np.unravel_index(instance, self._lead)] if self._lead else self._gram)
 
 
@@ -58,7 +63,8 @@ def moments(group: Group, stats: Stats) -> Moments | None:
     total = np.asarray(stats.abs).reshape(s, e, k)
     count = np.asarray(stats.count).reshape(s, e)
     dropped = float(np.asarray(stats.dropped).sum())
-    if (count.sum(axis=1) == 0).any() or not bool(_all_finite(stats.gram)):
+    whole = stats.gram.layer if isinstance(stats.gram, ExpertGrams) else stats.gram
+    if (count.sum(axis=1) == 0).any() or not bool(_all_finite(whole)):
         return None
     notes = []
     if dropped:

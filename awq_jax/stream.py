@@ -165,8 +165,8 @@ def _quantize(job: Job, done: Manifest, bar: tqdm) -> None:
     if finished < len(blocks):
         hidden, behind = _hidden(job, finished)
         with Reader(job, blocks[behind:]) as reader, stream_team.writer(job, done) as writer:
-            for block in blocks[behind:finished]:  # statistics and all, as another program might round otherwise
-                session.calibrate(block, reader(block), hidden, len(job.batches))
+            for block in blocks[behind:finished]:
+                session.pass_on(block, reader(block), hidden, len(job.batches))
             number = finished
             for result in session.run(blocks[finished:], reader, hidden, len(job.batches)):
                 writer.put(number, list(model_params.tensors(result.leaves, session.chain.config)), _note(job, result))

@@ -16,9 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from awq_jax import calibration
-from awq_jax.calibration import Stats
-from awq_jax.plan import Group
+from awq_jax.calibration import Stats, Wanted
 from awq_jax.pool import AXIS, Pool
 
 
@@ -29,15 +27,15 @@ class Sums(Mapping[str, Stats]):
 
     Args:
       pool: devices that the statistics come from.
-      groups: whose.
+      wanted: whose.
       prefix: of the names.
     """
 
-    def __init__(self, pool: Pool, groups: Sequence[Group], prefix: str = "") -> None:
+    def __init__(self, pool: Pool, wanted: Sequence[Wanted], prefix: str = "") -> None:
         self._pool, self._prefix = pool, prefix
-        self._groups = {g.name: g for g in groups}
+        self._shapes = {w.group.name: w.shapes() for w in wanted}
         self._shared = pool.size > 1 or pool.team is not None
-        self._stats = _zeros(pool, self._groups) if self._shared else {g.name: calibration.zeros(g) for g in groups}
+        self._stats = _zeros(pool, self._shapes) if self._shared else _plain_zeros(self._shapes)
         self._idle: dict[jax.Device, Any] = {}
 
     def __getitem__(self, name: str) -> Stats:
@@ -81,8 +79,7 @@ class Sums(Mapping[str, Stats]):
     def _nothing(self, device: jax.Device) -> Any:
         """What a device without a batch brings."""
         if device not in self._idle:
-            shapes = {n: _like(g) for n, g in self._groups.items()}
-            zeros = jax.tree.map(lambda a: np.zeros((1, *a.shape), np.float32), shapes)
+            zeros = jax.tree.map(lambda a: np.zeros((1, *a.shape), np.float32), self._shapes)
             self._idle[device] = jax.device_put(zeros, device)
         return self._idle[device]
 
@@ -97,7 +94,7 @@ class Sums(Mapping[str, Stats]):
         return jax.tree.map(one, *arrays)
 
     def _whole(self, name: str) -> Stats:
-        k = self._groups[name].channels
+        k = self._shapes[name].gram.shape[-1]
         if self._pool.team is None:
             stats = jax.device_put(self._stats[name], SingleDeviceSharding(self._pool.devices[0]))
         else:
@@ -117,12 +114,8 @@ def _rows(gram: jax.Array, *, k: int) -> jax.Array:
     return gram[..., :k, :]
 
 
-def _like(group: Group, rows: int | None = None) -> Any:
-    """Shapes of a group's statistics, its Gram with ``rows`` rows."""
-    s = jax.eval_shape(lambda: calibration.zeros(group))
-    shape = (*s.gram.shape[:-2], rows or group.channels, group.channels)
-    gram: Any = jax.ShapeDtypeStruct(shape, s.gram.dtype)
-    return Stats(gram, s.abs, s.count, s.dropped)
+def _plain_zeros(shapes: Mapping[str, Stats]) -> dict[str, Stats]:
+    return {name: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), s) for name, s in shapes.items()}
 
 
 def _specs(lead: int) -> Stats:
@@ -132,17 +125,17 @@ def _specs(lead: int) -> Stats:
     return Stats(rows, every, every, every)
 
 
-def _zeros(pool: Pool, groups: Mapping[str, Group]) -> dict[str, Stats]:
+def _zeros(pool: Pool, shapes: Mapping[str, Stats]) -> dict[str, Stats]:
+    def zeros(shape: tuple[int, ...], spec: PartitionSpec) -> jax.Array:
+        sharding = NamedSharding(pool.mesh, spec)
+        return jax.make_array_from_callback(shape, sharding, functools.partial(_block, shape, sharding))
+
     out = {}
-    for name, g in groups.items():
-        rows = -(-g.channels // pool.size) * pool.size
-        out[name] = jax.tree.map(
-            lambda a, spec: jax.make_array_from_callback(
-                a.shape, sharding := NamedSharding(pool.mesh, spec), functools.partial(_block, a.shape, sharding)
-            ),
-            _like(g, rows),
-            _specs(len(g.scan) + len(g.batch)),
-        )
+    for name, s in shapes.items():
+        (*lead, rows, k), lies = s.gram.shape, _specs(s.gram.ndim - 2).gram
+        filled = (*lead, -(-rows // pool.size) * pool.size, k)
+        every = (zeros(a.shape, PartitionSpec()) for a in (s.abs, s.count, s.dropped))
+        out[name] = Stats(zeros(filled, lies), *every)
     return out
 
 
