@@ -322,6 +322,8 @@ class Model:
         config = AwqConfig.from_dict({"explicit_scale": False} | settings)
         if batch_size is not None and batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, or None; got {batch_size}")
+        if self._weights.place is not None:
+            raise ConfigError("the model is on a mesh; load it without mesh=, quantize and save it, and load that")
         if self._is_packed():
             raise ConfigError("the model is already quantized; load the float checkpoint")
         with processes.team() as team:
