@@ -76,7 +76,6 @@ def test_a_mesh_changes_nothing_for_other_families_and_sizes():
     assert set(found) == set(mesh_cases.GROUPS["more"])
     for one in found.values():
         check(one)
-    assert "3 rows" not in found["llama-8"]["explained"]
     assert "192 rows are not 8 parts of whole groups of 32" in found["odd-groups"]["explained"]
     assert "97 tokens are not a multiple of 8" in found["odd-groups"]["explained"]
     assert "4 heads for 8 devices" in found["odd-heads"]["explained"]
@@ -197,11 +196,17 @@ print(json.dumps({"excess": peak[0] - before - arrays, "arrays": arrays}))
 @pytest.mark.slow
 def test_the_host_holds_one_part_at_a_time(checkpoint, tmp_path):
     """What loading takes beyond the arrays themselves, which simulated devices keep in host memory too."""
-    sizes = {"hidden_size": 1024, "intermediate_size": 8192, "num_hidden_layers": 10, "vocab_size": 8192}
+    sizes = {
+        "num_key_value_heads": 8,
+        "hidden_size": 1024,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 10,
+        "vocab_size": 8192,
+    }
     tiny.torch_model("llama", **SIZES | sizes).save_pretrained(tmp_path / "big", max_shard_size="300MB")
     size = sum(f.stat().st_size for f in (tmp_path / "big").glob("*.safetensors"))
     found = elsewhere("-c", MEMORY, str(tmp_path / "big"), "8", str(checkpoint / "float"))
-    assert found["arrays"] >= size > 1.2e9
+    assert found["arrays"] >= size > 1.1e9
     assert found["excess"] < 0.1 * size, found
 
 
