@@ -288,6 +288,7 @@ class Model:
         seq_len: int = 512,
         batch_size: int | None = None,
         seed: int = 0,
+        mesh: Mesh | None = None,
         progress: bool = True,
         **settings: Any,
     ) -> Report:
@@ -301,6 +302,8 @@ class Model:
           batch_size: sequences per forward pass of the calibration; None takes as many as make about
             2048 tokens. It changes memory and time, not the result (beyond the rounding of sums).
           seed: picks the calibration texts.
+          mesh: devices that share the work (see `awq_jax.quantize_checkpoint`), each with a copy of the block at
+            work; they do not change the result. Calibration with images uses one.
           progress: show progress bars on stderr.
           **settings: fields of `AwqConfig`. ``explicit_scale`` is False unless given, so that every
             checkpoint format can hold the result.
@@ -312,22 +315,29 @@ class Model:
           ConfigError: on a bad setting, or if the model is quantized already.
           ShapeError: listing the weights that the group size does not divide, before any work.
           CalibrationError: if the calibration data are empty or do not fit the model.
+          ProcessError: another process of this run has ended.
         """
-        from awq_jax import blockwise
+        from awq_jax import blockwise, pool, processes
 
         config = AwqConfig.from_dict({"explicit_scale": False} | settings)
         if batch_size is not None and batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, or None; got {batch_size}")
+        if self._weights.place is not None:
+            raise ConfigError("the model is on a mesh; load it without mesh=, quantize and save it, and load that")
         if self._is_packed():
             raise ConfigError("the model is already quantized; load the float checkpoint")
-        start = time.perf_counter()
-        session = blockwise.Session(self.config, config)  # what cannot be done is refused before the long work
-        planned = time.perf_counter() - start
-        batches = self._calibration(calib, samples, seq_len, batch_size, seed)
-        if any(isinstance(b, dict) for b in batches):
-            report = self._quantize_whole(batches, config, progress)
-        else:
-            self.params, report = blockwise.in_memory(self.params, session, batches, progress)
+        with processes.team() as team:
+            start = time.perf_counter()
+            devices = pool.pool_of(mesh, team)
+            # What cannot be done is refused before the long work.
+            session = blockwise.Session(self.config, config, devices)
+            planned = time.perf_counter() - start
+            batches = self._calibration(calib, samples, seq_len, batch_size, seed)
+            if any(isinstance(b, dict) for b in batches):
+                report = self._quantize_whole(batches, config, progress)
+            else:
+                shown = progress and devices.rank == 0
+                self.params, report = blockwise.in_memory(self.params, session, batches, shown)
         report.seconds["calibrate"] += planned
         self.settings = config
         return report

@@ -24,11 +24,13 @@ class Placement:
       dim: what is cut: ``k`` (the products are summed over the devices), ``n`` (each device makes its own
         columns), ``b`` (the first batch axis: each device has its own experts), or nothing, every device
         having the whole.
+      gather: the columns that each device makes are wanted by all of them.
     """
 
     mesh: Mesh
     axis: str
     dim: Dim
+    gather: bool = False
 
     @property
     def size(self) -> int:

@@ -116,7 +116,8 @@ def main() -> None:
         rows.append(row)
         print(row, flush=True)
     result = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": f"python benchmarks/devices.py DIR --samples {args.samples} --seq-len {args.seq_len}",
+        "checkpoint": json.loads((args.directory / "config.json").read_text()),
         "cores": os.cpu_count(),
         "load": os.getloadavg()[0],
         "same_grams": len({r["grams"] for r in rows}) == 1,

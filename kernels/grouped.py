@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from awq_jax.errors import ShapeError
-from awq_jax.kernels import dispatch
+from awq_jax.kernels import dispatch, triton_matmul
 from awq_jax.qtensor import QuantizedTensor
 
 FEW_ROWS = 16  # up to here every row fetches its expert
@@ -127,9 +127,15 @@ def _scan(tiled: jax.Array, q: QuantizedTensor, owner: jax.Array, impl: str, out
         one = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, e, keepdims=False), q)
         return dispatch.matmul(x, one, impl=impl, preferred_element_type=out_dtype)
 
+    # Inside shard_map both branches must differ along the same axes of the mesh.
+    axes = frozenset().union(*(triton_matmul._varying(a) for a in jax.tree.leaves((tiled, q, owner))))
+
+    def empty(x: jax.Array, e: jax.Array) -> jax.Array:
+        y = jnp.zeros((len(x), q.n), out_dtype)
+        return lax.pcast(y, tuple(axes), to="varying") if axes else y
+
     def step(_: None, tile: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
         x, e = tile
-        empty = lambda x, e: jnp.zeros((len(x), q.n), out_dtype)  # noqa: E731
         return None, lax.cond(e >= 0, product, empty, x, e)
 
     return lax.scan(step, None, (tiled, owner))[1]

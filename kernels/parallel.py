@@ -31,7 +31,8 @@ def matmul(x: jax.Array, q: QuantizedTensor, run: Callable[..., jax.Array], out_
       out_dtype: dtype of the result.
 
     Returns:
-      ``[*B, ..., N]``: cut along N, or along the first axis, as the weight is; else the same on all devices.
+      ``[*B, ..., N]``: cut along N, or along the first axis, as the weight is; else, and if it is to be
+      gathered, the same on all devices.
     """
     place = q.placement
     assert place is not None
@@ -47,7 +48,8 @@ def matmul(x: jax.Array, q: QuantizedTensor, run: Callable[..., jax.Array], out_
         return P(place.axis) if place.dim == "b" and last else P()
 
     in_x, out = at("k", "x"), at("n", "y")
-    return jax.shard_map(own, mesh=place.mesh, in_specs=(in_x, specs(q, place)), out_specs=out)(x, q)
+    y = jax.shard_map(own, mesh=place.mesh, in_specs=(in_x, specs(q, place)), out_specs=out)(x, q)
+    return lax.with_sharding_constraint(y, place.sharding(P())) if place.gather else y
 
 
 def on_each(f: Callable[[QuantizedTensor], QuantizedTensor], q: QuantizedTensor) -> QuantizedTensor:

@@ -29,6 +29,9 @@ def eight(checkpoint: str, tokens: str, out: str) -> dict[str, object]:
     meshes = {"one": None, "eight": Mesh(devices.reshape(2, 4), ("a", "b"))}
     for name, mesh in meshes.items():
         awq_jax.quantize_checkpoint(checkpoint, Path(out) / name, calib, mesh=mesh, **FAST)
+    model = awq_jax.load(checkpoint)
+    model.quantize(calib, mesh=meshes["eight"], **FAST)
+    model.save(Path(out) / "whole")
     return {"devices": len(devices), "sums": sums_are_ordered(Pool(tuple(devices)))}
 
 

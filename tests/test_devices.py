@@ -83,7 +83,7 @@ def test_eight_devices_make_the_bits_of_one(made, tmp_path):
     done = subprocess.run(argv, env=environment(8), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {"devices": 8, "sums": True}
-    assert files(tmp_path / "eight") == files(tmp_path / "one")
+    assert files(tmp_path / "eight") == files(tmp_path / "one") == files(tmp_path / "whole")
     assert files(tmp_path / "eight")["model.safetensors"] == files(made / "one")["model.safetensors"]
 
 

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from quant_helpers import dense, error, random_packed
 from test_merge import MOE, TOKENS, decoder
 
@@ -60,6 +62,37 @@ def test_tiles_hold_one_expert_each(total, experts, rows):
         used = sum(-(-c // rows) for c in np.bincount(expert))
         assert (owner[:used] >= 0).all()
         assert (owner[used:] == -1).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_against_float64_widely(bits, dtype):
+    """Few rows and many, odd counts, experts without rows, several experts per row, all rows to one."""
+    experts, k, n = 5, 96, 40
+    bound = {"float16": 2e-3, "bfloat16": 1.5e-2, "float32": 2e-6}[dtype]  # the result and the weight are rounded
+    run = jax.jit(grouped.matmul)
+    for symmetric in (False, True):
+        q, w = random_packed(k, n, bits=bits, group_size=32, batch=(experts,), symmetric=symmetric, dtype="float16")
+        rng = np.random.default_rng(bits)
+        twice = np.stack([rng.permutation(experts)[:2] for _ in range(17)]).reshape(-1)  # top 2 of 17 tokens
+        for expert in ([3], [4, 0, 4], twice, np.full(33, 2), rng.integers(0, 2, 301)):
+            expert = np.asarray(expert, np.int32)
+            x = jnp.asarray(rng.normal(size=(len(expert), k)), dtype)
+            want = np.einsum("tk,tkn->tn", np.asarray(x, np.float64), w[expert])
+            assert error(run(x, q, jnp.asarray(expert)), want) < bound
+            if len(set(expert)) > 1:  # the comparison notices rows that go to the wrong expert
+                assert error(run(x, q, jnp.asarray(expert[::-1] ^ 1)), want) > bound
+
+
+@pytest.mark.parametrize("rows", [3, 40])
+def test_vmap_and_each_device_its_own(rows):
+    x, q, expert, want, _ = routed(2 * rows, 32, 6, 3)
+    halves = jax.vmap(grouped.matmul, (0, None, 0))(x.reshape(2, rows, 32), q, expert.reshape(2, rows))
+    assert error(halves.reshape(-1, 6), want) < 2e-6
+    mesh = Mesh(np.array(jax.devices()[:1]), ("d",))
+    cut = jax.shard_map(grouped.matmul, mesh=mesh, in_specs=(P("d"), P(), P("d")), out_specs=P("d"))
+    assert error(jax.jit(cut)(x, q, expert), want) < 2e-6
 
 
 def test_no_float_weights_of_all_experts():

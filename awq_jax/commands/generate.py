@@ -35,7 +35,12 @@ def add(subparsers: Any) -> None:
     p.add_argument("--top-p", type=float, default=1.0, metavar="P", help="smallest set of tokens of probability P")
     p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
     p.add_argument("--seed", type=int, default=0, help="of the random draws (default: %(default)s)")
+    p.add_argument("--devices", type=_devices, metavar="N", help="spread the weights over N devices, or 'all'")
     common.add_dtype(p)
+
+
+def _devices(text: str) -> int | str:
+    return text if text == "all" else common.positive(text)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -43,7 +48,12 @@ def run(args: argparse.Namespace) -> None:
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     from awq_jax import model
 
-    loaded = model.load(args.dir, args.dtype)
+    devices = args.devices
+    if devices == "all":
+        import jax
+
+        devices = len(jax.devices())
+    loaded = model.load(args.dir, args.dtype, mesh=devices)
     start = time.perf_counter()
 
     def show(piece: str) -> None:

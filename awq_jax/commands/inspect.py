@@ -18,6 +18,7 @@ _EXAMPLES = """
 awq-jax inspect ./model-awq
 awq-jax inspect ./model-awq --check
 awq-jax inspect ./model --plan
+awq-jax inspect ./model-awq --devices 8
 awq-jax inspect owner/name --json | jq .tensors
 """
 
@@ -38,6 +39,13 @@ def add(subparsers: Any) -> None:
     p.add_argument("dir", metavar="DIR", help="checkpoint directory, .gguf file or hub id")
     p.add_argument("--check", action="store_true", help="read every tensor and report what is wrong with it")
     p.add_argument("--plan", action="store_true", help="print the scale groups discovered in the model instead")
+    p.add_argument(
+        "--devices",
+        type=common.positive,
+        metavar="N",
+        help="print instead how the weights would lie on a mesh of N devices, and what each would hold; of a "
+        "config.json alone, as 4-bit weights in groups of 128",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -50,6 +58,10 @@ def run(args: argparse.Namespace) -> None:
             alone = isinstance(source, support.ConfigOnly)
             plan = preflight.plan(models.config_from_hf(source.config) if alone else models.config_of(source))
             print(common.to_json(plan.to_dict()) if args.json else plan)
+            return
+        if args.devices:
+            spread = on_devices(source, args.devices)
+            print(common.to_json(spread) if args.json else spread["text"])
             return
         found = describe(source)
         found["bytes_on_disk"] = bytes_on_disk(Path(args.dir).expanduser())
@@ -81,6 +93,34 @@ def opened(path: str, whole: bool) -> Iterator[Any]:
 
     with remote.headers(path) as source:
         yield source
+
+
+def on_devices(source: Any, devices: int) -> dict[str, Any]:
+    """How the weights would lie on a mesh (see `awq_jax.models.sharding`), from the headers alone."""
+    import numpy as np
+
+    from awq_jax import models, paths
+    from awq_jax.commands import support
+    from awq_jax.models import params, placing, sharding
+
+    if isinstance(source, support.ConfigOnly):
+        config = models.config_from_hf(source.config)
+        leaves = sharding.forecast_leaves(config)
+    else:
+        config = models.config_of(source)
+        shapes = {path: tuple(leaf.shape) for path, leaf in paths.flatten(params.abstract(config)[1]).items()}
+        weights = params.Weights(source, config, shapes)
+        size = np.dtype(source.info(weights.names(params.EMBEDDING)[0]).dtype).itemsize
+        leaves = placing.leaves_of(source, weights, shapes, size)
+    cuts = sharding.rule(config, leaves, devices)
+    cache = sharding.cache_per_token(config, devices)
+    text = sharding.explain(leaves, cuts, devices)
+    return {
+        "devices": devices,
+        "bytes_per_device": sharding.per_device(leaves, cuts, devices),
+        "cache_bytes_per_token": cache,
+        "text": f"{text}\n  keys and values in 16 bits: {cache / 1e3:,.1f} kB for each token of each row",
+    }
 
 
 def bytes_on_disk(path: Path) -> int | None:

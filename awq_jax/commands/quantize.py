@@ -97,9 +97,9 @@ def add(subparsers: Any) -> None:
     )
     d = p.add_argument_group(
         "devices",
-        "They share the work, and the bits of the result do not depend on their number. Several processes run the same "
-        "command, each with its own --process-id, on a file system that they share; if one dies the others end, and "
-        "the same command continues.",
+        "They share the work, and the bits of the result do not depend on their number. Several processes\n  run the "
+        "same command, each with its own --process-id, on a file system that they share; if one dies\n  the others end "
+        "(exit code 3), and the same command in all of them continues.",
     )
     d.add_argument("--devices", type=_devices, metavar="N",
                    help="use the first N devices, or all (default: 1; of several processes: all)")  # fmt: skip

@@ -168,7 +168,7 @@ def obstacle(kernels: list[Any]) -> str | None:
     """Why these kernels, float or packed, cannot be one, or None if they can."""
     if any(len(a.devices()) > 1 for k in kernels for a in jax.tree.leaves(k)):
         places = {getattr(k, "placement", None) for k in kernels}
-        by_column = len(places) == 1 and all(p is not None and p.dim == "n" for p in places)
+        by_column = len(places) == 1 and all(p is not None and p.dim == "n" and not p.gather for p in places)
         if not by_column or kernels[0].batch:
             return "they are spread over several devices, and not all by columns"
     packed = [isinstance(k, QuantizedTensor) for k in kernels]

@@ -62,7 +62,7 @@ class Loader:
 
     def leaf(self, path: str) -> Any:
         """A parameter on the mesh."""
-        place = dataclasses.replace(self.base, dim=self.cuts[path].dim)
+        place = self.cuts[path].place(self.base)
         if len(self.shapes[path]) < 2 or not path.endswith(("/kernel", "/embedding")):
             value = np.asarray(self.weights.leaf(path))
             return jax.make_array_from_callback(value.shape, place.sharding(PartitionSpec()), lambda i: value[i])

@@ -63,6 +63,15 @@ class Cut:
     dim: Dim = ""
     why: str = ""
 
+    @property
+    def gather(self) -> bool:
+        """Cut by columns only to save memory: all devices want all of what it makes."""
+        return self.dim == "n" and bool(self.why)
+
+    def place(self, base: Placement) -> Placement:
+        """Where the parameter lies."""
+        return dataclasses.replace(base, dim=self.dim, gather=self.gather)
+
 
 def unit(group_size: int, bits: int) -> int:
     """Rows that stay together: whole groups in whole 32-bit words."""
@@ -185,11 +194,9 @@ def _mixer(cuts: _Cuts, place: str, c: AttentionConfig | LatentConfig | DeltaCon
 
 def _mlp(cuts: _Cuts, place: str, c: MLPConfig) -> None:
     cuts.rows(f"{place}/down_proj/kernel")
-    down = cuts.found[f"{place}/down_proj/kernel"]
-    odd = "" if down.dim == "k" else "down_proj is not cut by rows"
     for name in ("gate_proj", "up_proj"):
-        cuts.columns(f"{place}/{name}/kernel", odd)
-    cuts.columns(f"{place}/gate_up_proj/kernel", odd or "both halves")
+        cuts.columns(f"{place}/{name}/kernel", "")
+    cuts.columns(f"{place}/gate_up_proj/kernel", "both halves")
 
 
 def _experts(cuts: _Cuts, place: str, c: MoEConfig) -> None:
@@ -209,6 +216,38 @@ def _experts(cuts: _Cuts, place: str, c: MoEConfig) -> None:
         )
 
 
+def forecast_leaves(config: ModelConfig, group_size: int = 128, bits: int = 4) -> dict[str, Leaf]:
+    """The parameters of a model that is not there: linears of the layers packed, the rest of 16 bits.
+
+    Packed ones have a scale of 16 bits and a zero point of 8 for each group; routers stay float, and what the
+    group size does not divide.
+    """
+    from awq_jax.models.params import abstract
+
+    def leaf(path: str, shape: tuple[int, ...]) -> Leaf:
+        count, linear = math.prod(shape), path.startswith("layers/") and path.endswith("/kernel")
+        if linear and not path.endswith("gate/kernel") and shape[-2] % group_size == 0 and shape[-1] % UNIT == 0:
+            return Leaf(shape, count * bits // 8 + count // group_size * 3, unit(group_size, bits))
+        return Leaf(shape, count * 2)
+
+    return {path: leaf(path, tuple(x.shape)) for path, x in paths.flatten(abstract(config)[1]).items()}
+
+
+def cache_per_token(config: ModelConfig, devices: int, itemsize: int = 2) -> int:
+    """Bytes of keys and values that each device keeps of a token, of a row (windows are kept in full)."""
+    total = 0
+    for layer in config.layers:
+        c = layer.attention
+        if isinstance(c, AttentionConfig):
+            heads, width = c.kv_heads, 2 * c.head_dim
+        elif isinstance(c, LatentConfig):
+            heads, width = c.heads, c.head_dim + c.value_dim
+        else:
+            continue
+        total += heads * width * itemsize // (devices if heads % devices == 0 else 1)
+    return total
+
+
 def shardings(config: ModelConfig, params: Any, mesh: Mesh | int) -> Any:
     """The rule applied: ``params``, abstract or not, with a `NamedSharding` for each array.
 
@@ -222,7 +261,7 @@ def shardings(config: ModelConfig, params: Any, mesh: Mesh | int) -> Any:
 
 def sharding(leaf: Any, cut: Cut, base: Placement) -> Any:
     """Of one parameter."""
-    place = dataclasses.replace(base, dim=cut.dim)
+    place = cut.place(base)
     if isinstance(leaf, QuantizedTensor):
         return dataclasses.replace(placement.shardings(leaf, place), placement=place)
     return NamedSharding(base.mesh, placement.float_spec(cut.dim, len(leaf.shape), base.axis))
