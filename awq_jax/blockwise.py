@@ -125,7 +125,7 @@ class Session:
             stats = self.calibrate(block, leaves, hidden, batches)
             calibrated = time.perf_counter()
             done = self.quantize(block, leaves, stats)
-            if self._in_parts(block):
+            if self.grams_in_parts(block):
                 self.pass_on(block, leaves, hidden, batches)
             del leaves, stats
             yield dataclasses.replace(
@@ -147,7 +147,7 @@ class Session:
         Raises:
           ProcessError: another process has ended.
         """
-        parts = self._in_parts(block)
+        parts = self.grams_in_parts(block)
         groups = [_within(g, block) for g, _ in self.work(block)]
         if block.kind == REST or (block.kind == HEAD and not groups):
             return {}
@@ -171,12 +171,12 @@ class Session:
 
         Statistics and all, as another program might round otherwise.
         """
-        if self._in_parts(block):
+        if self.grams_in_parts(block):
             self._pass(block, leaves, hidden, batches, [], keep=True)
         else:
             self.calibrate(block, leaves, hidden, batches)
 
-    def _in_parts(self, block: Block) -> dict[str, int]:
+    def grams_in_parts(self, block: Block) -> dict[str, int]:
         """The groups whose experts' Grams are collected some at a time, by name within the block, and how many."""
         sizes = {g.name[len(block.prefix) :]: expert_grams.at_a_time(g) for g, _ in self.work(block)}
         return {name: n for name, n in sizes.items() if n is not None}

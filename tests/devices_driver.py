@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 import awq_jax
-from awq_jax.calibration import Stats
+from awq_jax.calibration import Stats, Wanted
 from awq_jax.plan import Group, Site
 from awq_jax.pool import Pool
 from awq_jax.sums import Sums
@@ -40,7 +40,7 @@ def sums_are_ordered(pool: Pool) -> bool:
     rng = np.random.default_rng(0)
     site = Site("w", "kn", (13, 4))
     groups = [Group("w", (site,), 13), Group("e", (site,), 13, batch=(3,))]
-    sums, want = Sums(pool, groups, "at/"), {}
+    sums, want = Sums(pool, [Wanted(g) for g in groups], "at/"), {}
     for first in range(0, 11, pool.size):
         count = min(pool.size, 11 - first)
         made = {}
