@@ -224,7 +224,7 @@ class Session:
         return sums
 
     def quantize(self, block: Block, leaves: Mapping[str, Any], stats: Mapping[str, Stats]) -> Done:
-        """Pack a block's weights; ``stats`` from `calibrate`.
+        """Pack a block's weights; ``stats`` from `calibrate`, which are used up.
 
         Raises:
           WeightError: a weight holds NaN or inf.
@@ -236,7 +236,7 @@ class Session:
         work = self.work(block)
         plan = Plan(tuple(g for g, _ in work))
         own = {block.prefix + p: leaves[p] for p in block.owned}
-        done = quantizer.quantize_groups(plan, work, own, stats, self.settings, host_memory.trim, self.pool)
+        done = quantizer.quantize_groups(plan, work, own, stats, self.settings, host_memory.trim, self.pool, True)
         seconds = {"calibrate": proven - start, **done.seconds}
         return Done(block, done.leaves, done.rows, seconds, paths.nbytes(own), paths.nbytes(done.leaves))
 

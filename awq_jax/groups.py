@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -112,6 +112,7 @@ def round_group(
     stats: Stats | None,
     config: AwqConfig,
     pool: Pool = HERE,
+    consume: bool = False,
 ) -> dict[str, tuple[QuantizedTensor, LayerReport]]:
     """Round and pack the targets of one group; those stored alike are rounded as one matrix.
 
@@ -119,6 +120,7 @@ def round_group(
       folded: applies the scales of *all* groups: a weight here may absorb another group's scale.
       found: this group's scale.
       pool: devices that share the work.
+      consume: ``stats`` are not needed any more, and their memory may be used.
     """
     means = moments(group, stats) if stats is not None else None
     out: dict[str, tuple[QuantizedTensor, LayerReport]] = {}
@@ -130,7 +132,9 @@ def round_group(
         parts = [part(t, group, leaves[t.site.path], folded.factors(t.site.path)) for t in alike]
         columns = Columns(parts, alike[0].rows)
         dtype = _scale_dtype(columns.largest(), leaf)
-        rounded = _round(columns, means, group, found, leaf, config, dtype, pool)
+        once = len(by_leaf) * math.prod(group.scan) * math.prod(group.batch) * pool.size == 1
+        prepare = _prepare_in_place if consume and once and columns.rows == group.channels else _prepare
+        rounded = _round(columns, means, group, found, leaf, config, dtype, pool, prepare)
         start = 0
         for t, p in zip(alike, parts, strict=True):
             mine = Rounded(*(a[..., start : start + p.columns] for a in rounded))
@@ -181,6 +185,7 @@ def _round(
     config: AwqConfig,
     dtype: str,
     pool: Pool,
+    preparation: Callable[..., _Given],
 ) -> Rounded:
     layers, experts = math.prod(group.scan), math.prod(group.batch)
     lead = (layers, experts, group.channels)
@@ -190,10 +195,10 @@ def _round(
     for layer in range(layers):
 
         def fetch(e: int, layer: int = layer) -> Any:
-            return None if means is None else means.gram(layer, e), scale[layer, e]
+            return *((None, None) if means is None else means.gram(layer, e)), scale[layer, e]
 
         def prepare(given: Any) -> _Given:
-            return _prepare(*given, rows=columns.rows, damping=config.damping if compensated else None)
+            return preparation(*given, rows=columns.rows, damping=config.damping if compensated else None)
 
         def run(place: Place, e: int, piece: int, given: _Given, layer: int = layer) -> Rounded:
             w = place(columns.piece(layer, e, piece))
@@ -206,13 +211,18 @@ def _round(
     return Rounded(*(np.stack(a).reshape(layers, experts, *a[0].shape) for a in zip(*instances, strict=True)))
 
 
-@functools.partial(jax.jit, static_argnames=("rows", "damping"))
-def _prepare(sums: _Sums | None, scale: jax.Array, *, rows: int, damping: float | None) -> _Given:
+def _given(
+    gram: jax.Array | None, count: jax.Array | None, scale: jax.Array, *, rows: int, damping: float | None
+) -> _Given:
     s = jnp.pad(scale, (0, rows - len(scale)), constant_values=1.0)
-    if sums is None:
+    if gram is None or count is None:
         return _Given(None, None, s)
-    scaled = _square(sums, rows) / (s[:, None] * s[None, :])
+    scaled = _square((gram, count), rows) / (s[:, None] * s[None, :])
     return _Given(scaled, None if damping is None else factorize(scaled, damping), s)
+
+
+_prepare = jax.jit(_given, static_argnames=("rows", "damping"))
+_prepare_in_place = jax.jit(_given, static_argnames=("rows", "damping"), donate_argnames="gram")
 
 
 @functools.partial(jax.jit, static_argnames=("leaf", "nearest", "clip", "dtype"))

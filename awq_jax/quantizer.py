@@ -151,6 +151,7 @@ def quantize_groups(
     config: AwqConfig,
     tick: Callable[[], Any] = lambda: None,
     pool: Pool = HERE,
+    consume: bool = False,
 ) -> Quantized:
     """Search the scales of some groups, and pack their weights.
 
@@ -161,6 +162,7 @@ def quantize_groups(
       stats: calibration sums by the name of the group.
       tick: called twice for each group.
       pool: devices that share the work; the result does not depend on their number.
+      consume: ``stats`` are not needed any more, and their memory may be used.
     """
     started = time.perf_counter()
     scales: dict[str, GroupScale] = {}
@@ -177,8 +179,8 @@ def quantize_groups(
         folded = fold.Folder(plan, ones | found)
         for group, mine in work:
             sums = stats.get(group.name)
-            found_here = scales[group.name]
-            for path, (q, row) in round_group(group, mine, leaves, folded, found_here, sums, config, pool).items():
+            given = folded, scales[group.name], sums, config, pool, consume
+            for path, (q, row) in round_group(group, mine, leaves, *given).items():
                 packed[path] = q
                 rows.append(row)
             tick()
