@@ -34,7 +34,7 @@ from awq_jax.sums import Sums
 from awq_jax.verify import verify
 
 PROBE = 64  # tokens on which a plan is proven
-BATCH_TOKENS = {"cpu": 1024}  # by backend; what bounds the memory of activations
+BATCH_TOKENS = {"cpu": 512}  # by backend; what bounds the memory of activations
 BATCH_TOKENS_ELSEWHERE = 8192
 
 
@@ -293,7 +293,7 @@ class Session:
 
 
 def batched(tokens: np.ndarray, vocab_size: int, batch_size: int | None = None) -> list[np.ndarray]:
-    """Calibration tokens ``[S, T]`` as batches of ``batch_size`` rows, by default as many as make 1024 tokens on
+    """Calibration tokens ``[S, T]`` as batches of ``batch_size`` rows, by default as many as make 512 tokens on
     a CPU and 8192 elsewhere.
 
     Raises:

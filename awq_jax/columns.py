@@ -28,7 +28,6 @@ ALIGNED = 64  # columns in a piece are a multiple of it
 SPARE = 0.15  # of the columns may be zeros that fill up the last piece
 
 Place = Callable[[Any], Any]  # brings arrays to the device that works on a piece
-_Kinds = tuple[tuple[str, float], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,16 +57,13 @@ class Part:
 
     def take(self, layer: int, expert: int, start: int, size: int) -> jax.Array:
         """Columns ``start ... start + size - 1`` of one instance, float32 ``[K, size]``."""
-        arrays, kinds = self._factors()
+        arrays, kinds = fold.split(self.factors)
         return _take(self.leaf, arrays, layer, expert, start, kinds=kinds, size=size, **self._form())
 
     def largest(self) -> float:
         """The largest magnitude of all."""
-        arrays, kinds = self._factors()
+        arrays, kinds = fold.split(self.factors)
         return float(_largest(self.leaf, arrays, kinds=kinds))
-
-    def _factors(self) -> tuple[tuple[Any, ...], _Kinds]:
-        return tuple(f.values for f in self.factors), tuple((f.kind, f.offset) for f in self.factors)
 
     def _form(self) -> dict[str, Any]:
         return {"axes": self.axes, "scan": self.scan, "experts": self.experts}
@@ -169,13 +165,6 @@ def sweep(
     return out
 
 
-def _scaled(leaf: jax.Array, arrays: tuple[Any, ...], kinds: _Kinds) -> jax.Array:
-    w = leaf.astype(jnp.float32)
-    for values, (kind, offset) in zip(arrays, kinds, strict=True):
-        w = fold.Factor(kind, offset, values).apply(w)
-    return w
-
-
 @functools.partial(jax.jit, static_argnames=("axes", "scan", "experts", "kinds", "size"))
 def _take(
     leaf: jax.Array,
@@ -187,10 +176,10 @@ def _take(
     axes: str,
     scan: int,
     experts: int,
-    kinds: _Kinds,
+    kinds: fold.Kinds,
     size: int,
 ) -> jax.Array:
-    w = to_canonical(_scaled(leaf, arrays, kinds), axes)
+    w = to_canonical(fold.scaled(leaf.astype(jnp.float32), arrays, kinds), axes)
     k, n = w.shape[-2:]
     # Experts that share one activation become more columns.
     w = jnp.moveaxis(w.reshape(scan, experts, -1, k, n), 2, 3).reshape(scan, experts, k, -1)
@@ -198,5 +187,5 @@ def _take(
 
 
 @functools.partial(jax.jit, static_argnames=("kinds",))
-def _largest(leaf: jax.Array, arrays: tuple[Any, ...], *, kinds: _Kinds) -> jax.Array:
-    return jnp.abs(_scaled(leaf, arrays, kinds)).max()
+def _largest(leaf: jax.Array, arrays: tuple[Any, ...], *, kinds: fold.Kinds) -> jax.Array:
+    return jnp.abs(fold.scaled(leaf.astype(jnp.float32), arrays, kinds)).max()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -17,6 +18,7 @@ from awq_jax.plan import Absorber, Group, Plan, Site
 from awq_jax.qtensor import is_quantized
 
 Scales = Mapping[str, Any]
+Kinds = tuple[tuple[str, float], ...]  # kind and offset of each factor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,10 +85,8 @@ class Folder:
             return leaf
         if is_quantized(leaf):
             raise WeightError(f"{path} is packed: scales fold into float parameters only")
-        w = jnp.asarray(leaf, jnp.promote_types(leaf.dtype, jnp.float32))
-        for factor in factors:
-            w = factor.apply(w)
-        return w.astype(leaf.dtype)
+        arrays, kinds = split(factors)
+        return _folded(leaf, arrays, kinds=kinds)
 
     def factors(self, path: str, *, sites: bool = True, absorbers: bool = True) -> tuple[Factor, ...]:
         """What `leaf` does with a parameter, step by step."""
@@ -98,25 +98,48 @@ class Folder:
         )
 
 
-def site_scale(group: Group, site: Site, s: Any) -> jax.Array:
+def split(factors: tuple[Factor, ...]) -> tuple[tuple[Any, ...], Kinds]:
+    """The values of factors, and what else there is to them: what a compiled function takes apart."""
+    return tuple(f.values for f in factors), tuple((f.kind, f.offset) for f in factors)
+
+
+def scaled(w: jax.Array, arrays: tuple[Any, ...], kinds: Kinds) -> jax.Array:
+    """``w``, in the dtype to compute in, with all factors applied; see `split`."""
+    for values, (kind, offset) in zip(arrays, kinds, strict=True):
+        w = Factor(kind, offset, values).apply(w)
+    return w
+
+
+@functools.partial(jax.jit, static_argnames="kinds")
+def _folded(leaf: jax.Array, arrays: tuple[Any, ...], *, kinds: Kinds) -> jax.Array:
+    w = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+    return scaled(w, arrays, kinds).astype(leaf.dtype)
+
+
+def site_scale(group: Group, site: Site, s: Any) -> Any:
     """``s [*scan, *batch, K]`` laid out to multiply the weight of ``site``."""
-    s = jnp.asarray(s)
+    xp = _module(s)
     sizes = {r: [n for n, a in zip(site.shape, site.axes, strict=True) if a == r] for r in "sbk"}
     batch = sizes["b"] if group.batch else [1] * len(sizes["b"])
     s = s.reshape(*sizes["s"], *batch, *sizes["k"])
     # s is stored scan, batch, k; the leaf may interleave them with output axes.
     stored = [i for r in "sbk" for i, a in enumerate(site.axes) if a == r]
-    s = jnp.transpose(s, np.argsort(stored).tolist())
+    s = xp.transpose(s, np.argsort(stored).tolist())
     it = iter(s.shape)
     return s.reshape([1 if a == "n" else next(it) for a in site.axes])
 
 
-def absorber_scale(group: Group, absorber: Absorber, s: Any) -> jax.Array:
+def absorber_scale(group: Group, absorber: Absorber, s: Any) -> Any:
     """``s [*scan, *batch, K]`` laid out to divide the absorbing parameter; 1 where it is left alone."""
-    s = jnp.asarray(s)
+    xp = _module(s)
     s = s.reshape(*group.scan, math.prod(group.batch) * group.channels)
     index = np.asarray(absorber.index)
-    return jnp.where(index >= 0, s[..., np.maximum(index, 0)], 1)
+    return xp.where(index >= 0, s[..., np.maximum(index, 0)], xp.ones((), s.dtype))
+
+
+def _module(s: Any) -> Any:
+    """What computes with ``s``: NumPy where that holds it, without compiling anything."""
+    return np if isinstance(s, np.ndarray) else jnp
 
 
 def scale_sites(plan: Plan, params: Any, scales: Scales) -> Any:

@@ -17,7 +17,7 @@ from awq_jax.calibration import Stats
 from awq_jax.columns import Columns, Place, part, sweep
 from awq_jax.config import AwqConfig, LeafConfig
 from awq_jax.matrix import round_matrix
-from awq_jax.moments import Moments, moments
+from awq_jax.moments import Moments, all_finite, moments
 from awq_jax.plan import Group, Plan
 from awq_jax.pool import HERE, Pool
 from awq_jax.qtensor import QuantizedTensor, split_shape
@@ -331,7 +331,7 @@ def _overflows(group: Group, targets: list[Target], leaves: Mapping[str, Any], s
     folder = fold.Folder(Plan((group,)), {group.name: scale})
     touched = dict.fromkeys([a.path for a in group.absorbers] + [s.path for s in group.sites])
     stays = [path for path in touched if path not in {t.site.path for t in targets}]
-    over = (p for p in stays if not bool(jnp.isfinite(folder.leaf(p, leaves[p])).all()))
+    over = (p for p in stays if not bool(all_finite(folder.leaf(p, leaves[p]))))
     return next((f"{p} ({leaves[p].dtype})" for p in over), "")
 
 

@@ -15,12 +15,12 @@ def trim() -> None:
 
 
 def return_arrays_at_once() -> None:
-    """From now on: map every array of a megabyte or more by itself, so that freeing it gives it back.
+    """From now on: map every array of 16 MB or more by itself, so that freeing it gives it back.
 
     By default glibc raises the limit to the size of what was freed, and keeps up to eight arenas for each
     core. It is a setting of the whole process, so for programs rather than libraries to choose.
     """
     function = getattr(ctypes.CDLL(None), "mallopt", None)
     if function is not None:
-        function(_MMAP_THRESHOLD, 1 << 20)
+        function(_MMAP_THRESHOLD, 1 << 24)
         function(_ARENA_MAX, 2)

@@ -64,7 +64,7 @@ def moments(group: Group, stats: Stats) -> Moments | None:
     count = np.asarray(stats.count).reshape(s, e)
     dropped = float(np.asarray(stats.dropped).sum())
     whole = stats.gram.layer if isinstance(stats.gram, ExpertGrams) else stats.gram
-    if (count.sum(axis=1) == 0).any() or not bool(_all_finite(whole)):
+    if (count.sum(axis=1) == 0).any() or not bool(all_finite(whole)):
         return None
     notes = []
     if dropped:
@@ -80,5 +80,6 @@ def moments(group: Group, stats: Stats) -> Moments | None:
 
 
 @jax.jit
-def _all_finite(x: jax.Array) -> jax.Array:
+def all_finite(x: jax.Array) -> jax.Array:
+    """Whether there is neither NaN nor inf in ``x``."""
     return jnp.isfinite(x).all()

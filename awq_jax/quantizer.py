@@ -18,6 +18,7 @@ from awq_jax.config import AwqConfig
 from awq_jax.discovery import validate
 from awq_jax.errors import CalibrationError, ConfigError, WeightError
 from awq_jax.groups import GroupScale, find_scale, round_group
+from awq_jax.moments import all_finite
 from awq_jax.plan import Group, Plan
 from awq_jax.pool import HERE, Pool
 from awq_jax.qtensor import QuantizedTensor
@@ -191,15 +192,10 @@ def quantize_groups(
     return Quantized(out, rows, {"search": searched - started, "round": time.perf_counter() - searched})
 
 
-@jax.jit
-def _all_finite(x: jax.Array) -> jax.Array:
-    return jnp.isfinite(x).all()
-
-
 def check_finite(params: Any) -> None:
     """Refuse NaN and inf before any time is spent on them."""
     for path, leaf in paths.flatten(params).items():
         if isinstance(leaf, QuantizedTensor):
             raise WeightError(f"{path} is quantized already: start from the float parameters")
-        if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating) and not bool(_all_finite(leaf)):
+        if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating) and not bool(all_finite(leaf)):
             raise WeightError(f"{path} holds NaN or inf: repair or re-download the checkpoint")

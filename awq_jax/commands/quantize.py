@@ -73,7 +73,7 @@ def add(subparsers: Any) -> None:
         "--seq-len", type=common.positive, default=512, metavar="N", help="tokens each (default: %(default)s)"
     )
     c.add_argument("--batch-size", type=common.positive, metavar="N",
-                   help="sequences per forward pass (default: 1024 tokens on a CPU, 8192 elsewhere)")  # fmt: skip
+                   help="sequences per forward pass (default: 512 tokens on a CPU, 8192 elsewhere)")  # fmt: skip
     c.add_argument("--seed", type=int, default=0, help="picks the excerpts (default: %(default)s)")
     o = p.add_argument_group("checkpoint")
     o.add_argument("--format", default="auto", choices=("auto", "gemm", "compressed-tensors", "awq-jax"),
