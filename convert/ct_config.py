@@ -22,6 +22,7 @@ PRESET = re.compile(r"W([2-8])A16(_ASYM)?", re.IGNORECASE)
 REMEDY = "; dequantize it with the tool that wrote it, and convert the float checkpoint"
 MEANT = {"num_bits", "type", "symmetric", "group_size", "strategy", "dynamic", "actorder"}
 UNUSED = {"block_structure", "scale_dtype", "zp_dtype", "observer", "observer_kwargs"}  # once it is packed
+ROUTER = "block_sparse_moe.gate"
 EMBEDDINGS = re.compile(r"(^|\.)(embed(?!_out)\w*|wte|wpe)$")
 
 
@@ -239,7 +240,9 @@ def _ignored(records: Sequence[Record]) -> list[str]:
     names = [r.module for r in records if not r.bits and len(r.shape) == 2 and r.module != r.name]
     names = [n for n in names if not EMBEDDINGS.search(n)]
     experts = map(fused.under, fused.float_experts(records))
-    return sorted({"lm_head", *experts, *names, *_towers(names, [r.module for r in records if r.bits])})
+    # PhiMoE's router is a linear under this name in transformers 5, which renames what it reads.
+    routers = [n.removesuffix(ROUTER) + "mlp.router" for n in names if n.endswith(ROUTER)]
+    return sorted({"lm_head", *experts, *names, *routers, *_towers(names, [r.module for r in records if r.bits])})
 
 
 def _towers(names: Sequence[str], packed: Sequence[str]) -> list[str]:
