@@ -300,7 +300,8 @@ class Model:
           samples: calibration sequences.
           seq_len: tokens of each, at most the model's context.
           batch_size: sequences per forward pass of the calibration; None takes as many as make about
-            2048 tokens. It changes memory and time, not the result (beyond the rounding of sums).
+            512 tokens on a CPU and 8192 elsewhere. It changes memory and time, not the result (beyond the
+            rounding of sums).
           seed: picks the calibration texts.
           mesh: devices that share the work (see `awq_jax.quantize_checkpoint`), each with a copy of the block at
             work; they do not change the result. Calibration with images uses one.
