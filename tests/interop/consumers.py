@@ -46,7 +46,7 @@ CALIBRATION = np.random.default_rng(2).integers(100, 300, (8, 64)).astype(np.int
 SIZES: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "word_embed_proj_dim"), 128),
     **dict.fromkeys(("intermediate_size", "ffn_dim"), 256),
-    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 64),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size"), 64),
     **dict.fromkeys(("kv_lora_rank", "q_lora_rank"), 64),
     **dict.fromkeys(("head_dim", "v_head_dim", "qk_nope_head_dim", "qk_rope_head_dim", "kv_channels"), 32),
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 32),
@@ -94,7 +94,8 @@ CONSUMERS = {
 }
 GEMM, LOADER, CT, CT_SYMMETRIC = CONSUMERS
 MOE = ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "olmoe", "glm4_moe", "phimoe", "qwen3_next")
-MOE += ("granitemoe", "gpt_oss")
+MOE += ("granitemoe", "granitemoeshared", "gpt_oss", "dots1", "ernie4_5_moe", "glm4_moe_lite", "minimax_m2")
+MOE += ("solar_open",)
 REMOTE = ("Yi", "aquila", "baichuan", "internlm2", "minicpm", "qwen", "exaone", "RefinedWeb", "RefinedWebModel")
 # What a program cannot read, and a part of the error it gives.
 REFUSED: dict[tuple[str, str], str] = {
@@ -105,15 +106,17 @@ REFUSED: dict[tuple[str, str], str] = {
     ("qwen3_next", GEMM): "must be divisible",  # in_proj_ba of this tiny model has 8 outputs
     # For those of compressed-tensors it has, but it leaves out their zero points,
     **{(f, CT): "automatic conversion of the weights" for f in MOE},
-    # and it knows of these two only the stacked names that they are published with.
-    **{(f, c): "missing_keys" for f in ("granitemoe", "gpt_oss") for c in (CT, CT_SYMMETRIC)},
-    # phimoe's router has another name in transformers than in files, by which ``ignore`` says that it is float.
-    ("phimoe", CT_SYMMETRIC): "'PhimoeTopKRouter' object has no attribute 'weight'",
+    # and it knows of these only the stacked names that they are published with.
+    **{(f, c): "missing_keys" for f in ("granitemoe", "granitemoeshared", "gpt_oss") for c in (CT, CT_SYMMETRIC)},
     # GPTQModel takes experts only by the names it gives them itself, not by those that AutoAWQ and vLLM share.
-    **{(f, LOADER): "not read" for f in ("mixtral", "granitemoe", "phimoe", "qwen3_next")},
-    ("glm4_moe", LOADER): "'tuple' object has no attribute 'sigmoid'",  # in its own rewrite of the router
+    **{(f, LOADER): "not read" for f in ("mixtral", "granitemoe", "phimoe", "qwen3_next", "minimax_m2")},
+    ("ernie4_5_moe", LOADER): "e_score_correction_bias",  # has another name in transformers
+    ("granitemoeshared", LOADER): "Unsupport model_type",
+    # In its own rewrite of the router.
+    **{(f, LOADER): "'tuple' object has no attribute 'sigmoid'" for f in ("glm4_moe", "glm4_moe_lite")},
     # Run only with code from the checkpoint.
     **{(f, c): "does not recognize this architecture" for f in REMOTE for c in (GEMM, CT)},
+    **{("kimi_k2", c): "does not recognize this architecture" for c in CONSUMERS},
     # transformers' own code for these reads .weight of a linear, which a packed one does not have.
     **{("gpt_bigcode", c): "has no attribute 'weight'" for c in (GEMM, CT)},
     ("falcon", CT): "has no attribute 'weight'",
@@ -158,7 +161,8 @@ def float_checkpoint(family: str, directory: Path) -> Path:
     else:
         model = tiny.randomized(case.family, grown(families.config_of(case)), case.attention)
     if isinstance(case, multimodal.Case) or case.family in references.MODELS:  # drawn for a narrower model
-        weights = getattr(model, "weights", None) or dict(model.named_parameters())
+        inner = model if isinstance(model, torch.nn.Module) else getattr(model, "model", None)
+        weights = model.weights if inner is None else dict(inner.named_parameters())
         with torch.no_grad():
             for weight in weights.values():
                 weight.mul_(0.2 if weight.ndim > 1 else 1.0)
