@@ -213,10 +213,11 @@ class Session:
                     made[i] = step(copies(i), pool.place(i, jnp.asarray(x)), np.int32(start))
             # Waiting in each round bounds what is in flight to a batch a device.
             sums.add({i: stats for i, (_, stats) in made.items()}, first, count)
-            for i, (y, _) in made.items():
-                if y is not None:
-                    self.activations = y.dtype.name
-                    hidden.put(i, np.asarray(y))
+            out = {i: y for i, (y, _) in made.items() if y is not None}
+            del made  # no statistics of this round are there during the next
+            for i, y in out.items():
+                self.activations = y.dtype.name
+                hidden.put(i, np.asarray(y))
         if keep:
             hidden.turn()
         # A process without a batch learns it from the others.
