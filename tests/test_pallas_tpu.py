@@ -44,7 +44,8 @@ def check(m, k, n, g, bits, symmetric, scales, dtype):
     exact = pallas_tpu.tile(m, q, dtype).sums or dtype != "bfloat16"
     y = run(x, q)
     assert y.shape == (m, n)
-    assert error(y, np.asarray(x, np.float64) @ w) < (EXACT if exact else ROUNDED)
+    # Rounding of K sums in float32, taken as independent.
+    assert error(y, np.asarray(x, np.float64) @ w) < (max(EXACT, 2**-24 * k**0.5) if exact else ROUNDED)
 
 
 @pytest.mark.parametrize(
