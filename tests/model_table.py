@@ -50,6 +50,9 @@ out `o <- v` where key/value heads are fewer than query heads; here the query he
 scales. "Not" is what a peer has and we have not:
 {explained}
 
+Which programs read what is written of each family, and how near their logits are:
+[consumers.md](../benchmarks/results/consumers.md).
+
 This page is generated: `python tests/model_table.py` (`--check` tells whether it is current).
 
 | `model_type` | what it is | groups and what absorbs their scale | not scaled, and why | compared with the peers |

@@ -256,6 +256,15 @@ def test_what_looks_at_images_is_float_under_either_name():
         assert not [n for n in written("compressed-tensors", records(family))["ignore"] if n.startswith("re:")]
 
 
+def test_a_router_that_transformers_renames_is_float_there_too():
+    """PhiMoE's is a linear of transformers, and so would be packed unless it is ignored under its name there."""
+    found = records("phimoe")
+    ignore = written("compressed-tensors", found)["ignore"]
+    for layer in layers_of(LOADERS["phimoe"], found):
+        assert ct_ignores(ignore, f"{layer}block_sparse_moe.gate")
+        assert ct_ignores(ignore, f"{layer}mlp.router")
+
+
 def _of_expert(name: str) -> bool:
     return ".experts." in name or "block_sparse_moe.input_linear" in name
 
