@@ -11,8 +11,8 @@ memory, the disk, and the operations of a layer (`scaling_flops`) with the time 
 assumptions: ``--products``, ``--bf16-products``, ``--numbers``, ``--row``, ``--disk-rate``. Nothing of the model's
 size is allocated and no program runs: half a minute on two cores.
 
-`cost` runs one layer at three sizes on this machine and says how well the counts of the smaller two predict the
-largest (`scaling_cost`): a few minutes.
+`cost` runs one layer at several sizes on this machine and says how well the counts of the smaller ones predict the
+last (`scaling_cost`): some minutes.
 """
 
 from __future__ import annotations
@@ -162,11 +162,9 @@ def main() -> None:
     p.add_argument("--row", type=float, default=20e-6, help="seconds of a row's step (default: %(default)g)")
     p.add_argument("--disk-rate", type=float, default=1e9, help="bytes per second (default: %(default)g)")
     p.set_defaults(run=plan)
-    c = sub.add_parser("cost", help="measure a layer at three sizes")
+    c = sub.add_parser("cost", help="measure a layer at several sizes")
     c.add_argument("directory", type=Path, help="for checkpoints of up to 0.3 GB, which are deleted again")
-    c.add_argument(
-        "--sizes", type=int, nargs="+", default=[768, 1024, 1536], help="hidden sizes; the last is predicted"
-    )
+    c.add_argument("--sizes", type=int, nargs="+", default=[1024, 1536], help="hidden sizes; the last is predicted")
     c.set_defaults(run=cost)
     for each in (p, c):
         each.add_argument("--out", type=Path, help="write JSON here")

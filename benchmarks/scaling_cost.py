@@ -2,7 +2,7 @@
 
 A checkpoint of two layers in Llama's proportions is quantized by the package's own `Session`. The first layer compiles
 the programs, the second is measured: reading, calibration, search and rounding of each group, writing. Rates are fitted
-to the smaller sizes, and the largest size is predicted from its counts alone.
+to the smaller sizes, and the last is predicted from its counts alone.
 """
 
 from __future__ import annotations
@@ -132,6 +132,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         out = subprocess.run(argv, check=True, stdout=subprocess.PIPE, text=True).stdout
         sizes.append(json.loads(out.splitlines()[-1]))
         print(hidden, {p: round(s, 2) for p, s in totals(sizes[-1]["rows"]).items()}, file=sys.stderr, flush=True)
+    return summary(sizes)
+
+
+def summary(sizes: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the sizes but the last say about the last."""
     rates = fit([r for s in sizes[:-1] for r in s["rows"]])
     held, first = sizes[-1], sizes[0]
     said: dict[str, float] = {}
