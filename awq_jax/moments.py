@@ -33,6 +33,7 @@ class Moments:
     _lead: tuple[int, ...]
     _count: np.ndarray  # [S, E]
     _few: np.ndarray  # [S, E]: too few tokens to be trusted
+    _summed: dict[int, jax.Array] = dataclasses.field(default_factory=dict)  # of the last layer asked for
 
     def gram(self, layer: int, expert: int) -> tuple[jax.Array, np.float32]:
         """The sum of ``x^T x`` of one instance, float32 ``[K, K]``, and how many tokens it is of."""
@@ -41,12 +42,14 @@ class Moments:
         total = self._layer(layer) if few else self._sum(layer * e + expert)
         return total, np.float32(self._count[layer, expert])
 
-    @functools.lru_cache(maxsize=1)  # noqa: B019  (as short-lived as its arguments)
     def _layer(self, layer: int) -> jax.Array:
         if isinstance(self._gram, ExpertGrams):
             return self._gram.layer
-        e = self._count.shape[1]
-        return functools.reduce(jnp.add, (self._sum(layer * e + i) for i in range(e)))
+        if layer not in self._summed:
+            e = self._count.shape[1]
+            self._summed.clear()
+            self._summed[layer] = functools.reduce(jnp.add, (self._sum(layer * e + i) for i in range(e)))
+        return self._summed[layer]
 
     def _sum(self, instance: int) -> jax.Array:
         if isinstance(self._gram, ExpertGrams):

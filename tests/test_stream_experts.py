@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import families
 import numpy as np
 import pytest
@@ -9,8 +12,10 @@ from tiny import randomized
 
 import awq_jax
 from awq_jax import blockwise, expert_grams, paths
+from awq_jax.calibration import Stats
 from awq_jax.config import AwqConfig
 from awq_jax.hidden import InMemory
+from awq_jax.moments import moments
 from awq_jax.plan import Group
 from awq_jax.report import Report
 
@@ -88,6 +93,21 @@ def test_grams_of_some_experts_are_those_of_all(checkpoint, monkeypatch):
 def test_experts_seen_too_rarely_are_listed(whole):
     rows = [row for row in whole[1].layers if "experts/down_proj" in row.path]
     assert any("saw under 64 tokens: the layer's statistics were used" in row.reason for row in rows)
+
+
+def test_statistics_of_a_layer_are_let_go_with_those_of_its_experts():
+    """They hold on to a block's Grams, or to the block itself where its Grams are collected some at a time."""
+    gram = np.random.default_rng(1).normal(size=(3, 4, 4)).astype(np.float32)
+    few = Stats(gram, np.ones((3, 4), np.float32), np.array([100, 200, 1], np.float32), np.zeros(3, np.float32))
+    found = moments(Group("g", (), 4, batch=(3,)), few)
+    total, count = found.gram(0, 2)
+    np.testing.assert_allclose(total, gram.sum(axis=0), rtol=1e-5)
+    assert count == 301
+    assert found.gram(0, 2)[0] is total  # added up once
+    left = weakref.ref(found)
+    del found
+    gc.collect()
+    assert left() is None
 
 
 @pytest.mark.parametrize(("experts", "size"), [(8, 2), (6, 3), (7, 1), (2, None)])
