@@ -123,14 +123,15 @@ class Session:
             leaves = read(block)
             loaded = time.perf_counter()
             stats = self.calibrate(block, leaves, hidden, batches)
-            calibrated = time.perf_counter()
+            calibrated = time.perf_counter() - loaded
             done = self.quantize(block, leaves, stats)
+            quantized = time.perf_counter()
             if self.grams_in_parts(block):
                 self.pass_on(block, leaves, hidden, batches)
+                calibrated += time.perf_counter() - quantized
             del leaves, stats
-            yield dataclasses.replace(
-                done, seconds={"load": loaded - start, "calibrate": calibrated - loaded, **done.seconds}
-            )
+            seconds = {"load": loaded - start, **done.seconds, "calibrate": calibrated + done.seconds["calibrate"]}
+            yield dataclasses.replace(done, seconds=seconds)
             del done
 
     def calibrate(self, block: Block, leaves: Mapping[str, Any], hidden: Hidden, batches: int) -> Mapping[str, Stats]:

@@ -84,6 +84,20 @@ def test_statistics_are_those_of_the_model_run_as_a_whole(checkpoint):
         np.testing.assert_array_equal(got[name].count, stats.count)
 
 
+def test_the_time_of_all_that_is_done_with_a_block_is_counted(checkpoint, monkeypatch):
+    session = blockwise.Session(awq_jax.load(checkpoint).config, AwqConfig(group_size=16))
+    spent = {"calibrate": 1.0, "search": 2.0, "round": 4.0}
+    done = blockwise.Done(session.blocks[1], {}, [], spent, 0, 0)
+    monkeypatch.setattr(session, "calibrate", lambda *_: time.sleep(0.1))
+    monkeypatch.setattr(session, "quantize", lambda *_: done)
+    monkeypatch.setattr(session, "grams_in_parts", lambda _: {"experts": 1})
+    monkeypatch.setattr(session, "pass_on", lambda *_: time.sleep(0.2))
+    (got,) = session.run(session.blocks[1:2], lambda _: time.sleep(0.05), InMemory([]), 0)
+    assert got.seconds["load"] >= 0.05
+    assert 1.3 <= got.seconds["calibrate"] < 2
+    assert (got.seconds["search"], got.seconds["round"]) == (2, 4)
+
+
 class Killed(BaseException):
     """Stands for SIGKILL: nothing catches it."""
 
