@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from awq_jax import expert_grams
 from awq_jax.blocks import Block
 from awq_jax.columns import ALIGNED, PIECE, PIECE_ELSEWHERE
 from awq_jax.hidden import InMemory
@@ -30,7 +31,8 @@ class Forecast:
     """What a run will need.
 
     Attributes:
-      blocks: of layers, and how many parameters the largest has.
+      blocks: how many layers.
+      largest: parameters of the largest block.
       parameters: of the whole model.
       memory: what is in the host's memory at the worst moment -> bytes. ``"program"`` is what the trial was seen
         to take beyond what its shapes explain: Python, JAX, compiled code, activations of a batch.
@@ -111,7 +113,8 @@ def _moment(job: Job, number: int, hidden: int) -> dict[str, int]:
         instances = math.prod((*group.scan, *group.batch))
         weights = sum(math.prod(t.site.shape) for t in targets) // instances
         piece = min(weights, max(limit, ALIGNED * group.channels))
-        grams += 4 * instances * group.channels**2
+        some = expert_grams.at_a_time(group)
+        grams += 4 * (instances if some is None else some + 1) * group.channels**2  # and that of the layer
         rounding = max(rounding, 4 * (COPIES * piece + SQUARES * group.channels**2))
     return {
         "block": job.float_bytes(block),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
-from awq_jax import stream_forecast, stream_job
+from awq_jax import expert_grams, stream_forecast, stream_job
 
 TOKENS = np.random.default_rng(1).integers(0, 256, (6, 16)).astype(np.int32)
 SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_key_value_heads": 4, "num_hidden_layers": 2}
@@ -48,11 +48,13 @@ def test_memory_of_a_dense_model_by_hand(tmp_path):
     assert host["program"] == 10**9 - max(sum(first.values()), sum(embedding.values()))
 
 
-def test_experts_count_and_hidden_states_on_disk_do_not(tmp_path):
+def test_experts_count_and_hidden_states_on_disk_do_not(tmp_path, monkeypatch):
     work = job(tmp_path, "qwen3_moe", hidden="disk", **MOE)
     moment = stream_forecast._moment(work, 1, 0)
     # q, k, v and o read 32 channels, all experts the same 32, and each of 4 has 16 of its own
     assert moment["statistics"] == 4 * (3 * 32 * 32 + 4 * 16 * 16)
+    monkeypatch.setattr(expert_grams, "BUDGET", 2 * 4 * 16 * 16)  # two at a time, and their sum
+    assert stream_forecast._moment(work, 1, 0)["statistics"] == 4 * (3 * 32 * 32 + 3 * 16 * 16)
     host, device = stream_forecast.memory(work, 10**9, 10**8)
     assert host["hidden states"] == 0
     assert set(host) == {"next block", "packed blocks", "hidden states", "program"}
