@@ -2,6 +2,7 @@
 
     python benchmarks/scaling.py plan 70b --devices 1 --out benchmarks/results/scaling_plan_70b.json
     python benchmarks/scaling.py plan 405b --devices 8 --out benchmarks/results/scaling_plan_405b.json
+    python benchmarks/scaling.py check --devices 2
     python benchmarks/scaling.py cost DIR --out benchmarks/results/scaling_cost_cpu.json
 
 `plan` makes the package's own `Session` for the architecture and compiles, for a GPU that need not be there, the
@@ -10,6 +11,8 @@ install "awq-jax[cuda-offline]"``). It prints what the fullest device holds at e
 memory, the disk, and the operations of a layer (`scaling_flops`) with the time that they take at rates which are
 assumptions: ``--products``, ``--bf16-products``, ``--numbers``, ``--row``, ``--disk-rate``. Nothing of the model's
 size is allocated and no program runs: half a minute on two cores.
+
+`check` compares what the plan says the package holds with the arrays alive in a small run (`scaling_check`).
 
 `cost` runs one layer at several sizes on this machine and says how well the counts of the smaller ones predict the
 last (`scaling_cost`): some minutes.
@@ -149,6 +152,16 @@ def cost(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def check(args: argparse.Namespace) -> dict[str, Any]:
+    """See `scaling_check`."""
+    import scaling_check
+
+    steps = scaling_check.run(args.devices)
+    for s in steps:
+        print(f"{s['step']:28}{s['said'] / 1e6:9.2f} MB said{s['alive'] / 1e6:9.2f} alive  {s['said_over_alive']:.2f}")
+    return {"command": f"python benchmarks/scaling.py check --devices {args.devices}", "steps": steps}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sub = parser.add_subparsers(required=True)
@@ -166,10 +179,15 @@ def main() -> None:
     c.add_argument("directory", type=Path, help="for checkpoints of up to 0.3 GB, which are deleted again")
     c.add_argument("--sizes", type=int, nargs="+", default=[1024, 1536], help="hidden sizes; the last is predicted")
     c.set_defaults(run=cost)
-    for each in (p, c):
+    k = sub.add_parser("check", help="the plan's list against arrays that are alive, in a small run")
+    k.add_argument("--devices", type=int, default=1, help="simulated")
+    k.set_defaults(run=check)
+    for each in (p, c, k):
         each.add_argument("--out", type=Path, help="write JSON here")
     args = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"
+    if args.run is check:
+        os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={args.devices}"
     result = args.run(args)
     if args.out:
         args.out.write_text(json.dumps(result, indent=2) + "\n")
