@@ -113,7 +113,7 @@ class Pool:
         shape = (self.size, empty.size)
         sharding = NamedSharding(self.mesh, PartitionSpec(AXIS))
         self.meet()
-        every = _replicator(self.mesh)(jax.make_array_from_single_device_arrays(shape, sharding, rows))
+        every = replicator(self.mesh)(jax.make_array_from_single_device_arrays(shape, sharding, rows))
         host = np.asarray(every.addressable_data(0))
         return [jax.tree.unflatten(tree, _arrays(host[i - numbers.start], leaves)) for i in numbers]
 
@@ -145,7 +145,8 @@ def pool_of(mesh: Mesh | None, team: Team | None) -> Pool:
 
 
 @functools.cache
-def _replicator(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+def replicator(mesh: Mesh) -> Callable[[Any], Any]:
+    """A function that brings arrays on ``mesh`` to all of its devices, whole."""
     return jax.jit(lambda a: a, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 

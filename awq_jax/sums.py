@@ -14,10 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from awq_jax.calibration import Stats, Wanted
-from awq_jax.pool import AXIS, Pool
+from awq_jax.pool import AXIS, Pool, replicator
 
 
 class Sums(Mapping[str, Stats]):
@@ -69,7 +69,7 @@ class Sums(Mapping[str, Stats]):
         else:
             arrays = [round[first + i] if first + i in round else self._nothing(d) for i, d in self._places()]
             self._pool.meet()
-            self._stats = _adder(self._pool)(self._stats, self._together(arrays), np.int32(count))
+            self._stats = _adder(self._pool.mesh)(self._stats, self._together(arrays), np.int32(count))
         jax.block_until_ready(self._stats)
 
     def _places(self) -> list[tuple[int, jax.Device]]:
@@ -99,7 +99,7 @@ class Sums(Mapping[str, Stats]):
             stats = jax.device_put(self._stats[name], SingleDeviceSharding(self._pool.devices[0]))
         else:
             self._pool.meet()
-            replicated = jax.block_until_ready(_replicator(self._pool)(self._stats[name]))
+            replicated = jax.block_until_ready(replicator(self._pool.mesh)(self._stats[name]))
             stats = jax.tree.map(lambda a: a.addressable_data(0), replicated)
         return Stats(_rows(stats.gram, k=k), stats.abs, stats.count, stats.dropped)
 
@@ -144,14 +144,9 @@ def _block(shape: tuple[int, ...], sharding: NamedSharding, index: Any) -> np.nd
 
 
 @functools.cache
-def _replicator(pool: Pool) -> Callable[[Any], Any]:
-    return jax.jit(lambda a: a, out_shardings=NamedSharding(pool.mesh, PartitionSpec()))
-
-
-@functools.cache
-def _adder(pool: Pool) -> Callable[..., Any]:
+def _adder(mesh: Mesh) -> Callable[..., Any]:
     """``(sums, new, count) -> sums`` with the first ``count`` of the arrays that the devices have made."""
-    size = pool.size
+    size = mesh.size
 
     def one(total: jax.Array, parts: jax.Array, count: jax.Array) -> jax.Array:
         for i in range(size):
@@ -181,7 +176,7 @@ def _adder(pool: Pool) -> Callable[..., Any]:
         lies = {name: _specs(s.gram.ndim - 2) for name, s in sums.items()}
         devices = jax.tree.map(lambda _: PartitionSpec(AXIS), new)
         return jax.shard_map(
-            local, mesh=pool.mesh, in_specs=(lies, devices, PartitionSpec()), out_specs=lies, check_vma=False
+            local, mesh=mesh, in_specs=(lies, devices, PartitionSpec()), out_specs=lies, check_vma=False
         )(sums, new, count)
 
     return jax.jit(run, donate_argnums=0)
