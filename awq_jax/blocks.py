@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
@@ -50,7 +51,7 @@ class Block:
     @property
     def elements(self) -> int:
         """Numbers in its own parameters."""
-        return sum(_size(self.leaves[p]) for p in self.owned)
+        return sum(math.prod(self.leaves[p]) for p in self.owned)
 
 
 class Chain:
@@ -175,10 +176,3 @@ def _filled(state: nnx.State, leaves: Leaves) -> nnx.State:
 
 def _positions(x: jax.Array) -> jax.Array:
     return jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    out = 1
-    for n in shape:
-        out *= n
-    return out
