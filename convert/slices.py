@@ -39,7 +39,7 @@ def read_block(file: Path, offset: int, dtype: np.dtype, shape: tuple[int, ...],
     cut = max((i for i, ((a, b), size) in enumerate(zip(ends, shape, strict=True)) if b - a < size), default=0)
     inner = math.prod(shape[cut + 1 :]) * dtype.itemsize
     skip, run = ends[cut][0] * inner, (ends[cut][1] - ends[cut][0]) * inner
-    row = shape[cut] * inner if shape else run
+    row = shape[cut] * inner
     leading = [np.arange(a, b) for a, b in ends[:cut]]
     rows = np.zeros(1, np.int64)
     for size, wanted in zip(shape[:cut], leading, strict=True):
