@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from awq_jax.errors import ShapeError
-from awq_jax.kernels import dispatch, triton_matmul
+from awq_jax.kernels import dispatch
+from awq_jax.kernels.parallel import vary_as
 from awq_jax.qtensor import QuantizedTensor
 
 FEW_ROWS = 16  # up to here every row fetches its expert
@@ -128,11 +129,10 @@ def _scan(tiled: jax.Array, q: QuantizedTensor, owner: jax.Array, impl: str, out
         return dispatch.matmul(x, one, impl=impl, preferred_element_type=out_dtype)
 
     # Inside shard_map both branches must differ along the same axes of the mesh.
-    axes = frozenset().union(*(triton_matmul._varying(a) for a in jax.tree.leaves((tiled, q, owner))))
+    all_arrays = jax.tree.leaves((tiled, q, owner))
 
     def empty(x: jax.Array, e: jax.Array) -> jax.Array:
-        y = jnp.zeros((len(x), q.n), out_dtype)
-        return lax.pcast(y, tuple(axes), to="varying") if axes else y
+        return vary_as(jnp.zeros((len(x), q.n), out_dtype), *all_arrays)
 
     def step(_: None, tile: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
         x, e = tile

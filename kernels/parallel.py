@@ -66,6 +66,19 @@ def on_each(f: Callable[[QuantizedTensor], QuantizedTensor], q: QuantizedTensor)
     return dataclasses.replace(jax.tree.unflatten(jax.tree.structure(after), arrays), placement=place)
 
 
+def varying(a: jax.Array) -> frozenset[Any]:
+    """The mesh axes of the enclosing shard_map along which ``a`` differs."""
+    kind: Any = jax.typeof(a)
+    return kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma
+
+
+def vary_as(y: jax.Array, *arrays: Any) -> jax.Array:
+    """``y``, which inside shard_map does not say that it differs along the mesh axes of ``arrays``, says so."""
+    axes = frozenset().union(*(varying(a) for a in arrays if isinstance(a, jax.Array)))
+    missing = tuple(axes - varying(y))
+    return lax.pcast(y, missing, to="varying") if missing else y
+
+
 def summed(
     run: Callable[..., jax.Array], params: T, cut: Callable[[Any, Any], P], place: Placement, *args: jax.Array
 ) -> jax.Array:

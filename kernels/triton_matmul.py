@@ -20,6 +20,7 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 
 from awq_jax.kernels import layout, tuned, xla
+from awq_jax.kernels.parallel import vary_as
 from awq_jax.qtensor import QuantizedTensor
 
 DTYPES = ("bfloat16", "float16")
@@ -272,17 +273,7 @@ def _call(spec: Spec, choice: tuned.Config, arguments, grid, result, constants) 
         **{out_keyword: result},
         **constants,
     )
-    varying = frozenset().union(*(_varying(a) for a in arguments if isinstance(a, jax.Array)))
-    missing = tuple(varying - _varying(y))
-    if missing:  # inside shard_map: the call does not say along which mesh axes its result differs
-        y = lax.pcast(y, missing, to="varying")
-    return y
-
-
-def _varying(a: jax.Array) -> frozenset[Any]:
-    """The mesh axes of the enclosing shard_map along which ``a`` differs."""
-    kind: Any = jax.typeof(a)
-    return kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma
+    return vary_as(y, *arguments)
 
 
 @functools.cache

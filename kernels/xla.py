@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from awq_jax.kernels.parallel import vary_as
 from awq_jax.qtensor import QuantizedTensor
 
 GROUPED_ROWS = 64  # above this the [m, groups, N] partial sums cost more than the dequantized weight
 MMA_ROWS = 16  # rows of the smallest tensor-core tile; XLA turns fewer rows into a materialised weight
+TILE = 1 << 23  # weights dequantized at once on CUDA
+COLUMNS = 128  # a tile has a multiple of so many
 
 
 def form(m: int, platform: str) -> tuple[str, str]:
@@ -29,8 +34,9 @@ def form(m: int, platform: str) -> tuple[str, str]:
 
 def matmul(x: jax.Array, q: QuantizedTensor, out_dtype: Any, platform: str) -> jax.Array:
     """``x [*B, m, K] @ q [*B, K, N]`` in the form that suits; ``inv_scale`` and ``perm`` are not applied here."""
-    run = grouped if form(x.shape[-2], platform)[0] == "grouped" else dequantize
-    return run(x, q, out_dtype)
+    if form(x.shape[-2], platform)[0] == "grouped":
+        return grouped(x, q, out_dtype)
+    return dequantize(x, q, out_dtype) if platform in ("cpu", "tpu") else tiled(x, q, out_dtype)
 
 
 def dequantize(x: jax.Array, q: QuantizedTensor, out_dtype: Any) -> jax.Array:
@@ -47,6 +53,39 @@ def dequantize(x: jax.Array, q: QuantizedTensor, out_dtype: Any) -> jax.Array:
     # Otherwise the weights, which depend on nothing, may all be dequantized at the start of the program.
     x, q = lax.optimization_barrier((x, q))
     return _batched_dot(x, q.dequantize_canonical(x.dtype)).astype(out_dtype)
+
+
+def tiled(x: jax.Array, q: QuantizedTensor, out_dtype: Any) -> jax.Array:
+    """`dequantize`, at most about `TILE` weights at a time, one tile of columns after the other.
+
+    The loop also keeps XLA on CUDA from writing out two weights in one fusion because they wait for the same ``x``.
+    Of a tile that would end beyond the last column, columns that are there already are made again.
+    """
+    n = q.n
+    parts = -(-math.prod(q.batch) * q.k * n // TILE)
+    width = -(-n // max(parts * COLUMNS, 1)) * COLUMNS
+    if parts < 2 or width >= n:
+        return dequantize(x, q, out_dtype)
+
+    def tile(i: jax.Array, y: jax.Array) -> jax.Array:
+        start = jnp.minimum(i * width, n - width)
+        part = dequantize(x, _columns(q, start, width), out_dtype)
+        return lax.dynamic_update_slice_in_dim(y, part, start, axis=-1)
+
+    y = jnp.zeros((*x.shape[:-1], n), out_dtype)
+    return lax.fori_loop(0, -(-n // width), tile, vary_as(y, x, *jax.tree.leaves(q)))
+
+
+def _columns(q: QuantizedTensor, start: jax.Array, width: int) -> QuantizedTensor:
+    """``width`` columns of ``q`` from ``start``."""
+
+    def cut(a: jax.Array | None, axis: int = -1) -> jax.Array | None:
+        return None if a is None else lax.dynamic_slice_in_dim(a, start, width, axis)
+
+    return dataclasses.replace(
+        q, qweight=cut(q.qweight, -2 if q.layout == "cuda" else -1), scales=cut(q.scales), zeros=cut(q.zeros),
+        offsets=cut(q.offsets), axes="b" * len(q.batch) + "kn", k_dims=(q.k,), n_dims=(width,),
+    )  # fmt: skip
 
 
 def grouped(x: jax.Array, q: QuantizedTensor, out_dtype: Any) -> jax.Array:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -157,6 +160,23 @@ def test_the_form_follows_rows_and_platform():
     assert "i4[" in text, "the CUDA form keeps the codes as int4"
     assert "i4[" not in str(jax.make_jaxpr(lambda x: dot(x, q))(x))
     assert error(xla.matmul(x, q, jnp.float32, "cuda"), np.asarray(x, np.float64) @ w) < 2e-6
+
+
+@pytest.mark.parametrize("form", ["canonical", "cuda", "offsets"])
+def test_tiles_of_columns_join(monkeypatch, form):
+    q, w = random_packed(64, 300, group_size=32)
+    if form == "offsets":
+        q = dataclasses.replace(q, zeros=None, offsets=-q.zeros.astype(jnp.float32) * q.scales)
+    elif form == "cuda":
+        q = kernels.prepare(q, "cuda")
+    x = activation(70, 64)
+    monkeypatch.setattr(xla, "TILE", 64 * 140)  # three tiles of 128 columns, of which the last reaches back
+    run = functools.partial(xla.matmul, out_dtype=jnp.float32, platform="cuda")
+    assert "length=3" in str(jax.make_jaxpr(run)(x, q))
+    assert error(run(x, q), np.asarray(x, np.float64) @ w) < 2e-6
+    dx = jax.grad(lambda x: (run(x, q) * jnp.arange(300.0)).sum())(x)
+    assert error(dx, np.broadcast_to(w @ np.arange(300.0), x.shape)) < 2e-6
+    assert error(jax.vmap(lambda x: run(x, q))(jnp.stack([x, 2 * x]))[1], 2 * np.asarray(x, np.float64) @ w) < 2e-6
 
 
 def test_explain_says_what_runs():
