@@ -5,25 +5,32 @@
 In this order: checks each kernel on fresh random data against float64; decodes a model of Llama 3's shape with packed
 weights (memory first, while the allocator's peak is its own) and with bfloat16 ones; tunes the tile sizes of the shapes
 the targets are about, and uses what it found; measures products against XLA in bfloat16 and other libraries; then other
-shapes. Results are written after every row, so that a run cut short keeps what it has: ``gpu_<chip>.json``, the same as
-a table in ``gpu_<chip>.md``, and ``tuned_<chip>.json``, to be copied to ``kernels/tuned/<chip>.json``. ``--dry-run``
-rehearses all of it in small on a CPU, with the kernels' place taken by XLA.
+shapes. No piece of this may take more than two minutes, and a run that hangs all the same ends itself 54 seconds after
+``--minutes``. Results are written after every row, so that a run cut short keeps what it has: ``gpu_<chip>.json``,
+whose ``running`` says at what it was, the same as a table in ``gpu_<chip>.md``, and ``tuned_<chip>.json``, to be copied
+to ``kernels/tuned/<chip>.json``. ``--dry-run`` rehearses all of it in small on a CPU, with the kernels' place taken by
+XLA.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import faulthandler
 import json
 import os
+import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs room on the card too
 
+LONGEST = 120.0  # seconds for one piece: a model made, compiled and timed takes longest
+GRACE, OVER = 40.0, 54.0  # seconds after --minutes: no piece runs longer, and the process ends
 FIRST = ((8192, 8192), (4096, 14336))  # what the targets are about
 THEN = ((14336, 4096), (8192, 28672))
 # (kernel, rows): odd numbers too, and several tiles.
@@ -75,6 +82,16 @@ def correctness(seed: int, many: int | None) -> Any:
             yield row | {"error": f"{type(e).__name__}: {str(e)[:300]}", "correct": False}
 
 
+@contextlib.contextmanager
+def ended_after(seconds: float) -> Iterator[None]:
+    """End the process, saying where it was, if this takes longer, even in a call that never comes back to Python."""
+    faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or 2)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
 class Run:
     """Time, results and files of one run."""
 
@@ -99,16 +116,25 @@ class Run:
 
     def part(self, name: str, until: float, work: Callable[[], Any]) -> None:
         """``work`` yields after each piece; no piece is begun once a share ``until`` of the time is over."""
+        from awq_jax.bench.peers import deadline
+
+        self.result["running"] = name
+        self.save()
         try:
-            if self.left(until):
-                for _ in work():
-                    self.save()
-                    if not self.left(until):
-                        print(f"{name}: stopped for time", flush=True)
+            pieces = iter(work()) if self.left(until) else iter(())
+            while True:
+                left = self.start + self.seconds + GRACE - time.monotonic()
+                with deadline(min(LONGEST, max(left, 1.0))):
+                    if next(pieces, self) is self:
                         break
+                self.save()
+                if not self.left(until):
+                    print(f"{name}: stopped for time", flush=True)
+                    break
         except Exception:  # one part that fails must not cost the others
             self.result["failures"].append({"part": name, "error": traceback.format_exc()[-2000:]})
             print(f"{name} FAILED: {self.result['failures'][-1]['error'][-300:]}", flush=True)
+        self.result["running"] = None
         self.save()
         print(f"-- {name}: {time.monotonic() - self.start:.0f} s", flush=True)
 
@@ -146,12 +172,19 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse, and measure within the time given."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="directory for the results")
     parser.add_argument("--minutes", type=float, default=8.5, help="begin nothing after so long (default: 8.5)")
     parser.add_argument("--seed", type=int, default=int(time.time()) % 100_000)
     parser.add_argument("--dry-run", action="store_true", help="rehearse in small, without a card")
     args = parser.parse_args(arguments)
+    with ended_after(60 * args.minutes + OVER):
+        everything(args)
+
+
+def everything(args: argparse.Namespace) -> None:
+    """All parts, the most wanted first."""
     from awq_jax.bench import decoding, products, timing
     from awq_jax.commands.bench import device
     from awq_jax.kernels import triton_matmul, tuned, xla
@@ -182,7 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def decode(name: str, bits: int | None) -> Callable[[], Any]:
         def work() -> Any:
             top = timing.Ceilings(**result["ceilings"])
-            sizes = {"context": 512, "steps": 64} if chip else {"context": 16, "steps": 2, "layers": 1}
+            sizes: dict[str, Any] = {"context": 512, "steps": 64} if chip else {"context": 16, "steps": 2, "layers": 1}
             tables = {"tables": "tuned here" if result["tuned"] else "tables as shipped"}
             row = decoding.run(name if chip else "small", bits, top, **sizes) | tables
             result["decode"].append(row)

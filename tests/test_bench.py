@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -105,6 +107,28 @@ def test_a_run_on_a_card_keeps_what_it_has(gpu, tmp_path):
     run.part("three", 0.5, lambda: (run.__setattr__("seconds", 600) for _ in range(9)))
     assert len(result["failures"]) == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["gpu_d.json", "gpu_d.md"]
+
+
+def test_no_piece_of_a_run_takes_too_long(gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "LONGEST", 0.3)
+    result = {"device": "d", "seed": 1, "correctness": [], "kernels": [], "decode": [], "failures": []}
+    run, done = gpu.Run(tmp_path, 10, "d", result), []
+
+    def work():
+        yield done.append(json.loads((tmp_path / "gpu_d.json").read_text())["running"])
+        with peers.deadline(60):  # a limit within the limit, which gives it back
+            pass
+        time.sleep(30)
+
+    run.part("slow", 1.0, work)
+    run.part("next", 1.0, lambda: (done.append(i) for i in range(2)))
+    assert done == ["slow", 0, 1]
+    assert "more than 0.3 s" in result["failures"][0]["error"]
+    code = "import gpu\nwith gpu.ended_after(0.3): sum(range(10**12))  # never looks for signals"
+    here = Path(__file__).parents[1] / "benchmarks"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=here, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1
+    assert "Timeout" in ended.stderr
 
 
 @pytest.mark.slow

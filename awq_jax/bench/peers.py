@@ -10,6 +10,7 @@ import contextlib
 import signal
 import statistics
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -71,7 +72,10 @@ def measure(
 
 @contextlib.contextmanager
 def deadline(seconds: float) -> Iterator[None]:
-    """Raise `TimeoutError` in what runs longer; no limit outside of the main thread, or without such signals."""
+    """Raise `TimeoutError` in what runs longer; no limit outside of the main thread, or without such signals.
+
+    One limit within another ends with it, and gives it back what time it has left.
+    """
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return
@@ -79,13 +83,16 @@ def deadline(seconds: float) -> Iterator[None]:
     def stop(number: int, frame: Any) -> None:
         raise TimeoutError(f"took more than {seconds} s")
 
+    start, outer = time.monotonic(), signal.setitimer(signal.ITIMER_REAL, 0)[0]
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, min(seconds, outer or seconds))
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        if outer:  # at least a moment, since zero would be no limit
+            signal.setitimer(signal.ITIMER_REAL, max(outer - (time.monotonic() - start), 1e-3))
 
 
 def _graph_time(torch: Any, products: list[Product], x: Any, seconds: float) -> float:
