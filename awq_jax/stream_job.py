@@ -148,10 +148,11 @@ class Job:
     def disk(self) -> int:
         """Bytes that the run will need on the disk, roughly (from above), with what it has written by now.
 
-        The packed blocks, the result made of them, and two boundaries of hidden states.
+        The packed blocks, the result made of them with what its next file is made of, and two boundaries of
+        hidden states.
         """
         packed = sum(map(self.packed_bytes, self.session.blocks))
-        return 2 * packed + (2 * self.hidden_bytes() if self.options.hidden == "disk" else 0)
+        return 2 * packed + min(packed, writing.SHARD) + (2 * self.hidden_bytes() if self.options.hidden == "disk" else 0)
 
     def packed_bytes(self, block: Block) -> int:
         """Bytes that a block will take, roughly (from above)."""

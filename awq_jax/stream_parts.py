@@ -26,7 +26,6 @@ from awq_jax.qtensor import QuantizedTensor
 log = logging.getLogger(__name__)
 
 Tensors = Iterable[tuple[str, np.ndarray | QuantizedTensor]]
-SHARD = 256 << 20  # bytes of a file of the result; a block that is larger has a file of its own
 
 
 def write_tensors(work: Path, number: int, tensors: Tensors) -> tuple[list[Record], list[str]]:
@@ -109,7 +108,7 @@ def _write(
     out.mkdir()
     encoder = writing.encoder_of(format, target)
     records: list[Record] = []
-    writer = ShardWriter(out, SHARD)
+    writer = ShardWriter(out, writing.SHARD, spool=True)
     for name in names:
         value = parts.read(name)
         encoded = pipeline.encode(encoder, name, value, target, lossy=False)

@@ -183,10 +183,17 @@ def memory(args: argparse.Namespace) -> dict[str, Any]:
         "block_bytes": block,
         "hidden_bytes": states,
         "peak_bytes": peak,
+        "highest_seen_in_each_tenth_bytes": _by_tenths(samples[:-1]),
         "allowed_bytes": allowed,
         "within": peak <= allowed,
         "seconds": samples[-1][0],
     }
+
+
+def _by_tenths(samples: list[tuple[float, int]]) -> list[int]:
+    """Highest resident bytes of ten equal stretches of time (looked at ten times a second, unlike the peak)."""
+    end = samples[-1][0]
+    return [max((b for t, b in samples if i <= 10 * t / end <= i + 1), default=0) for i in range(10)]
 
 
 def kills(args: argparse.Namespace) -> dict[str, Any]:

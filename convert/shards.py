@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
+import math
 import os
 import secrets
 import shutil
@@ -17,18 +19,21 @@ from awq_jax.convert.safetensors_io import DTYPES, INDEX, SINGLE, read_header
 from awq_jax.errors import CheckpointError, ConfigError
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+SPOOL = "spool.bin"
 
 
 class ShardWriter:
     """Collects tensors and writes a shard whenever the next one would exceed ``max_shard_bytes``.
 
-    Memory: the tensors of one shard. A tensor larger than the bound gets a shard of its own.
+    Memory: the tensors of one shard, or with ``spool`` those of one `add`. A tensor larger than the bound gets
+    a shard of its own.
 
     Args:
       directory: where the files go; it must exist.
       max_shard_bytes: bound on the tensor bytes of a file.
       done: tensor names of the shards an earlier run has finished in this directory (`part_name`).
       on_shard: called with a shard's number once it is on disk.
+      spool: keep the tensors of the shard to come in a file rather than in memory.
     """
 
     def __init__(
@@ -37,12 +42,14 @@ class ShardWriter:
         max_shard_bytes: int,
         done: Sequence[Sequence[str]] = (),
         on_shard: Callable[[int], None] | None = None,
+        spool: bool = False,
     ) -> None:
         if max_shard_bytes < 1:
             raise ConfigError(f"max_shard_bytes must be positive; got {max_shard_bytes}")
         self._directory = directory
         self._limit = max_shard_bytes
-        self._pending: dict[str, np.ndarray] = {}
+        self._spool = directory / SPOOL if spool else None
+        self._pending: dict[str, Any] = {}
         self._metadata: dict[str, str] = {}
         self._shards: list[list[str]] = [list(names) for names in done]
         self._on_shard = on_shard
@@ -64,7 +71,8 @@ class ShardWriter:
         size = sum(a.nbytes for a in tensors.values())
         if self._pending and self._bytes + size > self._limit:
             self._flush()
-        self._pending.update(tensors)
+        for name, array in tensors.items():
+            self._pending[name] = array if self._spool is None else _spooled(self._spool, array)
         self._metadata.update(metadata or {})
         self._bytes += size
 
@@ -91,9 +99,40 @@ class ShardWriter:
         if self._on_shard is not None:
             self._on_shard(number)
         self._pending, self._metadata, self._bytes = {}, {}, 0
+        if self._spool is not None:
+            self._spool.unlink(missing_ok=True)
 
 
-def write_file(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+@dataclasses.dataclass(frozen=True)
+class _Spooled:
+    """An array in a file, read whenever it is converted."""
+
+    path: Path
+    offset: int
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        count = math.prod(self.shape)
+        return np.fromfile(self.path, self.dtype, count=count, offset=self.offset).reshape(self.shape)
+
+
+def _spooled(path: Path, array: np.ndarray) -> _Spooled:
+    with path.open("ab") as f:
+        offset = f.tell()
+        f.write(_bytes(array))
+    return _Spooled(path, offset, array.dtype, array.shape)
+
+
+def _bytes(array: Any) -> memoryview:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+def write_file(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
     """One safetensors file, flushed to disk. Same tensors, same bytes."""
     # Widest dtype first keeps every tensor aligned to its item size.
     names = sorted(tensors, key=lambda n: (-tensors[n].dtype.itemsize, n))
@@ -112,7 +151,7 @@ def write_file(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[
     with path.open("wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            f.write(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8).data)
+            f.write(_bytes(tensors[name]))
         _sync(f)
 
 

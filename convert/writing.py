@@ -21,6 +21,7 @@ from awq_jax.convert.source import COMPANIONS, Source
 from awq_jax.errors import CheckpointError, ConfigError, FormatError
 from awq_jax.qtensor import QuantizedTensor
 
+SHARD = 4 << 30  # bytes of a file, if nothing else is asked for
 AUTO = ("gemm", "compressed-tensors", "awq-jax")  # the first that holds the weights as they are
 log = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ def write_checkpoint(
     settings: AwqConfig | None = None,
     tokenizer: Any = None,
     extra: Source | None = None,
-    max_shard_bytes: int = 4 << 30,
+    max_shard_bytes: int = SHARD,
     overwrite: bool = False,
     allow_lossy: bool = False,
 ) -> list[Record]:

@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 
 from awq_jax.convert.safetensors_io import INDEX, SafetensorsDir, read_header
-from awq_jax.convert.shards import ShardWriter, atomic_directory, write_file
+from awq_jax.convert.shards import SPOOL, ShardWriter, atomic_directory, write_file
 from awq_jax.errors import CheckpointError, ConfigError
 
 TORCH = {
@@ -365,3 +365,25 @@ def test_existing_targets(tmp_path: Path) -> None:
     assert siblings(dst) == ["new"]
     (tmp_path / "plain").mkdir()
     assert dst.stat().st_mode == (tmp_path / "plain").stat().st_mode  # not private, as mkdtemp would make it
+
+
+def test_a_spooled_shard_is_the_same_file(tmp_path):
+    """Memory or disk: what is collected there ends in the same bytes, and the spool is gone."""
+    r = np.random.default_rng(0)
+    tensors = {
+        "a": r.normal(size=(5, 3)).astype(np.float32),
+        "b": r.normal(size=(7,)).astype(ml_dtypes.bfloat16),
+        "c": r.integers(0, 99, (2, 3, 4)).astype(np.int32).transpose(2, 0, 1),
+        "d": np.zeros((0, 3), np.float16),
+        "e": np.float32(3.5).reshape(()),
+    }
+    for name in ("memory", "disk"):
+        (tmp_path / name).mkdir()
+        writer = ShardWriter(tmp_path / name, 100, spool=name == "disk")
+        for key, value in tensors.items():
+            writer.add({key: value}, {key: "x"})
+            assert (tmp_path / name / SPOOL).exists() == (name == "disk")
+        writer.close()
+    files = [{f.name: f.read_bytes() for f in (tmp_path / name).iterdir()} for name in ("memory", "disk")]
+    assert len(files[0]) > 2
+    assert files[0] == files[1]
