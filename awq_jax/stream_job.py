@@ -152,7 +152,8 @@ class Job:
         hidden states.
         """
         packed = sum(map(self.packed_bytes, self.session.blocks))
-        return 2 * packed + min(packed, writing.SHARD) + (2 * self.hidden_bytes() if self.options.hidden == "disk" else 0)
+        states = 2 * self.hidden_bytes() if self.options.hidden == "disk" else 0
+        return 2 * packed + min(packed, writing.SHARD) + states
 
     def packed_bytes(self, block: Block) -> int:
         """Bytes that a block will take, roughly (from above)."""
