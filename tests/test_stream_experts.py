@@ -11,7 +11,7 @@ import pytest
 from tiny import randomized
 
 import awq_jax
-from awq_jax import blockwise, expert_grams, paths
+from awq_jax import blockwise, expert_grams, paths, stream_parts
 from awq_jax.calibration import Stats
 from awq_jax.config import AwqConfig
 from awq_jax.hidden import InMemory
@@ -31,8 +31,8 @@ def checkpoint(tmp_path_factory):
     return directory
 
 
-def quantize(source, target) -> tuple[dict[str, bytes], Report]:
-    done = awq_jax.quantize_checkpoint(source, target, TOKENS, **FAST)
+def quantize(source, target, **options) -> tuple[dict[str, bytes], Report]:
+    done = awq_jax.quantize_checkpoint(source, target, TOKENS, **FAST, **options)
     return {f.name: f.read_bytes() for f in target.iterdir()}, done.report
 
 
@@ -65,6 +65,29 @@ def test_experts_some_at_a_time_end_alike(checkpoint, whole, tmp_path, monkeypat
     for row, want in zip(report.layers, whole[1].layers, strict=True):
         assert (row.path, row.ratio, row.scale, row.reason) == (want.path, want.ratio, want.scale, want.reason)
         assert row.error == pytest.approx(want.error, rel=1e-3)  # sums of other shapes round otherwise
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hidden", ["memory", "disk"])
+def test_a_run_that_breaks_off_among_such_blocks_continues_with_the_same_bytes(
+    checkpoint, tmp_path, monkeypatch, hidden
+):
+    """What comes out of the finished blocks is made by the program that made it before."""
+    monkeypatch.setattr(expert_grams, "BUDGET", 2 * 4 * 32**2)
+    want, _ = quantize(checkpoint, tmp_path / "want")
+    write, parts = stream_parts.write_file, iter(range(100))
+
+    def stopped(*args):
+        if next(parts) == 2:
+            raise KeyboardInterrupt
+        return write(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stream_parts, "write_file", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(checkpoint, tmp_path / "out", hidden=hidden)
+    got, _ = quantize(checkpoint, tmp_path / "out", hidden=hidden, resume=True)
+    assert got == want
 
 
 def test_grams_of_some_experts_are_those_of_all(checkpoint, monkeypatch):
