@@ -159,7 +159,7 @@ def _tune(args: argparse.Namespace) -> dict[str, Any]:
 
     chip = tuned.local_chip()
     if chip is None:
-        raise BackendError("there is nothing to tune: this process has no NVIDIA GPU; run it on the machine that serves")
+        raise BackendError("there is nothing to tune: this process has no NVIDIA GPU; run it where it serves")
     reason = triton_matmul.unavailable()
     if reason is not None:
         raise BackendError(f"there is nothing to tune: {reason}")
