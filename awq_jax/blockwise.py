@@ -202,7 +202,7 @@ class Session:
         """All batches through a block, once; ``keep``: what comes out goes into the next block."""
         step, pool = self._step(block, wanted, keep), self.pool
         copies = pool.spread(dict(leaves))
-        sums = Sums(pool, wanted, block.prefix)
+        sums, seen = Sums(pool, wanted, block.prefix), ""
         for first in range(0, batches, pool.size):
             count = min(pool.size, batches - first)
             made = {}
@@ -217,12 +217,12 @@ class Session:
             out = {i: y for i, (y, _) in made.items() if y is not None}
             del made  # no statistics of this round are there during the next
             for i, y in out.items():
-                self.activations = y.dtype.name
+                seen = y.dtype.name
                 hidden.put(i, np.asarray(y))
         if keep:
             hidden.turn()
         # A process without a batch learns it from the others.
-        self.activations = next(filter(None, pool.meet(self.activations or "")), None)
+        self.activations = next(filter(None, pool.meet(seen)), self.activations)
         return sums
 
     def quantize(self, block: Block, leaves: Mapping[str, Any], stats: Mapping[str, Stats]) -> Done:

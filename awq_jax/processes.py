@@ -32,6 +32,7 @@ EXIT = 3  # exit code of a process that was ended because of another
 GRACE = 10.0  # seconds that a process has to end by itself once another is lost
 NOTICE = 5.0  # seconds in which a failed collective is explained by the loss of a process
 CONNECT = 60.0  # seconds
+HELLO = 5.0  # seconds for a process that has connected to say which it is
 AGAIN = "Run the same command again in every process: it continues after the last finished block"
 _ADDRESS = 1024  # bytes
 
@@ -205,16 +206,27 @@ def _form() -> Team:
         while len(links) < size - 1:
             try:
                 link, _ = server.accept()
-                link.settimeout(CONNECT)
-                _, (told_token, other) = _read(link)
-            except (OSError, EOFError, ValueError) as e:
+            except OSError as e:
                 raise ConfigError(f"{size - 1 - len(links)} processes did not connect to process 0 ({e})") from e
-            if told_token == token:
-                _write(link, ["welcome", token])
-                links[int(other)] = _prepared(link)
-            else:
+            other = _welcomed(link, token)
+            if other is None:  # a stranger
                 link.close()
+            else:
+                links[other] = _prepared(link)
     return Team(rank, size, links)
+
+
+def _welcomed(link: socket.socket, token: str) -> int | None:
+    """The number of the process that has connected, or None if it is not one of this run."""
+    try:
+        link.settimeout(HELLO)
+        _, greeting = _read(link, 4096)
+        if not isinstance(greeting, list) or len(greeting) != 2 or greeting[0] != token:
+            return None
+        _write(link, ["welcome", token])
+        return int(greeting[1])
+    except (OSError, EOFError, ValueError, TypeError):
+        return None
 
 
 def _connect(hosts: list[str], port: int, token: str, rank: int) -> socket.socket:
@@ -254,8 +266,10 @@ def _write(link: socket.socket, message: list[Any]) -> None:
     link.sendall(struct.pack(">Q", len(data)) + data)
 
 
-def _read(link: socket.socket) -> list[Any]:
+def _read(link: socket.socket, limit: int | None = None) -> list[Any]:
     (size,) = struct.unpack(">Q", _exactly(link, 8))
+    if limit is not None and size > limit:
+        raise ValueError("not a message")
     message = json.loads(_exactly(link, size))
     if not isinstance(message, list) or len(message) != 2:
         raise ValueError("not a message")
@@ -282,7 +296,7 @@ _HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_int)
 
 @_HANDLER
 def _aborted(number: int) -> None:
-    _end(f"process 0 died, or another cannot be reached any more (see above). {AGAIN}")
+    _end(f"this process was aborted. If nothing above says why, process 0 has died. {AGAIN}")
 
 
 def _explain_aborts() -> None:

@@ -8,6 +8,7 @@ manifest (see `awq_jax.convert.manifest`), and, if they are kept on disk, the hi
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import shutil
 import time
@@ -143,10 +144,11 @@ def run(job: Job, *, resume: bool = False, restart: bool = False, progress: bool
             report = _report(job, done)
             report.seconds["save"] += time.perf_counter() - start
     except OSError as e:
-        raise CheckpointError(
-            f"cannot write {job.path}: {e}. Free some space and run the same command again: it continues after the "
-            "last finished block"
-        ) from e
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            told = f"cannot write {job.path}: {e}. Free some space and"
+        else:
+            told = f"{job.path} could not be finished: {e}. Repair what that names and"
+        raise CheckpointError(f"{told} run the same command again: it continues after the last finished block") from e
     if not pool.rank:
         _tidy(job)
     if problem:

@@ -148,12 +148,12 @@ class Job:
     def disk(self) -> int:
         """Bytes that the run will need on the disk, roughly (from above), with what it has written by now.
 
-        The packed blocks, the result made of them with what its next file is made of, and two boundaries of
-        hidden states.
+        The packed blocks, and three boundaries of hidden states while there are any; or the result made of those
+        blocks, and what its next file is made of.
         """
         packed = sum(map(self.packed_bytes, self.session.blocks))
-        states = 2 * self.hidden_bytes() if self.options.hidden == "disk" else 0
-        return 2 * packed + min(packed, writing.SHARD) + states
+        boundary = self.hidden_bytes() if self.options.hidden == "disk" else 0
+        return packed + max(packed + min(packed, writing.SHARD) + boundary, 3 * boundary)
 
     def packed_bytes(self, block: Block) -> int:
         """Bytes that a block will take, roughly (from above)."""

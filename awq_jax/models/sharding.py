@@ -203,6 +203,8 @@ def _experts(cuts: _Cuts, place: str, c: MoEConfig) -> None:
     into = [p for n in ("gate_proj", "up_proj", "gate_up_proj") if (p := f"{place}/{n}/kernel") in cuts.leaves]
     down = f"{place}/down_proj/kernel"
     why = cuts.no_rows(down) or next(filter(None, map(cuts.no_columns, into)), "")
+    if any("gate_up_proj" in p for p in into):
+        why = why or "gate and up lie in one weight, which is not cut into columns"
     packed = {cuts.leaves[p].group is not None for p in (*into, down)}
     if not why:
         for path in into:
