@@ -168,7 +168,8 @@ def memory(args: argparse.Namespace) -> dict[str, Any]:
     config = json.loads((args.directory / "config.json").read_text())
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     itemsize = 4 if config["torch_dtype"] == "float32" else 2
-    block = (4 * hidden**2 + 3 * hidden * inner) * itemsize
+    layer = (4 * hidden**2 + 3 * hidden * inner) * itemsize
+    block = max(layer, config["vocab_size"] * hidden * itemsize)  # the embedding and the head are blocks too
     states = args.samples * args.seq_len * hidden * itemsize if args.hidden == "memory" else 0
     calib = tokens(args.directory, args.out.parent, args.samples, args.seq_len)
     log = args.out.with_suffix(".log")
@@ -180,7 +181,8 @@ def memory(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "checkpoint_bytes": sum(f.stat().st_size for f in args.directory.glob("*.safetensors")),
         "layers": config["num_hidden_layers"],
-        "block_bytes": block,
+        "layer_bytes": layer,
+        "largest_block_bytes": block,
         "hidden_bytes": states,
         "peak_bytes": peak,
         "highest_seen_in_each_tenth_bytes": _by_tenths(samples[:-1]),
