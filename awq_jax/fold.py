@@ -70,17 +70,13 @@ class Folder:
             for a in g.absorbers:
                 self._absorbers.setdefault(a.path, []).append((g, a))
 
-    def leaf(self, path: str, leaf: Any, *, sites: bool = True, absorbers: bool = True) -> Any:
+    def leaf(self, path: str, leaf: Any) -> Any:
         """The parameter with its scales folded in: same shape and dtype, computed in float32 or wider.
-
-        Args:
-          sites: multiply, where it is a weight of a scaled group.
-          absorbers: divide, where it absorbs a scale.
 
         Raises:
           WeightError: the parameter is packed already.
         """
-        factors = self.factors(path, sites=sites, absorbers=absorbers)
+        factors = self.factors(path)
         if not factors:
             return leaf
         if is_quantized(leaf):
@@ -88,10 +84,9 @@ class Folder:
         arrays, kinds = split(factors)
         return _folded(leaf, arrays, kinds=kinds)
 
-    def factors(self, path: str, *, sites: bool = True, absorbers: bool = True) -> tuple[Factor, ...]:
-        """What `leaf` does with a parameter, step by step."""
-        divide = self._absorbers.get(path, []) if absorbers else []
-        multiply = self._sites.get(path, []) if sites else []
+    def factors(self, path: str) -> tuple[Factor, ...]:
+        """What `leaf` does with a parameter: divide where it absorbs a scale, multiply where it is a site's weight."""
+        divide, multiply = self._absorbers.get(path, []), self._sites.get(path, [])
         return (
             *(Factor("over", a.offset, absorber_scale(g, a, self._scales[g.name])) for g, a in divide),
             *(Factor("times", 0.0, site_scale(g, site, self._scales[g.name])) for g, site in multiply),
@@ -140,18 +135,6 @@ def absorber_scale(group: Group, absorber: Absorber, s: Any) -> Any:
 def _module(s: Any) -> Any:
     """What computes with ``s``: NumPy where that holds it, without compiling anything."""
     return np if isinstance(s, np.ndarray) else jnp
-
-
-def scale_sites(plan: Plan, params: Any, scales: Scales) -> Any:
-    """``params`` with the weights of every scaled group multiplied (see `Folder`)."""
-    folder = Folder(plan, scales)
-    return paths.map_with_path(lambda p, w: folder.leaf(p, w, absorbers=False), params)
-
-
-def divide_absorbers(plan: Plan, params: Any, scales: Scales) -> Any:
-    """``params`` with the absorbers of every scaled group divided (see `Folder`)."""
-    folder = Folder(plan, scales)
-    return paths.map_with_path(lambda p, w: folder.leaf(p, w, sites=False), params)
 
 
 def apply(plan: Plan, params: Any, scales: Scales) -> Any:
