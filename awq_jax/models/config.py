@@ -81,7 +81,7 @@ class AttentionConfig:
       heads, kv_heads, head_dim: query heads, key/value heads (a divisor), channels of each.
       fused: one matrix makes queries, keys and values: ``concatenated`` as all q, all k, all v;
         ``grouped`` per key/value head as its q heads, its k, its v. None: three matrices.
-      ways: ``concatenated`` in this many runs of columns (see `awq_jax.models.columns`).
+      ways: ``concatenated`` in this many runs of columns (see `awq_jax.models.side_by_side`).
       qkv_bias, o_bias: which linears have a bias.
       norm: of queries and keys; None for none.
       norm_rotated: they are normalised after they are rotated, instead of before.
@@ -184,7 +184,7 @@ class MLPConfig:
       activation: name in `awq_jax.models.mlp.ACTIVATIONS`.
       gated: there is a gate.
       fused: one matrix makes the gate and then the up half.
-      ways: it does so in this many runs of columns (see `awq_jax.models.columns`).
+      ways: it does so in this many runs of columns (see `awq_jax.models.side_by_side`).
       bias: the linears have biases.
       limit: the halves are clipped, the gate to at most ``limit`` and up to ``[-limit, limit]``, and
         multiplied as ``gate * sigmoid(steepness * gate) * (up + 1)``; None for the plain product.
