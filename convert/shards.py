@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import glob
 import json
 import math
 import os
@@ -200,7 +201,8 @@ def install(temporary: Path, dst: Path, overwrite: bool) -> None:
                 os.fsync(f.fileno())
     _sync_directory(temporary)
     refuse_existing(dst, overwrite)
-    old = dst.parent / f".{dst.name}.old-{os.getpid()}-{secrets.token_hex(4)}"
+    replaced = f".{dst.name}.old-"
+    old = dst.parent / f"{replaced}{os.getpid()}-{secrets.token_hex(4)}"
     if dst.exists():
         os.rename(dst, old)
     try:
@@ -210,7 +212,8 @@ def install(temporary: Path, dst: Path, overwrite: bool) -> None:
             os.rename(old, dst)
         raise
     _sync_directory(dst.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    for left in dst.parent.glob(f"{glob.escape(replaced)}*"):  # also by a process that was killed right here
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def refuse_existing(dst: Path, overwrite: bool, file: bool = False) -> None:

@@ -387,3 +387,13 @@ def test_a_spooled_shard_is_the_same_file(tmp_path):
     files = [{f.name: f.read_bytes() for f in (tmp_path / name).iterdir()} for name in ("memory", "disk")]
     assert len(files[0]) > 2
     assert files[0] == files[1]
+
+
+def test_what_a_kill_between_two_renames_left_is_removed(tmp_path):
+    dst, left, other = (tmp_path / n for n in ("out", ".out.old-1-aa", ".out2.old-1-aa"))
+    for directory in (left, other):
+        directory.mkdir()
+        (directory / "model.safetensors").write_bytes(b"x")
+    with atomic_directory(dst) as work:
+        (work / "new").write_bytes(b"y")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".out2.old-1-aa", "out"]
