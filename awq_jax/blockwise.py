@@ -72,6 +72,7 @@ class Session:
       skipped: path -> reason, of matmul weights left float.
       refused: kind of block -> name of a group within it -> why its scale is not absorbed after all.
       activations: dtype of hidden states, once there are any.
+      asked_again: seconds spent on the statistics of experts when they were asked for, within `quantize`.
 
     Raises:
       ShapeError: listing the weights that the group size does not divide.
@@ -91,6 +92,7 @@ class Session:
             self._groups.setdefault(self._owner(group.name), []).append(group)
         self._steps: dict[Hashable, Callable[..., Any]] = {}
         self.activations: str | None = None
+        self.asked_again = 0.0
 
     @property
     def blocks(self) -> list[Block]:
@@ -185,7 +187,9 @@ class Session:
     def _some_experts(
         self, block: Block, leaves: Mapping[str, Any], hidden: Hidden, batches: int, wanted: Wanted, start: int
     ) -> Any:
+        begun = time.perf_counter()
         sums = self._pass(block, leaves, hidden, batches, [wanted], keep=False, start=start)
+        self.asked_again += time.perf_counter() - begun
         return sums[block.prefix + wanted.group.name].gram
 
     def _pass(

@@ -167,15 +167,17 @@ def _trial(job: Job) -> dict[str, float]:
     compiled = clock() - start
     start = clock()
     stats = session.calibrate(first[1], leaves, before, len(batches))
-    calibrated = clock() - start
+    calibrated, again = clock() - start, session.asked_again
     done = session.quantize(first[1], leaves, stats)
+    again = session.asked_again - again  # grows with the tokens, as calibration does; the rest does not
+    rest = 1 - again / max(done.seconds["search"] + done.seconds["round"], again, 1e-9)
     share = sum(b.elements for b in _with_weights(job)) / max(first[1].elements, 1)
     tokens = sum(b.size for b in job.batches) / sum(b.size for b in batches)
     return {
         "compile": max(0.0, compiled - calibrated - sum(done.seconds.values())),
-        "calibrate": calibrated * tokens * share,
-        "search": done.seconds["search"] * share,
-        "round": done.seconds["round"] * share,
+        "calibrate": (calibrated + again) * tokens * share,
+        "search": done.seconds["search"] * rest * share,
+        "round": done.seconds["round"] * rest * share,
     }
 
 
