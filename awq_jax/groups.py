@@ -137,7 +137,7 @@ def round_group(
         rounded = _round(columns, means, group, found, leaf, config, dtype, pool, prepare)
         start = 0
         for t, p in zip(alike, parts, strict=True):
-            mine = Rounded(*(a[..., start : start + p.columns] for a in rounded))
+            mine = _Packed(*(a[..., start : start + p.columns] for a in rounded))
             start += p.columns
             q = _assemble(t, group, leaves[t.site.path], mine, found)
             row = _row(t, group, leaves[t.site.path], q, mine, found, means)
@@ -145,7 +145,7 @@ def round_group(
     return out
 
 
-class Rounded(NamedTuple):
+class _Packed(NamedTuple):
     """Rounded columns and their errors, ``[S, E, ..., N]``.
 
     Attributes:
@@ -186,12 +186,12 @@ def _round(
     dtype: str,
     pool: Pool,
     preparation: Callable[..., _Given],
-) -> Rounded:
+) -> _Packed:
     layers, experts = math.prod(group.scan), math.prod(group.batch)
     lead = (layers, experts, group.channels)
     scale = np.ones(lead, np.float32) if found.scale is None else np.asarray(found.scale).reshape(lead)
     compensated = config.method == "awq+gptq"
-    instances: list[Rounded] = []
+    instances: list[_Packed] = []
     for layer in range(layers):
 
         def fetch(e: int, layer: int = layer) -> Any:
@@ -200,15 +200,15 @@ def _round(
         def prepare(given: Any) -> _Given:
             return preparation(*given, rows=columns.rows, damping=config.damping if compensated else None)
 
-        def run(place: Place, e: int, piece: int, given: _Given, layer: int = layer) -> Rounded:
+        def run(place: Place, e: int, piece: int, given: _Given, layer: int = layer) -> _Packed:
             w = place(columns.piece(layer, e, piece))
             return _round_piece(w, given, leaf=leaf, nearest=config.method == "rtn", clip=config.clip, dtype=dtype)
 
         for pieces in sweep(pool, experts, columns.pieces, fetch, prepare, run):
             instances.append(
-                Rounded(*(np.concatenate(a, axis=-1)[..., : columns.total] for a in zip(*pieces, strict=True)))
+                _Packed(*(np.concatenate(a, axis=-1)[..., : columns.total] for a in zip(*pieces, strict=True)))
             )
-    return Rounded(*(np.stack(a).reshape(layers, experts, *a[0].shape) for a in zip(*instances, strict=True)))
+    return _Packed(*(np.stack(a).reshape(layers, experts, *a[0].shape) for a in zip(*instances, strict=True)))
 
 
 def _given(
@@ -226,7 +226,7 @@ _prepare_in_place = jax.jit(_given, static_argnames=("rows", "damping"), donate_
 
 
 @functools.partial(jax.jit, static_argnames=("leaf", "nearest", "clip", "dtype"))
-def _round_piece(w: jax.Array, given: _Given, *, leaf: LeafConfig, nearest: bool, clip: bool, dtype: str) -> Rounded:
+def _round_piece(w: jax.Array, given: _Given, *, leaf: LeafConfig, nearest: bool, clip: bool, dtype: str) -> _Packed:
     """Round ``w [K, C]``, which the scale is already multiplied into."""
     gram, factor, s = given
     r = round_matrix(w, None if nearest else gram, factor, leaf=leaf, clip=clip, dtype=dtype)
@@ -237,7 +237,7 @@ def _round_piece(w: jax.Array, given: _Given, *, leaf: LeafConfig, nearest: bool
         error = quantize_dequantize(plain, leaf.group_size, leaf.bits, leaf.symmetric, dtype) - plain
         rtn = column_loss(error * s[:, None], gram)
     loss = rtn if nearest else r.loss
-    return Rounded(pack.pack(r.codes, leaf.bits), r.scale.astype(dtype), r.zero, loss, r.clipped, energy, rtn)
+    return _Packed(pack.pack(r.codes, leaf.bits), r.scale.astype(dtype), r.zero, loss, r.clipped, energy, rtn)
 
 
 def _energies(pool: Pool, means: Moments, layer: int, experts: int, rows: int, damping: float) -> np.ndarray:
@@ -272,7 +272,7 @@ def _padded(v: np.ndarray, rows: int) -> np.ndarray:
     return np.pad(v, ((0, 0), (0, rows - v.shape[-1])))
 
 
-def _assemble(t: Target, group: Group, leaf: Any, rounded: Rounded, found: GroupScale) -> QuantizedTensor:
+def _assemble(t: Target, group: Group, leaf: Any, rounded: _Packed, found: GroupScale) -> QuantizedTensor:
     _, k_dims, n_dims = split_shape(t.site.shape, t.site.canonical_axes)
     inverse = None
     if found.scale is not None and not group.absorbers:
@@ -296,7 +296,7 @@ def _assemble(t: Target, group: Group, leaf: Any, rounded: Rounded, found: Group
 
 
 def _row(
-    t: Target, group: Group, leaf: Any, q: QuantizedTensor, rounded: Rounded, found: GroupScale, means: Moments | None
+    t: Target, group: Group, leaf: Any, q: QuantizedTensor, rounded: _Packed, found: GroupScale, means: Moments | None
 ) -> LayerReport:
     total = float(rounded.energy.sum(dtype=np.float64))
     known = means is not None and total > 0

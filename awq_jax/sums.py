@@ -44,6 +44,9 @@ class Sums(Mapping[str, Stats]):
             raise KeyError(name)
         return self._whole(own) if self._shared else self._stats[own]
 
+    def __contains__(self, name: object) -> bool:
+        return name in set(self)  # without putting anything together
+
     def __iter__(self) -> Iterator[str]:
         return (self._prefix + name for name in self._stats)
 
