@@ -24,6 +24,7 @@ KINDS = ("dense", "packed", "packed-unmerged", "packed-only")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="smollm2-135m", help="a name in awq_jax.bench.random_models.SHAPES")
+    parser.add_argument("--layers", type=int, help="only so many of the shape's layers")
     parser.add_argument("--model", help="measure this model instead")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=64)
@@ -48,7 +49,7 @@ def main() -> None:
         model.quantize([list(range(16))], samples=1, seq_len=16, progress=False, **settings)
         graphdef, c, packed = model._weights.graphdef, model.config, model.params
     else:
-        c = random_models.config(args.shape)
+        c = random_models.config(args.shape, args.layers)
         graphdef, packed = random_models.random_model(c, "float32", args.bits, args.group_size)
 
     def session(kind: str) -> Any:
@@ -69,7 +70,7 @@ def main() -> None:
             f"(quartiles {times['speed_low']:.2f}, {times['speed_high']:.2f}; processor time {times['cpu_speed']:.2f})"
         )
     result = device() | {
-        "model": Path(args.model).name if args.model else args.shape, "bits": args.bits,
+        "model": Path(args.model).name if args.model else args.shape, "layers": len(c.layers), "bits": args.bits,
         "group_size": args.group_size, "cores": os.cpu_count(), "load": os.getloadavg()[0],
         "context": args.context, "steps": args.steps, "rounds": args.rounds, "decode": rows,
     }  # fmt: skip

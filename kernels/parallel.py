@@ -79,6 +79,12 @@ def vary_as(y: jax.Array, *arrays: Any) -> jax.Array:
     return lax.pcast(y, missing, to="varying") if missing else y
 
 
+def sum_as(dx: jax.Array, x: jax.Array) -> jax.Array:
+    """The cotangent of ``x``, summed over the mesh axes along which it differs and ``x`` does not."""
+    extra = tuple(varying(dx) - varying(x))
+    return lax.psum(dx, extra) if extra else dx
+
+
 def summed(
     run: Callable[..., jax.Array], params: T, cut: Callable[[Any, Any], P], place: Placement, *args: jax.Array
 ) -> jax.Array:

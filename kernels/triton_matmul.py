@@ -20,7 +20,7 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 
 from awq_jax.kernels import layout, tuned, xla
-from awq_jax.kernels.parallel import vary_as
+from awq_jax.kernels.parallel import sum_as, vary_as
 from awq_jax.qtensor import QuantizedTensor
 
 DTYPES = ("bfloat16", "float16")
@@ -131,13 +131,10 @@ def _forward(spec, *arrays):
 
 def _backward(spec, arrays, dy):
     x, qweight, scales, zeros, bias = arrays
-
-    def dense(x, scales, bias):
-        y = xla.dequantize(x, _tensor(spec, x, qweight, scales, zeros), spec.out_dtype)
-        return y if bias is None else y + bias.astype(y.dtype)
-
-    dx, dscales, dbias = jax.vjp(dense, x, scales, bias)[1](dy)
-    return dx, None, dscales, None, dbias
+    q = _tensor(spec, x, qweight, scales, zeros)
+    dx, dq = xla.gradients(x, q, dy, "cuda")
+    db = None if bias is None else sum_as(dy.sum((0, 1), dtype=jnp.float32).astype(bias.dtype), bias)
+    return dx, None, dq.scales, None, db
 
 
 _product.defvjp(_forward, _backward)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from awq_jax.kernels.parallel import vary_as
+from awq_jax.kernels.parallel import sum_as, vary_as
 from awq_jax.qtensor import QuantizedTensor
 
 GROUPED_ROWS = 64  # above this the [m, groups, N] partial sums cost more than the dequantized weight
 MMA_ROWS = 16  # rows of the smallest tensor-core tile; XLA turns fewer rows into a materialised weight
-TILE = 1 << 23  # weights dequantized at once on CUDA
+TILE = 1 << 23  # weights dequantized at once
+CPU_TILE = 1 << 21  # so many stay in its caches until they are multiplied, and their memory is not asked for anew
 COLUMNS = 128  # a tile has a multiple of so many
 
 
@@ -26,17 +28,36 @@ def form(m: int, platform: str) -> tuple[str, str]:
       (``"grouped"`` or ``"dequantize"``, the reason).
     """
     if platform not in ("cuda", "gpu", "rocm"):
-        return "dequantize", f"on {platform} XLA materialises the weight in either form"
+        return "dequantize", f"on {platform} XLA writes out what it dequantizes in either form"
     if m > GROUPED_ROWS:
         return "dequantize", f"{m} rows are bound by arithmetic, not by reading the weight"
     return "grouped", f"{m} rows are bound by reading the weight, which this form does not materialise"
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def matmul(x: jax.Array, q: QuantizedTensor, out_dtype: Any, platform: str) -> jax.Array:
     """``x [*B, m, K] @ q [*B, K, N]`` in the form that suits; ``inv_scale`` and ``perm`` are not applied here."""
     if form(x.shape[-2], platform)[0] == "grouped":
         return grouped(x, q, out_dtype)
-    return dequantize(x, q, out_dtype) if platform in ("cpu", "tpu") else tiled(x, q, out_dtype)
+    return tiled(x, q, out_dtype, _tile(platform))
+
+
+def gradients(x: jax.Array, q: QuantizedTensor, dy: jax.Array, platform: str) -> tuple[jax.Array, QuantizedTensor]:
+    """The cotangents of ``x`` and ``q`` for ``dy [*B, m, N]``; that of ``q`` dequantizes it whole where it is used."""
+    dx = transposed(dy.astype(x.dtype), q, x.dtype, _tile(platform))
+    return sum_as(dx, x), jax.vjp(lambda q: dequantize(x, q, dy.dtype), q)[1](dy)[0]
+
+
+def _forward(x: jax.Array, q: QuantizedTensor, out_dtype: Any, platform: str) -> Any:
+    return matmul(x, q, out_dtype, platform), (x, q)
+
+
+def _backward(out_dtype: Any, platform: str, saved: Any, dy: jax.Array) -> Any:
+    return gradients(*saved, dy, platform)
+
+
+# Else what is kept for the gradient is every dequantized weight of a model.
+matmul.defvjp(_forward, _backward)
 
 
 def dequantize(x: jax.Array, q: QuantizedTensor, out_dtype: Any) -> jax.Array:
@@ -55,25 +76,60 @@ def dequantize(x: jax.Array, q: QuantizedTensor, out_dtype: Any) -> jax.Array:
     return _batched_dot(x, q.dequantize_canonical(x.dtype)).astype(out_dtype)
 
 
-def tiled(x: jax.Array, q: QuantizedTensor, out_dtype: Any) -> jax.Array:
-    """`dequantize`, at most about `TILE` weights at a time, one tile of columns after the other.
+def tiled(x: jax.Array, q: QuantizedTensor, out_dtype: Any, tile: int = TILE) -> jax.Array:
+    """`dequantize`, at most about ``tile`` weights at a time, one tile of columns after the other.
 
     The loop also keeps XLA on CUDA from writing out two weights in one fusion because they wait for the same ``x``.
     Of a tile that would end beyond the last column, columns that are there already are made again.
     """
-    n = q.n
-    parts = -(-math.prod(q.batch) * q.k * n // TILE)
-    width = -(-n // max(parts * COLUMNS, 1)) * COLUMNS
-    if parts < 2 or width >= n:
+    tiles = _Tiles.of(q, tile)
+    if tiles.count < 2:
         return dequantize(x, q, out_dtype)
 
-    def tile(i: jax.Array, y: jax.Array) -> jax.Array:
-        start = jnp.minimum(i * width, n - width)
-        part = dequantize(x, _columns(q, start, width), out_dtype)
-        return lax.dynamic_update_slice_in_dim(y, part, start, axis=-1)
+    def step(i: jax.Array, y: jax.Array) -> jax.Array:
+        part = dequantize(x, _columns(q, tiles.start(i), tiles.width), out_dtype)
+        return lax.dynamic_update_slice_in_dim(y, part, tiles.start(i), axis=-1)
 
-    y = jnp.zeros((*x.shape[:-1], n), out_dtype)
-    return lax.fori_loop(0, -(-n // width), tile, vary_as(y, x, *jax.tree.leaves(q)))
+    y = jnp.zeros((*x.shape[:-1], q.n), out_dtype)
+    return lax.fori_loop(0, tiles.count, step, vary_as(y, x, *jax.tree.leaves(q)))
+
+
+def transposed(dy: jax.Array, q: QuantizedTensor, out_dtype: Any, tile: int = TILE) -> jax.Array:
+    """``dy [*B, m, N]`` times the transpose of ``q``, ``[*B, m, K]``: dequantized to ``dy.dtype`` as in `tiled`."""
+    tiles = _Tiles.of(q, tile)
+    if tiles.count < 2:
+        dy, q = lax.optimization_barrier((dy, q))
+        return _batched_dot(dy, q.dequantize_canonical(dy.dtype), transpose=True).astype(out_dtype)
+
+    def step(i: jax.Array, dx: jax.Array) -> jax.Array:
+        w = _columns(q, tiles.start(i), tiles.width).dequantize_canonical(dy.dtype)
+        part = lax.dynamic_slice_in_dim(dy, tiles.start(i), tiles.width, axis=-1)
+        part = jnp.where(tiles.start(i) + jnp.arange(tiles.width) < i * tiles.width, 0, part)  # counted already
+        return dx + _batched_dot(part, w, transpose=True)
+
+    dx = jnp.zeros((*dy.shape[:-1], q.k), _accumulator(dy))
+    return lax.fori_loop(0, tiles.count, step, vary_as(dx, dy, *jax.tree.leaves(q))).astype(out_dtype)
+
+
+def _tile(platform: str) -> int:
+    return CPU_TILE if platform == "cpu" else TILE
+
+
+class _Tiles(NamedTuple):
+    """``count`` tiles of ``width`` columns out of ``n``, of which the last may reach back."""
+
+    count: int
+    width: int
+    n: int
+
+    @classmethod
+    def of(cls, q: QuantizedTensor, size: int) -> _Tiles:
+        parts = -(-math.prod(q.batch) * q.k * q.n // size)
+        width = min(q.n, -(-q.n // max(parts * COLUMNS, 1)) * COLUMNS)
+        return cls(-(-q.n // max(width, 1)), width, q.n)
+
+    def start(self, i: jax.Array) -> jax.Array:
+        return jnp.minimum(i * self.width, self.n - self.width)
 
 
 def _columns(q: QuantizedTensor, start: jax.Array, width: int) -> QuantizedTensor:
@@ -130,10 +186,10 @@ def _signed_codes(q: QuantizedTensor) -> jax.Array:
     return (q.codes().astype(jnp.int8) - 2 ** (q.bits - 1)).astype(jnp.int4 if q.bits <= 4 else jnp.int8)
 
 
-def _batched_dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    """``[*B, m, k] @ [*B, k, n]`` accumulated, and returned, in float32 (or wider)."""
+def _batched_dot(a: jax.Array, b: jax.Array, transpose: bool = False) -> jax.Array:
+    """``[*B, m, k] @ [*B, k, n]`` (transpose: ``[*B, n, k]``), accumulated, and returned, in float32 (or wider)."""
     lead, acc = tuple(range(a.ndim - 2)), _accumulator(a)
-    dims = (((a.ndim - 1,), (a.ndim - 2,)), (lead, lead))
+    dims = (((a.ndim - 1,), (a.ndim - (1 if transpose else 2),)), (lead, lead))
 
     def native(a: jax.Array, b: jax.Array) -> jax.Array:
         return lax.dot_general(a, b, dims, preferred_element_type=acc)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from quant_helpers import dense, error, random_packed
 
 from awq_jax import kernels
@@ -171,14 +172,39 @@ def test_tiles_of_columns_join(monkeypatch, form):
         q = kernels.prepare(q, "cuda")
     x = activation(70, 64)
     monkeypatch.setattr(xla, "TILE", 64 * 140)  # three tiles of 128 columns, of which the last reaches back
-    run = functools.partial(xla.matmul, out_dtype=jnp.float32, platform="cuda")
+
+    def run(x, q):
+        return xla.matmul(x, q, jnp.float32, "cuda")
+
     assert "length=3" in str(jax.make_jaxpr(run)(x, q))
     assert error(run(x, q), np.asarray(x, np.float64) @ w) < 2e-6
-    if form != "offsets":
-        return  # the loop differentiates and vmaps alike over all tables
     dx = jax.grad(lambda x: (run(x, q) * jnp.arange(300.0)).sum())(x)
     assert error(dx, np.broadcast_to(w @ np.arange(300.0), x.shape)) < 2e-6
+    if form != "offsets":
+        return  # the loop vmaps alike over all tables
     assert error(jax.vmap(lambda x: run(x, q))(jnp.stack([x, 2 * x]))[1], 2 * np.asarray(x, np.float64) @ w) < 2e-6
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("axis", ["k", "n"])
+def test_gradients_of_shards_add_up(monkeypatch, axis, check_vma):
+    q, w = random_packed(64, 600, group_size=32)
+    monkeypatch.setattr(xla, "CPU_TILE", 64 * 140)
+    x, mesh = activation(5, 64), Mesh(np.array(jax.devices()[:2]), ("d",))
+    tables = P(None, "d") if axis == "n" else P("d")
+
+    def shard(x, qweight, scales, zeros):
+        sizes = {"k_dims": x.shape[1:], "n_dims": scales.shape[1:]}
+        y = dot(x, dataclasses.replace(q, qweight=qweight, scales=scales, zeros=zeros, **sizes))
+        return y if axis == "n" else jax.lax.psum(y, "d")
+
+    specs, out = (P(), P(None, "d")) if axis == "n" else (P(None, "d"), P())
+    specs = (specs, tables, tables, tables)
+    run = jax.shard_map(shard, mesh=mesh, in_specs=specs, out_specs=out, check_vma=check_vma)
+    t = activation(5, 600, seed=3)
+    y, back = jax.vjp(lambda x: run(x, q.qweight, q.scales, q.zeros), x)
+    assert error(y, np.asarray(x, np.float64) @ w) < 2e-6
+    assert error(back(t)[0], np.asarray(t, np.float64) @ w.T) < 2e-6
 
 
 def test_explain_says_what_runs():
