@@ -53,8 +53,8 @@ def load(
         ``"float16"``; None keeps what is stored (GGUF: float32).
       merge: while generating, linears that read the same activation are one (exact, and undone when
         the parameters are asked for); None: if any is packed.
-      resident: generate with a float32 copy of packed weights; None: on CPU, where packed matmuls are
-        slow, if the copy takes at most half of the free memory. `Model.explain` says what is done.
+      resident: generate with a float32 copy of packed weights; None: on CPU, if the copy takes
+        at most half of the free memory. `Model.explain` says what is done.
       mesh: devices to spread the weights over (see `awq_jax.models.sharding`): a mesh of one axis, or how
         many of JAX's devices. Each device's part of each tensor is read from the files straight to it.
 

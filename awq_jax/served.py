@@ -28,7 +28,8 @@ class Weights:
     Packed weights are served merged (see `awq_jax.models.merge`) and in the layout of the kernel that
     reads them. That form is exact, so it *replaces* the other until `params` is asked for again: there
     are never two packed copies. On CPU, where a packed matmul writes its weight out as floats, a float32 copy
-    is served instead and the packed weights stay (see `awq_jax.kernels.resident`).
+    is served instead and the packed weights stay, or at least 16-bit floats become float32 ones for as long
+    (see `awq_jax.kernels.resident`).
 
     Args:
       graphdef, config: of the decoder.
@@ -52,6 +53,7 @@ class Weights:
         self._kept: nnx.State | None = params
         self._served: nnx.State | None = None
         self._fused = self._apart = config
+        self._dtypes: dict[str, Any] = {}
         self._generators = {(config, False): Generator(graphdef, config, place)}
         self._frugal = False
         self._how = ""
@@ -67,6 +69,8 @@ class Weights:
             merge.unmerged(self._apart, self._fused, leaves)
             if self.place is not None:
                 spread.together(self.config, leaves, self.place)
+            for path, dtype in self._dtypes.items():
+                leaves[path] = resident.narrowed(leaves[path], dtype)
             self._kept = merge.assemble(self.config, leaves)[1]
         return self._kept
 
@@ -108,8 +112,14 @@ class Weights:
             notes = [f"a float32 copy of {_mb(added)} beside packed weights of {_mb(size)}{why}"]
             leaves = resident.resident(leaves)
         else:
-            notes = [f"{'packed' if packed else 'float'} weights of {_mb(size)}{why}"]
             self._kept = None  # replaced part by part
+            self._dtypes = {}
+            if packed and platform == "cpu":
+                self._dtypes = {path: leaf.dtype for path, leaf in leaves.items()}
+                for path in leaves:
+                    leaves[path] = resident.widened(leaves[path])
+                size = paths.nbytes(leaves)
+            notes = [f"{'packed' if packed else 'float'} weights of {_mb(size)}{why}"]
         self._fused = self._apart = self.config
         if self.place is not None:
             self._fused = self._apart = spread.apart(self.config, leaves, self.place)
@@ -135,9 +145,9 @@ class Weights:
         need, room = resident.nbytes(params), resident.room()
         if room is not None and need > resident.SHARE * room:
             return False, (
-                f", and slowly: a float32 copy would take {_mb(need)} of the {_mb(room)} free (resident=True makes one)"
+                f", for a float32 copy would take {_mb(need)} of the {_mb(room)} free (resident=True makes one)"
             )
-        return True, " (resident=False saves it, and decodes slowly)"
+        return True, " (resident=False saves it)"
 
 
 def _mb(size: int) -> str:

@@ -2,6 +2,7 @@
 
     python benchmarks/decode.py --shape smollm2-135m --group-size 64 --out benchmarks/results/decode_cpu_135m.json
     python benchmarks/decode.py --model stories15m --group-size 96 --out benchmarks/results/decode_cpu_stories15m.json
+    python benchmarks/decode.py --shape llama-2-7b --layers 4 --out benchmarks/results/decode_cpu_7b_4_layers.json
 
 All kinds live in one process and take turns, so that a busy machine is busy for each: ``dense`` is the float32
 model as `generate` serves it, ``packed`` the packed model as `generate` serves it unasked, ``packed-unmerged`` the
@@ -26,6 +27,7 @@ def main() -> None:
     parser.add_argument("--shape", default="smollm2-135m", help="a name in awq_jax.bench.random_models.SHAPES")
     parser.add_argument("--layers", type=int, help="only so many of the shape's layers")
     parser.add_argument("--model", help="measure this model instead")
+    parser.add_argument("--dtype", default="float32", help="of the shape's floats and activations")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--kinds", nargs="+", choices=KINDS[1:], default=KINDS[1:])
@@ -50,7 +52,7 @@ def main() -> None:
         graphdef, c, packed = model._weights.graphdef, model.config, model.params
     else:
         c = random_models.config(args.shape, args.layers)
-        graphdef, packed = random_models.random_model(c, "float32", args.bits, args.group_size)
+        graphdef, packed = random_models.random_model(c, args.dtype, args.bits, args.group_size)
 
     def session(kind: str) -> Any:
         params = resident(packed) if kind == "dense" else jax.tree.map(lambda a: a, packed)
@@ -70,8 +72,9 @@ def main() -> None:
             f"(quartiles {times['speed_low']:.2f}, {times['speed_high']:.2f}; processor time {times['cpu_speed']:.2f})"
         )
     result = device() | {
-        "model": Path(args.model).name if args.model else args.shape, "layers": len(c.layers), "bits": args.bits,
-        "group_size": args.group_size, "cores": os.cpu_count(), "load": os.getloadavg()[0],
+        "model": Path(args.model).name if args.model else args.shape, "layers": len(c.layers),
+        "dtype": args.dtype, "bits": args.bits, "group_size": args.group_size,
+        "cores": os.cpu_count(), "load": os.getloadavg()[0],
         "context": args.context, "steps": args.steps, "rounds": args.rounds, "decode": rows,
     }  # fmt: skip
     if args.out:

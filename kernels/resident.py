@@ -1,11 +1,13 @@
-"""A dequantized copy of packed weights, for a processor on which reading packed ones costs more than it saves.
+"""What a processor is served that has no kernel of its own: a dequantized copy, or no 16-bit floats.
 
-XLA on CPU writes a weight out as floats every time it is multiplied by. Where there is room, that is done
-once: 8 times the bytes of 4-bit codes, and decoding as fast as with a float model.
+XLA on CPU writes a packed weight out as floats, tile by tile, every time it is multiplied by. Where there is room, that
+is done once: 8 times the bytes of 4-bit codes, and decoding as fast as with a float model. A 16-bit float
+weight it writes out whole every time, which is slower still.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from typing import Any
@@ -32,6 +34,22 @@ def resident(tree: Any) -> Any:
         return leaf.astype(DTYPE) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
     return jax.tree.map(copy, tree, is_leaf=is_quantized)
+
+
+def widened(tree: Any) -> Any:
+    """``tree`` with every floating-point leaf as float32; packed ones multiply float32 activations, and stay packed."""
+
+    def wide(leaf: Any) -> Any:
+        if is_quantized(leaf):
+            return dataclasses.replace(leaf, dtype=jnp.dtype(DTYPE).name)
+        return leaf.astype(DTYPE) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    return jax.tree.map(wide, tree, is_leaf=is_quantized)
+
+
+def narrowed(leaf: Any, dtype: Any) -> Any:
+    """A leaf of `widened` as it was, with its former ``dtype``: exact."""
+    return dataclasses.replace(leaf, dtype=jnp.dtype(dtype).name) if is_quantized(leaf) else leaf.astype(dtype)
 
 
 def nbytes(tree: Any) -> int:

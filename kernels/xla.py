@@ -39,6 +39,8 @@ def matmul(x: jax.Array, q: QuantizedTensor, out_dtype: Any, platform: str) -> j
     """``x [*B, m, K] @ q [*B, K, N]`` in the form that suits; ``inv_scale`` and ``perm`` are not applied here."""
     if form(x.shape[-2], platform)[0] == "grouped":
         return grouped(x, q, out_dtype)
+    if platform == "cpu":  # multiplies in float32 anyway
+        x = x.astype(_accumulator(x))
     return tiled(x, q, out_dtype, _tile(platform))
 
 

@@ -147,7 +147,7 @@ def test_cpu_serves_a_copy_if_there_is_room(monkeypatch, caplog):
 
     monkeypatch.setattr(resident, "room", lambda: int(floats / resident.SHARE) - 1)
     weights.params = params
-    assert "slowly" in weights.explain()
+    assert "copy would take" in weights.explain()
     assert any(map(is_quantized, paths.flatten(weights.serving()[1]).values()))
     monkeypatch.setattr(resident, "room", lambda: None)
     weights.params = params
@@ -155,6 +155,20 @@ def test_cpu_serves_a_copy_if_there_is_room(monkeypatch, caplog):
     forced = Weights(graphdef, config, params, merge_linears=False, copy=False)
     assert forced.explain().endswith("as was asked for")
     assert forced.serving()[0].config is config
+
+
+def test_floats_of_16_bit_models_are_served_as_float32_and_given_back():
+    config, graphdef, params = decoder()
+    half = paths.map_with_path(lambda p, leaf: resident.narrowed(leaf, jnp.bfloat16), params)
+    before = {p: np.asarray(leaf) for p, leaf in paths.flatten(half).items() if not is_quantized(leaf)}
+    weights = Weights(graphdef, config, half, copy=False)
+    served = paths.flatten(weights.serving()[1])
+    assert {jnp.dtype(leaf.dtype).name for leaf in served.values()} == {"float32"}
+    assert sum(map(is_quantized, served.values())) > 0
+    back = paths.flatten(weights.params)
+    assert {jnp.dtype(leaf.dtype).name for leaf in back.values()} == {"bfloat16"}
+    for path, leaf in before.items():
+        np.testing.assert_array_equal(back[path], leaf)
 
 
 def test_copy_of_16_bit_models_is_float32():
