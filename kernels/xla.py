@@ -55,7 +55,8 @@ def _forward(x: jax.Array, q: QuantizedTensor, out_dtype: Any, platform: str) ->
 
 
 def _backward(out_dtype: Any, platform: str, saved: Any, dy: jax.Array) -> Any:
-    return gradients(*saved, dy, platform)
+    x, q = saved
+    return gradients(x, q, dy, platform)
 
 
 # Else what is kept for the gradient is every dequantized weight of a model.
@@ -85,7 +86,7 @@ def tiled(x: jax.Array, q: QuantizedTensor, out_dtype: Any, tile: int = TILE) ->
     Of a tile that would end beyond the last column, columns that are there already are made again.
     """
     tiles = _Tiles.of(q, tile)
-    if tiles.count < 2:
+    if tiles.number < 2:
         return dequantize(x, q, out_dtype)
 
     def step(i: jax.Array, y: jax.Array) -> jax.Array:
@@ -93,13 +94,13 @@ def tiled(x: jax.Array, q: QuantizedTensor, out_dtype: Any, tile: int = TILE) ->
         return lax.dynamic_update_slice_in_dim(y, part, tiles.start(i), axis=-1)
 
     y = jnp.zeros((*x.shape[:-1], q.n), out_dtype)
-    return lax.fori_loop(0, tiles.count, step, vary_as(y, x, *jax.tree.leaves(q)))
+    return lax.fori_loop(0, tiles.number, step, vary_as(y, x, *jax.tree.leaves(q)))
 
 
 def transposed(dy: jax.Array, q: QuantizedTensor, out_dtype: Any, tile: int = TILE) -> jax.Array:
     """``dy [*B, m, N]`` times the transpose of ``q``, ``[*B, m, K]``: dequantized to ``dy.dtype`` as in `tiled`."""
     tiles = _Tiles.of(q, tile)
-    if tiles.count < 2:
+    if tiles.number < 2:
         dy, q = lax.optimization_barrier((dy, q))
         return _batched_dot(dy, q.dequantize_canonical(dy.dtype), transpose=True).astype(out_dtype)
 
@@ -110,7 +111,7 @@ def transposed(dy: jax.Array, q: QuantizedTensor, out_dtype: Any, tile: int = TI
         return dx + _batched_dot(part, w, transpose=True)
 
     dx = jnp.zeros((*dy.shape[:-1], q.k), _accumulator(dy))
-    return lax.fori_loop(0, tiles.count, step, vary_as(dx, dy, *jax.tree.leaves(q))).astype(out_dtype)
+    return lax.fori_loop(0, tiles.number, step, vary_as(dx, dy, *jax.tree.leaves(q))).astype(out_dtype)
 
 
 def _tile(platform: str) -> int:
@@ -118,9 +119,9 @@ def _tile(platform: str) -> int:
 
 
 class _Tiles(NamedTuple):
-    """``count`` tiles of ``width`` columns out of ``n``, of which the last may reach back."""
+    """``number`` tiles of ``width`` columns out of ``n``, of which the last may reach back."""
 
-    count: int
+    number: int
     width: int
     n: int
 
