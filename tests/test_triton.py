@@ -281,8 +281,10 @@ def fake(monkeypatch):
 
     monkeypatch.setattr(jax.lax, "platform_dependent", on_cuda)
     triton_matmul.unavailable.cache_clear()
+    jax.clear_caches()  # what was traced with an earlier fake calls that one
     yield triton
     triton_matmul.unavailable.cache_clear()
+    jax.clear_caches()
 
 
 def random_cuda(k, n, g=64, bits=4, batch=(), offsets=False, zeros=True, seed=0):
