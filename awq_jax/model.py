@@ -15,16 +15,15 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from awq_jax import models, paths
+from awq_jax import models, paths, prompts
 from awq_jax.config import AwqConfig
 from awq_jax.convert import registry, writing
 from awq_jax.convert.source import Source
 from awq_jax.detokenize import Detokenizer
-from awq_jax.errors import CalibrationError, ConfigError, ShapeError
+from awq_jax.errors import ConfigError, ShapeError
 from awq_jax.generate import check_tokens
 from awq_jax.models import layouts, placing, sharding
 from awq_jax.models import params as model_params
-from awq_jax.models.plans import plan as plan_of
 from awq_jax.models.vision import inputs as vision
 from awq_jax.placement import Placement
 from awq_jax.qtensor import is_quantized
@@ -225,17 +224,17 @@ class Model:
         images: dict[str, np.ndarray] | None = None
         if isinstance(prompt, Mapping):
             images, lengths = vision.inputs(self.config, prompt)
-            prompts = [row[:n].tolist() for row, n in zip(images.pop("input_ids"), lengths, strict=True)]
+            rows = [row[:n].tolist() for row, n in zip(images.pop("input_ids"), lengths, strict=True)]
         else:
-            prompts = self._encode(prompt, chat)
+            rows = prompts.encode(self.tokenizer, prompt, chat)
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         if "" in stops:
             raise ConfigError("a stop string is empty")
-        texts = [Detokenizer(self.tokenizer, ids, stops) for ids in prompts]
+        texts = [Detokenizer(self.tokenizer, ids, stops) for ids in rows]
 
         def emit(row: int, piece: str) -> None:
             if stream is not None and piece:
-                stream(piece, *([row] if len(prompts) > 1 else []))
+                stream(piece, *([row] if len(rows) > 1 else []))
 
         def on_token(row: int, token: int) -> bool:
             emit(row, texts[row].push(token))
@@ -244,7 +243,7 @@ class Model:
         generator, params = self._weights.serving()
         generator.run(
             params,
-            prompts,
+            rows,
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             seed=seed,
@@ -258,27 +257,7 @@ class Model:
 
     def eos_ids(self) -> tuple[int, ...]:
         """Ids that end an answer: generation config, model config and tokenizer together."""
-        ids: set[int] = set()
-        text = self.hf_config.get("text_config")  # of a model that looks at images
-        for settings in (self.source.generation_config, self.hf_config, text if isinstance(text, dict) else {}):
-            value = settings.get("eos_token_id")
-            ids.update(value if isinstance(value, list) else [] if value is None else [value])
-        if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
-            ids.add(self.tokenizer.eos_token_id)
-        return tuple(sorted(ids))
-
-    def _encode(self, prompt: str | Sequence[Any], chat: bool) -> list[list[int]]:
-        """Token ids of each prompt."""
-        if isinstance(prompt, str):
-            prompt = [prompt]
-        if not chat:
-            return [self.tokenizer(p)["input_ids"] if isinstance(p, str) else list(p) for p in prompt]
-        if not self.tokenizer.chat_template:
-            raise ConfigError("the tokenizer has no chat template; generate without chat")
-        one = bool(prompt) and isinstance(prompt[0], Mapping)
-        talks = [prompt] if one else [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompt]
-        texts = [self.tokenizer.apply_chat_template(t, add_generation_prompt=True, tokenize=False) for t in talks]
-        return [self.tokenizer(t, add_special_tokens=False)["input_ids"] for t in texts]
+        return prompts.eos_ids(self.source.generation_config, self.hf_config, self.tokenizer)
 
     def quantize(
         self,
@@ -318,7 +297,7 @@ class Model:
           CalibrationError: if the calibration data are empty or do not fit the model.
           ProcessError: another process of this run has ended.
         """
-        from awq_jax import blockwise, pool, processes
+        from awq_jax import blockwise, pool, processes, with_images
 
         config = AwqConfig.from_dict({"explicit_scale": False} | settings)
         if batch_size is not None and batch_size < 1:
@@ -335,7 +314,9 @@ class Model:
             planned = time.perf_counter() - start
             batches = self._calibration(calib, samples, seq_len, batch_size, seed)
             if any(isinstance(b, dict) for b in batches):
-                report = self._quantize_whole(batches, config, progress)
+                self.params, report = with_images.quantize(
+                    self.apply, self.params, self.config, batches, config, progress=progress
+                )
             else:
                 shown = progress and devices.rank == 0
                 self.params, report = blockwise.in_memory(self.params, session, batches, shown)
@@ -343,29 +324,12 @@ class Model:
         self.settings = config
         return report
 
-    def _quantize_whole(self, batches: list[Any], config: AwqConfig, progress: bool) -> Report:
-        """With statistics of the whole model at once: images change more than what the next layer reads."""
-        from awq_jax import calibrate, quantize
-        from awq_jax.verify import verify
-
-        start = time.perf_counter()
-        plan = plan_of(self.apply, self.params, self.config)
-        plan = verify(plan, self.apply, self.params, **batches[0])
-        head = config.quantize_head
-        calibration = calibrate(
-            self.apply, self.params, batches, plan=plan, verified=True, include_head=head, progress=progress
-        )
-        calibrated = time.perf_counter() - start
-        self.params, report = quantize(self.params, calibration, config, progress=progress, return_report=True)
-        report.seconds["calibrate"] = calibrated
-        return report
-
     def _calibration(self, calib: Any, samples: int, seq_len: int, batch_size: int | None, seed: int) -> list[Any]:
         """Batches for `awq_jax.calibrate`: see `quantize`."""
-        from awq_jax import blockwise, data
+        from awq_jax import blockwise, data, with_images
 
         if isinstance(calib, Sequence) and calib and all(isinstance(b, Mapping) for b in calib):
-            return [self._unpadded(b, i) for i, b in enumerate(calib[:samples])]
+            return [with_images.unpadded(self.config, b, i) for i, b in enumerate(calib[:samples])]
         text = data.load(
             calib,
             self.tokenizer,
@@ -375,17 +339,6 @@ class Model:
             seed=seed,
         )
         return list(blockwise.batched(text.tokens, self.config.vocab_size, batch_size))
-
-    def _unpadded(self, batch: Mapping[str, Any], number: int) -> dict[str, np.ndarray]:
-        arrays, lengths = vision.inputs(self.config, batch)
-        tokens = arrays["input_ids"]
-        if (lengths < tokens.shape[1]).any() or tokens.shape[1] > self.config.max_length:
-            raise CalibrationError(
-                f"batch {number} has rows of {lengths.tolist()} tokens: padding would be calibrated on, and the "
-                f"model's context is {self.config.max_length}; pass what the processor returns for one sample at a time"
-            )
-        check_tokens(vision.of_images(self.config, tokens), self.config.vocab_size, f"batch {number}")
-        return arrays
 
     def save(self, dst: str | Path, format: str = "auto", overwrite: bool = False, allow_lossy: bool = False) -> str:
         """Write a checkpoint, with tokenizer and generation config; atomic.

@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 
-from awq_jax import errors, sampling
+from awq_jax import errors, prompts, sampling
 from awq_jax.detokenize import Detokenizer
 from awq_jax.model import from_source
 
@@ -201,8 +201,8 @@ def test_generate_streams_and_stops(pair):
 
 def test_chat_template(pair):
     model, _ = pair
-    one = model._encode("hi", chat=True)
-    assert one == model._encode([{"role": "user", "content": "hi"}], chat=True)
+    one = prompts.encode(model.tokenizer, "hi", chat=True)
+    assert one == prompts.encode(model.tokenizer, [{"role": "user", "content": "hi"}], chat=True)
     assert model.tokenizer.decode(one[0]) == "<|user|>hi\n<|assistant|>"
     assert (
         model.generate(["hi", "ho"], max_new_tokens=4, chat=True)[0]

@@ -1,0 +1,49 @@
+"""What a model is asked, as token ids, and the ids that end its answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from awq_jax.errors import ConfigError
+
+
+def encode(tokenizer: Any, prompt: str | Sequence[Any], chat: bool) -> list[list[int]]:
+    """Token ids of each prompt.
+
+    Args:
+      tokenizer: of transformers.
+      prompt: a text, or texts or lists of token ids; with ``chat`` a list of ``{"role", "content"}`` is one
+        conversation, and a text is a user's message.
+      chat: wrap the prompts in the tokenizer's chat template.
+
+    Raises:
+      ConfigError: there is no chat template.
+    """
+    if isinstance(prompt, str):
+        prompt = [prompt]
+    if not chat:
+        return [tokenizer(p)["input_ids"] if isinstance(p, str) else list(p) for p in prompt]
+    if not tokenizer.chat_template:
+        raise ConfigError("the tokenizer has no chat template; generate without chat")
+    one = bool(prompt) and isinstance(prompt[0], Mapping)
+    talks = [prompt] if one else [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompt]
+    texts = [tokenizer.apply_chat_template(t, add_generation_prompt=True, tokenize=False) for t in talks]
+    return [tokenizer(t, add_special_tokens=False)["input_ids"] for t in texts]
+
+
+def eos_ids(generation: Mapping[str, Any], config: Mapping[str, Any], tokenizer: Any) -> tuple[int, ...]:
+    """Ids that end an answer, of all who say so.
+
+    Args:
+      generation, config: contents of ``generation_config.json`` and ``config.json``.
+      tokenizer: of transformers, or None.
+    """
+    ids: set[int] = set()
+    text = config.get("text_config")  # of a model that looks at images
+    for settings in (generation, config, text if isinstance(text, dict) else {}):
+        value = settings.get("eos_token_id")
+        ids.update(value if isinstance(value, list) else [] if value is None else [value])
+    if tokenizer is not None and tokenizer.eos_token_id is not None:
+        ids.add(tokenizer.eos_token_id)
+    return tuple(sorted(ids))
