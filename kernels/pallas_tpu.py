@@ -169,7 +169,8 @@ def _batched_forward(out_dtype: Any, interpret: Any, x: jax.Array, q: QuantizedT
 
 def _batched_backward(out_dtype: Any, interpret: Any, saved: Any, dy: jax.Array) -> Any:
     # Many rows and no decode: XLA's dense product of the dequantized weight is as good.
-    return xla.gradients(*saved, dy, "tpu")
+    x, q = saved
+    return xla.gradient(x, q, dy, "tpu"), xla.weight_gradient(x, q, dy, "tpu")
 
 
 _batched.defvjp(_batched_forward, _batched_backward)

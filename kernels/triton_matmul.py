@@ -132,9 +132,9 @@ def _forward(spec, *arrays):
 def _backward(spec, arrays, dy):
     x, qweight, scales, zeros, bias = arrays
     q = _tensor(spec, x, qweight, scales, zeros)
-    dx, dq = xla.gradients(x, q, dy, "cuda")
+    dx, ds = xla.gradient(x, q, dy, "cuda"), xla.weight_gradient(x, q, dy, "cuda").scales
     db = None if bias is None else sum_as(dy.sum((0, 1), dtype=jnp.float32).astype(bias.dtype), bias)
-    return dx, None, dq.scales, None, db
+    return dx, None, ds, None, db
 
 
 _product.defvjp(_forward, _backward)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from awq_jax.kernels.parallel import sum_as, vary_as
@@ -41,13 +42,7 @@ def matmul(x: jax.Array, q: QuantizedTensor, out_dtype: Any, platform: str) -> j
         return grouped(x, q, out_dtype)
     if platform == "cpu":  # multiplies in float32 anyway
         x = x.astype(_accumulator(x))
-    return tiled(x, q, out_dtype, _tile(platform))
-
-
-def gradients(x: jax.Array, q: QuantizedTensor, dy: jax.Array, platform: str) -> tuple[jax.Array, QuantizedTensor]:
-    """The cotangents of ``x`` and ``q`` for ``dy [*B, m, N]``; that of ``q`` dequantizes it whole where it is used."""
-    dx = transposed(dy.astype(x.dtype), q, x.dtype, _tile(platform))
-    return sum_as(dx, x), jax.vjp(lambda q: dequantize(x, q, dy.dtype), q)[1](dy)[0]
+    return tiled(x, q, jnp.dtype(out_dtype), tile_size(platform))
 
 
 def _forward(x: jax.Array, q: QuantizedTensor, out_dtype: Any, platform: str) -> Any:
@@ -56,11 +51,28 @@ def _forward(x: jax.Array, q: QuantizedTensor, out_dtype: Any, platform: str) ->
 
 def _backward(out_dtype: Any, platform: str, saved: Any, dy: jax.Array) -> Any:
     x, q = saved
-    return gradients(x, q, dy, platform)
+    return gradient(x, q, dy, platform), weight_gradient(x, q, dy, platform)
 
 
 # Else what is kept for the gradient is every dequantized weight of a model.
 matmul.defvjp(_forward, _backward)
+
+
+def gradient(x: jax.Array, q: QuantizedTensor, dy: jax.Array, platform: str) -> jax.Array:
+    """The cotangent of ``x`` for that of the product, ``dy [*B, m, N]``, tile by tile."""
+    return sum_as(transposed(dy.astype(x.dtype), q, x.dtype, tile_size(platform)), x)
+
+
+def weight_gradient(x: jax.Array, q: QuantizedTensor, dy: jax.Array, platform: str) -> QuantizedTensor:
+    """The cotangent of ``q``: of its scales and offsets, tile by tile; nothing else in it can change a little."""
+
+    def nothing(a: jax.Array) -> Any:
+        return jnp.zeros_like(a) if jnp.issubdtype(a.dtype, jnp.floating) else np.zeros(a.shape, jax.dtypes.float0)
+
+    tables = {"scales": q.scales} | ({} if q.offsets is None else {"offsets": q.offsets})
+    found = _table_gradients(x, q, dy, tile_size(platform))
+    given = {name: sum_as(found[name], table) for name, table in tables.items()}
+    return dataclasses.replace(jax.tree.map(nothing, q), **given)
 
 
 def dequantize(x: jax.Array, q: QuantizedTensor, out_dtype: Any) -> jax.Array:
@@ -79,6 +91,7 @@ def dequantize(x: jax.Array, q: QuantizedTensor, out_dtype: Any) -> jax.Array:
     return _batched_dot(x, q.dequantize_canonical(x.dtype)).astype(out_dtype)
 
 
+@functools.partial(jax.jit, static_argnums=(2, 3))  # outside of jit the loop would be compiled at every call
 def tiled(x: jax.Array, q: QuantizedTensor, out_dtype: Any, tile: int = TILE) -> jax.Array:
     """`dequantize`, at most about ``tile`` weights at a time, one tile of columns after the other.
 
@@ -97,6 +110,7 @@ def tiled(x: jax.Array, q: QuantizedTensor, out_dtype: Any, tile: int = TILE) ->
     return lax.fori_loop(0, tiles.number, step, vary_as(y, x, *jax.tree.leaves(q)))
 
 
+@functools.partial(jax.jit, static_argnums=(2, 3))
 def transposed(dy: jax.Array, q: QuantizedTensor, out_dtype: Any, tile: int = TILE) -> jax.Array:
     """``dy [*B, m, N]`` times the transpose of ``q``, ``[*B, m, K]``: dequantized to ``dy.dtype`` as in `tiled`."""
     tiles = _Tiles.of(q, tile)
@@ -114,7 +128,33 @@ def transposed(dy: jax.Array, q: QuantizedTensor, out_dtype: Any, tile: int = TI
     return lax.fori_loop(0, tiles.number, step, vary_as(dx, dy, *jax.tree.leaves(q))).astype(out_dtype)
 
 
-def _tile(platform: str) -> int:
+@functools.partial(jax.jit, static_argnums=3)
+def _table_gradients(x: jax.Array, q: QuantizedTensor, dy: jax.Array, tile: int) -> dict[str, jax.Array]:
+    tiles, leaves = _Tiles.of(q, tile), jax.tree.leaves(q)
+
+    def step(i: jax.Array, found: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        start = tiles.start(i)
+        part = _columns(q, start, tiles.width)
+        mine = lax.dynamic_slice_in_dim(dy, start, tiles.width, axis=-1)
+        names = list(found)
+
+        def product(*tables: jax.Array) -> jax.Array:
+            return dequantize(x, dataclasses.replace(part, **dict(zip(names, tables, strict=True))), dy.dtype)
+
+        # Varying like the product, or their gradients would be summed over a mesh here already.
+        parts = jax.vjp(product, *(vary_as(getattr(part, name), x, dy, *leaves) for name in names))[1](mine)
+        return {
+            name: lax.dynamic_update_slice_in_dim(found[name], d, start, axis=-1)
+            for name, d in zip(names, parts, strict=True)
+        }
+
+    tables = {"scales": q.scales} | ({} if q.offsets is None else {"offsets": q.offsets})
+    zeros = {name: vary_as(jnp.zeros_like(t), x, dy, *leaves) for name, t in tables.items()}
+    return lax.fori_loop(0, tiles.number, step, zeros)
+
+
+def tile_size(platform: str) -> int:
+    """Weights dequantized at once."""
     return CPU_TILE if platform == "cpu" else TILE
 
 
@@ -127,9 +167,10 @@ class _Tiles(NamedTuple):
 
     @classmethod
     def of(cls, q: QuantizedTensor, size: int) -> _Tiles:
-        parts = -(-math.prod(q.batch) * q.k * q.n // size)
-        width = min(q.n, -(-q.n // max(parts * COLUMNS, 1)) * COLUMNS)
-        return cls(-(-q.n // max(width, 1)), width, q.n)
+        most = max(size // max(math.prod(q.batch) * q.k, 1) // COLUMNS, 1) * COLUMNS
+        number = -(-q.n // most)
+        width = min(q.n, -(-q.n // max(number * COLUMNS, 1)) * COLUMNS)
+        return cls(number, width, q.n)
 
     def start(self, i: jax.Array) -> jax.Array:
         return jnp.minimum(i * self.width, self.n - self.width)

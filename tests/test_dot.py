@@ -186,25 +186,29 @@ def test_tiles_of_columns_join(monkeypatch, form):
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("axis", ["k", "n"])
+@pytest.mark.parametrize("axis", ["k", "n", "rows"])
 def test_gradients_of_shards_add_up(monkeypatch, axis, check_vma):
+    """On as many devices as there are: see test_two_devices.py."""
     q, w = random_packed(64, 600, group_size=32)
     monkeypatch.setattr(xla, "CPU_TILE", 64 * 140)
-    x, mesh = activation(5, 64), Mesh(np.array(jax.devices()[:2]), ("d",))
-    tables = P(None, "d") if axis == "n" else P("d")
+    x, t, mesh = activation(6, 64), activation(6, 600, seed=3), Mesh(np.array(jax.devices()[:2]), ("d",))
 
     def shard(x, qweight, scales, zeros):
         sizes = {"k_dims": x.shape[1:], "n_dims": scales.shape[1:]}
         y = dot(x, dataclasses.replace(q, qweight=qweight, scales=scales, zeros=zeros, **sizes))
-        return y if axis == "n" else jax.lax.psum(y, "d")
+        return jax.lax.psum(y, "d") if axis == "k" else y
 
-    specs, out = (P(), P(None, "d")) if axis == "n" else (P(None, "d"), P())
-    specs = (specs, tables, tables, tables)
-    run = jax.shard_map(shard, mesh=mesh, in_specs=specs, out_specs=out, check_vma=check_vma)
-    t = activation(5, 600, seed=3)
-    y, back = jax.vjp(lambda x: run(x, q.qweight, q.scales, q.zeros), x)
-    assert error(y, np.asarray(x, np.float64) @ w) < 2e-6
-    assert error(back(t)[0], np.asarray(t, np.float64) @ w.T) < 2e-6
+    cut, tables, out = {
+        "k": (P(None, "d"), P("d"), P()), "n": (P(), P(None, "d"), P(None, "d")), "rows": (P("d"), P(), P("d"))
+    }[axis]  # fmt: skip
+    run = jax.shard_map(shard, mesh=mesh, in_specs=(cut, tables, tables, tables), out_specs=out, check_vma=check_vma)
+    y, back = jax.vjp(lambda x, scales: run(x, q.qweight, scales, q.zeros), x, q.scales)
+    dx, dscales = back(t)
+    x, t = np.asarray(x, np.float64), np.asarray(t, np.float64)
+    assert error(y, x @ w) < 2e-6
+    assert error(dx, t @ w.T) < 2e-6
+    codes = np.asarray(q.codes(), np.float64) - np.repeat(np.asarray(q.zeros, np.float64), 32, axis=0)
+    assert error(dscales, ((x.T @ t) * codes).reshape(2, 32, 600).sum(1)) < 2e-6
 
 
 def test_explain_says_what_runs():

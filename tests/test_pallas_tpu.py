@@ -144,7 +144,7 @@ def test_shards():
     """On one device or several: the types of a result inside `jax.shard_map` are checked either way."""
     q, w = random_packed(256, 128, group_size=128)
     x = rows(3, 256)
-    mesh = Mesh(np.array(jax.devices()[:1]), ("d",))
+    mesh = Mesh(np.array(jax.devices()[:2]), ("d",))
     spec = PartitionSpec
     for split, out, join in (
         ((spec(), spec(None, "d")), spec(None, "d"), lambda y: y),

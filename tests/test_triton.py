@@ -388,7 +388,7 @@ def _dense(q, scales):
 def test_each_shard_runs_its_own_kernel(fake, axis, check_vma):
     q, w = random_cuda(256, 48)
     x = activation(5, 256)
-    mesh = Mesh(np.array(jax.devices()[:1]), ("d",))
+    mesh = Mesh(np.array(jax.devices()[:2]), ("d",))
     columns = axis == "n"
 
     def shard(x, words, scales, zeros):
@@ -481,7 +481,7 @@ def test_tables_choose_the_most_special_row(tmp_path, monkeypatch):
 @needs_triton
 def test_it_lowers_for_cuda_through_jax_triton():
     pytest.importorskip("jax_triton", exc_type=ImportError)
-    mesh = Mesh(np.array(jax.devices()[:1]), ("d",))
+    mesh = Mesh(np.array(jax.devices()[:2]), ("d",))
     for bits, batch in ((4, ()), (8, (2,))):
         q, _ = random_cuda(256, 64, bits=bits, batch=batch)
         x = activation(*batch, 4, 256)
