@@ -142,6 +142,8 @@ class Model:
     def __call__(self, tokens: Any) -> jax.Array:
         """Logits of every position; compiled once per shape.
 
+        On a CPU, activations of a packed model are float32 once it has generated without a copy (see `explain`).
+
         Args:
           tokens: integers ``[B, T]``, or what a processor returned for text and images (see `inputs`).
 

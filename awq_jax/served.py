@@ -9,6 +9,7 @@ import jax
 from flax import nnx
 
 from awq_jax import kernels, paths
+from awq_jax.errors import WeightError
 from awq_jax.generate import Generator
 from awq_jax.kernels import resident
 from awq_jax.models import merge, spread
@@ -28,8 +29,8 @@ class Weights:
     Packed weights are served merged (see `awq_jax.models.merge`) and in the layout of the kernel that
     reads them. That form is exact, so it *replaces* the other until `params` is asked for again: there
     are never two packed copies. On CPU, where a packed matmul writes its weight out as floats, a float32 copy
-    is served instead and the packed weights stay, or at least 16-bit floats become float32 ones for as long
-    (see `awq_jax.kernels.resident`).
+    is served instead and the packed weights stay; without the copy 16-bit floats become float32 ones for as
+    long, and so do activations and the cache (see `awq_jax.kernels.resident`).
 
     Args:
       graphdef, config: of the decoder.
@@ -56,12 +57,20 @@ class Weights:
         self._dtypes: dict[str, Any] = {}
         self._generators = {(config, False): Generator(graphdef, config, place)}
         self._frugal = False
-        self._how = ""
+        self._how, self._size = "", 0
 
     @property
     def params(self) -> nnx.State:
-        """The parameters as they were given; ends serving in a form that replaced them."""
+        """The parameters as they were given; ends serving in a form that replaced them.
+
+        Raises:
+          WeightError: an error, as for want of memory, ended their conversion to the form that is served.
+        """
         if self._kept is None:
+            if self._served is None:
+                raise WeightError(
+                    "the weights were lost when their conversion for serving failed; load the model again"
+                )
             leaves = paths.flatten(self._served)
             self._served = None
             for path in leaves:
@@ -87,8 +96,8 @@ class Weights:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the exact parameters."""
-        return paths.nbytes(self.held[1])
+        """Bytes of the parameters as they were given."""
+        return self._size if self._kept is None else paths.nbytes(self._kept)
 
     def serving(self) -> tuple[Generator, nnx.State]:
         """The parameters to generate with, and the programs for them."""
@@ -104,6 +113,7 @@ class Weights:
 
     def _prepare(self) -> nnx.State:
         leaves, size = paths.flatten(self.params), paths.nbytes(self.params)
+        self._size = size
         platform = next(iter(jax.tree.leaves(leaves)[0].devices())).platform
         packed = any(map(is_quantized, leaves.values()))
         copy, why = self._choose(leaves, platform) if packed else (False, "")
@@ -113,13 +123,13 @@ class Weights:
             leaves = resident.resident(leaves)
         else:
             self._kept = None  # replaced part by part
+            notes = [f"{'packed' if packed else 'float'} weights of {_mb(size)}{why}"]
             self._dtypes = {}
-            if packed and platform == "cpu":
+            if packed and platform == "cpu" and (added := resident.widening(leaves)) and _fits(added):
                 self._dtypes = {path: leaf.dtype for path, leaf in leaves.items()}
                 for path in leaves:
                     leaves[path] = resident.widened(leaves[path])
-                size = paths.nbytes(leaves)
-            notes = [f"{'packed' if packed else 'float'} weights of {_mb(size)}{why}"]
+                notes.append(f"16-bit floats as float32, which takes {_mb(added)} more")
         self._fused = self._apart = self.config
         if self.place is not None:
             self._fused = self._apart = spread.apart(self.config, leaves, self.place)
@@ -142,12 +152,18 @@ class Weights:
             return self.copy, ", as was asked for"
         if platform != "cpu" or self.place is not None:
             return False, ""
-        need, room = resident.nbytes(params), resident.room()
-        if room is not None and need > resident.SHARE * room:
-            return False, (
-                f", for a float32 copy would take {_mb(need)} of the {_mb(room)} free (resident=True makes one)"
+        need = resident.nbytes(params)
+        if not _fits(need):
+            return (
+                False,
+                f"; a float32 copy would take {_mb(need)}, more than half of what is free (resident=True makes one)",
             )
         return True, " (resident=False saves it)"
+
+
+def _fits(size: int) -> bool:
+    room = resident.room()
+    return room is None or size <= resident.SHARE * room
 
 
 def _mb(size: int) -> str:

@@ -47,6 +47,15 @@ def widened(tree: Any) -> Any:
     return jax.tree.map(wide, tree, is_leaf=is_quantized)
 
 
+def widening(tree: Any) -> int:
+    """Bytes that `widened` adds."""
+    floats = [a for a in jax.tree.leaves(tree, is_leaf=is_quantized) if not is_quantized(a)]
+    wide = jnp.dtype(DTYPE).itemsize
+    return sum(
+        math.prod(a.shape) * max(wide - a.dtype.itemsize, 0) for a in floats if jnp.issubdtype(a.dtype, jnp.floating)
+    )
+
+
 def narrowed(leaf: Any, dtype: Any) -> Any:
     """A leaf of `widened` as it was, with its former ``dtype``: exact."""
     return dataclasses.replace(leaf, dtype=jnp.dtype(dtype).name) if is_quantized(leaf) else leaf.astype(dtype)

@@ -13,6 +13,7 @@ import tiny
 from quant_helpers import assert_bitwise, dense, random_like, random_packed
 
 from awq_jax import models, paths
+from awq_jax.errors import WeightError
 from awq_jax.kernels import resident
 from awq_jax.models import merge
 from awq_jax.models import params as model_params
@@ -151,24 +152,46 @@ def test_cpu_serves_a_copy_if_there_is_room(monkeypatch, caplog):
     assert any(map(is_quantized, paths.flatten(weights.serving()[1]).values()))
     monkeypatch.setattr(resident, "room", lambda: None)
     weights.params = params
-    assert "copy" in weights.explain()
+    assert weights.explain().startswith("served as a float32 copy")
     forced = Weights(graphdef, config, params, merge_linears=False, copy=False)
     assert forced.explain().endswith("as was asked for")
     assert forced.serving()[0].config is config
 
 
-def test_floats_of_16_bit_models_are_served_as_float32_and_given_back():
+def test_floats_of_16_bit_models_are_served_as_float32_and_given_back(monkeypatch):
     config, graphdef, params = decoder()
     half = paths.map_with_path(lambda p, leaf: resident.narrowed(leaf, jnp.bfloat16), params)
-    before = {p: np.asarray(leaf) for p, leaf in paths.flatten(half).items() if not is_quantized(leaf)}
+    before = paths.map_with_path(lambda p, leaf: jax.tree.map(np.asarray, leaf), half)
     weights = Weights(graphdef, config, half, copy=False)
+    size = weights.nbytes
     served = paths.flatten(weights.serving()[1])
     assert {jnp.dtype(leaf.dtype).name for leaf in served.values()} == {"float32"}
     assert sum(map(is_quantized, served.values())) > 0
-    back = paths.flatten(weights.params)
-    assert {jnp.dtype(leaf.dtype).name for leaf in back.values()} == {"bfloat16"}
-    for path, leaf in before.items():
-        np.testing.assert_array_equal(back[path], leaf)
+    floats = sum(leaf.size for leaf in paths.flatten(half).values() if not is_quantized(leaf))
+    assert resident.widening(half) == 2 * floats
+    assert "16-bit floats as float32" in weights.explain()
+    assert weights.nbytes == size
+    assert_bitwise(weights.params, before)
+    assert weights.nbytes == size
+
+    monkeypatch.setattr(resident, "room", lambda: 4 * floats - 1)  # of which half may be taken
+    weights.params = half
+    assert "bfloat16" in {jnp.dtype(leaf.dtype).name for leaf in paths.flatten(weights.serving()[1]).values()}
+
+
+def test_weights_lost_in_their_conversion_say_so(monkeypatch):
+    config, graphdef, params = decoder()
+    weights = Weights(graphdef, config, params, copy=False)
+
+    def full(*_):
+        raise MemoryError("full")
+
+    monkeypatch.setattr(merge, "merged", full)
+    with pytest.raises(MemoryError, match="full"):
+        weights.serving()
+    for again in (weights.serving, lambda: weights.params):
+        with pytest.raises(WeightError, match="load the model again"):
+            again()
 
 
 def test_copy_of_16_bit_models_is_float32():
