@@ -15,7 +15,7 @@ from awq_jax.qtensor import QuantizedTensor
 def dot(x: Any, w: jax.Array | QuantizedTensor, *, impl: str = "auto", preferred_element_type: Any = None) -> jax.Array:
     """``x @ w`` for a float or a packed weight.
 
-    Differentiable with respect to ``x``; pure, so it works under jit, vmap, scan and remat. Sums
+    Has a gradient with respect to ``x`` (reverse mode); pure, so it works under jit, vmap, scan and remat. Sums
     are taken in float32 for packed weights.
 
     Args:

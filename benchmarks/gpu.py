@@ -2,9 +2,10 @@
 
     python benchmarks/gpu.py --out benchmarks/results/
 
-In this order: checks each kernel on fresh random data against float64; decodes a model of Llama 3's shape with packed
-weights (memory first, while the allocator's peak is its own) and with bfloat16 ones; tunes the tile sizes of the shapes
-the targets are about, and uses what it found; measures products against XLA in bfloat16 and other libraries; then other
+In this order: checks each kernel on fresh random data against float64, with its gradients; decodes a model of Llama 3's
+shape with packed weights (memory first, while the allocator's peak is its own); tunes the tile sizes of the shapes the
+targets are about and of those that this model decodes with, and uses what it found; measures products against XLA in
+bfloat16 and other libraries; decodes again with the tuned sizes, and with bfloat16 weights; then other
 shapes. No piece of this may take more than two minutes, and a run that hangs all the same ends itself 54 seconds after
 ``--minutes``. Results are written after every row, so that a run cut short keeps what it has: ``gpu_<chip>.json``,
 whose ``running`` says at what it was, the same as a table in ``gpu_<chip>.md``, and ``tuned_<chip>.json``, to be copied
@@ -18,6 +19,7 @@ import argparse
 import contextlib
 import dataclasses
 import faulthandler
+import functools
 import json
 import os
 import sys
@@ -42,7 +44,7 @@ WEIGHTS = (  # k, n, group size, bits, dtype
 
 
 def correctness(seed: int, many: int | None) -> Any:
-    """Each kernel over groups, bits, dtypes and odd numbers of rows, against float64 in NumPy; then the tables'.
+    """Each kernel over groups, bits, dtypes and odd numbers of rows, against float64 in NumPy; then `FORMS`.
 
     Args:
       seed: of the data.
@@ -64,22 +66,61 @@ def correctness(seed: int, many: int | None) -> Any:
             own = tuned.Config(kernel, block_m=tile, block_n=64, late=m <= 16, stages=3)
             cases += [(m, *weight, own) for weight in WEIGHTS]
     cases += [(m, 1024, 1024, 128, 4, "bfloat16", None) for m in tuned.BUCKETS[: None if chip else 4]]
-    for i, (m, k, n, g, bits, dtype, config) in enumerate(cases[:many]):
-        w = products.weight(seed + i, k, n, g, bits)
-        x = jax.random.normal(jax.random.key(seed + i), (m, k), dtype)
 
-        def run(x: Any, q: Any, config: Any = config) -> Any:
-            if chip is None:
-                return xla.dequantize(x, q, x.dtype)
-            return triton_matmul.matmul(x, q, x.dtype, chip=chip, config=config)
+    def product(x: Any, q: Any, config: Any, bias: Any = None) -> Any:
+        if chip is None:
+            y = xla.dequantize(x, q, x.dtype)
+            return y if bias is None else y + bias.astype(y.dtype)
+        return triton_matmul.matmul(x, q, x.dtype, chip=chip, config=config, bias=bias)
 
-        row = {"m": m, "k": k, "n": n, "group_size": g, "bits": bits, "dtype": dtype,
+    asked = [(*case, "plain") for case in cases] + [(5, 576, 200, 64, 4, "bfloat16", None, form) for form in FORMS]
+    for i, (m, k, n, g, bits, dtype, config, form) in enumerate(asked if many is None else asked[-many:]):
+        row = {"m": m, "k": k, "n": n, "group_size": g, "bits": bits, "dtype": dtype, "form": form,
                "kernel": config.kernel if config else "of the table"}  # fmt: skip
         try:
-            wrong = products.error(jax.jit(run)(x, w.ready), x, w.canonical, seed)
+            w = products.weight(seed + i, k, n, g, bits).canonical
+            x = jax.random.normal(jax.random.key(seed + i), (m, k), dtype)
+            wrong = form_error(functools.partial(product, config=config), x, w, form, seed)
             yield row | {"error": wrong, "correct": wrong < products.LIMIT}
+        except TimeoutError:  # of this piece
+            raise
         except Exception as e:  # the next kernel may work
             yield row | {"error": f"{type(e).__name__}: {str(e)[:300]}", "correct": False}
+
+
+FORMS = ("symmetric", "offsets", "bias", "two weights", "gradient")
+
+
+def form_error(product: Callable[..., Any], x: Any, w: Any, form: str, seed: int) -> float:
+    """The relative error of ``product(x, w)``, or of what ``form`` makes of it."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from awq_jax import kernels
+    from awq_jax.bench import products
+
+    if form == "symmetric":
+        w = dataclasses.replace(w, zeros=None)
+    elif form == "offsets":
+        w = dataclasses.replace(w, zeros=None, offsets=-w.zeros.astype(w.scales.dtype) * w.scales * 0.9)
+    ready = kernels.prepare(w)
+    if form == "bias":
+        bias = jax.random.normal(jax.random.key(seed), (w.n,), jnp.float32) * 2
+        y = jax.jit(product)(x, ready, bias=bias)
+        return products.error(y.astype(jnp.float32) - bias, x, w, seed)
+    if form == "two weights":
+        other = dataclasses.replace(w, qweight=w.qweight ^ jnp.uint32(0x5A5A5A5A))
+        both = jax.tree.map(lambda *a: jnp.stack(a), w, other)
+        y = jax.jit(product)(jnp.stack([x, -x]), kernels.prepare(dataclasses.replace(both, axes="bkn")))
+        return max(products.error(y[0], x, w, seed), products.error(y[1], -x, other, seed))
+    if form == "gradient":
+        t = jax.random.normal(jax.random.key(seed + 1), (x.shape[0], w.n), x.dtype)
+        dx = jax.jit(jax.grad(lambda x: (product(x, ready) * t).sum(dtype=jnp.float32)))(x)
+        whole = products.expected(np.eye(w.k), w, np.arange(w.n))
+        want = np.asarray(t, np.float64) @ whole.T
+        return float(np.linalg.norm(np.asarray(dx, np.float64) - want) / np.linalg.norm(want))
+    return products.error(jax.jit(product)(x, ready), x, w, seed)
 
 
 @contextlib.contextmanager
@@ -151,6 +192,10 @@ def table(result: dict[str, Any]) -> str:
         "| m | k x n | impl | us | share of floor | vs bf16 | error | others, us |", "|" + "---|" * 8,
     ]  # fmt: skip
     for r in result["kernels"]:
+        if "failed" in r:
+            said = r["failed"].replace("|", "/").replace("\n", " ")
+            lines.append(f"| {r['m']} | {r['k']} x {r['n']} | {r['impl']} | failed: {said} | | | | |")
+            continue
         others = ", ".join(f"{k} {v:.1f}" if isinstance(v, float) else f"{k}: {v}" for k, v in r["peers_us"].items())
         lines.append(
             f"| {r['m']} | {r['k']} x {r['n']} | {r['impl']} | {r['us']:.1f} | {r['floor_share']:.0%} | "
@@ -185,28 +230,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def everything(args: argparse.Namespace) -> None:
     """All parts, the most wanted first."""
-    from awq_jax.bench import decoding, products, timing
+    from awq_jax.bench import decoding, products, random_models, timing
     from awq_jax.commands.bench import device
     from awq_jax.kernels import triton_matmul, tuned, xla
 
     chip = tuned.local_chip()
     if chip is None and not args.dry_run:
         raise SystemExit("no NVIDIA GPU here; --dry-run rehearses without one")
+    reason = triton_matmul.unavailable()
+    if chip is not None and reason is not None:
+        raise SystemExit(f"nothing to measure: {reason}; without a network see docs/kernels.md")
     args.out.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = device() | {
-        "seed": args.seed, "chip": dataclasses.asdict(chip) if chip else None, "triton": triton_matmul.unavailable(),
+        "seed": args.seed, "chip": dataclasses.asdict(chip) if chip else None, "triton": reason,
         "correctness": [], "kernels": [], "decode": [], "tuned": [], "failures": [],
     }  # fmt: skip
     run = Run(args.out, args.minutes, chip.slug if chip else "dry-run", result)
     run.save()
-    print(f"Triton: {result['triton'] or 'can be used'}", flush=True)
 
     def ceilings() -> Any:
         result["ceilings"] = dataclasses.asdict(timing.ceilings(1.0 if chip else 0.01))
         yield
 
     def check() -> Any:
-        for case in correctness(args.seed, None if chip else 6):
+        for case in correctness(args.seed, None if chip else 8):
             result["correctness"].append(case)
             if not case["correct"]:
                 print("WRONG", case, flush=True)
@@ -251,10 +298,13 @@ def everything(args: argparse.Namespace) -> None:
 
     first, then = (FIRST, THEN) if chip else (((256, 256),), ((256, 128),))
     few, many = ((1, 4, 16, 64), (256, 2048)) if chip else ((1,), (16,))
+    served = random_models.products("llama-3-8b" if chip else "small")
     run.part("ceilings", 0.1, ceilings)
     run.part("correctness", 0.2, check)
-    run.part("packed decode", 0.3, decode("llama-3-8b", 4))
-    run.part("tuning", 0.5, tune(first, (1, 16, 64, 256, 4, 2048) if chip else (1,)))
+    run.part("packed decode", 0.27, decode("llama-3-8b", 4))
+    run.part("tuning", 0.37, tune(first, (1, 16, 64) if chip else (1,)))
+    run.part("tuning for decode", 0.45, tune(served, (1, 512) if chip else (1,)))
+    run.part("more tuning", 0.55, tune(first, (256, 4, 2048) if chip else (4,)))
     run.part("products", 0.75, measure(first, (*few, *many)))
     run.part("packed decode, tuned", 0.8, decode("llama-3-8b", 4))
     run.part("dense decode", 0.85, decode("llama-3-8b", None))

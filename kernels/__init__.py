@@ -1,6 +1,7 @@
 """Matmuls of float activations with packed weights."""
 
+from awq_jax.kernels import grouped
 from awq_jax.kernels.dispatch import BACKENDS, Backend, Request, check_impl, explain, matmul
 from awq_jax.kernels.layout import canonical, prepare
 
-__all__ = ["BACKENDS", "Backend", "Request", "canonical", "check_impl", "explain", "matmul", "prepare"]
+__all__ = ["BACKENDS", "Backend", "Request", "canonical", "check_impl", "explain", "grouped", "matmul", "prepare"]

@@ -18,6 +18,8 @@ from awq_jax.qtensor import QuantizedTensor
 
 log = logging.getLogger(__name__)
 
+OLDEST = 80  # compute capability times ten, of the Triton kernels: asynchronous copies, bfloat16 in tensor cores
+
 
 @dataclasses.dataclass(frozen=True)
 class Request:
@@ -60,8 +62,11 @@ class Backend:
 def _triton_obstacle(r: Request) -> str | None:
     if r.platform != "cuda":
         return f"its kernels are for CUDA, and this runs on {r.platform}"
-    if tuned.local_chip() is None:
+    chip = tuned.local_chip()
+    if chip is None:
         return "this process has no NVIDIA GPU"
+    if chip.sm < OLDEST:
+        return f"{chip.kind} has compute capability {chip.sm / 10}; its kernels need {OLDEST / 10}"
     return triton_matmul.obstacle(r.m, r.q, r.dtype)
 
 

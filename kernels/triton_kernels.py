@@ -1,4 +1,5 @@
-"""The Triton programs. Importing this needs ``triton``; `awq_jax.kernels.triton` does so only when it runs one.
+"""The Triton programs. Importing this needs ``triton``; `awq_jax.kernels.triton_matmul` does so only when it
+runs one.
 
 All read the ``"cuda"`` layout (`awq_jax.kernels.layout`): uint16 ``[B, N, W]``, 32 words = one run of
 ``PLANES`` planes of 32 rows. A code becomes a float without an integer conversion: or-ed into the

@@ -36,6 +36,7 @@ class Spec:
       out_dtype: name of the result's dtype.
       chip: what it runs on.
       config: tile sizes, or None to look them up.
+      tables: what they are looked up in, see `tuned.given`; JAX keeps traces by this.
     """
 
     bits: int
@@ -43,6 +44,7 @@ class Spec:
     out_dtype: str
     chip: tuned.Chip
     config: tuned.Config | None = None
+    tables: str = ""
 
 
 @functools.cache
@@ -104,7 +106,8 @@ def matmul(
     """
     *lead, m, k = x.shape
     n = q.n
-    spec = Spec(q.bits, q.group_size, jnp.dtype(out_dtype).name, chip, config)
+    tables = tuned.given(chip) if config is None else ""
+    spec = Spec(q.bits, q.group_size, jnp.dtype(out_dtype).name, chip, config, tables)
     # An offset that is no multiple of the scale: the codes are multiplied as if symmetric, and what
     # is missing, (h s + o) per group and column, meets the sums of x over the groups.
     own = spec if q.offsets is None else dataclasses.replace(spec, out_dtype="float32")

@@ -121,8 +121,16 @@ def choose(chip: Chip, bits: int, m: int, k: int, n: int) -> Config:
 
 
 def use(chip: Chip, table: dict[str, Any]) -> None:
-    """Let `choose` read this table before the files, in this process: what has just been measured, say."""
+    """Let `choose` read this table before the files, in this process: what has just been measured, say.
+
+    Programs that are compiled already keep what they chose.
+    """
     _given[chip.slug] = table
+
+
+def given(chip: Chip) -> str:
+    """A name for what `use` was last given for this chip: what was traced under another is not for now."""
+    return json.dumps(_given.get(chip.slug), sort_keys=True)
 
 
 def config(entry: Mapping[str, Any]) -> Config:

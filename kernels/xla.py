@@ -71,7 +71,7 @@ def weight_gradient(x: jax.Array, q: QuantizedTensor, dy: jax.Array, platform: s
 
     tables = {"scales": q.scales} | ({} if q.offsets is None else {"offsets": q.offsets})
     found = _table_gradients(x, q, dy, tile_size(platform))
-    given = {name: sum_as(found[name], table) for name, table in tables.items()}
+    given: dict[str, Any] = {name: sum_as(found[name], table) for name, table in tables.items()}
     return dataclasses.replace(jax.tree.map(nothing, q), **given)
 
 
@@ -139,7 +139,8 @@ def _table_gradients(x: jax.Array, q: QuantizedTensor, dy: jax.Array, tile: int)
         names = list(found)
 
         def product(*tables: jax.Array) -> jax.Array:
-            return dequantize(x, dataclasses.replace(part, **dict(zip(names, tables, strict=True))), dy.dtype)
+            own: dict[str, Any] = dict(zip(names, tables, strict=True))
+            return dequantize(x, dataclasses.replace(part, **own), dy.dtype)
 
         # Varying like the product, or their gradients would be summed over a mesh here already.
         parts = jax.vjp(product, *(vary_as(getattr(part, name), x, dy, *leaves) for name in names))[1](mine)

@@ -185,11 +185,11 @@ def test_what_a_session_reads_and_keeps():
     hidden, inner, vocab, kv, layers = 256, 512, 1024, 128, 2
     weights = hidden * (2 * hidden + 2 * kv) + 3 * hidden * inner
     groups = (hidden // 128) * (2 * hidden + 2 * kv + 2 * inner) + (inner // 128) * hidden
-    floats = 2 * (layers * 2 * hidden + hidden + 2 * vocab * hidden)
+    floats = 4 * (layers * 2 * hidden + hidden + 2 * vocab * hidden)  # a CPU is served float32
     packed = layers * (weights // 2 + 3 * groups)
     assert paths.nbytes(session.params) == packed + floats
-    assert decoding.read_per_step(c, session.params) == packed + floats - 2 * vocab * hidden
-    assert session.cache_bytes == 2 * layers * 2 * 64 * kv * 2
+    assert decoding.read_per_step(c, session.params) == packed + floats - 4 * vocab * hidden
+    assert session.cache_bytes == 2 * layers * 2 * 64 * kv * 4
     assert decoding.largest_tile(session.params) == 2 * hidden * 2 * inner
     turns = decoding.paired({"a": session, "b": session}, "a", 2)
     assert turns["a"]["speed"] == turns["a"]["cpu_speed"] == 1
@@ -232,3 +232,38 @@ def test_random_models_are_packed_as_awq_packs_them():
 def test_what_cannot_be_measured(arguments, words, capsys):
     assert cli.main(["bench", *arguments]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_the_shapes_that_are_tuned_are_those_that_are_served():
+    c = random_models.config("small")
+    graphdef, params = random_models.random_model(c, "float32")
+    served = Weights(graphdef, c, params, copy=False).serving()[1]
+    packed = [q for q in jax.tree.leaves(served, is_leaf=is_quantized) if is_quantized(q)]
+    assert {(q.k, q.n) for q in packed} == set(random_models.products("small"))
+    assert set(random_models.products("llama-3-8b")) <= set(products.SHAPES)
+
+
+def test_an_implementation_that_fails_costs_no_other_row(monkeypatch):
+    whole = products.implementations
+
+    def some(m, w, dtype):
+        return whole(m, w, dtype) | ({} if m == 1 else {"xla": (lambda x, q: 1 / 0, w.canonical)})
+
+    monkeypatch.setattr(products, "implementations", some)
+    rows = list(products.measure([(64, 32)], [1, 2, 1], 32, 4, TOP, seconds=0.001, with_peers=False))
+    assert ["failed" in r for r in rows] == [False, True, False]
+    assert "ZeroDivisionError" in products.line(rows[1])
+
+    def late(m, w, dtype):
+        raise TimeoutError("of the caller")
+
+    monkeypatch.setattr(products, "implementations", late)
+    with pytest.raises(TimeoutError):
+        list(products.measure([(64, 32)], [1], 32, 4, TOP, seconds=0.001, with_peers=False))
+
+
+def test_tuning_more_keeps_what_was_tuned():
+    entry = {"k": 64, "n": 32, "bits": 4, "rows": 1, "kernel": "mma", "stages": 2}
+    before = products.table(H200, [entry, entry | {"rows": 4}])
+    after = products.table(H200, [entry | {"stages": 5}, entry | {"bits": 8}], before)
+    assert [(e["rows"], e["bits"], e["stages"]) for e in after["shapes"]] == [(1, 4, 5), (4, 4, 2), (1, 8, 2)]

@@ -315,6 +315,28 @@ def test_the_product_with_splits_bias_and_offsets(fake, m, kind):
     assert fake.calls[0][0] == "mma"
 
 
+def test_a_new_table_is_for_what_is_traced_next(fake, monkeypatch):
+    monkeypatch.setattr(tuned, "_given", {})
+    q, w = random_cuda(256, 32, 64)
+    x = activation(2, 256)
+
+    def run():
+        close(jax.jit(lambda x: kernels.matmul(x, q))(x), np.asarray(x, np.float64) @ w)
+        return fake.calls[-1][0]
+
+    assert run() == "mma"
+    tuned.use(H200, {"shapes": [{"k": 256, "n": 32, "bits": 4, "rows": 4, "kernel": "gemv", "split": 1}]})
+    assert run() == "gemv"
+
+
+def test_cards_that_are_too_old(fake, monkeypatch):
+    monkeypatch.setattr(tuned, "local_chip", lambda: tuned.Chip("Tesla T4", 75, 40))
+    q, _ = random_cuda(64, 32, 32)
+    assert "not triton: Tesla T4 has compute capability 7.5" in kernels.explain(activation(2, 64), q)
+    with pytest.raises(BackendError, match=r"need 8\.0"):
+        kernels.matmul(activation(2, 64), q, impl="triton")
+
+
 @pytest.mark.parametrize("split", [1, 5])
 def test_parts_of_k_add_up(fake, split):
     q, w = random_cuda(640, 24, 32)

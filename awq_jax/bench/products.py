@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from awq_jax import kernels
-from awq_jax.bench import peers, timing
+from awq_jax.bench import peers, random_models, timing
 from awq_jax.kernels import dispatch, layout, triton_matmul, tuned
 from awq_jax.qtensor import QuantizedTensor
 
-SHAPES = ((4096, 14336), (14336, 4096), (8192, 8192), (8192, 28672))
+# What the targets are about, what Llama-3-8B decodes with (q/k/v and gate/up merged), and a larger one.
+SHAPES = ((8192, 8192), (4096, 14336), *random_models.products("llama-3-8b"), (8192, 28672))
 ROWS = (1, 4, 16, 64, 256, 2048)
 CHECKED = 256  # columns compared with float64
 LIMIT = 1e-2  # relative error of a product of bfloat16 numbers
@@ -25,7 +26,7 @@ Say = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """A random packed weight, and the codes behind some of its columns as the reference.
+    """A random packed weight.
 
     Attributes:
       canonical, ready: as files hold it, and in this platform's layout.
@@ -67,8 +68,15 @@ def expected(x: np.ndarray, q: QuantizedTensor, columns: np.ndarray) -> np.ndarr
     shifts = np.arange(0, 32, q.bits, dtype=np.uint32)[:, None]
     codes = ((words[:, None] >> shifts) & np.uint32(2**q.bits - 1)).reshape(-1, len(columns))[: q.k]
     spread = functools.partial(np.repeat, repeats=q.group_size, axis=0)
-    zeros, scales = np.asarray(q.zeros)[:, columns], np.asarray(q.scales.astype(jnp.float32))[:, columns]
-    w = (codes.astype(np.float64) - spread(zeros.astype(np.float64))) * spread(scales.astype(np.float64))
+
+    def table(a: jax.Array) -> np.ndarray:
+        return spread(np.asarray(a.astype(jnp.float32))[:, columns].astype(np.float64))
+
+    w = codes.astype(np.float64) * table(q.scales)
+    if q.offsets is not None:
+        w += table(q.offsets)
+    else:
+        w -= (2.0 ** (q.bits - 1) if q.zeros is None else table(q.zeros)) * table(q.scales)
     return x.astype(np.float64) @ w
 
 
@@ -113,7 +121,8 @@ def measure(
     Yields:
       Dicts with ``m``, ``k``, ``n``, ``group_size``, ``bits``, ``impl``, ``form``, ``us`` and
       ``us_again`` (two measurements), ``floor_us``, ``floor_share``, ``vs_bf16``, ``error``,
-      ``correct``, ``peers_us`` (microseconds of other libraries, or why there are none).
+      ``correct``, ``peers_us`` (microseconds of other libraries, or why there are none); of an implementation
+      that fails, only what it was asked, and ``failed``.
     """
     for k, n in shapes:
         count = timing.copies(k * n * bits // 8)
@@ -130,11 +139,17 @@ def measure(
                 sets = [
                     (x, w.ready if q is weights[0].ready else w.canonical) for x, w in zip(xs, weights, strict=True)
                 ]
-                wrong = error(jax.jit(run)(*sets[0]), xs[0], weights[0].canonical, seed + m)
-                took = [timing.per_call(run, sets, seconds) for _ in range(2)]
+                asked = {"m": m, "k": k, "n": n, "group_size": group, "bits": bits, "impl": name}
+                try:
+                    wrong = error(jax.jit(run)(*sets[0]), xs[0], weights[0].canonical, seed + m)
+                    took = [timing.per_call(run, sets, seconds) for _ in range(2)]
+                except TimeoutError:  # a caller's, who waits no longer
+                    raise
+                except Exception as e:  # the others may work
+                    yield asked | {"failed": f"{type(e).__name__}: {str(e)[:300]}"}
+                    continue
                 best = min(took)
-                yield {
-                    "m": m, "k": k, "n": n, "group_size": group, "bits": bits, "impl": name,
+                yield asked | {
                     "form": kernels.explain(xs[0], q, impl=name),
                     "us": best * 1e6, "us_again": max(took) * 1e6, "floor_us": least * 1e6,
                     "floor_share": least / best, "bf16_us": bf16 * 1e6, "vs_bf16": bf16 / best,
@@ -144,6 +159,8 @@ def measure(
 
 def line(row: dict[str, Any]) -> str:
     """One row for people."""
+    if "failed" in row:
+        return f"{row['m']:5d} x {row['k']}x{row['n']} {row['impl']:7s} FAILED: {row['failed']}"
     others = ", ".join(f"{k} {v:.1f}" for k, v in row["peers_us"].items() if isinstance(v, float))
     return (
         f"{row['m']:5d} x {row['k']}x{row['n']} {row['impl']:7s} {row['us']:9.1f} us  floor {row['floor_share']:4.0%}  "
@@ -217,6 +234,8 @@ def tune(
                 try:
                     if error(jax.jit(run)(*sets[0]), xs[0], weights[0].canonical, seed) < LIMIT:
                         timed.append((timing.per_call(run, sets, seconds), config))
+                except TimeoutError:  # a caller's, who waits no longer
+                    raise
                 except Exception as e:  # what does not compile for this chip is no candidate
                     say(f"{m} x {k}x{n} {config}: {type(e).__name__}: {str(e).splitlines()[0][:200]}")
             if not timed:
@@ -226,6 +245,19 @@ def tune(
             yield {"k": k, "n": n, "bits": bits, "rows": m} | dataclasses.asdict(ranked[0][1])
 
 
-def table(chip: tuned.Chip, entries: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """The content of ``kernels/tuned/<chip>.json``."""
-    return {"chip": chip.kind, "source": "measured by awq-jax bench tune", "rules": [], "shapes": list(entries)}
+def table(
+    chip: tuned.Chip, entries: Iterable[dict[str, Any]], before: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The content of ``kernels/tuned/<chip>.json``; ``before``: one whose other entries are kept."""
+
+    def key(entry: Mapping[str, Any]) -> tuple[Any, ...]:
+        return entry["k"], entry["n"], entry.get("bits", 4), entry["rows"]
+
+    kept = {key(e): e for e in [*(before or {}).get("shapes", ()), *entries]}
+    rules = list((before or {}).get("rules", ()))
+    return {
+        "chip": chip.kind,
+        "source": "measured by awq-jax bench tune",
+        "rules": rules,
+        "shapes": list(kept.values()),
+    }

@@ -43,6 +43,14 @@ def config(name: str, layers: int | None = None) -> ModelConfig:
     return models.config_from_hf(SHAPES[name] | ({"num_hidden_layers": layers} if layers else {}))
 
 
+def products(name: str) -> tuple[tuple[int, int], ...]:
+    """(inputs, outputs) of the linears of one layer as `generate` serves them: q/k/v and gate/up merged."""
+    c = SHAPES[name]
+    hidden, inner, heads = c["hidden_size"], c["intermediate_size"], c["num_attention_heads"]
+    kv = 2 * c["num_key_value_heads"] * (hidden // heads)
+    return (hidden, hidden + kv), (hidden, hidden), (hidden, 2 * inner), (inner, hidden)
+
+
 def random_model(
     c: ModelConfig, dtype: str, bits: int | None = 4, group_size: int = 128, seed: int = 0
 ) -> tuple[nnx.GraphDef, nnx.State]:

@@ -16,7 +16,7 @@ _EXAMPLES = """
 awq-jax bench kernels --shapes 4096x14336 8192x8192 --rows 1 16 64
 awq-jax bench decode --model llama-3-8b
 awq-jax bench prefill --model llama-2-7b --context 2048 --json
-awq-jax bench tune --out nvidia-h200.json
+awq-jax bench tune --out nvidia-h200.json      # entries that are there stay, unless measured again
 """
 
 
@@ -163,6 +163,7 @@ def _tune(args: argparse.Namespace) -> dict[str, Any]:
     reason = triton_matmul.unavailable()
     if reason is not None:
         raise BackendError(f"there is nothing to tune: {reason}")
+    before = _table_before(args.out, chip.kind)
     entries = products.tune(
         args.shapes or products.SHAPES,
         args.rows or products.ROWS,
@@ -172,7 +173,21 @@ def _tune(args: argparse.Namespace) -> dict[str, Any]:
         seconds=args.seconds,
         say=lambda line: common.say(line, args.quiet),
     )
-    table = products.table(chip, entries)
+    table = products.table(chip, entries, before)
     if not args.json and not args.out:
         print(json.dumps(table, indent=1))
     return table
+
+
+def _table_before(path: Path | None, chip: str) -> dict[str, Any] | None:
+    """The table that is to be extended, if there is one."""
+    if path is None or not path.is_file():
+        return None
+    try:
+        table = json.loads(path.read_text())
+        if table["chip"] == chip and isinstance(table["shapes"], list):
+            return table
+        reason = f"it is of {table['chip']}, and this is {chip}"
+    except (ValueError, KeyError, TypeError) as e:
+        reason = f"it is no table of tile sizes ({e})"
+    raise ConfigError(f"cannot extend {path}: {reason}; name another file with --out")
