@@ -1,4 +1,4 @@
-"""Packed matmul in plain XLA: runs everywhere, differentiates, vmaps and shards like any JAX code."""
+"""Packed matmul in plain XLA: runs everywhere, has gradients, vmaps and shards like any JAX code."""
 
 from __future__ import annotations
 
@@ -60,7 +60,8 @@ matmul.defvjp(_forward, _backward)
 
 def gradient(x: jax.Array, q: QuantizedTensor, dy: jax.Array, platform: str) -> jax.Array:
     """The cotangent of ``x`` for that of the product, ``dy [*B, m, N]``, tile by tile."""
-    return sum_as(transposed(dy.astype(x.dtype), q, x.dtype, tile_size(platform)), x)
+    wide = _accumulator(x) if platform == "cpu" else x.dtype  # as in `matmul`
+    return sum_as(transposed(dy.astype(wide), q, x.dtype, tile_size(platform)), x)
 
 
 def weight_gradient(x: jax.Array, q: QuantizedTensor, dy: jax.Array, platform: str) -> QuantizedTensor:
