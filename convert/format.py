@@ -178,4 +178,4 @@ def quant_method(config: Mapping[str, Any]) -> str:
     """``quantization_config.quant_method`` of a ``config.json`` in lower case, or ""."""
     quant = config.get("quantization_config")
     method = quant.get("quant_method") if isinstance(quant, dict) else None
-    return method.lower() if isinstance(method, str) else ""
+    return "" if method is None else str(method).lower()

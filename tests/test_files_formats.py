@@ -20,6 +20,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from awq_jax import AwqConfig, QuantizedTensor, pack
 from awq_jax.convert import autoawq, registry, writing
+from awq_jax.convert.format import quant_method
 from awq_jax.errors import CheckpointError, FormatError, WeightError
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -495,3 +496,11 @@ def test_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "train.json",
     ):
         assert not fetched(file)
+
+
+def test_a_quant_method_that_is_no_text_is_not_a_missing_one():
+    for method, name in ((3, "3"), (["awq"], "['awq']"), ("AWQ", "awq"), (None, "")):
+        assert quant_method({"quantization_config": {"quant_method": method}}) == name
+    mlx = {"quantization": {"group_size": 64, "bits": 4}}
+    assert registry.FORMATS["mlx"].matches(mlx, set())
+    assert not registry.FORMATS["mlx"].matches(mlx | {"quantization_config": {"quant_method": 3}}, set())
