@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from awq_jax.qtensor import QuantizedTensor, is_quantized
 
-DTYPE = jnp.float32  # CPUs have no fast product of 16-bit floats in XLA
+DTYPE = jnp.dtype(jnp.float32)  # CPUs have no fast product of 16-bit floats in XLA
 SHARE = 0.5  # of the free memory that a copy may take unasked
 
 
@@ -37,23 +37,25 @@ def resident(tree: Any) -> Any:
 
 
 def widened(tree: Any) -> Any:
-    """``tree`` with every floating-point leaf as float32; packed ones multiply float32 activations, and stay packed."""
+    """``tree`` with 16-bit floats as float32; packed leaves stay, and multiply activations of that dtype."""
 
     def wide(leaf: Any) -> Any:
-        if is_quantized(leaf):
-            return dataclasses.replace(leaf, dtype=jnp.dtype(DTYPE).name)
-        return leaf.astype(DTYPE) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+        if not _narrow(leaf.dtype):
+            return leaf
+        return dataclasses.replace(leaf, dtype=DTYPE.name) if is_quantized(leaf) else leaf.astype(DTYPE)
 
     return jax.tree.map(wide, tree, is_leaf=is_quantized)
 
 
 def widening(tree: Any) -> int:
     """Bytes that `widened` adds."""
-    floats = [a for a in jax.tree.leaves(tree, is_leaf=is_quantized) if not is_quantized(a)]
-    wide = jnp.dtype(DTYPE).itemsize
-    return sum(
-        math.prod(a.shape) * max(wide - a.dtype.itemsize, 0) for a in floats if jnp.issubdtype(a.dtype, jnp.floating)
-    )
+    floats = [a for a in jax.tree.leaves(tree, is_leaf=is_quantized) if not is_quantized(a) and _narrow(a.dtype)]
+    return sum(math.prod(a.shape) * (DTYPE.itemsize - a.dtype.itemsize) for a in floats)
+
+
+def _narrow(dtype: Any) -> bool:
+    dtype = jnp.dtype(dtype)
+    return jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < DTYPE.itemsize
 
 
 def narrowed(leaf: Any, dtype: Any) -> Any:
@@ -66,7 +68,7 @@ def nbytes(tree: Any) -> int:
 
     def added(leaf: Any) -> int:
         new = is_quantized(leaf) or (jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype != DTYPE)
-        return math.prod(leaf.shape) * jnp.dtype(DTYPE).itemsize if new else 0
+        return math.prod(leaf.shape) * DTYPE.itemsize if new else 0
 
     return sum(added(leaf) for leaf in jax.tree.leaves(tree, is_leaf=is_quantized))
 

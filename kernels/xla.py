@@ -59,7 +59,7 @@ matmul.defvjp(_forward, _backward)
 
 
 def gradient(x: jax.Array, q: QuantizedTensor, dy: jax.Array, platform: str) -> jax.Array:
-    """The cotangent of ``x`` for that of the product, ``dy [*B, m, N]``, tile by tile."""
+    """The cotangent ``[*B, m, K]`` of ``x``, in its dtype, for ``dy [*B, m, N]``, that of the product; tile by tile."""
     wide = _accumulator(x) if platform == "cpu" else x.dtype  # as in `matmul`
     return sum_as(transposed(dy.astype(wide), q, x.dtype, tile_size(platform)), x)
 
@@ -70,9 +70,8 @@ def weight_gradient(x: jax.Array, q: QuantizedTensor, dy: jax.Array, platform: s
     def nothing(a: jax.Array) -> Any:
         return jnp.zeros_like(a) if jnp.issubdtype(a.dtype, jnp.floating) else np.zeros(a.shape, jax.dtypes.float0)
 
-    tables = {"scales": q.scales} | ({} if q.offsets is None else {"offsets": q.offsets})
     found = _table_gradients(x, q, dy, tile_size(platform))
-    given: dict[str, Any] = {name: sum_as(found[name], table) for name, table in tables.items()}
+    given: dict[str, Any] = {name: sum_as(d, getattr(q, name)) for name, d in found.items()}
     return dataclasses.replace(jax.tree.map(nothing, q), **given)
 
 

@@ -267,3 +267,17 @@ def test_tuning_more_keeps_what_was_tuned():
     before = products.table(H200, [entry, entry | {"rows": 4}])
     after = products.table(H200, [entry | {"stages": 5}, entry | {"bits": 8}], before)
     assert [(e["rows"], e["bits"], e["stages"]) for e in after["shapes"]] == [(1, 4, 5), (4, 4, 2), (1, 8, 2)]
+
+
+def test_a_table_that_cannot_be_extended_is_refused_before_the_work(tmp_path):
+    from awq_jax.commands import bench
+
+    path = tmp_path / "t.json"
+    assert bench._table_before(path, H200) is None
+    for text, why in (("[", "JSONDecodeError"), ("[]", "TypeError"), ('{"chip": "NVIDIA A100"}', "NVIDIA A100"),
+                      ('{"chip": "NVIDIA H200", "shapes": [{"k": 1}]}', "KeyError")):  # fmt: skip
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=f"{why}.*name another file"):
+            bench._table_before(path, H200)
+    path.write_text(json.dumps(products.table(H200, [{"k": 1, "n": 2, "rows": 1, "kernel": "gemv"}])))
+    assert len(bench._table_before(path, H200)["shapes"]) == 1

@@ -7,10 +7,13 @@ import itertools
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from awq_jax.commands import common
 from awq_jax.errors import BackendError, ConfigError
+
+if TYPE_CHECKING:
+    from awq_jax.kernels import tuned
 
 _EXAMPLES = """
 awq-jax bench kernels --shapes 4096x14336 8192x8192 --rows 1 16 64
@@ -163,7 +166,7 @@ def _tune(args: argparse.Namespace) -> dict[str, Any]:
     reason = triton_matmul.unavailable()
     if reason is not None:
         raise BackendError(f"there is nothing to tune: {reason}")
-    before = _table_before(args.out, chip.kind)
+    before = _table_before(args.out, chip)
     entries = products.tune(
         args.shapes or products.SHAPES,
         args.rows or products.ROWS,
@@ -179,15 +182,17 @@ def _tune(args: argparse.Namespace) -> dict[str, Any]:
     return table
 
 
-def _table_before(path: Path | None, chip: str) -> dict[str, Any] | None:
-    """The table that is to be extended, if there is one."""
+def _table_before(path: Path | None, chip: tuned.Chip) -> dict[str, Any] | None:
+    """The table that is to be extended, if there is one; refused now, not after minutes of tuning."""
+    from awq_jax.bench import products
+
     if path is None or not path.is_file():
         return None
     try:
         table = json.loads(path.read_text())
-        if table["chip"] == chip and isinstance(table["shapes"], list):
-            return table
-        reason = f"it is of {table['chip']}, and this is {chip}"
-    except (ValueError, KeyError, TypeError) as e:
-        reason = f"it is no table of tile sizes ({e})"
+        if table["chip"] == chip.kind:
+            return products.table(chip, (), table)
+        reason = f"it is of {table['chip']}, and this is {chip.kind}"
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        reason = f"it is no table of tile sizes ({type(e).__name__}: {e})"
     raise ConfigError(f"cannot extend {path}: {reason}; name another file with --out")
