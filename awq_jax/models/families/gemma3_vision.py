@@ -9,7 +9,7 @@ from typing import Any
 
 from awq_jax.errors import ConfigError
 from awq_jax.models.config import ModelConfig
-from awq_jax.models.families import gemma3
+from awq_jax.models.families import gemma3_text
 from awq_jax.models.hf_config import required
 from awq_jax.models.vision import hf as nested
 from awq_jax.models.vision.config import Gemma3Vision
@@ -26,7 +26,7 @@ def config(hf: Mapping[str, Any]) -> ModelConfig:
     Raises:
       ConfigError: if the features of an image make no square.
     """
-    text = nested.text_config(hf, nested.part(hf, "text_config"), {"gemma3_text": gemma3.config}, "gemma3_text")
+    text = nested.text_config(hf, nested.part(hf, "text_config"), {"gemma3_text": gemma3_text.config}, "gemma3_text")
     vision = nested.part(hf, "vision_config")
     tower = nested.vit_config({**hf, "vision_config": {"model_type": "siglip_vision_model"} | vision})
     count = required({"mm_tokens_per_image": 256} | dict(hf), "mm_tokens_per_image")
