@@ -1,8 +1,14 @@
-"""Codes to 32-bit words and back, along the contracted axis.
+"""Codes to words and back, along the contracted axis, in the two orders that packed weights have in memory.
 
-The canonical packing is one LSB-first bit stream per column: code ``i`` of a column occupies
-bits ``[i*bits, (i+1)*bits)`` of that column's words. At 4 bits nibble ``i`` of word ``r`` is row
+The canonical order (`pack`), which files hold, is one LSB-first bit stream per column: code ``i`` of a column
+occupies bits ``[i*bits, (i+1)*bits)`` of that column's 32-bit words. At 4 bits nibble ``i`` of word ``r`` is row
 ``8r+i``; 3-bit codes straddle words (32 codes in 3 words).
+
+A CUDA warp wants the opposite: each output column contiguous, so that a tile of columns is the left operand of a
+tensor-core product straight from registers, and codes that one mask separates. So the CUDA order (`pack_cuda`) is
+uint16 ``[*B, N, W]``. Each run of 32 halfwords holds 32 rows per bit field: at 4 bits, bits ``[4i, 4i+4)`` of halfword
+``32u + j`` are row ``128u + 32i + j``; at 8 bits, bits ``[8i, 8i+8)`` are row ``64u + 32i + j``. A field of 32
+halfwords is called a plane; every group size that is a multiple of 32 gives each plane one scale per column.
 """
 
 from __future__ import annotations
@@ -11,6 +17,8 @@ import math
 
 import jax
 import jax.numpy as jnp
+
+PLANE = 32  # rows that one bit field of 32 consecutive halfwords holds
 
 
 def words(rows: int, bits: int) -> int:
@@ -66,3 +74,36 @@ def unpack(qweight: jax.Array, bits: int, rows: int) -> jax.Array:
             v |= q[..., word + 1, :] << (32 - shift)
         out.append((v & mask).astype(jnp.uint8))
     return jnp.stack(out, axis=-2).reshape(*lead, blocks * per, n)[..., :rows, :]
+
+
+def planes(bits: int) -> int:
+    """Planes in a run of 32 halfwords: codes per uint16."""
+    return 16 // bits
+
+
+def halfwords(rows: int, bits: int) -> int:
+    """uint16 per column for ``rows`` rows in the CUDA order, whole runs."""
+    return -(-rows // (PLANE * planes(bits))) * PLANE
+
+
+def pack_cuda(codes: jax.Array, bits: int) -> jax.Array:
+    """Pack uint8 ``codes [*B, K, N]`` of 4 or 8 bits to uint16 ``[*B, N, W]``; rows beyond K are zero."""
+    *lead, rows, n = codes.shape
+    w, count = halfwords(rows, bits), planes(bits)
+    codes = jnp.swapaxes(codes, -1, -2)
+    codes = jnp.pad(codes, [(0, 0)] * (len(lead) + 1) + [(0, w * count - rows)]).astype(jnp.uint16)
+    shifts = jnp.arange(0, 16, bits, dtype=jnp.uint16)[:, None]
+    fields = codes.reshape(*lead, n, w // PLANE, count, PLANE) << shifts
+    return fields.sum(-2, dtype=jnp.uint16).reshape(*lead, n, w)
+
+
+def unpack_cuda(qweight: jax.Array, bits: int, rows: int, parts: int = 1) -> jax.Array:
+    """Inverse of `pack_cuda`: uint16 ``[*B, N, W]`` to uint8 codes ``[*B, rows, N]``.
+
+    ``parts``: the rows were cut into so many equal parts, each packed on its own (one for each device of a mesh).
+    """
+    *lead, n, w = qweight.shape
+    shifts = jnp.arange(0, 16, bits, dtype=jnp.uint16)[:, None]
+    fields = (qweight.reshape(*lead, n, w // PLANE, 1, PLANE) >> shifts) & jnp.uint16(2**bits - 1)
+    codes = fields.astype(jnp.uint8).reshape(*lead, n, parts, w * planes(bits) // parts)[..., : rows // parts]
+    return jnp.swapaxes(codes.reshape(*lead, n, rows), -1, -2)

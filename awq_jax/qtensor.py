@@ -44,7 +44,7 @@ class QuantizedTensor:
       perm: int32 ``[*B, K]`` or None: packed row ``r`` belongs to input channel ``perm[r]`` (GPTQ's
         act-order; groups are contiguous in packed rows).
       layout: how ``qweight`` is stored: ``"canonical"`` (as above, what files hold) or ``"cuda"``
-        (uint16 ``[*B, N, W]``, see `awq_jax.kernels.layout`).
+        (uint16 ``[*B, N, W]``, see `awq_jax.pack`).
       placement: how it lies on a mesh, so that each device multiplies by its own part (see
         `awq_jax.kernels.parallel`); None on one device.
 
@@ -120,11 +120,9 @@ class QuantizedTensor:
         """uint8 codes ``[*B, Kp, N]``, from either layout."""
         rows = self.scales.shape[-2] * self.group_size
         if self.layout == "cuda":
-            from awq_jax.kernels.layout import to_canonical, unpack_cuda  # which build on this module
-
-            if self.placement is not None:  # each device's words are padded on their own
-                return to_canonical(self).codes()
-            return unpack_cuda(self.qweight, self.bits, rows)
+            place = self.placement
+            parts = place.size if place is not None and place.dim == "k" else 1
+            return pack.unpack_cuda(self.qweight, self.bits, rows, parts)
         return pack.unpack(self.qweight, self.bits, rows)
 
     def dequantize_canonical(self, dtype: Any = None) -> jax.Array:

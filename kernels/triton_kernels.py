@@ -1,7 +1,7 @@
 """The Triton programs. Importing this needs ``triton``; `awq_jax.kernels.triton_matmul` does so only when it
 runs one.
 
-All read the ``"cuda"`` layout (`awq_jax.kernels.layout`): uint16 ``[B, N, W]``, 32 words = one run of
+All read the ``"cuda"`` layout (`awq_jax.pack`): uint16 ``[B, N, W]``, 32 of them = one run of
 ``PLANES`` planes of 32 rows. A code becomes a float without an integer conversion: or-ed into the
 mantissa of a power of two it *is* that power plus the code (bfloat16: 128, float16: 1024), and
 subtracting the same power plus the zero point is exact.
@@ -12,9 +12,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# One 32-bit register holds two words of a column. Masking bits 0-3 of both at once and or-ing the
+# One 32-bit register holds two halfwords of a column. Masking bits 0-3 of both at once and or-ing the
 # exponents gives a ready pair of floats: one LOP3 per two weights. Compiled from plain Triton, the
-# words are taken apart first, which costs three times the instructions.
+# halfwords are taken apart first, which costs three times the instructions.
 _FIELDS = "{{ .reg .b32 t; lop3.b32 $0, $4, 0x000F000F, {e}, 0xEA;" + "".join(
     f" shr.b32 t, $4, {4 * i}; lop3.b32 ${i}, t, 0x000F000F, {{e}}, 0xEA;" for i in (1, 2, 3)
 )
@@ -30,7 +30,7 @@ _FIELDS_FP32 = tl.constexpr(
     )
     + " }"
 )
-# The bytes of two words as 2**23 + code in float32: one byte permutation each.
+# The bytes of two halfwords as 2**23 + code in float32: one byte permutation each.
 _BYTES_FP32 = tl.constexpr(
     "{ .reg .b32 e; mov.b32 e, 0x4B000000;"
     " prmt.b32 $0, $4, e, 0x7440; prmt.b32 $1, $4, e, 0x7442;"
@@ -315,7 +315,7 @@ def dequantize(
     BN: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """``w [B, N, K]``, the weight transposed: as its words lie, so that reading and writing are both contiguous."""
+    """``w [B, N, K]``, the weight transposed: as its codes lie, so that reading and writing are both contiguous."""
     dtype: tl.constexpr = w_ptr.dtype.element_ty
     PLANES: tl.constexpr = 16 // BITS
     RUN: tl.constexpr = 32 * PLANES

@@ -21,6 +21,7 @@ from jax.custom_batching import custom_vmap
 
 from awq_jax.kernels import layout, tuned, xla
 from awq_jax.kernels.parallel import sum_as, vary_as
+from awq_jax.pack import PLANE, planes
 from awq_jax.qtensor import QuantizedTensor
 
 DTYPES = ("bfloat16", "float16")
@@ -220,11 +221,11 @@ def _launch(spec: Spec, choice: tuned.Config, x, qweight, scales, zeros, bias) -
 
 
 def _launch_dense(spec: Spec, choice: tuned.Config, x, qweight, scales, zeros, bias) -> jax.Array:
-    """Write the weight out, transposed as its words lie, and let XLA multiply."""
+    """Write the weight out, transposed as its codes lie, and let XLA multiply."""
     # Otherwise the weights, which depend on nothing, may all be dequantized at the start of the program.
     x, qweight = lax.optimization_barrier((x, qweight))
     (b, _, k), n = x.shape, qweight.shape[1]
-    runs = -(-k // (layout.PLANE * layout.planes(spec.bits)))
+    runs = -(-k // (PLANE * planes(spec.bits)))
     w = _call(
         spec,
         choice,
@@ -252,7 +253,7 @@ def _constants(spec: Spec, k: int, qweight, scales, zeros) -> dict[str, Any]:
         "N": qweight.shape[1],
         "K": k,
         "GROUPS": scales.shape[1],
-        "GROUP_PLANES": spec.group_size // layout.PLANE,
+        "GROUP_PLANES": spec.group_size // PLANE,
         "BITS": spec.bits,
         "ZEROS": zeros is not None,
         "ASM": True,

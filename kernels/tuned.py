@@ -20,7 +20,7 @@ from typing import Any
 import jax
 
 from awq_jax.errors import ConfigError
-from awq_jax.kernels.layout import PLANE, planes
+from awq_jax.pack import PLANE, planes
 
 FOLDER = Path(__file__).parent / "tuned"
 BUCKETS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)

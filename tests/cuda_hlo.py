@@ -58,12 +58,12 @@ def weight(kind: str, place=None):
     import jax
     import jax.numpy as jnp
 
-    from awq_jax.kernels import layout
+    from awq_jax import pack
     from awq_jax.qtensor import QuantizedTensor
 
     cuda, groups = kind == "triton", (K // 128, N)
     return QuantizedTensor(
-        jax.ShapeDtypeStruct(*(((N, layout.words(K, 4)), jnp.uint16) if cuda else ((K // 8, N), jnp.uint32))),
+        jax.ShapeDtypeStruct(*(((N, pack.halfwords(K, 4)), jnp.uint16) if cuda else ((K // 8, N), jnp.uint32))),
         jax.ShapeDtypeStruct(groups, jnp.bfloat16), jax.ShapeDtypeStruct(groups, jnp.uint8), None, 4, 128, "kn",
         (K,), (N,), "bfloat16", layout="cuda" if cuda else "canonical", placement=place,
     )  # fmt: skip
@@ -175,16 +175,16 @@ def spread(kinds: list[str]) -> dict[str, dict[str, list[str]]]:
     import jax.numpy as jnp
     from jax.sharding import NamedSharding, PartitionSpec
 
-    from awq_jax import placement
-    from awq_jax.kernels import dispatch, xla
+    from awq_jax.kernels import dispatch, parallel, xla
+    from awq_jax.placement import Placement
 
     out = {}
     for kind, size, dim in [(kind, size, dim) for kind in kinds for size in (2, 4) for dim in "kn"]:
-        place = placement.Placement(mesh(size), "d", dim)
+        place = Placement(mesh(size), "d", dim)
         x = jax.ShapeDtypeStruct((1, K), jnp.bfloat16, sharding=NamedSharding(place.mesh, PartitionSpec()))
         many = x.update(shape=(2048, K))
         q = weight(kind, place)
-        q = at(q, placement.shardings(q, place))
+        q = at(q, parallel.shardings(q, place))
         cases = [("", x, q), (" many", many, q)]
         if dim == "n":  # what the compiler makes of it by itself
             cases.append((" unplaced", x, dataclasses.replace(q, placement=None)))

@@ -30,3 +30,13 @@ def test_leading_axes_are_kept() -> None:
     assert packed.shape == (2, 3, 4, 4)
     np.testing.assert_array_equal(packed[1, 2], pack.pack(jnp.asarray(codes[1, 2]), 3))
     np.testing.assert_array_equal(pack.unpack(packed, 3, 40), codes)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_parts_of_the_cuda_order_are_padded_on_their_own(bits: int) -> None:
+    codes = jnp.asarray(np.random.default_rng(bits).integers(0, 2**bits, (2, 192, 3)), jnp.uint8)
+    parts = [pack.pack_cuda(part, bits) for part in jnp.split(codes, 2, axis=1)]
+    assert parts[0].dtype == jnp.uint16
+    assert parts[0].shape == (2, 3, pack.halfwords(96, bits))
+    np.testing.assert_array_equal(pack.unpack_cuda(jnp.concatenate(parts, -1), bits, 192, parts=2), codes)
+    np.testing.assert_array_equal(pack.unpack_cuda(parts[1], bits, 96), codes[:, 96:])

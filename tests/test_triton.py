@@ -20,7 +20,7 @@ import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from awq_jax import dot, kernels
+from awq_jax import dot, kernels, pack
 from awq_jax.errors import BackendError, ConfigError, ShapeError
 from awq_jax.kernels import dispatch, layout, triton_matmul, tuned
 from awq_jax.qtensor import QuantizedTensor
@@ -247,7 +247,7 @@ class FakeTriton:
         k, bits = c["K"], c["BITS"]
         group = jnp.minimum(jnp.arange(k) // (32 * c["GROUP_PLANES"]), c["GROUPS"] - 1)
         zero = zeros[:, group].astype(jnp.float32) if c["ZEROS"] else 2.0 ** (bits - 1)
-        codes = layout.unpack_cuda(words, bits, k).astype(jnp.float32)
+        codes = pack.unpack_cuda(words, bits, k).astype(jnp.float32)
         return (codes - zero) * scales[:, group].astype(jnp.float32)
 
     def product(self, x, words, scales, zeros, bias, m, *, kernel, grid, out_shape, **c):

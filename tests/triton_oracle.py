@@ -2,7 +2,7 @@
 
 ``TRITON_INTERPRET=1 python tests/triton_oracle.py KERNELS.py`` reads cases as JSON on stdin and prints their
 errors. The variable must be set before triton is imported, and the kernels cannot then be compiled. It packs
-with NumPy, from the description in `awq_jax.kernels.layout`, and imports nothing of awq_jax.
+with NumPy, from the description in `awq_jax.pack`, and imports nothing of awq_jax.
 """
 
 import importlib.util

@@ -16,7 +16,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from awq_jax import paths, placement
+from awq_jax import paths
+from awq_jax.kernels import parallel
 from awq_jax.models import params as model_params
 from awq_jax.models import side_by_side
 from awq_jax.models.config import AttentionConfig, LayerConfig, MLPConfig, ModelConfig, MoEConfig
@@ -221,7 +222,7 @@ def _placed(f: Any, tables: dict[str, Any], whole: QuantizedTensor) -> Quantized
     """``whole`` with the tables that ``f`` makes, which lie where those of ``whole`` do."""
     if whole.placement is None:
         return dataclasses.replace(whole, **f(tables))
-    where = placement.shardings(whole, whole.placement)
+    where = parallel.shardings(whole, whole.placement)
     return dataclasses.replace(whole, **jax.jit(f, out_shardings={t: getattr(where, t) for t in tables})(tables))
 
 

@@ -14,14 +14,15 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from awq_jax import paths, placement
+from awq_jax import paths
 from awq_jax.convert import codes, slices
 from awq_jax.convert.source import Source
 from awq_jax.errors import WeightError
+from awq_jax.kernels import parallel
 from awq_jax.models import moe, sharding
 from awq_jax.models import params as model_params
 from awq_jax.models.config import ModelConfig
-from awq_jax.placement import Placement
+from awq_jax.placement import Placement, float_spec
 from awq_jax.qtensor import QuantizedTensor
 
 log = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ class Loader:
             value = np.asarray(self.weights.leaf(path))
             return jax.make_array_from_callback(value.shape, place.sharding(PartitionSpec()), lambda i: value[i])
         shape = self.shapes[path]
-        spec = place.sharding(placement.float_spec(place.dim, len(shape), place.axis))
+        spec = place.sharding(float_spec(place.dim, len(shape), place.axis))
         parts: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
         for device, index in spec.addressable_devices_indices_map(shape).items():
             assert index is not None
@@ -150,7 +151,7 @@ def _assembled(placed: list[Any], place: Placement, spec: NamedSharding, shape: 
     if not isinstance(first, QuantizedTensor):
         return jax.make_array_from_single_device_arrays(shape, spec, placed)
     tables: dict[str, Any] = {}
-    for field, where in vars(placement.shardings(first, place)).items():
+    for field, where in vars(parallel.shardings(first, place)).items():
         if isinstance(where, NamedSharding):
             parts = [getattr(p, field) for p in placed]
             sizes = [n * (place.size if axis else 1) for n, axis in zip(parts[0].shape, where.spec, strict=True)]

@@ -19,10 +19,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from awq_jax import paths, placement
+from awq_jax import paths
 from awq_jax.errors import ConfigError
+from awq_jax.kernels import parallel
 from awq_jax.models.config import AttentionConfig, DeltaConfig, LatentConfig, MLPConfig, ModelConfig, MoEConfig
-from awq_jax.placement import Dim, Placement
+from awq_jax.placement import Dim, Placement, float_spec
 from awq_jax.qtensor import QuantizedTensor
 
 UNIT = 8  # packed columns of a device are a multiple of it
@@ -265,8 +266,8 @@ def sharding(leaf: Any, cut: Cut, base: Placement) -> Any:
     """Of one parameter."""
     place = cut.place(base)
     if isinstance(leaf, QuantizedTensor):
-        return dataclasses.replace(placement.shardings(leaf, place), placement=place)
-    return NamedSharding(base.mesh, placement.float_spec(cut.dim, len(leaf.shape), base.axis))
+        return dataclasses.replace(parallel.shardings(leaf, place), placement=place)
+    return NamedSharding(base.mesh, float_spec(cut.dim, len(leaf.shape), base.axis))
 
 
 def cache_shardings(cache: Any, base: Placement) -> Any:

@@ -11,11 +11,10 @@ from typing import Any
 
 import jax
 
-from awq_jax import placement
 from awq_jax.models import merge, sharding
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.sharding import Cut, Leaf
-from awq_jax.placement import Placement
+from awq_jax.placement import TABLES, Placement
 from awq_jax.qtensor import QuantizedTensor
 
 
@@ -71,7 +70,7 @@ def moved(leaf: Any, cut: Cut, base: Placement) -> Any:
         return leaf if leaf.sharding == where else jax.jit(_same, out_shardings=where)(leaf)
     if leaf.placement == where.placement:
         return leaf
-    tables = {f: a for f in placement.TABLES if (a := getattr(leaf, f)) is not None}
+    tables = {f: a for f in TABLES if (a := getattr(leaf, f)) is not None}
     moved_tables: dict[str, Any] = jax.jit(_same, out_shardings={f: getattr(where, f) for f in tables})(tables)
     return dataclasses.replace(leaf, **moved_tables, placement=where.placement)
 
