@@ -1,7 +1,9 @@
 """The GGUF container, written tensor by tensor.
 
 The header of a GGUF file names every tensor, so it can only be written last: data goes to a file of its
-own, which is copied behind the header at the end.
+own, which is copied after the header at the end. ``gguf.GGUFWriter`` makes the header. Its ``add_tensor`` is
+not used: it spools to the temporary directory, often another disk, and on one that is full ``ndarray.tofile``
+loses an array of up to 4 KiB (a norm) without an error (gguf 0.17 and 0.19 with numpy 2.4).
 """
 
 from __future__ import annotations
@@ -20,9 +22,9 @@ from awq_jax.convert.gguf_config import ROPE
 from awq_jax.convert.source import Source
 from awq_jax.errors import CheckpointError
 
-ALIGNMENT = 32  # of tensor data; GGUF's default
 QUANTIZATION_VERSION = 2  # of ggml's block layouts
 COPY = 16 << 20
+PUT = {bool: "add_bool", int: "add_uint32", float: "add_float32", str: "add_string"}  # what llama.cpp expects
 TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -44,9 +46,11 @@ class GgufSink:
     """
 
     def __init__(self, directory: Path, target: Target, source: Source, file_type: int) -> None:
+        import gguf  # takes half a second where mistral_common is installed
+
         self._path = directory / "model.gguf"
         self._config = target.config
-        self._arch = gguf_metadata.architecture(target.config)
+        self._writer = gguf.GGUFWriter(self._path, gguf_metadata.architecture(target.config))
         keys, freqs = gguf_metadata.metadata(target.config)
         self._keys: dict[str, Any] = {
             "general.type": "model",
@@ -56,7 +60,8 @@ class GgufSink:
             **keys,
             **gguf_tokenizer.metadata(source.tokenizer(), target.config),
         }
-        self._tensors: dict[str, tuple[tuple[int, ...], str, int]] = {}  # shape, type, bytes
+        for key, value in self._keys.items():
+            getattr(self._writer, PUT.get(type(value), "add_array"))(key, value)
         self._data = (directory / "data").open("wb")
         if freqs is not None:
             self.add({ROPE: freqs})
@@ -70,15 +75,12 @@ class GgufSink:
         import gguf
 
         for name, array in arrays.items():
-            if name in self._tensors:
+            if name in self._writer.tensors[0]:
                 raise CheckpointError(f"tensor {name!r} was given twice; every name is written once")
-            kind = (metadata or {}).get(name) or TYPES[array.dtype.name]
-            shape = tuple(array.shape)
-            if array.dtype == np.uint8:
-                shape = gguf.quant_shape_from_byte_shape(shape, gguf.GGMLQuantizationType[kind])
-            self._tensors[name] = shape, kind, array.nbytes
+            kind = gguf.GGMLQuantizationType[(metadata or {}).get(name) or TYPES[array.dtype.name]]
+            self._writer.add_tensor_info(name, array.shape, array.dtype, array.nbytes, kind)
             self._data.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-            self._data.write(bytes(-array.nbytes % ALIGNMENT))
+            self._writer.write_padding(self._data, array.nbytes)
 
     def close(self, config: dict[str, Any]) -> Path:
         """Write the file.
@@ -90,22 +92,15 @@ class GgufSink:
           CheckpointError: a tensor is missing or does not fit the config.
           FormatError: llama.cpp does not know one.
         """
-        import gguf
-
         self._data.close()
-        shapes = {name: shape for name, (shape, _, _) in self._tensors.items() if name != ROPE}
+        shapes = {name: tuple(info.shape) for name, info in self._writer.tensors[0].items() if name != ROPE}
         gguf_metadata.check_tensors(self._config, self._keys, shapes)
-        writer = gguf.GGUFWriter(self._path, self._arch)
-        for key, value in self._keys.items():
-            _put(writer, key, value)
-        for name, (shape, kind, nbytes) in self._tensors.items():
-            writer.add_tensor_info(name, shape, np.dtype(np.float32), nbytes, gguf.GGMLQuantizationType[kind])
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        writer.close()
+        self._writer.write_header_to_file()
+        self._writer.write_kv_data_to_file()
+        self._writer.write_ti_data_to_file()
+        self._writer.close()
         with self._path.open("ab") as out, Path(self._data.name).open("rb") as data:
-            out.write(bytes(-out.tell() % ALIGNMENT))
+            self._writer.write_padding(out, out.tell())
             shutil.copyfileobj(data, out, COPY)
             out.flush()
             os.fsync(out.fileno())
@@ -119,18 +114,3 @@ def _name(source: Source) -> str:
     if path.parent.name == "snapshots":
         return path.parent.parent.name.rpartition("--")[2]
     return path.name.removesuffix(".gguf")
-
-
-def _put(writer: Any, key: str, value: Any) -> None:
-    """A key with the type that llama.cpp expects: bool, uint32, float32, string or array."""
-    match value:
-        case bool():
-            writer.add_bool(key, value)
-        case int():
-            writer.add_uint32(key, value)
-        case float():
-            writer.add_float32(key, value)
-        case str():
-            writer.add_string(key, value)
-        case _:
-            writer.add_array(key, value)
