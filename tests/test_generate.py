@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from awq_jax import errors, prompts, sampling
 from awq_jax.detokenize import Detokenizer
@@ -172,14 +174,23 @@ def test_stop_strings(stop, expected):
 
 
 def test_spaces_between_words_survive():
-    """A Metaspace tokenizer drops the first space of whatever it decodes; a continuation keeps it."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
+    """A Metaspace tokenizer drops the first space of whatever it decodes; a continuation keeps it, also after many
+    special tokens, which are no text."""
     raw = Tokenizer(models.WordLevel({"▁once": 0, "▁upon": 1, "▁a": 2, "<unk>": 3}, unk_token="<unk>"))
     raw.pre_tokenizer, raw.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    text = Detokenizer(PreTrainedTokenizerFast(tokenizer_object=raw), [0])
-    assert text.push(1) + text.push(2) + text.finish() == " upon a"
+    text = Detokenizer(PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>"), [0])
+    assert "".join(map(text.push, [1, *[3] * 10, 2])) + text.finish() == " upon a"
+
+
+def test_long_runs_of_byte_tokens():
+    """They decode only from the beginning of a character on, here one that the prompt left unfinished."""
+    raw = Tokenizer(models.BPE({f"<0x{i:02X}>": i for i in range(256)}, [], byte_fallback=True))
+    raw.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    ids = list("👩\u200d👩\u200d👧 日本語".encode())
+    text = Detokenizer(PreTrainedTokenizerFast(tokenizer_object=raw), ids[:2])
+    pieces = [text.push(i) for i in ids[2:]]
+    assert "".join(pieces) == "👩\u200d👩\u200d👧 日本語"
+    assert sum(map(bool, pieces)) == 9
 
 
 def test_generate_streams_and_stops(pair):
