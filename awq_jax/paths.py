@@ -17,18 +17,8 @@ def path_str(path: tuple[Any, ...]) -> str:
 
     Attribute keys of variable wrappers (``nnx.Param.value``, Linen partitioning boxes) are dropped.
     """
-    parts = []
-    for key in path:
-        if isinstance(key, jax.tree_util.DictKey):
-            parts.append(str(key.key))
-        elif isinstance(key, jax.tree_util.SequenceKey):
-            parts.append(str(key.idx))
-        elif isinstance(key, jax.tree_util.GetAttrKey):
-            if key.name not in ("value", "raw_value"):
-                parts.append(str(key.name))
-        else:
-            parts.append(str(getattr(key, "key", key)))
-    return "/".join(parts)
+    named = tuple(key for key in path if getattr(key, "name", None) not in ("value", "raw_value"))
+    return jax.tree_util.keystr(named, simple=True, separator="/")
 
 
 def flatten(params: Any) -> dict[str, Any]:

@@ -28,8 +28,7 @@ def encode(tokenizer: Any, prompt: str | Sequence[Any], chat: bool) -> list[list
         raise ConfigError("the tokenizer has no chat template; generate without chat")
     one = bool(prompt) and isinstance(prompt[0], Mapping)
     talks = [prompt] if one else [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompt]
-    texts = [tokenizer.apply_chat_template(t, add_generation_prompt=True, tokenize=False) for t in talks]
-    return [tokenizer(t, add_special_tokens=False)["input_ids"] for t in texts]
+    return [tokenizer.apply_chat_template(t, add_generation_prompt=True, return_dict=False) for t in talks]
 
 
 def eos_ids(generation: Mapping[str, Any], config: Mapping[str, Any], tokenizer: Any) -> tuple[int, ...]:

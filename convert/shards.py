@@ -134,7 +134,8 @@ def _bytes(array: Any) -> memoryview:
 
 
 def write_file(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
-    """One safetensors file, flushed to disk. Same tensors, same bytes."""
+    """One safetensors file, flushed to disk. Same tensors, same bytes: the safetensors package (0.5 to 0.8) puts
+    the metadata in another order at every run, and wants all tensors in memory."""
     # Widest dtype first keeps every tensor aligned to its item size.
     names = sorted(tensors, key=lambda n: (-tensors[n].dtype.itemsize, n))
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
