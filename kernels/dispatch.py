@@ -6,119 +6,21 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from awq_jax.errors import BackendError, ShapeError
-from awq_jax.kernels import parallel, triton_matmul, tuned, xla
+from awq_jax.kernels import pallas_tpu, parallel, triton_matmul, xla
+from awq_jax.kernels.backend import Backend, Request
 from awq_jax.qtensor import QuantizedTensor
 
 log = logging.getLogger(__name__)
 
-OLDEST = 80  # compute capability times ten, of the Triton kernels: asynchronous copies, bfloat16 in tensor cores
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """What a backend needs to know to say whether and how it would run.
-
-    Attributes:
-      m: activation rows (per batch element).
-      q: the weight (arrays, tracers or abstract).
-      dtype: dtype of the activation.
-      platform: where it will run: ``"cpu"``, ``"cuda"``, ``"tpu"``, ...
-      bias: float ``[N]`` to be added by a backend that fuses it, or None.
-    """
-
-    m: int
-    q: QuantizedTensor
-    dtype: Any
-    platform: str
-    bias: Any = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Backend:
-    """One implementation of the packed matmul.
-
-    Attributes:
-      name: what ``impl=`` calls it.
-      obstacle: why it cannot serve a request, or None if it can.
-      describe: which form it would use for a request, and why.
-      run: ``(x [*B, m, K], request, out_dtype) -> [*B, m, N]``, without ``inv_scale`` and ``perm``.
-      fuses_bias: ``run`` adds ``request.bias``.
-    """
-
-    name: str
-    obstacle: Callable[[Request], str | None]
-    describe: Callable[[Request], str]
-    run: Callable[[jax.Array, Request, Any], jax.Array]
-    fuses_bias: bool = False
-
-
-def _triton_obstacle(r: Request) -> str | None:
-    if r.platform != "cuda":
-        return f"its kernels are for CUDA, and this runs on {r.platform}"
-    chip = tuned.local_chip()
-    if chip is None:
-        return "this process has no NVIDIA GPU"
-    if chip.sm < OLDEST:
-        return f"{chip.kind} has compute capability {chip.sm / 10}; its kernels need {OLDEST / 10}"
-    return triton_matmul.obstacle(r.m, r.q, r.dtype)
-
-
-def _triton_describe(r: Request) -> str:
-    chip = tuned.local_chip()
-    assert chip is not None
-    return triton_matmul.describe(r.m, r.q, chip)
-
-
-def _triton_run(x: jax.Array, r: Request, out_dtype: Any) -> jax.Array:
-    chip = tuned.local_chip()
-    assert chip is not None
-    return triton_matmul.matmul(x, r.q, out_dtype, chip=chip, bias=r.bias)
-
-
-def _pallas_obstacle(r: Request) -> str | None:
-    if r.platform != "tpu":
-        return f"it is a TPU kernel, and this runs on {r.platform}"
-    if r.q.layout != "canonical":
-        return f"the weight has the {r.q.layout} layout; repack it with awq_jax.kernels.prepare"
-    from awq_jax.kernels import pallas_tpu  # takes more than a second to import, and only TPUs need it
-
-    return pallas_tpu.obstacle(r.q, r.dtype)
-
-
-def _pallas_describe(r: Request) -> str:
-    from awq_jax.kernels import pallas_tpu
-
-    return pallas_tpu.describe(r.m, r.q, r.dtype)
-
-
-def _pallas_run(x: jax.Array, r: Request, out_dtype: Any) -> jax.Array:
-    from awq_jax.kernels import pallas_tpu
-
-    return pallas_tpu.matmul(x, r.q, out_dtype)
-
-
 # In order of preference; "auto" takes the first without an obstacle.
-BACKENDS: tuple[Backend, ...] = (
-    Backend("triton", _triton_obstacle, _triton_describe, _triton_run, fuses_bias=True),
-    Backend(name="pallas", obstacle=_pallas_obstacle, describe=_pallas_describe, run=_pallas_run),
-    Backend(
-        name="xla",
-        obstacle=lambda r: None,
-        describe=lambda r: "{}: {}".format(*xla.form(r.m, r.platform)),
-        run=lambda x, r, out_dtype: xla.matmul(x, r.q, out_dtype, r.platform),
-    ),
-)
-
-
-# Where the kernel that is made for a platform does not run, its user should know.
-NATIVE = {"cuda": "triton", "tpu": "pallas"}
+BACKENDS: tuple[Backend, ...] = (triton_matmul.BACKEND, pallas_tpu.BACKEND, xla.BACKEND)
 
 
 def check_impl(impl: str) -> str:
@@ -134,7 +36,12 @@ def check_impl(impl: str) -> str:
 
 
 def matmul(
-    x: jax.Array, q: QuantizedTensor, *, impl: str = "auto", preferred_element_type: Any = None, bias: Any = None
+    x: jax.Array,
+    q: QuantizedTensor,
+    *,
+    impl: str = "auto",
+    preferred_element_type: DTypeLike | None = None,
+    bias: jax.Array | None = None,
 ) -> jax.Array:
     """Multiply activations by a packed weight, accumulating in float32.
 
@@ -168,26 +75,27 @@ def matmul(
         each = functools.partial(_on_one_device, impl=impl)
         y = parallel.matmul(x, q, each, jnp.dtype(preferred_element_type or x.dtype))
         return y if bias is None else y + bias.astype(y.dtype)
-    request = dataclasses.replace(_request(x, q), bias=bias)
+    request = dataclasses.replace(request_for(x, q), bias=bias)
     out_dtype = jnp.dtype(preferred_element_type or x.dtype)
+    rows = (*batch, *[1] * (x.ndim - len(batch) - 1), q.k)  # of a table [*B, K] beside ``x``
     if q.inv_scale is not None:
-        inv = q.inv_scale.reshape(*batch, *[1] * (x.ndim - len(batch) - 1), q.k)
-        x = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) * inv).astype(x.dtype)
+        x = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) * q.inv_scale.reshape(rows)).astype(x.dtype)
     if q.perm is not None:
-        perm = q.perm.reshape(*batch, *[1] * (x.ndim - len(batch) - 1), q.k)
-        x = jnp.take_along_axis(x, perm, axis=-1) if batch else x[..., q.perm]
-    backend = _pick(request, impl)
+        x = jnp.take_along_axis(x, q.perm.reshape(rows), axis=-1) if batch else x[..., q.perm]
+    backend = pick(request, impl)
     y = backend.run(x.reshape(*batch, request.m, q.k), request, out_dtype)
     if bias is not None and not backend.fuses_bias:
         y = y + bias.astype(y.dtype)
     return y.reshape(*x.shape[:-1], q.n)
 
 
-def _on_one_device(x: jax.Array, q: QuantizedTensor, dtype: Any, impl: str) -> jax.Array:
+def _on_one_device(x: jax.Array, q: QuantizedTensor, dtype: DTypeLike, impl: str) -> jax.Array:
     return matmul(x, q, impl=impl, preferred_element_type=dtype)
 
 
-def explain(x: Any, w: Any, *, impl: str = "auto") -> str:
+def explain(
+    x: jax.Array | jax.ShapeDtypeStruct, w: jax.Array | jax.ShapeDtypeStruct | QuantizedTensor, *, impl: str = "auto"
+) -> str:
     """One line on what `awq_jax.dot` would run for these operands, and why.
 
     Args:
@@ -201,41 +109,38 @@ def explain(x: Any, w: Any, *, impl: str = "auto") -> str:
     check_impl(impl)
     if not isinstance(w, QuantizedTensor):
         return f"dense: the weight is a float array ({w.dtype})"
-    request = _request(x, w)
-    backend = _pick(request, impl)
+    request = request_for(x, w)
+    backend = pick(request, impl)
     passed = [f"not {b.name}: {b.obstacle(request)}" for b in BACKENDS[: BACKENDS.index(backend)] if impl == "auto"]
     return "; ".join([f"{backend.name} {backend.describe(request)}", *passed])
 
 
-def _request(x: Any, q: QuantizedTensor) -> Request:
+def request_for(x: jax.Array | jax.ShapeDtypeStruct, q: QuantizedTensor) -> Request:
+    """The request that `matmul` makes of ``x [*B, ..., K]`` and ``q``."""
     m = math.prod(x.shape[len(q.batch) :]) // max(q.k, 1)
-    return Request(m, q, x.dtype, _platform(x))
+    return Request(m, q, x.dtype, platform_of(x))
 
 
-def _platform(x: Any) -> str:
-    """Where a concrete array lives; for a traced one, where jit would put it."""
+def platform_of(x: jax.Array | jax.ShapeDtypeStruct) -> str:
+    """Where a concrete array lives; for a traced or abstract one, where jit would put it."""
     if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
-        return _canonical(next(iter(x.devices())).platform)
-    config: Any = jax.config
-    device = config.jax_default_device
-    if device is None:
-        return _canonical(jax.default_backend())
-    return _canonical(device if isinstance(device, str) else device.platform)
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    log.warning(message)
-
-
-def _canonical(platform: str) -> str:
+        platform = next(iter(x.devices())).platform
+    else:
+        config: Any = jax.config
+        device = config.jax_default_device or jax.default_backend()
+        platform = device if isinstance(device, str) else device.platform
     return "cuda" if platform == "gpu" else platform
 
 
-def _pick(request: Request, impl: str) -> Backend:
+def pick(request: Request, impl: str) -> Backend:
+    """The backend that serves a request.
+
+    Raises:
+      BackendError: if ``impl``, the name of one, cannot.
+    """
     if impl == "auto":
         backend = next(b for b in BACKENDS if b.obstacle(request) is None)
-        own = next((b for b in BACKENDS if b.name == NATIVE.get(request.platform)), backend)
+        own = next((b for b in BACKENDS if b.made_for == request.platform), backend)
         if backend is not own:
             _warn_once(f"a packed weight is multiplied by {backend.name}, not by {own.name}: {own.obstacle(request)}")
         return backend
@@ -244,3 +149,8 @@ def _pick(request: Request, impl: str) -> Backend:
     if reason is not None:
         raise BackendError(f"impl={impl!r} cannot run here: {reason}; use impl='auto'")
     return backend
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    log.warning(message)

@@ -8,11 +8,11 @@ float weights of all experts nor the products of all rows with all experts ever 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from awq_jax.errors import ShapeError
 from awq_jax.kernels import dispatch
@@ -29,7 +29,7 @@ def matmul(
     expert: jax.Array,
     *,
     impl: str = "auto",
-    preferred_element_type: Any = None,
+    preferred_element_type: DTypeLike | None = None,
     sparse: bool = False,
 ) -> jax.Array:
     """Row t of ``x`` times matrix ``expert[t]``, accumulated in float32; differentiable with respect to ``x``.
@@ -63,8 +63,9 @@ def matmul(
     q = dataclasses.replace(q, inv_scale=None, perm=None)
     if not len(x):
         return jnp.zeros((0, q.n), out_dtype)
-    pallas = _pallas(x, q, impl)
-    if len(x) <= FEW_ROWS and not pallas and not sparse:
+    request = dispatch.Request(len(x), q, x.dtype, dispatch.platform_of(x))
+    kernel = dispatch.pick(request, impl).experts  # fetches the experts' blocks by itself
+    if len(x) <= FEW_ROWS and kernel is None and not sparse:
         one = jax.tree.map(lambda a: a[expert], q)
         return dispatch.matmul(x[:, None], one, impl=impl, preferred_element_type=out_dtype)[:, 0]
     rows = tile_rows(len(x), q.batch[0])
@@ -75,12 +76,7 @@ def matmul(
     else:
         slots, owner = tiles(expert, experts, rows)
     tiled = jnp.zeros((len(owner) * rows, q.k), x.dtype).at[slots].set(x).reshape(-1, rows, q.k)
-    if pallas:
-        from awq_jax.kernels import pallas_tpu
-
-        y = pallas_tpu.experts(tiled, q, owner, out_dtype)
-    else:
-        y = _scan(tiled, q, owner, impl, out_dtype)
+    y = _scan(tiled, q, owner, impl, out_dtype) if kernel is None else kernel(tiled, request, owner, out_dtype)
     return y.reshape(-1, q.n)[slots]
 
 
@@ -115,13 +111,7 @@ def tiles(expert: jax.Array, experts: int, rows: int) -> tuple[jax.Array, jax.Ar
     return slots, jnp.where(index < ends[-1], owner, -1)
 
 
-def _pallas(x: jax.Array, q: QuantizedTensor, impl: str) -> bool:
-    """Whether the TPU kernel runs, which picks the experts' blocks by itself."""
-    request = dispatch.Request(len(x), q, x.dtype, dispatch._platform(x))
-    return dispatch._pick(request, impl).name == "pallas"
-
-
-def _scan(tiled: jax.Array, q: QuantizedTensor, owner: jax.Array, impl: str, out_dtype: Any) -> jax.Array:
+def _scan(tiled: jax.Array, q: QuantizedTensor, owner: jax.Array, impl: str, out_dtype: DTypeLike) -> jax.Array:
     """``[tiles, R, K]`` times the matrices of their experts, one after the other."""
 
     def product(x: jax.Array, e: jax.Array) -> jax.Array:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
 from awq_jax.placement import TABLES, Placement
 from awq_jax.qtensor import QuantizedTensor, is_quantized
@@ -60,7 +61,7 @@ def local(q: QuantizedTensor) -> QuantizedTensor:
     return dataclasses.replace(q, k_dims=k_dims, n_dims=n_dims, axes=axes, placement=None)
 
 
-def matmul(x: jax.Array, q: QuantizedTensor, run: Callable[..., jax.Array], out_dtype: Any) -> jax.Array:
+def matmul(x: jax.Array, q: QuantizedTensor, run: Callable[..., jax.Array], out_dtype: DTypeLike) -> jax.Array:
     """``x [*B, ..., K]`` times a placed weight.
 
     Args:

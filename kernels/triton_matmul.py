@@ -18,12 +18,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
+from jax.typing import DTypeLike
 
 from awq_jax.kernels import layout, tuned, xla
+from awq_jax.kernels.backend import Backend, Request
 from awq_jax.kernels.parallel import sum_as, vary_as
 from awq_jax.pack import PLANE, planes
 from awq_jax.qtensor import QuantizedTensor
 
+OLDEST = 80  # compute capability times ten: asynchronous copies, bfloat16 in tensor cores
 DTYPES = ("bfloat16", "float16")
 DENSE_COLUMNS, DENSE_RUNS = 64, 4  # of a program that dequantizes: 64 KiB written
 
@@ -59,20 +62,30 @@ def unavailable() -> str | None:
     return None
 
 
-def obstacle(m: int, q: QuantizedTensor, dtype: Any) -> str | None:
-    """Why the kernels cannot serve ``m`` rows of ``dtype`` times ``q``, or None."""
-    if jnp.dtype(dtype).name not in DTYPES:
-        return f"activations are {jnp.dtype(dtype).name}; its kernels take {' or '.join(DTYPES)}"
-    if q.layout != "cuda":
-        reason = layout.obstacle(q)
+def obstacle(r: Request) -> str | None:
+    """Why the kernels cannot serve a request, or None if they can."""
+    if r.platform != "cuda":
+        return f"its kernels are for CUDA, and this runs on {r.platform}"
+    chip = tuned.local_chip()
+    if chip is None:
+        return "this process has no NVIDIA GPU"
+    if chip.sm < OLDEST:
+        return f"{chip.kind} has compute capability {chip.sm / 10}; its kernels need {OLDEST / 10}"
+    dtype = jnp.dtype(r.dtype).name
+    if dtype not in DTYPES:
+        return f"activations are {dtype}; its kernels take {' or '.join(DTYPES)}"
+    if r.q.layout != "cuda":
+        reason = layout.obstacle(r.q)
         return reason or "the weight has the canonical layout; repack it once with awq_jax.kernels.prepare"
-    if m == 0:
+    if r.m == 0:
         return "there are no activation rows"
     return unavailable()
 
 
-def describe(m: int, q: QuantizedTensor, chip: tuned.Chip) -> str:
-    """Which kernel ``m`` rows would take, in words."""
+def describe(r: Request) -> str:
+    """Which kernel a request would take, in words."""
+    m, q, chip = r.m, r.q, tuned.local_chip()
+    assert chip is not None
     c = tuned.choose(chip, q.bits, m, q.k, q.n)
     if c.kernel == "dequantize":
         return f"dequantize: {m} rows are bound by arithmetic, not by reading the weight"
@@ -84,7 +97,7 @@ def describe(m: int, q: QuantizedTensor, chip: tuned.Chip) -> str:
 def matmul(
     x: jax.Array,
     q: QuantizedTensor,
-    out_dtype: Any,
+    out_dtype: DTypeLike,
     *,
     chip: tuned.Chip,
     config: tuned.Config | None = None,
@@ -289,3 +302,12 @@ def _modules() -> tuple[Any, Any, str]:
     kernels = importlib.import_module("awq_jax.kernels.triton_kernels")
     version = tuple(int(v) for v in jt.__version__.split(".")[:2])
     return jt, kernels, "out_type" if version >= (0, 4) else "out_shape"
+
+
+def _run(x: jax.Array, r: Request, out_dtype: DTypeLike) -> jax.Array:
+    chip = tuned.local_chip()
+    assert chip is not None
+    return matmul(x, r.q, out_dtype, chip=chip, bias=r.bias)
+
+
+BACKEND = Backend("triton", obstacle, describe, _run, fuses_bias=True, made_for="cuda", layout="cuda")

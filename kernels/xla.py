@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
+from awq_jax.kernels.backend import Backend
 from awq_jax.kernels.parallel import sum_as, vary_as
 from awq_jax.qtensor import QuantizedTensor
 
@@ -36,7 +38,7 @@ def form(m: int, platform: str) -> tuple[str, str]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def matmul(x: jax.Array, q: QuantizedTensor, out_dtype: Any, platform: str) -> jax.Array:
+def matmul(x: jax.Array, q: QuantizedTensor, out_dtype: DTypeLike, platform: str) -> jax.Array:
     """``x [*B, m, K] @ q [*B, K, N]`` in the form that suits; ``inv_scale`` and ``perm`` are not applied here."""
     if form(x.shape[-2], platform)[0] == "grouped":
         return grouped(x, q, out_dtype)
@@ -45,11 +47,11 @@ def matmul(x: jax.Array, q: QuantizedTensor, out_dtype: Any, platform: str) -> j
     return tiled(x, q, jnp.dtype(out_dtype), tile_size(platform))
 
 
-def _forward(x: jax.Array, q: QuantizedTensor, out_dtype: Any, platform: str) -> Any:
+def _forward(x: jax.Array, q: QuantizedTensor, out_dtype: DTypeLike, platform: str) -> Any:
     return matmul(x, q, out_dtype, platform), (x, q)
 
 
-def _backward(out_dtype: Any, platform: str, saved: Any, dy: jax.Array) -> Any:
+def _backward(out_dtype: DTypeLike, platform: str, saved: Any, dy: jax.Array) -> Any:
     x, q = saved
     return gradient(x, q, dy, platform), weight_gradient(x, q, dy, platform)
 
@@ -75,7 +77,7 @@ def weight_gradient(x: jax.Array, q: QuantizedTensor, dy: jax.Array, platform: s
     return dataclasses.replace(jax.tree.map(nothing, q), **given)
 
 
-def dequantize(x: jax.Array, q: QuantizedTensor, out_dtype: Any) -> jax.Array:
+def dequantize(x: jax.Array, q: QuantizedTensor, out_dtype: DTypeLike) -> jax.Array:
     """Dequantize to ``x.dtype``, then one dense dot accumulated in float32 (or wider).
 
     Args:
@@ -92,7 +94,7 @@ def dequantize(x: jax.Array, q: QuantizedTensor, out_dtype: Any) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))  # outside of jit the loop would be compiled at every call
-def tiled(x: jax.Array, q: QuantizedTensor, out_dtype: Any, tile: int = TILE) -> jax.Array:
+def tiled(x: jax.Array, q: QuantizedTensor, out_dtype: DTypeLike, tile: int = TILE) -> jax.Array:
     """`dequantize`, at most about ``tile`` weights at a time, one tile of columns after the other.
 
     The loop also keeps XLA on CUDA from writing out two weights in one fusion because they wait for the same ``x``.
@@ -111,7 +113,7 @@ def tiled(x: jax.Array, q: QuantizedTensor, out_dtype: Any, tile: int = TILE) ->
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def transposed(dy: jax.Array, q: QuantizedTensor, out_dtype: Any, tile: int = TILE) -> jax.Array:
+def transposed(dy: jax.Array, q: QuantizedTensor, out_dtype: DTypeLike, tile: int = TILE) -> jax.Array:
     """``dy [*B, m, N]`` times the transpose of ``q``, ``[*B, m, K]``: dequantized to ``dy.dtype`` as in `tiled`."""
     tiles = _Tiles.of(q, tile)
     if tiles.number < 2:
@@ -189,7 +191,7 @@ def _columns(q: QuantizedTensor, start: jax.Array, width: int) -> QuantizedTenso
     )  # fmt: skip
 
 
-def grouped(x: jax.Array, q: QuantizedTensor, out_dtype: Any) -> jax.Array:
+def grouped(x: jax.Array, q: QuantizedTensor, out_dtype: DTypeLike) -> jax.Array:
     """One small dot per group with signed integer codes; scales and zero points are applied after.
 
     ``y = Σ_g s_g (x_g · c_g − (Σ x_g) (z_g − h))`` with ``c = q − h``, ``h = 2**(bits-1)`` (an offset
@@ -248,3 +250,11 @@ def _batched_dot(a: jax.Array, b: jax.Array, transpose: bool = False) -> jax.Arr
 
 def _accumulator(x: jax.Array) -> jnp.dtype:
     return jnp.promote_types(jnp.float32, x.dtype)
+
+
+BACKEND = Backend(
+    name="xla",
+    obstacle=lambda r: None,
+    describe=lambda r: "{}: {}".format(*form(r.m, r.platform)),
+    run=lambda x, r, out_dtype: matmul(x, r.q, out_dtype, r.platform),
+)

@@ -49,7 +49,7 @@ def on_h200():
 
     h200 = tuned.Chip("NVIDIA H200", 90, 132)
     here = mock.patch.object(tuned, "local_chip", return_value=h200)
-    with here, mock.patch.object(dispatch, "_platform", return_value="cuda"):
+    with here, mock.patch.object(dispatch, "platform_of", return_value="cuda"):
         yield
 
 

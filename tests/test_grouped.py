@@ -107,7 +107,7 @@ def test_no_float_weights_of_all_experts():
 
 def test_on_tpu_the_kernel_picks_the_experts(monkeypatch):
     x, q, expert, want, _ = routed(20, 128, 128, 3, group_size=128)
-    monkeypatch.setattr(dispatch, "_platform", lambda x: "tpu")
+    monkeypatch.setattr(dispatch, "platform_of", lambda x: "tpu")
     kernel = pallas_tpu.experts
     monkeypatch.setattr(pallas_tpu, "experts", lambda *a: kernel(*a, interpret=True))
     assert error(jax.jit(grouped.matmul)(x, q, expert), want) < 1e-6

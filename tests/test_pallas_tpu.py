@@ -20,7 +20,7 @@ from quant_helpers import error, random_packed
 
 from awq_jax import kernels
 from awq_jax.errors import BackendError
-from awq_jax.kernels import pallas_tpu
+from awq_jax.kernels import pallas_kernels, pallas_tpu
 
 # A simulated TPU: memory nobody wrote is NaN, and so is what a block holds behind the end of its array.
 TPU = pltpu.InterpretParams(out_of_bounds_reads="uninitialized")
@@ -40,7 +40,7 @@ def run(x, q, interpret=TPU):
 def check(m, k, n, g, bits, symmetric, scales, dtype):
     q, w = random_packed(k, n, bits=bits, group_size=g, symmetric=symmetric, dtype=scales, seed=m)
     x = rows(m, k, dtype=dtype)
-    assert pallas_tpu.obstacle(q, dtype) is None
+    assert pallas_tpu.obstacle(kernels.Request(m, q, dtype, "tpu")) is None
     exact = pallas_tpu.tile(m, q, dtype).sums or dtype != "bfloat16"
     y = run(x, q)
     assert y.shape == (m, n)
@@ -81,17 +81,17 @@ def test_the_oracle_sees_a_wrong_code_and_what_lies_behind_the_end(monkeypatch):
     q, w = random_packed(1536, 128, group_size=128, dtype="bfloat16")
     x = rows(2, 1536, dtype="bfloat16")
     want = np.asarray(x, np.float64) @ w
-    monkeypatch.setattr(pallas_tpu, "_inside", lambda table, rows: table)
+    monkeypatch.setattr(pallas_kernels, "_inside", lambda table, rows: table)
     assert not np.isfinite(run(x, q)).all()
     monkeypatch.undo()
-    monkeypatch.setattr(pallas_tpu, "_signed", lambda words, bits: pltpu.bitcast(words, jnp.int4))
+    monkeypatch.setattr(pallas_kernels, "_signed", lambda words, bits: pltpu.bitcast(words, jnp.int4))
     assert error(run(x, q, True), want) > 0.1
 
 
 def test_float16_scales_are_read_to_the_bit():
     bits = np.arange(0x7C00, dtype=np.uint16)  # all finite numbers from 0 up, subnormal ones too
     both = np.concatenate([bits, bits | 0x8000])
-    read = np.asarray(pallas_tpu._float(jnp.asarray(both)))
+    read = np.asarray(pallas_kernels._float(jnp.asarray(both)))
     np.testing.assert_array_equal(read, both.view(np.float16).astype(np.float32))
 
 
@@ -160,7 +160,7 @@ def test_when_it_runs(monkeypatch):
     x = rows(3, 256)
     with pytest.raises(BackendError, match="TPU kernel, and this runs on cpu"):
         kernels.matmul(x, q, impl="pallas")
-    monkeypatch.setattr(kernels.dispatch, "_platform", lambda x: "tpu")
+    monkeypatch.setattr(kernels.dispatch, "platform_of", lambda x: "tpu")
     assert kernels.explain(x, q).startswith("pallas tiles of 16 x 256 x 128, scales applied to sums")
     for options, why in (
         ({"bits": 3}, "3-bit codes"),
@@ -170,9 +170,9 @@ def test_when_it_runs(monkeypatch):
         ({"k": 224, "group_size": 32}, "224 rows"),
     ):
         q, _ = random_packed(**{"k": 256, "n": 128} | options)
-        assert why in pallas_tpu.obstacle(q, "bfloat16")
+        assert why in pallas_tpu.obstacle(kernels.Request(3, q, "bfloat16", "tpu"))
         assert why in kernels.explain(rows(3, q.k), q)
-    assert "float64" in pallas_tpu.obstacle(q, "float64")
+    assert "float64" in pallas_tpu.obstacle(kernels.Request(3, q, "float64", "tpu"))
 
 
 @pytest.mark.slow

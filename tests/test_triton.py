@@ -274,7 +274,7 @@ def fake(monkeypatch):
     triton = FakeTriton()
     monkeypatch.setattr(triton_matmul, "_modules", lambda: (triton, triton, "out_shape"))
     monkeypatch.setattr(tuned, "local_chip", lambda: H200)
-    monkeypatch.setattr(dispatch, "_platform", lambda x: "cuda")
+    monkeypatch.setattr(dispatch, "platform_of", lambda x: "cuda")
 
     def on_cuda(*args, default, cuda=None, cpu=None):
         return (cuda or cpu)(*args)

@@ -42,7 +42,7 @@ def main() -> None:
     from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    from awq_jax.kernels import pallas_tpu
+    from awq_jax.kernels import Request, pallas_tpu
     from awq_jax.qtensor import QuantizedTensor
 
     def abstract(k, n, bits, g, kind, scales, batch=()):
@@ -78,7 +78,7 @@ def main() -> None:
     for case in CASES:
         m, k, n, bits, g, kind, scales, dtype = case
         q = abstract(k, n, bits, g, kind, scales)
-        assert pallas_tpu.obstacle(q, dtype) is None, case
+        assert pallas_tpu.obstacle(Request(m, q, dtype, "tpu")) is None, case
         x = jax.ShapeDtypeStruct((m, k), dtype)
         compiled(list(case), lambda x, q: pallas_tpu.matmul(x, q, x.dtype), x, q)
     q = abstract(4096, 4096, 4, 128, "zeros", "float16", (8,))

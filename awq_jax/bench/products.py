@@ -94,9 +94,8 @@ def implementations(m: int, w: Weight, dtype: Any) -> dict[str, tuple[Callable[.
     """What can run here by name, with the weight in the layout it reads."""
     out: dict[str, tuple[Callable[..., Any], QuantizedTensor]] = {}
     for backend in dispatch.BACKENDS:
-        q = w.canonical if backend.name in ("xla", "pallas") else w.ready
-        request = dispatch.Request(m, q, dtype, dispatch._canonical(jax.default_backend()))
-        if backend.obstacle(request) is None:
+        q = w.canonical if backend.layout == "canonical" else w.ready
+        if backend.obstacle(dispatch.request_for(jax.ShapeDtypeStruct((m, q.k), dtype), q)) is None:
             out[backend.name] = (functools.partial(_run, backend.name), q)
     return out
 
