@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from awq_jax.convert.config_json import TIED
 from awq_jax.convert.gguf_families import READ_ONLY, Architecture
 from awq_jax.convert.gguf_file import GgufFile
 from awq_jax.errors import CheckpointError, FormatError, UnsupportedModelError
@@ -87,7 +88,7 @@ def hf_config(file: GgufFile) -> dict[str, Any]:
         spec.norm_eps: _eps(get, spec),
         "rope_theta": theta,
         "rope_scaling": scaling,
-        "tie_word_embeddings": "output.weight" not in file.tensors,
+        TIED: "output.weight" not in file.tensors,
         "attention_bias": "blk.0.attn_q.bias" in file.tensors,
         "mlp_bias": "blk.0.ffn_gate.bias" in file.tensors,
         "bos_token_id": _token(file, "bos"),

@@ -14,11 +14,12 @@ import ml_dtypes
 import numpy as np
 
 from awq_jax.convert import codes
+from awq_jax.convert.config_json import is_tied
 from awq_jax.convert.fitting import cast_scales, check_integer
 from awq_jax.convert.format import BaseEncoder, Example, Format
 from awq_jax.convert.gguf_blocks import BLOCK, to_blocks
 from awq_jax.convert.gguf_config import ARCHITECTURES
-from awq_jax.convert.gguf_metadata import GGUF_OF, architecture, is_tied
+from awq_jax.convert.gguf_metadata import GGUF_OF, architecture
 from awq_jax.convert.gguf_names import permute, rotated, to_gguf_name
 from awq_jax.convert.gguf_sink import GgufSink
 from awq_jax.convert.layout import regroup

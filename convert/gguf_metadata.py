@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from awq_jax.convert.config_json import is_tied
 from awq_jax.convert.gguf_config import ARCHITECTURES, LLAMA3, llama3_divisors
 from awq_jax.errors import CheckpointError, FormatError
 
 log = logging.getLogger(__name__)
 
 GGUF_OF = {"mistral": "llama"}  # by model_type, where llama.cpp's name differs
-TIED = ("smollm3",)  # whose configs leave tie_word_embeddings out where it is true
 THETA = {"smollm3": 2e6}
 INTERVAL = 4  # every fourth layer of smollm3 does not rotate
 
@@ -44,11 +44,6 @@ def architecture(config: Mapping[str, Any]) -> str:
         known = ", ".join(sorted({*ARCHITECTURES, *GGUF_OF}))
         raise FormatError(f"config.json has model_type {str(kind)[:100]!r}; GGUF files are written for {known}")
     return arch
-
-
-def is_tied(config: Mapping[str, Any]) -> bool:
-    """Whether the head is the embedding."""
-    return bool(config.get("tie_word_embeddings", config.get("model_type") in TIED))
 
 
 def metadata(config: Mapping[str, Any]) -> tuple[dict[str, Any], np.ndarray | None]:

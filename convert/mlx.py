@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from awq_jax.convert import linear
+from awq_jax.convert.config_json import is_tied
 from awq_jax.convert.fitting import cast_scales, check_integer, packed_records
 from awq_jax.convert.format import BaseEncoder, Example, Format, Record, quant_method
 from awq_jax.convert.layout import regroup, transposed
@@ -199,7 +200,7 @@ class MlxEncoder(BaseEncoder):
 
     def encode(self, name: str, q: QuantizedTensor) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         module = name.removesuffix(".weight")
-        if module == "lm_head" and self.target.config.get("tie_word_embeddings"):
+        if module == "lm_head" and is_tied(self.target.config):
             return {}, {}  # the embedding; mlx-lm has no place for another
         dtype = self._dtype(q)
         arrays = {

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import families
+import multimodal
 import peer_mappings
 import pytest
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from awq_jax import models
+from awq_jax.convert import config_json
 from awq_jax.errors import UnsupportedModelError
 
 # Every name in AutoAWQ 0.2.9's AWQ_CAUSAL_LM_MODEL_MAP (awq/models/auto.py).
@@ -63,6 +67,25 @@ def test_every_family_of_autoawq_is_supported():
 
 def test_the_families_that_came_after_are_supported():
     assert set(LATER.split()) <= set(models.supported())
+
+
+def test_families_whose_configs_may_leave_out_that_their_heads_are_tied():
+    """As transformers' classes have it, and the first releases' own (EXAONE, MiniCPM, Falcon as RefinedWeb)."""
+    theirs = {f for f in models.supported() if f in CONFIG_MAPPING and f != "qwen2_5_omni"}
+    tied = {f for f in theirs if getattr(CONFIG_MAPPING[f]().get_text_config(), config_json.TIED, False)}
+    assert tied | {"exaone", "minicpm", "RefinedWeb", "RefinedWebModel"} == config_json.TIED_BY_DEFAULT
+
+
+@pytest.mark.parametrize("said", [None, True, False])
+def test_converters_and_decoder_agree_about_tied_heads(said):
+    """The converters' rule on the whole config is what the decoder has, wherever it says so."""
+    flat = [{"num_experts_per_tok": 2} | families.config_of(c) | {"model_type": c.family} for c in families.CASES]
+    for hf in (*flat, *map(multimodal.config_of, (*multimodal.CASES, *multimodal.CARRIED))):
+        for part in (None, *({"text_config"} & hf.keys())):
+            whole = {k: v for k, v in hf.items() if k != config_json.TIED}
+            keys = {} if said is None else {config_json.TIED: said}
+            whole |= keys if part is None else {part: whole[part] | keys}
+            assert models.config_from_hf(whole).tied == config_json.is_tied(whole)
 
 
 def refusal(**hf):

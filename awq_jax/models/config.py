@@ -277,7 +277,7 @@ class ModelConfig:
       positions: rows of a learned absolute position embedding; None for none.
       position_offset: row of the first position.
       embed_size: width of the token embedding, projected to and from ``hidden_size``; None: the same.
-      tied: the output projection is the transposed embedding.
+      tied: the output projection is the transposed embedding (see `awq_jax.convert.config_json.is_tied`).
       head_bias: the output projection has a bias.
       head_norm: the weights of each logit are divided by their length (a head of its own, without bias).
       names: what the checkpoint calls its tensors.

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from awq_jax.convert.config_json import is_tied
 from awq_jax.errors import ConfigError, UnsupportedModelError
 from awq_jax.models.config import (
     AttentionConfig,
@@ -57,18 +58,6 @@ def required(hf: Mapping[str, Any], key: str) -> int:
     return value
 
 
-def flag(hf: Mapping[str, Any], key: str) -> bool:
-    """A switch of the config, off if it is absent or null.
-
-    Raises:
-      ConfigError: naming the key.
-    """
-    value = hf.get(key)
-    if value is not None and not isinstance(value, bool):
-        raise ConfigError(f"config.json: {key} must be true or false; got {str(value)[:100]!r}")
-    return bool(value)
-
-
 def base(
     hf: Mapping[str, Any],
     *,
@@ -112,7 +101,7 @@ def base(
         "hidden_size": required(hf, "hidden_size"),
         "max_length": int(length * stretch),
         "norm": dataclasses.replace(NormConfig(eps=float(get(hf, "norm_eps", 1e-6))), **(norm or {})),
-        "tied": flag(hf, "tie_word_embeddings"),
+        "tied": is_tied(hf),
     }
     return ModelConfig(**(known | {"layers": tuple(layers)} | fields))
 

@@ -26,5 +26,4 @@ def config(hf: Mapping[str, Any]) -> ModelConfig:
         ropes=rope_config(hf, theta=500000.0, interleaved=True),
         parallel="one",
         logit_scale=float(hf.get("logit_scale", 0.0625)),
-        tied=bool(hf.get("tie_word_embeddings", True)),
     )

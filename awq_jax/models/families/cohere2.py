@@ -27,5 +27,4 @@ def config(hf: Mapping[str, Any]) -> ModelConfig:
         windows=each,
         parallel="one",
         logit_scale=float(hf.get("logit_scale", 0.0625)),
-        tied=bool(hf.get("tie_word_embeddings", True)),
     )

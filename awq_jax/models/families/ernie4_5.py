@@ -18,7 +18,6 @@ def ernie_base(hf: Mapping[str, Any], **changes: Any) -> ModelConfig:
         attention={"qkv_bias": bias, "o_bias": bias},
         norm={"eps": float(get(hf, "norm_eps", 1e-5))},
         ropes=rope_config(hf, theta=500000.0, interleaved=True),
-        tied=bool(hf.get("tie_word_embeddings", True)),
         **changes,
     )
 

@@ -27,4 +27,4 @@ NAMES = names(
 
 def config(hf: Mapping[str, Any]) -> ModelConfig:
     """``model_type`` "exaone"."""
-    return base(hf, tied=bool(hf.get("tie_word_embeddings", True)), names=NAMES)
+    return base(hf, names=NAMES)

@@ -49,7 +49,6 @@ def config(hf: Mapping[str, Any]) -> ModelConfig:
         },
         norm={"kind": "layer", "eps": float(get(hf, "norm_eps", 1e-5)), "bias": True},
         parallel=parallel,
-        tied=bool(hf.get("tie_word_embeddings", True)),
         names=TWO_NORMS if two else NAMES,
         **changes,
     )

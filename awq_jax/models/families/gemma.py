@@ -22,7 +22,6 @@ def gemma_base(hf: Mapping[str, Any], attention: Mapping[str, Any] | None = None
         mlp={"activation": activation},
         norm={"offset": 1.0},
         embed_scale=float(hf["hidden_size"]) ** 0.5,
-        tied=bool(hf.get("tie_word_embeddings", True)),
         **changes,
     )
 

@@ -34,6 +34,5 @@ def config(hf: Mapping[str, Any]) -> ModelConfig:
         norm={"kind": "layer", "eps": float(get(hf, "norm_eps", 1e-5)), "bias": True},
         ropes=None,
         positions=required(hf, "max_position_embeddings"),
-        tied=bool(hf.get("tie_word_embeddings", True)),
         names=NAMES,
     )

@@ -28,5 +28,4 @@ def config(hf: Mapping[str, Any]) -> ModelConfig:
         embed_scale=float(hf.get("scale_emb", 1)),
         residual_scale=float(hf.get("scale_depth", 1)) / math.sqrt(count),
         logit_scale=float(hf.get("dim_model_base", 1)) / size,
-        tied=bool(hf.get("tie_word_embeddings", True)),
     )

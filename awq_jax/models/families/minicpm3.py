@@ -22,5 +22,4 @@ def config(hf: Mapping[str, Any]) -> ModelConfig:
         residual_scale=1.0 if depth is None else depth / math.sqrt(count),
         logit_scale=(hf.get("dim_model_base", 256) or size) / size,
         mlp={"bias": bool(hf.get("mlp_bias", False))},
-        tied=bool(hf.get("tie_word_embeddings", True)),
     )

@@ -42,6 +42,5 @@ def config(hf: Mapping[str, Any]) -> ModelConfig:
         positions=required(hf, "max_position_embeddings") + 2,
         position_offset=2,
         embed_size=hf.get("word_embed_proj_dim"),
-        tied=bool(hf.get("tie_word_embeddings", True)),
         names=NAMES,
     )

@@ -27,5 +27,4 @@ def config(hf: Mapping[str, Any]) -> ModelConfig:
         windows=windows(types, window),
         attention={"qkv_bias": bias, "o_bias": bias},
         mlp={"bias": bool(hf.get("mlp_bias", False))},
-        tied=bool(hf.get("tie_word_embeddings", True)),
     )

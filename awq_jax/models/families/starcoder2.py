@@ -21,6 +21,5 @@ def config(hf: Mapping[str, Any]) -> ModelConfig:
         mlp={"gated": False, "bias": bias, "activation": get(hf, "hidden_act", "gelu_pytorch_tanh")},
         norm={"kind": "layer", "eps": float(get(hf, "norm_eps", 1e-5)), "bias": True},
         windows=[hf.get("sliding_window")] * required(hf, "num_hidden_layers"),
-        tied=bool(hf.get("tie_word_embeddings", True)),
         names=NAMES,
     )

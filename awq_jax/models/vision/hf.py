@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from awq_jax.convert.config_json import TIED, is_tied
 from awq_jax.convert.names import Names
 from awq_jax.errors import ConfigError, UnsupportedModelError
 from awq_jax.models.config import ModelConfig
@@ -73,10 +74,8 @@ def text_config(
             f"a {hf['model_type']} model around a {str(kind)[:100]!r} decoder is not supported; it may be "
             f"{', '.join(families)}"
         )
-    tied = hf.get("tie_word_embeddings") or text.get("tie_word_embeddings")
     whole = TEXT.get(kind, {}) | dict(text) | {"model_type": kind}
-    if tied is not None:
-        whole["tie_word_embeddings"] = tied
+    whole[TIED] = is_tied({**hf, "text_config": whole})
     return dataclasses.replace(families[kind](whole), family=hf["model_type"])
 
 
