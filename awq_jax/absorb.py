@@ -11,13 +11,14 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from awq_jax import _views, labels
-from awq_jax._graph import Val
-from awq_jax._scope import OUTPUT, Node, Scope
-from awq_jax._trace import Program
-from awq_jax._views import View
+from awq_jax import labels
 from awq_jax.labels import UNIT, UNREAD, Blocked, Ties
 from awq_jax.plan import Absorber
+from awq_jax.trace import views
+from awq_jax.trace.jaxpr import Val
+from awq_jax.trace.scopes import OUTPUT, Node, Scope
+from awq_jax.trace.uses import Program
+from awq_jax.trace.views import View
 
 CHOICES = 8  # products with two candidate factors that one search may meet
 FILLS = labels.SAME_SHAPE | {"broadcast_in_dim", "reshape"}
@@ -61,7 +62,7 @@ def site_labels(node: Node) -> np.ndarray:
     shape = node.x.shape
     b, c = tuple(batch[1 - op.weight]), tuple(contract[1 - op.weight])
     parts = (op.layout.b, op.layout.k)
-    orders = [_views.leaf_order(p) for p in parts]
+    orders = [views.leaf_order(p) for p in parts]
     stored = [p[i].size for p, order in zip(parts, orders, strict=True) for i in order]
     ids = np.arange(int(np.prod(stored)), dtype=np.int32).reshape(stored)
     nb = len(orders[0])

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from awq_jax import _jaxpr, kernels
+from awq_jax import kernels
 from awq_jax.qtensor import QuantizedTensor, is_quantized
+from awq_jax.trace import interpret
 
 KEPT = 32  # combinations of flags and argument structures remembered per bound function
 
@@ -76,8 +77,8 @@ def _compile(apply_fn: Callable[..., Any], impl: str, tree: Any, fixed: tuple[_F
     def run(params: Any, arrays: list[jax.Array]) -> Any:
         it = iter(arrays)
         args, kwargs = jax.tree.unflatten(tree, [next(it) if f is None else f.value for f in fixed])
-        program = _jaxpr.trace(apply_fn, params, *args, **kwargs)
-        return _jaxpr.evaluate(program, params, *args, matmul=matmul, **kwargs)
+        program = interpret.trace(apply_fn, params, *args, **kwargs)
+        return interpret.evaluate(program, params, *args, matmul=matmul, **kwargs)
 
     return jax.jit(run)
 

@@ -15,10 +15,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from awq_jax import _jaxpr
 from awq_jax.discovery import discover, validate
 from awq_jax.errors import CalibrationError
 from awq_jax.plan import Group, Plan
+from awq_jax.trace import interpret
 from awq_jax.verify import verify
 
 Array = jax.Array | np.ndarray
@@ -222,12 +222,12 @@ def collector(apply_fn: Callable[..., Any], wanted: Iterable[Wanted]) -> Callabl
     def run(
         params: Any, args: tuple[Any, ...], kwargs: dict[str, Any], start: jax.Array | int = 0
     ) -> tuple[Any, dict[str, Stats]]:
-        program = _jaxpr.trace(apply_fn, params, *args, **kwargs)
+        program = interpret.trace(apply_fn, params, *args, **kwargs)
         missing = set(first) - {use.path for use in program.uses}
         if missing:
             raise CalibrationError(f"the model has no matmul with {sorted(missing)[0]}: the plan is for another model")
 
-        def tap(use: _jaxpr.Use, x: jax.Array) -> Stats | None:
+        def tap(use: interpret.Use, x: jax.Array) -> Stats | None:
             if use.path not in first:
                 return None
             experts = first[use.path].experts
@@ -236,7 +236,7 @@ def collector(apply_fn: Callable[..., Any], wanted: Iterable[Wanted]) -> Callabl
                 x = jax.lax.dynamic_slice_in_dim(x, start, experts)
             return _moments(x, summed=experts == 0)
 
-        output, tapped = _jaxpr.evaluate(program, params, *args, tap=tap, **kwargs)
+        output, tapped = interpret.evaluate(program, params, *args, tap=tap, **kwargs)
         out: dict[str, Stats] = {}
         for use in program.uses:
             if use.path in first:
@@ -281,7 +281,7 @@ def _in_slabs(x: jax.Array) -> jax.Array:
     return x.reshape(*batch, slabs, SLAB, k)
 
 
-def _fit(stats: Stats, use: _jaxpr.Use, wanted: Wanted) -> Stats:
+def _fit(stats: Stats, use: interpret.Use, wanted: Wanted) -> Stats:
     """Sum over iterations of loops that share the weight, so that shapes match the group's."""
     shared = tuple(i for i, letter in enumerate(use.loops) if letter == "r")
     stats = jax.tree.map(lambda a: a.sum(axis=shared), stats)

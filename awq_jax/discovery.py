@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from awq_jax import absorb, labels, paths
-from awq_jax._graph import Val
-from awq_jax._scope import OUTPUT, Node, Scope, flatten
-from awq_jax._trace import SAME_SHAPE, Program, trace
 from awq_jax.errors import PlanError
 from awq_jax.plan import Group, Plan, Site
+from awq_jax.trace.jaxpr import Val
+from awq_jax.trace.scopes import OUTPUT, Node, Scope, flatten
+from awq_jax.trace.uses import SAME_SHAPE, Program, trace
 
 # Operations that may hide a matmul from us.
 OPAQUE = frozenset(("conv_general_dilated", "shard_map", "pallas_call", "custom_partitioning"))

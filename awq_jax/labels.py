@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from awq_jax._graph import Val
-from awq_jax._scope import Node
-from awq_jax._trace import SAME_SHAPE
+from awq_jax.trace.jaxpr import Val
+from awq_jax.trace.scopes import Node
+from awq_jax.trace.uses import SAME_SHAPE
 
 UNIT, UNREAD = -1, -2
 

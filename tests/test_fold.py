@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import zoo
 
-from awq_jax import _jaxpr, fold, pack, paths
+from awq_jax import fold, pack, paths
 from awq_jax.discovery import discover
 from awq_jax.errors import PlanError, ShapeError, WeightError
 from awq_jax.plan import Absorber, Group, Plan, Site
 from awq_jax.qtensor import QuantizedTensor, split_shape
+from awq_jax.trace import interpret
 from awq_jax.verify import _culprits, verify
 
 
@@ -151,9 +152,9 @@ def packed_like(w: Any, axes: str, rng: np.random.Generator, bits: int = 4) -> Q
 @pytest.mark.parametrize("name", zoo.MODELS)
 def test_evaluate_is_the_function(name: str) -> None:
     case = zoo.MODELS[name]()
-    program = _jaxpr.trace(case.fn, case.params, *case.args)
+    program = interpret.trace(case.fn, case.params, *case.args)
     # Nothing packed, nothing tapped: every operation is applied as it was traced.
-    same = jax.jit(lambda p: _jaxpr.evaluate(program, p, *case.args))(case.params)
+    same = jax.jit(lambda p: interpret.evaluate(program, p, *case.args))(case.params)
     assert distance(jitted(name)(case.params), same) < 1e-6
 
 
@@ -162,7 +163,7 @@ def test_evaluate_is_the_function(name: str) -> None:
 )
 def test_evaluate_with_packed_leaves(name: str) -> None:
     case = zoo.MODELS[name]()
-    program = _jaxpr.trace(case.fn, case.params, *case.args)
+    program = interpret.trace(case.fn, case.params, *case.args)
     axes = {u.path: u.axes for u in program.uses}
     rng = np.random.default_rng(0)
     packed = paths.map_with_path(lambda p, w: packed_like(w, axes[p], rng) if p in axes else w, case.params)
@@ -176,10 +177,10 @@ def test_evaluate_with_packed_leaves(name: str) -> None:
 
     @jax.jit
     def run(packed: Any) -> Any:
-        inside = _jaxpr.trace(case.fn, packed, *case.args)  # under jit, from the packed tree
+        inside = interpret.trace(case.fn, packed, *case.args)  # under jit, from the packed tree
         return (
-            _jaxpr.evaluate(program, packed, *case.args, matmul=matmul),
-            _jaxpr.evaluate(inside, packed, *case.args),
+            interpret.evaluate(program, packed, *case.args, matmul=matmul),
+            interpret.evaluate(inside, packed, *case.args),
         )
 
     expected = jitted(name)(unpacked)
@@ -192,8 +193,8 @@ def test_evaluate_with_packed_leaves(name: str) -> None:
 def test_taps_see_what_the_layers_saw() -> None:
     """Against Flax's own record of the modules' outputs."""
     case = zoo.MODELS["linen_unrolled"]()
-    program = _jaxpr.trace(case.fn, case.params, *case.args)
-    out, taps = jax.jit(lambda p: _jaxpr.evaluate(program, p, *case.args, tap=lambda use, x: x))(case.params)
+    program = interpret.trace(case.fn, case.params, *case.args)
+    out, taps = jax.jit(lambda p: interpret.evaluate(program, p, *case.args, tap=lambda use, x: x))(case.params)
     assert distance(jitted("linen_unrolled")(case.params), out) < 1e-6
     by_path = {u.path: taps[u.index] for u in program.uses}
     _, state = zoo.LinenLM().apply(case.params, *case.args, capture_intermediates=True, mutable=["intermediates"])
@@ -207,8 +208,8 @@ def test_taps_see_what_the_layers_saw() -> None:
 
 def test_tap_of_many_contracted_axes_is_in_the_order_of_the_leaf() -> None:
     case = zoo.MODELS["linen_gemma"]()
-    program = _jaxpr.trace(case.fn, case.params, *case.args)
-    _, taps = jax.jit(lambda p: _jaxpr.evaluate(program, p, *case.args, tap=lambda use, x: x))(case.params)
+    program = interpret.trace(case.fn, case.params, *case.args)
+    _, taps = jax.jit(lambda p: interpret.evaluate(program, p, *case.args, tap=lambda use, x: x))(case.params)
     (x,) = [taps[u.index] for u in program.uses if u.path == "params/o/kernel"]
     _, state = zoo.GemmaLM().apply(case.params, *case.args, capture_intermediates=True, mutable=["intermediates"])
     (y,) = state["intermediates"]["o"]["__call__"]
@@ -219,8 +220,8 @@ def test_tap_of_many_contracted_axes_is_in_the_order_of_the_leaf() -> None:
 def test_taps_of_scanned_and_shared_layers_are_stacked() -> None:
     case = zoo.MODELS["nnx_scan"]()
     p = {k: np.asarray(v, np.float64) for k, v in paths.flatten(case.params).items()}
-    program = _jaxpr.trace(case.fn, case.params, *case.args)
-    _, taps = jax.jit(lambda p: _jaxpr.evaluate(program, p, *case.args, tap=lambda use, x: x))(case.params)
+    program = interpret.trace(case.fn, case.params, *case.args)
+    _, taps = jax.jit(lambda p: interpret.evaluate(program, p, *case.args, tap=lambda use, x: x))(case.params)
     (use,) = [u for u in program.uses if u.path == "layers/down/kernel"]
     assert use.loops == "s"
     x = p["embed/embedding"][case.args[0]]
@@ -231,18 +232,18 @@ def test_taps_of_scanned_and_shared_layers_are_stacked() -> None:
         x = x + hidden @ p["layers/down/kernel"][i] + p["layers/down/bias"][i]
 
     case = zoo.MODELS["shared_loop"]()
-    program = _jaxpr.trace(case.fn, case.params, *case.args)
+    program = interpret.trace(case.fn, case.params, *case.args)
     (use,) = [u for u in program.uses if u.path == "down"]
     assert use.loops == "r"
-    _, taps = _jaxpr.evaluate(program, case.params, *case.args, tap=lambda use, x: x.sum())
+    _, taps = interpret.evaluate(program, case.params, *case.args, tap=lambda use, x: x.sum())
     assert taps[use.index].shape == (3,)
 
 
 def test_tap_of_experts_keeps_their_axis() -> None:
     case = zoo.MODELS["moe_einsum"]()
     p = {k: np.asarray(v, np.float64) for k, v in case.params.items()}
-    program = _jaxpr.trace(case.fn, case.params, *case.args)
-    _, taps = _jaxpr.evaluate(program, case.params, *case.args, tap=lambda use, x: x)
+    program = interpret.trace(case.fn, case.params, *case.args)
+    _, taps = interpret.evaluate(program, case.params, *case.args, tap=lambda use, x: x)
     by_path = {u.path: taps[u.index] for u in program.uses}
     x = p["embed"][case.args[0]].reshape(-1, zoo.D)
     h = x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6) * p["norm"]
@@ -262,8 +263,8 @@ def test_branches_remat_and_flags() -> None:
     rng = np.random.default_rng(0)
     params = {n: jnp.asarray(rng.normal(size=(8, 8)), jnp.float32) for n in "abc"}
     x = jnp.asarray(rng.normal(size=(4, 8)), jnp.float32)
-    program = _jaxpr.trace(fn, params, x, True, mode="plain")
-    out, taps = _jaxpr.evaluate(program, params, x, True, mode="plain", tap=lambda use, x: (x * x).sum())
+    program = interpret.trace(fn, params, x, True, mode="plain")
+    out, taps = interpret.evaluate(program, params, x, True, mode="plain", tap=lambda use, x: (x * x).sum())
     hidden = np.tanh(np.asarray(x) @ np.asarray(params["a"]))
     weight = params["b"] if hidden.sum() > 0 else params["c"].T
     np.testing.assert_allclose(out["y"], hidden @ np.asarray(weight), rtol=1e-5, atol=1e-5)
@@ -279,23 +280,23 @@ def test_branches_remat_and_flags() -> None:
         def matmul(x: jax.Array, q: QuantizedTensor) -> jax.Array:
             return x @ q.dequantize_canonical()
 
-        return _jaxpr.evaluate(program, packed, x, True, mode="plain", matmul=matmul)["y"].sum()
+        return interpret.evaluate(program, packed, x, True, mode="plain", matmul=matmul)["y"].sum()
 
     expected = jax.grad(lambda x: fn(floats, x, True, mode="plain")["y"].sum())(x)
     np.testing.assert_allclose(jax.grad(loss)(x), expected, rtol=1e-4, atol=1e-5)
 
     with pytest.raises(ShapeError, match="not an array changed"):
-        _jaxpr.evaluate(program, params, x, False, mode="plain")
+        interpret.evaluate(program, params, x, False, mode="plain")
     with pytest.raises(ShapeError, match=r"shape \(5, 8\) was traced with \(4, 8\)"):
-        _jaxpr.evaluate(program, params, jnp.ones((5, 8)), True, mode="plain")
+        interpret.evaluate(program, params, jnp.ones((5, 8)), True, mode="plain")
     with pytest.raises(ShapeError, match=r"b: traced with shape \(8, 8\), called with None"):
-        _jaxpr.evaluate(program, {"a": params["a"], "c": params["c"]}, x, True, mode="plain")
+        interpret.evaluate(program, {"a": params["a"], "c": params["c"]}, x, True, mode="plain")
 
 
 def test_untapped_scan_stays_one_scan() -> None:
     case = zoo.MODELS["linen_scan_remat"]()
-    program = _jaxpr.trace(case.fn, case.params, *case.args)
-    jaxpr = jax.make_jaxpr(lambda p: _jaxpr.evaluate(program, p, *case.args))(case.params)
+    program = interpret.trace(case.fn, case.params, *case.args)
+    jaxpr = jax.make_jaxpr(lambda p: interpret.evaluate(program, p, *case.args))(case.params)
     original = jax.make_jaxpr(lambda p: case.fn(p, *case.args))(case.params)
     assert [e.primitive.name for e in jaxpr.eqns] == [e.primitive.name for e in original.eqns]
 

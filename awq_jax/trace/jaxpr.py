@@ -7,7 +7,7 @@ from typing import Any
 
 from jax.extend import core as jex
 
-from awq_jax._views import Layout
+from awq_jax.trace.views import Layout
 
 REMAT = frozenset(("remat2", "remat", "checkpoint"))
 CALLS = REMAT | frozenset(

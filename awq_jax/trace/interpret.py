@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from awq_jax import _views
-from awq_jax._graph import REMAT, Graph, Op, Use, Val, bind, scan_split
-from awq_jax._trace import Program, trace
-from awq_jax._views import View
 from awq_jax.errors import ShapeError
 from awq_jax.paths import path_str
 from awq_jax.qtensor import QuantizedTensor, is_quantized
+from awq_jax.trace import views as _views
+from awq_jax.trace.jaxpr import REMAT, Graph, Op, Use, Val, bind, scan_split
+from awq_jax.trace.uses import Program, trace
+from awq_jax.trace.views import View
 
 __all__ = ["Matmul", "Program", "Tap", "Use", "evaluate", "trace"]
 

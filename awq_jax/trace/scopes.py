@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from awq_jax._graph import Graph, Op, Use, Val
-from awq_jax._trace import Program
+from awq_jax.trace.jaxpr import Graph, Op, Use, Val
+from awq_jax.trace.uses import Program
 
 OUTPUT = -1
 """Index that stands for "returned" among the readers of a value."""

@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from awq_jax import _views
-from awq_jax._graph import Graph, Op, Use, Val, build
-from awq_jax._views import Layout, View
 from awq_jax.paths import path_str
 from awq_jax.qtensor import is_quantized
+from awq_jax.trace import views as _views
+from awq_jax.trace.jaxpr import Graph, Op, Use, Val, build
+from awq_jax.trace.views import Layout, View
 
 SAME_SHAPE = frozenset(
     (
