@@ -10,12 +10,12 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "AwqConfig": "config",
     "Calibration": "calibration",
-    "Plan": "plan",
+    "Plan": "plan.plan",
     "QuantizedTensor": "qtensor",
     "Report": "report",
     "bind": "binding",
     "calibrate": "calibration",
-    "discover": "discovery",
+    "discover": "plan.discover",
     "dot": "serving",
     "load": "model",
     "quantize": "quantizer",
@@ -59,9 +59,9 @@ if TYPE_CHECKING:
     from awq_jax.calibration import Calibration as Calibration
     from awq_jax.calibration import calibrate as calibrate
     from awq_jax.config import AwqConfig as AwqConfig
-    from awq_jax.discovery import discover as discover
     from awq_jax.model import load as load
-    from awq_jax.plan import Plan as Plan
+    from awq_jax.plan.discover import discover as discover
+    from awq_jax.plan.plan import Plan as Plan
     from awq_jax.qtensor import QuantizedTensor as QuantizedTensor
     from awq_jax.quantizer import quantize as quantize
     from awq_jax.report import Report as Report

@@ -12,14 +12,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from awq_jax import paths
-from awq_jax.discovery import discover
 from awq_jax.models import ModelConfig, rope
 from awq_jax.models import params as model_params
 from awq_jax.models.attention import Step
 from awq_jax.models.config import LayerConfig
 from awq_jax.models.decoder import Layer
 from awq_jax.models.plans import TOWER
-from awq_jax.plan import Group, Plan
+from awq_jax.plan.discover import discover
+from awq_jax.plan.plan import Group, Plan
 
 Leaves = Mapping[str, Any]  # by path within the block
 Apply = Callable[[Leaves, jax.Array], jax.Array]

@@ -26,12 +26,12 @@ from awq_jax.errors import CalibrationError, ConfigError
 from awq_jax.expert_grams import ExpertGrams
 from awq_jax.hidden import Hidden, InMemory
 from awq_jax.models import ModelConfig
-from awq_jax.plan import Group, Plan
+from awq_jax.plan.plan import Group, Plan
+from awq_jax.plan.verify import verify
 from awq_jax.pool import HERE, Pool
 from awq_jax.report import LayerReport, Report
 from awq_jax.select import select
 from awq_jax.sums import Sums
-from awq_jax.verify import verify
 
 PROBE = 64  # tokens on which a plan is proven
 BATCH_TOKENS = {"cpu": 512}  # by backend; what bounds the memory of activations

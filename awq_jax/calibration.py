@@ -15,11 +15,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from awq_jax.discovery import discover, validate
 from awq_jax.errors import CalibrationError
-from awq_jax.plan import Group, Plan
+from awq_jax.plan.discover import discover, validate
+from awq_jax.plan.plan import Group, Plan
+from awq_jax.plan.verify import verify
 from awq_jax.trace import interpret
-from awq_jax.verify import verify
 
 Array = jax.Array | np.ndarray
 
@@ -134,7 +134,7 @@ def calibrate(
       batches: iterable of an array (one argument), a tuple (arguments) or a dict (keyword arguments).
         Batches of a different shape cost one more compilation.
       plan: scale groups, e.g. edited by hand; discovered from the model if absent. Either is proven on the
-        first batch (`awq_jax.verify.verify`): a group that moves the output loses its absorbers.
+        first batch (`awq_jax.plan.plan.verify.verify`): a group that moves the output loses its absorbers.
       verified: ``plan`` has been proven already.
       include_head: also keep statistics for the matmul that makes the model's output.
       check: called with the plan before any batch is run; what it raises stops the calibration.

@@ -16,8 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from awq_jax import fold
-from awq_jax.plan import Group
+from awq_jax.plan import fold
+from awq_jax.plan.plan import Group
 from awq_jax.pool import Pool
 from awq_jax.qtensor import split_shape, to_canonical
 from awq_jax.select import Target
@@ -40,7 +40,7 @@ class Part:
       scan: S, the number of scanned layers.
       experts: E, the number of experts with an activation of their own (1 if they share one: then the
         columns of all experts stand side by side).
-      factors: what to multiply and divide the leaf by on the way; see `awq_jax.fold.Folder.factors`.
+      factors: what to multiply and divide the leaf by on the way; see `awq_jax.plan.plan.fold.Folder.factors`.
     """
 
     leaf: jax.Array

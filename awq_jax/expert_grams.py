@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import jax
 
-from awq_jax.plan import Group
+from awq_jax.plan.plan import Group
 
 BUDGET = 2 << 30  # bytes of the Grams of one group
 

@@ -12,13 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from awq_jax import fold, instances, pack
+from awq_jax import instances, pack
 from awq_jax.calibration import Stats
 from awq_jax.columns import Columns, Place, part, sweep
 from awq_jax.config import AwqConfig, LeafConfig
 from awq_jax.matrix import round_matrix
 from awq_jax.moments import Moments, all_finite, moments
-from awq_jax.plan import Group, Plan
+from awq_jax.plan import fold
+from awq_jax.plan.plan import Group, Plan
 from awq_jax.pool import HERE, Pool
 from awq_jax.qtensor import QuantizedTensor, split_shape
 from awq_jax.report import LayerReport

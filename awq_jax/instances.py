@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from awq_jax.plan import Group
+from awq_jax.plan.plan import Group
 from awq_jax.qtensor import split_shape
 from awq_jax.select import Target
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from awq_jax.calibration import Stats
 from awq_jax.expert_grams import ExpertGrams
-from awq_jax.plan import Group
+from awq_jax.plan.plan import Group
 
 MIN_TOKENS = 64
 

@@ -12,14 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from awq_jax import fold, paths, report
+from awq_jax import paths, report
 from awq_jax.calibration import Calibration, Stats, calibrate
 from awq_jax.config import AwqConfig
-from awq_jax.discovery import validate
 from awq_jax.errors import CalibrationError, ConfigError, WeightError
 from awq_jax.groups import GroupScale, find_scale, round_group
 from awq_jax.moments import all_finite
-from awq_jax.plan import Group, Plan
+from awq_jax.plan import fold
+from awq_jax.plan.discover import validate
+from awq_jax.plan.plan import Group, Plan
 from awq_jax.pool import HERE, Pool
 from awq_jax.qtensor import QuantizedTensor
 from awq_jax.select import Target, select

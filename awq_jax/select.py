@@ -7,7 +7,7 @@ import math
 
 from awq_jax.config import AwqConfig, LeafConfig
 from awq_jax.errors import ShapeError
-from awq_jax.plan import Group, Plan, Site
+from awq_jax.plan.plan import Group, Plan, Site
 from awq_jax.qtensor import split_shape
 
 

@@ -20,8 +20,8 @@ from awq_jax.generate import check_tokens
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.plans import plan as plan_of
 from awq_jax.models.vision import inputs as vision
+from awq_jax.plan.verify import verify
 from awq_jax.report import Report
-from awq_jax.verify import verify
 
 
 def quantize(

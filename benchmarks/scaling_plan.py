@@ -17,12 +17,13 @@ import numpy as np
 import scaling_flops
 from scaling_programs import Compiler, Need, nbytes
 
-from awq_jax import columns, fold, groups, models, scale, sums
+from awq_jax import columns, groups, models, scale, sums
 from awq_jax.blockwise import BATCH_TOKENS_ELSEWHERE, Session, _within
 from awq_jax.calibration import Wanted
 from awq_jax.config import AwqConfig
 from awq_jax.models import ModelConfig
-from awq_jax.plan import Plan
+from awq_jax.plan import fold
+from awq_jax.plan.plan import Plan
 from awq_jax.pool import HERE, Pool
 
 SAMPLES, LENGTH = 128, 512
@@ -153,7 +154,7 @@ class Plans:
         return self.compiler.need(sums._adder(self.pool), tree(filled, mesh, lies), tree(row, mesh, every), count)
 
     def _prove(self) -> Step:
-        """The layer with and without scales folded in, on few tokens: `awq_jax.verify`."""
+        """The layer with and without scales folded in, on few tokens: `awq_jax.plan.plan.verify`."""
         plan = Plan(tuple(w.group for w in self.wanted))
         apply = self.session.chain.apply(self.block)
         ones = {g.name: self.compiler.array((g.channels,)) for g in plan.groups if g.absorbers}

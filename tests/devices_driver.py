@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 import awq_jax
 from awq_jax.calibration import Stats, Wanted
-from awq_jax.plan import Group, Site
+from awq_jax.plan.plan import Group, Site
 from awq_jax.pool import Pool
 from awq_jax.sums import Sums
 

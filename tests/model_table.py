@@ -24,7 +24,7 @@ from awq_jax import models
 from awq_jax.commands import support
 from awq_jax.models import params
 from awq_jax.models.families import FAMILIES
-from awq_jax.plan import Group, Plan
+from awq_jax.plan.plan import Group, Plan
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 HEADER = """# Model families

@@ -142,7 +142,7 @@ def test_inspect_lists_every_tensor_and_what_is_float(packed, checkpoint):
 
 
 def test_inspect_plan_prints_scale_groups_as_text_and_as_a_plan(checkpoint):
-    from awq_jax.plan import Plan
+    from awq_jax.plan.plan import Plan
 
     code, out, err = run("inspect", checkpoint, "--plan")
     assert code == 0, err

@@ -7,7 +7,7 @@ import pytest
 
 from awq_jax import columns
 from awq_jax.columns import Columns, Part, sweep
-from awq_jax.fold import Factor
+from awq_jax.plan.fold import Factor
 from awq_jax.pool import Pool
 
 rng = np.random.default_rng(0)

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import zoo
 
-from awq_jax.discovery import discover, validate
 from awq_jax.errors import PlanError
-from awq_jax.plan import Absorber, Group, Plan
+from awq_jax.plan.discover import discover, validate
+from awq_jax.plan.plan import Absorber, Group, Plan
 
 
 def plan_of(name: str) -> Plan:

@@ -19,12 +19,13 @@ from flax import nnx
 from tiny import close, randomized
 
 import awq_jax
-from awq_jax import models, paths, verify
+from awq_jax import models, paths
 from awq_jax.commands import support
 from awq_jax.config import AwqConfig
 from awq_jax.convert import registry, writing
 from awq_jax.models import params as model_params
 from awq_jax.models.moe import by_expert
+from awq_jax.plan import verify
 from awq_jax.qtensor import QuantizedTensor, is_quantized, split_shape
 from awq_jax.sampling import Sampling
 from awq_jax.select import select

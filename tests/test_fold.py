@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 import zoo
 
-from awq_jax import fold, pack, paths
-from awq_jax.discovery import discover
+from awq_jax import pack, paths
 from awq_jax.errors import PlanError, ShapeError, WeightError
-from awq_jax.plan import Absorber, Group, Plan, Site
+from awq_jax.plan import fold
+from awq_jax.plan.discover import discover
+from awq_jax.plan.plan import Absorber, Group, Plan, Site
+from awq_jax.plan.verify import _culprits, verify
 from awq_jax.qtensor import QuantizedTensor, split_shape
 from awq_jax.trace import interpret
-from awq_jax.verify import _culprits, verify
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from awq_jax.calibration import Stats
 from awq_jax.config import AwqConfig
 from awq_jax.hidden import InMemory
 from awq_jax.moments import moments
-from awq_jax.plan import Group
+from awq_jax.plan.plan import Group
 from awq_jax.report import Report
 
 TOKENS = np.random.default_rng(0).integers(3, 64, (8, 16)).astype(np.int32)

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from awq_jax import paths
-from awq_jax.discovery import discover
 from awq_jax.models.config import ModelConfig
-from awq_jax.plan import Plan
+from awq_jax.plan.discover import discover
+from awq_jax.plan.plan import Plan
 
 TOWER = "looks at images: towers and projectors stay float"
 

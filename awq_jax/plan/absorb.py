@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from awq_jax import labels
-from awq_jax.labels import UNIT, UNREAD, Blocked, Ties
-from awq_jax.plan import Absorber
+from awq_jax.plan import channel_labels
+from awq_jax.plan.channel_labels import UNIT, UNREAD, Blocked, Ties
+from awq_jax.plan.plan import Absorber
 from awq_jax.trace import views
 from awq_jax.trace.jaxpr import Val
 from awq_jax.trace.scopes import OUTPUT, Node, Scope
@@ -21,7 +21,7 @@ from awq_jax.trace.uses import Program
 from awq_jax.trace.views import View
 
 CHOICES = 8  # products with two candidate factors that one search may meet
-FILLS = labels.SAME_SHAPE | {"broadcast_in_dim", "reshape"}
+FILLS = channel_labels.SAME_SHAPE | {"broadcast_in_dim", "reshape"}
 COMPARISONS = frozenset(("gt", "ge", "lt", "le", "eq", "ne"))
 
 
@@ -114,7 +114,7 @@ class _Walk:
     def push(self, v: object, lab: np.ndarray, offset: float = 0.0) -> None:
         constant = self.constant(v)
         if not isinstance(constant, Val):
-            if (lab >= 0).any() and not labels.is_zero(constant):
+            if (lab >= 0).any() and not channel_labels.is_zero(constant):
                 raise Blocked("a constant is added to it")
             return
         assert isinstance(v, Val)
@@ -145,16 +145,21 @@ class _Walk:
             self.absorb(v, lab, offset)
             return
         node, k = self.scope.made_by[v]
-        if offset and node.name not in labels.SAME_SHAPE | {"reshape", "transpose", "squeeze", "broadcast_in_dim"}:
+        if offset and node.name not in channel_labels.SAME_SHAPE | {
+            "reshape",
+            "transpose",
+            "squeeze",
+            "broadcast_in_dim",
+        }:
             raise Blocked("an offset is added to a value that is not a plain parameter")
         if node.bodies:
             raise Blocked(f"it is the result of a {node.name}, not of one matmul")
         if node.name in ("mul", "div", "dot_general"):
             pos = self.choose(node)
-            self.pass_on(node, pos, labels.factor(node, pos, lab, self.ties))
+            self.pass_on(node, pos, channel_labels.factor(node, pos, lab, self.ties))
             return
         constant = self.offset_of(node)
-        for pos, part in labels.back(node, k, lab, self.ties):
+        for pos, part in channel_labels.back(node, k, lab, self.ties):
             if constant is not None:
                 if isinstance(node.ins[pos], Val):
                     self.pass_on(node, pos, part, constant)
@@ -190,7 +195,7 @@ class _Walk:
         if node.name != "add" or len(node.vals()) != 1 or node.vals()[0] not in self.scope.derived:
             return None
         literal = next(v for v in node.ins if not isinstance(v, Val))
-        return float(literal) if np.ndim(literal) == 0 and not labels.is_zero(literal) else None
+        return float(literal) if np.ndim(literal) == 0 and not channel_labels.is_zero(literal) else None
 
     def absorb(self, v: Val, lab: np.ndarray, offset: float) -> None:
         view = self.program.views.get(v)
@@ -247,11 +252,11 @@ def _indifferent(node: Node, pos: int, lab: np.ndarray) -> bool:
     """True if the node's results do not change when its operand is scaled by ``lab``."""
     if node.name in COMPARISONS:
         other = node.ins[1 - pos]
-        return not isinstance(other, Val) and labels.is_zero(other)
+        return not isinstance(other, Val) and channel_labels.is_zero(other)
     if node.name == "sign":
         return True
     for k in range(len(node.outs)):
-        where = labels.window_of(node, k)
+        where = channel_labels.window_of(node, k)
         if where is None:
             return False
         if (lab[tuple(slice(None) if n == 1 else w for n, w in zip(lab.shape, where, strict=True))] >= 0).any():

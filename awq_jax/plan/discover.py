@@ -10,9 +10,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from awq_jax import absorb, labels, paths
+from awq_jax import paths
 from awq_jax.errors import PlanError
-from awq_jax.plan import Group, Plan, Site
+from awq_jax.plan import absorb, channel_labels
+from awq_jax.plan.plan import Group, Plan, Site
 from awq_jax.trace.jaxpr import Val
 from awq_jax.trace.scopes import OUTPUT, Node, Scope, flatten
 from awq_jax.trace.uses import SAME_SHAPE, Program, trace
@@ -108,11 +109,11 @@ def _activation(scope: Scope, node: Node) -> tuple[Val, bytes]:
     Sites share statistics only if both are the same: the same value contracted over other axes, or
     over the same axes in another order, has a Gram of its own.
     """
-    v, lab, ties = node.x, absorb.site_labels(node), labels.Ties(0)
-    with contextlib.suppress(labels.Blocked):
+    v, lab, ties = node.x, absorb.site_labels(node), channel_labels.Ties(0)
+    with contextlib.suppress(channel_labels.Blocked):
         while (source := _source(scope, v)) is not None:
             made, k = scope.made_by[v]
-            _, lab = next(iter(labels.back(made, k, lab, ties)))
+            _, lab = next(iter(channel_labels.back(made, k, lab, ties)))
             v = source
     for axis in range(lab.ndim):
         if (lab == lab.take([0], axis=axis)).all():

@@ -14,7 +14,7 @@ import numpy as np
 
 from awq_jax import paths
 from awq_jax.errors import PlanError, ShapeError, WeightError
-from awq_jax.plan import Absorber, Group, Plan, Site
+from awq_jax.plan.plan import Absorber, Group, Plan, Site
 from awq_jax.qtensor import is_quantized
 
 Scales = Mapping[str, Any]

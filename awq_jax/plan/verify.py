@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from awq_jax import discovery, fold, paths
+from awq_jax import paths
 from awq_jax.errors import PlanError
-from awq_jax.plan import Group, Plan
+from awq_jax.plan import discover, fold
+from awq_jax.plan.plan import Group, Plan
 
 
 def verify(
@@ -35,7 +36,7 @@ def verify(
     Raises:
       PlanError: the plan does not describe ``params``, the inputs are abstract, or no output is float.
     """
-    discovery.validate(plan, params)
+    discover.validate(plan, params)
     groups = [g for g in plan.groups if g.absorbers]
     if not groups:
         return plan
