@@ -9,12 +9,12 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "AwqConfig": "config",
-    "Calibration": "calibration",
+    "Calibration": "calibration.calibration",
     "Plan": "plan.plan",
     "QuantizedTensor": "qtensor",
     "Report": "report",
     "bind": "binding",
-    "calibrate": "calibration",
+    "calibrate": "calibration.calibration",
     "discover": "plan.discover",
     "dot": "serving",
     "load": "model",
@@ -56,8 +56,8 @@ if TYPE_CHECKING:
     import awq_jax.models as models
     import awq_jax.nnx as nnx
     from awq_jax.binding import bind as bind
-    from awq_jax.calibration import Calibration as Calibration
-    from awq_jax.calibration import calibrate as calibrate
+    from awq_jax.calibration.calibration import Calibration as Calibration
+    from awq_jax.calibration.calibration import calibrate as calibrate
     from awq_jax.config import AwqConfig as AwqConfig
     from awq_jax.model import load as load
     from awq_jax.plan.discover import discover as discover

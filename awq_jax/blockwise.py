@@ -18,12 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from awq_jax import calibration, expert_grams, host_memory, paths, quantizer
+from awq_jax import host_memory, paths, quantizer
 from awq_jax.blocks import EMBED, HEAD, REST, Block, Chain, moved
-from awq_jax.calibration import Stats, Wanted
+from awq_jax.calibration import calibration, expert_grams
+from awq_jax.calibration.accumulate import Sums
+from awq_jax.calibration.calibration import Stats, Wanted
+from awq_jax.calibration.expert_grams import ExpertGrams
 from awq_jax.config import AwqConfig
 from awq_jax.errors import CalibrationError, ConfigError
-from awq_jax.expert_grams import ExpertGrams
 from awq_jax.hidden import Hidden, InMemory
 from awq_jax.models import ModelConfig
 from awq_jax.plan.plan import Group, Plan
@@ -31,7 +33,6 @@ from awq_jax.plan.verify import verify
 from awq_jax.pool import HERE, Pool
 from awq_jax.report import LayerReport, Report
 from awq_jax.select import select
-from awq_jax.sums import Sums
 
 PROBE = 64  # tokens on which a plan is proven
 BATCH_TOKENS = {"cpu": 512}  # by backend; what bounds the memory of activations
@@ -141,7 +142,7 @@ class Session:
 
         Batch ``i`` is the work of device ``i`` modulo their number, and its hidden states stay on the host of
         that device's process. If the Grams of its experts do not fit into memory at once
-        (`awq_jax.expert_grams`), what comes out of the block is left to `pass_on`: all goes through the block
+        (`awq_jax.calibration.calibration.expert_grams`), what comes out of the block is left to `pass_on`: all goes through the block
         again whenever other experts are asked for.
 
         Returns:

@@ -151,7 +151,8 @@ def compare(
       The rows (float, rounded, AWQ), and what else there is to report: ``calibration`` (text),
       ``eval_tokens``, ``seconds`` per phase.
     """
-    from awq_jax import blockwise, calibration, data, evaluate, quantizer, texts
+    from awq_jax import blockwise, data, evaluate, quantizer, texts
+    from awq_jax.calibration import calibration
 
     learn, test = split_documents(texts.default_documents())
     seq_len = min(seq_len, model.config.max_length)

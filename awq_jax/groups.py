@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from awq_jax import instances, pack
-from awq_jax.calibration import Stats
+from awq_jax.calibration.calibration import Stats
+from awq_jax.calibration.means import Moments, all_finite, moments
 from awq_jax.columns import Columns, Place, part, sweep
 from awq_jax.config import AwqConfig, LeafConfig
 from awq_jax.matrix import round_matrix
-from awq_jax.moments import Moments, all_finite, moments
 from awq_jax.plan import fold
 from awq_jax.plan.plan import Group, Plan
 from awq_jax.pool import HERE, Pool
@@ -166,7 +166,7 @@ class _Packed(NamedTuple):
     rtn: Any
 
 
-_Sums = tuple[jax.Array, Any]  # of `awq_jax.moments.Moments.gram`
+_Sums = tuple[jax.Array, Any]  # of `awq_jax.calibration.means.Moments.gram`
 
 
 class _Given(NamedTuple):

@@ -13,11 +13,11 @@ import numpy as np
 from tqdm import tqdm
 
 from awq_jax import paths, report
-from awq_jax.calibration import Calibration, Stats, calibrate
+from awq_jax.calibration.calibration import Calibration, Stats, calibrate
+from awq_jax.calibration.means import all_finite
 from awq_jax.config import AwqConfig
 from awq_jax.errors import CalibrationError, ConfigError, WeightError
 from awq_jax.groups import GroupScale, find_scale, round_group
-from awq_jax.moments import all_finite
 from awq_jax.plan import fold
 from awq_jax.plan.discover import validate
 from awq_jax.plan.plan import Group, Plan

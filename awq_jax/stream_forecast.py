@@ -14,8 +14,8 @@ from typing import Any
 
 import jax
 
-from awq_jax import expert_grams
 from awq_jax.blocks import Block
+from awq_jax.calibration import expert_grams
 from awq_jax.columns import ALIGNED, PIECE, PIECE_ELSEWHERE
 from awq_jax.hidden import InMemory
 from awq_jax.stream import Reader

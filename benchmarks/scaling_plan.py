@@ -17,9 +17,10 @@ import numpy as np
 import scaling_flops
 from scaling_programs import Compiler, Need, nbytes
 
-from awq_jax import columns, groups, models, scale, sums
+from awq_jax import columns, groups, models, scale
 from awq_jax.blockwise import BATCH_TOKENS_ELSEWHERE, Session, _within
-from awq_jax.calibration import Wanted
+from awq_jax.calibration import accumulate
+from awq_jax.calibration.calibration import Wanted
 from awq_jax.config import AwqConfig
 from awq_jax.models import ModelConfig
 from awq_jax.plan import fold
@@ -138,7 +139,7 @@ class Plans:
         """The program that adds statistics to the sums."""
         shapes = {w.group.name: w.shapes() for w in self.wanted}
         if self.count == 1:
-            return self.compiler.need(sums._add, self.compiler.tree(shapes), self._new())
+            return self.compiler.need(accumulate._add, self.compiler.tree(shapes), self._new())
         mesh, d = self.pool.mesh, self.count
         filled = {
             n: dataclasses.replace(
@@ -146,12 +147,12 @@ class Plans:
             )
             for n, s in shapes.items()
         }
-        lies = {n: sums._specs(0) for n in shapes}
+        lies = {n: accumulate._specs(0) for n in shapes}
         row = jax.tree.map(lambda s: jax.ShapeDtypeStruct((d, *s.shape), s.dtype), shapes)
-        every = jax.tree.map(lambda s: jax.sharding.PartitionSpec(sums.AXIS), row)
+        every = jax.tree.map(lambda s: jax.sharding.PartitionSpec(accumulate.AXIS), row)
         count = self.compiler.tree(jax.ShapeDtypeStruct((), jnp.int32), mesh, jax.sharding.PartitionSpec())
         tree = self.compiler.tree
-        return self.compiler.need(sums._adder(self.pool), tree(filled, mesh, lies), tree(row, mesh, every), count)
+        return self.compiler.need(accumulate._adder(self.pool), tree(filled, mesh, lies), tree(row, mesh, every), count)
 
     def _prove(self) -> Step:
         """The layer with and without scales folded in, on few tokens: `awq_jax.plan.plan.verify`."""
@@ -174,7 +175,7 @@ class Plans:
         if self.count == 1:
             return []
         k, d = self.shapes[i].k, self.count
-        rows = self.compiler.need(sums._rows, self.compiler.array((-(-k // d) * d, k)), k=k)
+        rows = self.compiler.need(accumulate._rows, self.compiler.array((-(-k // d) * d, k)), k=k)
         parts = {"sums": self._sums(), **self._gathered(i)}
         if before is not None:
             parts["Gram of the group before"] = 4 * self.shapes[before].k ** 2

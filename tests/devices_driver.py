@@ -14,10 +14,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 import awq_jax
-from awq_jax.calibration import Stats, Wanted
+from awq_jax.calibration.accumulate import Sums
+from awq_jax.calibration.calibration import Stats, Wanted
 from awq_jax.plan.plan import Group, Site
 from awq_jax.pool import Pool
-from awq_jax.sums import Sums
 
 FAST = {"group_size": 16, "method": "awq", "clip": False, "progress": False, "batch_size": 1}
 

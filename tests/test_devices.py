@@ -22,7 +22,8 @@ from devices_driver import FAST, sums_are_ordered
 from jax.sharding import Mesh
 
 import awq_jax
-from awq_jax import calibration, cli, errors, hidden, pool, processes
+from awq_jax import cli, errors, hidden, pool, processes
+from awq_jax.calibration import calibration
 from awq_jax.processes import Team
 
 TOKENS = np.random.default_rng(1).integers(0, 256, (11, 16)).astype(np.int32)
@@ -164,7 +165,7 @@ def test_an_error_of_one_process_ends_the_others(made, tmp_path):
 def test_grams_do_not_depend_on_the_number_of_threads():
     code = """
 import jax, numpy as np, hashlib
-from awq_jax.calibration import _moments
+from awq_jax.calibration.calibration import _moments
 x = np.random.default_rng(0).standard_normal((2048, 512)).astype(np.float32)
 for k in (32, 64, 96, 128, 256, 512):
     print(hashlib.sha256(np.asarray(jax.jit(_moments)(x[:, :k]).gram).tobytes()).hexdigest())

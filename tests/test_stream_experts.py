@@ -11,11 +11,12 @@ import pytest
 from tiny import randomized
 
 import awq_jax
-from awq_jax import blockwise, expert_grams, paths, stream_parts
-from awq_jax.calibration import Stats
+from awq_jax import blockwise, paths, stream_parts
+from awq_jax.calibration import expert_grams
+from awq_jax.calibration.calibration import Stats
+from awq_jax.calibration.means import moments
 from awq_jax.config import AwqConfig
 from awq_jax.hidden import InMemory
-from awq_jax.moments import moments
 from awq_jax.plan.plan import Group
 from awq_jax.report import Report
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import tiny
 
-from awq_jax import expert_grams, stream_forecast, stream_job
+from awq_jax import stream_forecast, stream_job
+from awq_jax.calibration import expert_grams
 
 TOKENS = np.random.default_rng(1).integers(0, 256, (6, 16)).astype(np.int32)
 SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_key_value_heads": 4, "num_hidden_layers": 2}

@@ -31,7 +31,7 @@ class Stats:
     """Sums over calibration tokens for one scale group (float32).
 
     Attributes:
-      gram: ``[*scan, *batch, K, K]``: sum of ``x^T x``; or `awq_jax.expert_grams.ExpertGrams`.
+      gram: ``[*scan, *batch, K, K]``: sum of ``x^T x``; or `awq_jax.calibration.calibration.expert_grams.ExpertGrams`.
       abs: ``[*scan, *batch, K]``: sum of ``|x|``.
       count: ``[*scan, *batch]``: tokens summed.
       dropped: ``[*scan, *batch]``: tokens left out because of a NaN or inf in them.

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from awq_jax.calibration import Stats
-from awq_jax.expert_grams import ExpertGrams
+from awq_jax.calibration.calibration import Stats
+from awq_jax.calibration.expert_grams import ExpertGrams
 from awq_jax.plan.plan import Group
 
 MIN_TOKENS = 64

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from awq_jax.calibration import Stats, Wanted
+from awq_jax.calibration.calibration import Stats, Wanted
 from awq_jax.pool import AXIS, Pool, replicator
 
 

@@ -21,7 +21,7 @@ def at_a_time(group: Group) -> int | None:
 
 
 class ExpertGrams:
-    """Stands for the Grams ``[E, K, K]`` of a group's experts, in `awq_jax.calibration.Stats`.
+    """Stands for the Grams ``[E, K, K]`` of a group's experts, in `awq_jax.calibration.calibration.Stats`.
 
     Args:
       layer: their sum, ``[K, K]``.
