@@ -13,17 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from awq_jax import instances, pack
+from awq_jax.algorithm.grid import Factor, column_loss, conditional_energy, factorize, quantize_dequantize
+from awq_jax.algorithm.round_matrix import round_matrix
 from awq_jax.calibration.calibration import Stats
 from awq_jax.calibration.means import Moments, all_finite, moments
 from awq_jax.columns import Columns, Place, part, sweep
 from awq_jax.config import AwqConfig, LeafConfig
-from awq_jax.matrix import round_matrix
 from awq_jax.plan import fold
 from awq_jax.plan.plan import Group, Plan
 from awq_jax.pool import HERE, Pool
 from awq_jax.qtensor import QuantizedTensor, split_shape
 from awq_jax.report import LayerReport
-from awq_jax.rounding import Factor, column_loss, conditional_energy, factorize, quantize_dequantize
 from awq_jax.scale import search
 from awq_jax.select import Target
 
@@ -152,7 +152,7 @@ class _Packed(NamedTuple):
     Attributes:
       qweight: uint32 codes, packed.
       scales, zeros: of the groups.
-      loss, clipped: see `awq_jax.matrix.Rounded`.
+      loss, clipped: see `awq_jax.algorithm.round_matrix.Rounded`.
       energy: expected squared output of each column.
       rtn: loss of plain rounding without a scale.
     """

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from awq_jax import rounding
+from awq_jax.algorithm import grid as rounding
+from awq_jax.algorithm.round_matrix import round_matrix
 from awq_jax.config import LeafConfig
-from awq_jax.matrix import round_matrix
 
 K, N, G = 32, 6, 16
 rng = np.random.default_rng(0)

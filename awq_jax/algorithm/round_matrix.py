@@ -7,8 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from awq_jax.config import LeafConfig
-from awq_jax.rounding import (
+from awq_jax.algorithm.grid import (
     Factor,
     Grid,
     clip_search,
@@ -22,6 +21,7 @@ from awq_jax.rounding import (
     range_of,
     refit,
 )
+from awq_jax.config import LeafConfig
 
 ROUNDS = 3  # of rounding on the current scales and refitting the scales to the codes
 

@@ -1,0 +1,1 @@
+"""The algorithm on arrays alone: one matrix, its grid, its rounding, its scale."""
