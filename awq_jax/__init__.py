@@ -18,7 +18,7 @@ _PUBLIC = {
     "discover": "plan.discover",
     "dot": "serving",
     "load": "model",
-    "quantize": "quantizer",
+    "quantize": "quantizer.quantize",
     "quantize_checkpoint": "stream",
 }
 _MODULES = ("convert", "data", "errors", "evaluate", "kernels", "linen", "models", "nnx")
@@ -63,7 +63,7 @@ if TYPE_CHECKING:
     from awq_jax.plan.discover import discover as discover
     from awq_jax.plan.plan import Plan as Plan
     from awq_jax.qtensor import QuantizedTensor as QuantizedTensor
-    from awq_jax.quantizer import quantize as quantize
+    from awq_jax.quantizer.quantize import quantize as quantize
     from awq_jax.report import Report as Report
     from awq_jax.serving import dot as dot
     from awq_jax.stream import quantize_checkpoint as quantize_checkpoint

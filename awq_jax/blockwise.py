@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from awq_jax import host_memory, paths, quantizer
+from awq_jax import host_memory, paths
 from awq_jax.blocks import EMBED, HEAD, REST, Block, Chain, moved
 from awq_jax.calibration import calibration, expert_grams
 from awq_jax.calibration.accumulate import Sums
@@ -31,8 +31,9 @@ from awq_jax.models import ModelConfig
 from awq_jax.plan.plan import Group, Plan
 from awq_jax.plan.verify import verify
 from awq_jax.pool import HERE, Pool
+from awq_jax.quantizer import quantize as quantizer
+from awq_jax.quantizer.targets import select
 from awq_jax.report import LayerReport, Report
-from awq_jax.select import select
 
 PROBE = 64  # tokens on which a plan is proven
 BATCH_TOKENS = {"cpu": 512}  # by backend; what bounds the memory of activations

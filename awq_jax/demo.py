@@ -151,8 +151,9 @@ def compare(
       The rows (float, rounded, AWQ), and what else there is to report: ``calibration`` (text),
       ``eval_tokens``, ``seconds`` per phase.
     """
-    from awq_jax import blockwise, data, evaluate, quantizer, texts
+    from awq_jax import blockwise, data, evaluate, texts
     from awq_jax.calibration import calibration
+    from awq_jax.quantizer import quantize
 
     learn, test = split_documents(texts.default_documents())
     seq_len = min(seq_len, model.config.max_length)
@@ -175,7 +176,7 @@ def compare(
     floats = model.params
     for name, how in (("round to nearest", "rtn"), ("AWQ", method)):
         start = clock()
-        model.params = quantizer.quantize(floats, stats, progress=progress, method=how, **settings)
+        model.params = quantize.quantize(floats, stats, progress=progress, method=how, **settings)
         seconds[name] = clock() - start
         scores[name], sizes[name] = score(name), model.nbytes
     rows_out = [

@@ -16,8 +16,8 @@ import jax
 
 from awq_jax.blocks import Block
 from awq_jax.calibration import expert_grams
-from awq_jax.columns import ALIGNED, PIECE, PIECE_ELSEWHERE
 from awq_jax.hidden import InMemory
+from awq_jax.quantizer.column_pieces import ALIGNED, PIECE, PIECE_ELSEWHERE
 from awq_jax.stream import Reader
 from awq_jax.stream_job import Job
 

@@ -20,17 +20,18 @@ import numpy as np
 import scaling_plan
 from jax.sharding import SingleDeviceSharding
 
-from awq_jax import columns, groups, models, quantizer, scale
+from awq_jax import models
 from awq_jax.hidden import InMemory
+from awq_jax.quantizer import column_pieces, quantize, scale_groups, scale_search
 
 SAMPLES, LENGTH, BATCH = 16, 64, 512
 PIECE = 512 * 256
 PROGRAMS = (
-    (groups, "_energy", "energies"),
-    (scale, "_losses", "losses"),
-    (groups, "_prepare", "prepare"),
-    (groups, "_prepare_in_place", "prepare"),
-    (groups, "_round_piece", "a piece"),
+    (scale_groups, "_energy", "energies"),
+    (scale_search, "_losses", "losses"),
+    (scale_groups, "_prepare", "prepare"),
+    (scale_groups, "_prepare_in_place", "prepare"),
+    (scale_groups, "_round_piece", "a piece"),
 )
 
 
@@ -58,7 +59,7 @@ def run(count: int) -> list[dict[str, Any]]:
     hf = dict(scaling_plan.MODELS["70b"], hidden_size=512, intermediate_size=1792, num_hidden_layers=2, vocab_size=512)
     hf |= {"num_attention_heads": 8, "num_key_value_heads": 2}
     small = {"SAMPLES": SAMPLES, "LENGTH": LENGTH, "BATCH_TOKENS_ELSEWHERE": BATCH, "Compiler": Here}
-    with mock.patch.multiple(scaling_plan, **small), mock.patch.dict(columns.PIECE, cpu=PIECE):
+    with mock.patch.multiple(scaling_plan, **small), mock.patch.dict(column_pieces.PIECE, cpu=PIECE):
         plan = scaling_plan.Plans(models.config_from_hf(hf), count, 0)
         said = {s.name: sum(n for k, n in s.holds.items() if k not in ("program", "packed")) for s in plan.steps()}
         found = _watched(plan)
@@ -109,7 +110,7 @@ def _watched(plan: scaling_plan.Plans) -> dict[str, int]:
         for module, name, what in PROGRAMS:
             stack.enter_context(mock.patch.object(module, name, watch(getattr(module, name), what)))
         for name, phase in (("find_scale", "search"), ("round_group", "round")):
-            stack.enter_context(mock.patch.object(quantizer, name, within(phase, getattr(quantizer, name))))
+            stack.enter_context(mock.patch.object(quantize, name, within(phase, getattr(quantize, name))))
         stack.enter_context(mock.patch.object(session, "_step", lambda *a: watch(step(*a), "a batch")))
         stats = session.calibrate(layer, leaves, states, SAMPLES // rows)
         session.quantize(layer, leaves, stats)

@@ -22,8 +22,8 @@ from typing import Any
 
 from awq_jax.algorithm.grid import BLOCK
 from awq_jax.algorithm.round_matrix import ROUNDS
-from awq_jax.columns import Columns, Part
 from awq_jax.config import AwqConfig
+from awq_jax.quantizer.column_pieces import Columns, Part
 
 OPS = 14  # of rounding a number on its grid and taking the error: counted in `quantize_dequantize`, `column_loss`
 PAIRS = 100  # of clipping factors

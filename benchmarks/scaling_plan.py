@@ -17,7 +17,7 @@ import numpy as np
 import scaling_flops
 from scaling_programs import Compiler, Need, nbytes
 
-from awq_jax import columns, groups, models, scale
+from awq_jax import models
 from awq_jax.blockwise import BATCH_TOKENS_ELSEWHERE, Session, _within
 from awq_jax.calibration import accumulate
 from awq_jax.calibration.calibration import Wanted
@@ -26,6 +26,7 @@ from awq_jax.models import ModelConfig
 from awq_jax.plan import fold
 from awq_jax.plan.plan import Plan
 from awq_jax.pool import HERE, Pool
+from awq_jax.quantizer import column_pieces, scale_groups, scale_search
 
 SAMPLES, LENGTH = 128, 512
 BF16 = 2  # bytes
@@ -79,7 +80,7 @@ class Plans:
         self.work = self.session.work(self.block)
         self.leaves = {p: self.compiler.array(s, jnp.bfloat16) for p, s in self.block.leaves.items()}
         self.shapes = scaling_flops.shapes(self.work, lambda site: self.compiler.array(site.shape, jnp.bfloat16))
-        self._cut: dict[int, tuple[columns.Columns, dict[str, int], Need]] = {}
+        self._cut: dict[int, tuple[column_pieces.Columns, dict[str, int], Need]] = {}
         self.wanted = [Wanted(_within(g, self.block)) for g, _ in self.work]
 
     @property
@@ -181,7 +182,7 @@ class Plans:
             parts["Gram of the group before"] = 4 * self.shapes[before].k ** 2
         return [self._step(f"{name}: gather", parts, rows)]
 
-    def _pieces(self, i: int) -> tuple[columns.Columns, dict[str, int], Need]:
+    def _pieces(self, i: int) -> tuple[column_pieces.Columns, dict[str, int], Need]:
         """The columns of a group; what is cut out of them at once; and the program that cuts."""
         if i in self._cut:
             return self._cut[i]
@@ -190,8 +191,8 @@ class Plans:
         parts = []
         for t in self.work[i][1]:
             leaf = self.compiler.array(t.site.shape, jnp.bfloat16)
-            parts.append(columns.Part(leaf, t.site.canonical_axes, factors=folder.factors(t.site.path)))
-        cut, first = columns.Columns(parts, self.work[i][1][0].rows), parts[0]
+            parts.append(column_pieces.Part(leaf, t.site.canonical_axes, factors=folder.factors(t.site.path)))
+        cut, first = column_pieces.Columns(parts, self.work[i][1][0].rows), parts[0]
         size = min(cut.size, first.columns)
         take = jax.jit(lambda leaf: dataclasses.replace(first, leaf=leaf).take(0, 0, 0, size))
         # Each is cut from its weights, and a second time where it comes from several.
@@ -203,10 +204,10 @@ class Plans:
         a, s, name = self.compiler.array, self.shapes[i], self._name(i)
         cut, pieces, take = self._pieces(i)
         damping, leaf = self.settings.damping, self.work[i][1][0].leaf
-        energies = self.compiler.need(groups._energy, (a((s.k, s.k)), a(())), rows=cut.rows, damping=damping)
+        energies = self.compiler.need(scale_groups._energy, (a((s.k, s.k)), a(())), rows=cut.rows, damping=damping)
         scales = a((1 + 2 * self.settings.n_grid, cut.rows))
         piece = a((cut.rows, cut.size))
-        losses = self.compiler.need(scale._losses, piece, a((cut.rows,)), scales, leaf=leaf, dtype="float16")
+        losses = self.compiler.need(scale_search._losses, piece, a((cut.rows,)), scales, leaf=leaf, dtype="float16")
         held = {"sums": self._sums(), **self._gathered(i)}
         worst = max(losses, take, key=lambda n: n.made)
         return [
@@ -218,14 +219,14 @@ class Plans:
     def _round(self, i: int) -> list[Step]:
         a, s, name = self.compiler.array, self.shapes[i], self._name(i)
         cut, pieces, take = self._pieces(i)
-        once = self.count == 1 and cut.rows == s.k  # as `awq_jax.groups.round_group` decides
-        prepare = groups._prepare_in_place if once else groups._prepare
+        once = self.count == 1 and cut.rows == s.k  # as `awq_jax.quantizer.scale_groups.round_group` decides
+        prepare = scale_groups._prepare_in_place if once else scale_groups._prepare
         args = (a((s.k, s.k)), a(()), a((s.k,)))
         need = self.compiler.need(prepare, *args, rows=cut.rows, damping=self.settings.damping)
         given = jax.eval_shape(lambda *x: prepare(*x, rows=cut.rows, damping=self.settings.damping), *args)
         piece, leaf = a((cut.rows, cut.size)), self.work[i][1][0].leaf
         options = {"leaf": leaf, "nearest": False, "clip": self.settings.clip, "dtype": "float16"}
-        program = self.compiler.need(groups._round_piece, piece, self.compiler.tree(given), **options)
+        program = self.compiler.need(scale_groups._round_piece, piece, self.compiler.tree(given), **options)
         # On one device the Grams of earlier groups have been used up.
         left = slice(i, None) if once else slice(None)
         before = {"sums": self._sums(left), **self._gathered(i)}
@@ -260,5 +261,5 @@ def disk(plan: Plans) -> dict[str, int]:
 
 def make(name: str, count: int, device_bytes: int) -> Plans:
     """For a model of `MODELS`, with pieces of the size that accelerators work on."""
-    mock.patch.dict(columns.PIECE, clear=True).start()
+    mock.patch.dict(column_pieces.PIECE, clear=True).start()
     return Plans(models.config_from_hf(MODELS[name]), count, device_bytes)

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from awq_jax import columns
-from awq_jax.columns import Columns, Part, sweep
 from awq_jax.plan.fold import Factor
 from awq_jax.pool import Pool
+from awq_jax.quantizer import column_pieces
+from awq_jax.quantizer.column_pieces import Columns, Part, sweep
 
 rng = np.random.default_rng(0)
 
@@ -49,8 +49,8 @@ def test_columns_are_those_of_the_whole_leaf(shape, axes, scan, experts):
 
 
 def test_pieces_run_over_the_borders_of_weights_and_are_filled_up(monkeypatch):
-    monkeypatch.setattr(columns, "PIECE", {jax.default_backend(): 16 * 4})
-    monkeypatch.setattr(columns, "ALIGNED", 4)
+    monkeypatch.setattr(column_pieces, "PIECE", {jax.default_backend(): 16 * 4})
+    monkeypatch.setattr(column_pieces, "ALIGNED", 4)
     leaves = [rng.normal(size=(12, n)).astype(np.float32) for n in (5, 1, 8)]
     side = Columns([Part(jnp.asarray(w), "kn") for w in leaves], rows=16)
     assert (side.total, side.pieces, side.size) == (14, 4, 4)  # 16 columns for 14
@@ -67,7 +67,7 @@ def test_a_piece_takes_no_memory_for_the_rest_of_the_leaf():
     leaf = jax.ShapeDtypeStruct((4096, 512), jnp.bfloat16)
     scale = jax.ShapeDtypeStruct((1, 512), jnp.float32)
     settings = {"axes": "nk", "scan": 1, "experts": 1, "kinds": (("times", 0.0),), "size": 64}
-    compiled = columns._take.lower(leaf, (scale,), 0, 0, 0, **settings).compile()
+    compiled = column_pieces._take.lower(leaf, (scale,), 0, 0, 0, **settings).compile()
     assert compiled.memory_analysis().temp_size_in_bytes <= 512 * 64 * 4
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from test_rounding import correlated, gram_of, plain
 
-from awq_jax import columns, scale
-from awq_jax.columns import Columns, Part
 from awq_jax.config import LeafConfig
+from awq_jax.quantizer import column_pieces, scale_search
+from awq_jax.quantizer.column_pieces import Columns, Part
 
 K, G = 32, 16
 LEAF = LeafConfig(3, G, False)
@@ -24,11 +24,11 @@ def problem(seed: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarr
 def search(ws, gram, a, ties=None, **settings):
     """`scale.search` of stacked arrays: weights ``[E, K, N]``, Grams ``[E, K, K]`` or ``[E, K]``."""
     parts = [Part(jnp.asarray(w), "bkn", experts=len(w)) for w in ws]
-    return scale.search([(LEAF, Columns(parts, K))], gram.__getitem__, a, ties, **settings)
+    return scale_search.search([(LEAF, Columns(parts, K))], gram.__getitem__, a, ties, **settings)
 
 
 def share_of(*ws: np.ndarray) -> jax.Array:
-    return sum(scale.weight_share(jnp.asarray(w), G) for w in ws)[None] / sum(w.shape[1] for w in ws)
+    return sum(scale_search.weight_share(jnp.asarray(w), G) for w in ws)[None] / sum(w.shape[1] for w in ws)
 
 
 def numpy_candidate(a: np.ndarray, share: np.ndarray, r: float, duo: bool) -> np.ndarray:
@@ -48,7 +48,7 @@ def test_candidates_follow_the_paper(ratio: float, duo: bool) -> None:
     _, w1, w2, a = problem()
     share = share_of(w1, w2)
     np.testing.assert_allclose(share[0], numpy_share(w1, w2), rtol=1e-5)
-    got = scale.candidate(jnp.asarray(a)[None], share, jnp.float32(ratio), jnp.float32(duo), None)
+    got = scale_search.candidate(jnp.asarray(a)[None], share, jnp.float32(ratio), jnp.float32(duo), None)
     np.testing.assert_allclose(got[0], numpy_candidate(a, numpy_share(w1, w2), ratio, duo), rtol=1e-4)
 
 
@@ -56,7 +56,7 @@ def test_dead_channels_keep_scale_one() -> None:
     _, w1, _, a = problem()
     a[[3, 17]] = 0.0
     share = share_of(w1)
-    got = scale.candidate(jnp.asarray(a)[None], share, jnp.float32(0.5), jnp.float32(1.0), None)[0]
+    got = scale_search.candidate(jnp.asarray(a)[None], share, jnp.float32(0.5), jnp.float32(1.0), None)[0]
     assert got[3] == got[17] == 1.0
     assert np.isfinite(got).all()
 
@@ -66,7 +66,7 @@ def test_tied_channels_share_one_scale() -> None:
     ties = np.arange(K) % 8
     share = share_of(w1)
     got = np.asarray(
-        scale.candidate(jnp.asarray(a)[None], share, jnp.float32(0.5), jnp.float32(1.0), jnp.asarray(ties))[0]
+        scale_search.candidate(jnp.asarray(a)[None], share, jnp.float32(0.5), jnp.float32(1.0), jnp.asarray(ties))[0]
     )
     for t in range(8):
         assert np.ptp(got[ties == t]) < 1e-6 * got.max()
@@ -102,8 +102,8 @@ def test_some_columns_at_a_time_are_searched_like_all_at_once(monkeypatch) -> No
     gram = jnp.asarray(gram_of(x), jnp.float32)[None]
     args = {"n_grid": 4, "joint": False, "dtype": "float16"}
     whole = search((w1[None], w2[None]), gram, a[None], **args)
-    monkeypatch.setattr(columns, "PIECE", {jax.default_backend(): 4 * K})
-    monkeypatch.setattr(columns, "ALIGNED", 4)
+    monkeypatch.setattr(column_pieces, "PIECE", {jax.default_backend(): 4 * K})
+    monkeypatch.setattr(column_pieces, "ALIGNED", 4)
     parts = search((w1[None], w2[None]), gram, a[None], **args)
     np.testing.assert_allclose(parts.loss, whole.loss, rtol=1e-5)
     np.testing.assert_allclose(parts.scale, whole.scale, rtol=1e-5)

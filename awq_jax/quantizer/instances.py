@@ -14,7 +14,7 @@ import numpy as np
 
 from awq_jax.plan.plan import Group
 from awq_jax.qtensor import split_shape
-from awq_jax.select import Target
+from awq_jax.quantizer.targets import Target
 
 
 def to_batched(a: np.ndarray, target: Target, group: Group) -> np.ndarray:

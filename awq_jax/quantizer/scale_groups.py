@@ -12,20 +12,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from awq_jax import instances, pack
+from awq_jax import pack
 from awq_jax.algorithm.grid import Factor, column_loss, conditional_energy, factorize, quantize_dequantize
 from awq_jax.algorithm.round_matrix import round_matrix
 from awq_jax.calibration.calibration import Stats
 from awq_jax.calibration.means import Moments, all_finite, moments
-from awq_jax.columns import Columns, Place, part, sweep
 from awq_jax.config import AwqConfig, LeafConfig
 from awq_jax.plan import fold
 from awq_jax.plan.plan import Group, Plan
 from awq_jax.pool import HERE, Pool
 from awq_jax.qtensor import QuantizedTensor, split_shape
+from awq_jax.quantizer import instances
+from awq_jax.quantizer.column_pieces import Columns, Place, part, sweep
+from awq_jax.quantizer.scale_search import search
+from awq_jax.quantizer.targets import Target
 from awq_jax.report import LayerReport
-from awq_jax.scale import search
-from awq_jax.select import Target
 
 NO_TOKENS = "no finite activations were seen in calibration: rounded to nearest"
 

@@ -20,7 +20,7 @@ from awq_jax.plan import fold
 from awq_jax.plan.plan import Group
 from awq_jax.pool import Pool
 from awq_jax.qtensor import split_shape, to_canonical
-from awq_jax.select import Target
+from awq_jax.quantizer.targets import Target
 
 PIECE = {"cpu": 1 << 20}  # numbers in a piece, by backend
 PIECE_ELSEWHERE = 1 << 25  # accelerators: enough columns to keep them busy
@@ -32,7 +32,7 @@ Place = Callable[[Any], Any]  # brings arrays to the device that works on a piec
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One weight, seen as ``[S, E, K, N]``; see `awq_jax.instances`.
+    """One weight, seen as ``[S, E, K, N]``; see `awq_jax.quantizer.quantize.instances`.
 
     Attributes:
       leaf: float, with axes as ``axes`` says.

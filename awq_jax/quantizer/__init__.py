@@ -1,0 +1,1 @@
+"""Parameter trees to arrays, through the algorithm, and back to parameter trees with packed leaves."""
