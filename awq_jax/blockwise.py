@@ -18,19 +18,20 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from awq_jax import host_memory, paths
+from awq_jax import paths
 from awq_jax.blocks import EMBED, HEAD, REST, Block, Chain, moved
 from awq_jax.calibration import calibration, expert_grams
 from awq_jax.calibration.accumulate import Sums
 from awq_jax.calibration.calibration import Stats, Wanted
 from awq_jax.calibration.expert_grams import ExpertGrams
 from awq_jax.config import AwqConfig
+from awq_jax.devices import host_memory
+from awq_jax.devices.pool import HERE, Pool
 from awq_jax.errors import CalibrationError, ConfigError
 from awq_jax.hidden import Hidden, InMemory
 from awq_jax.models import ModelConfig
 from awq_jax.plan.plan import Group, Plan
 from awq_jax.plan.verify import verify
-from awq_jax.pool import HERE, Pool
 from awq_jax.quantizer import quantize as quantizer
 from awq_jax.quantizer.targets import select
 from awq_jax.report import LayerReport, Report

@@ -299,7 +299,9 @@ class Model:
           CalibrationError: if the calibration data are empty or do not fit the model.
           ProcessError: another process of this run has ended.
         """
-        from awq_jax import blockwise, pool, processes, with_images
+        from awq_jax import blockwise, with_images
+        from awq_jax.devices import pool
+        from awq_jax.devices import team as processes
 
         config = AwqConfig.from_dict({"explicit_scale": False} | settings)
         if batch_size is not None and batch_size < 1:

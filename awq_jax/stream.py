@@ -20,7 +20,7 @@ from typing import Any
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from awq_jax import host_memory, stream_team
+from awq_jax import stream_team
 from awq_jax.blocks import HEAD, REST, Block
 from awq_jax.blockwise import Done
 from awq_jax.convert import native
@@ -28,12 +28,13 @@ from awq_jax.convert.format import Target
 from awq_jax.convert.manifest import Manifest
 from awq_jax.convert.shards import install, write_json
 from awq_jax.convert.source import Source
+from awq_jax.devices import host_memory
+from awq_jax.devices.pool import pool_of
+from awq_jax.devices.team import team
 from awq_jax.errors import CheckpointError, ConfigError, FormatError
 from awq_jax.hidden import Hidden, InMemory
 from awq_jax.models import layouts
 from awq_jax.models import params as model_params
-from awq_jax.pool import pool_of
-from awq_jax.processes import team
 from awq_jax.report import LayerReport, Report
 from awq_jax.stream_job import FINISHED, OUT, Job, Options, prepare
 from awq_jax.stream_parts import assemble, write_part

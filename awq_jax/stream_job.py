@@ -23,10 +23,10 @@ from awq_jax.convert import manifest, registry, writing
 from awq_jax.convert.pipeline import DTYPES
 from awq_jax.convert.shards import refuse_existing
 from awq_jax.convert.source import Source
+from awq_jax.devices.pool import HERE, Pool
 from awq_jax.errors import CheckpointError, ConfigError, FormatError
 from awq_jax.hidden import Hidden, InMemory, OnDisk, Some, holds
 from awq_jax.models.params import Weights
-from awq_jax.pool import HERE, Pool
 from awq_jax.qtensor import QuantizedTensor
 
 FLOAT_FORMATS = ("hf", "gguf")

@@ -14,9 +14,9 @@ from awq_jax import stream_parts
 from awq_jax.convert import manifest
 from awq_jax.convert.format import Record
 from awq_jax.convert.manifest import Manifest
+from awq_jax.devices.pool import Pool
+from awq_jax.devices.team import Team
 from awq_jax.errors import ConfigError
-from awq_jax.pool import Pool
-from awq_jax.processes import Team
 from awq_jax.stream_job import FINISHED, HIDDEN, OUT, Job
 from awq_jax.stream_parts import Tensors
 

@@ -25,7 +25,7 @@ from typing import Any
 
 def measure(directory: Path, samples: int, length: int, rank: int, size: int, port: int) -> dict[str, Any]:
     """In a process whose devices are all to be used."""
-    from awq_jax import processes
+    from awq_jax.devices import team as processes
 
     if size > 1:
         processes.join(f"127.0.0.1:{port}", size, rank)
@@ -34,7 +34,7 @@ def measure(directory: Path, samples: int, length: int, rank: int, size: int, po
     from jax.sharding import Mesh
 
     from awq_jax import stream, stream_job
-    from awq_jax.pool import pool_of
+    from awq_jax.devices.pool import pool_of
 
     vocab = json.loads((directory / "config.json").read_text())["vocab_size"]
     tokens = np.random.default_rng(1).integers(0, vocab, (samples, length)).astype(np.int32)

@@ -31,7 +31,8 @@ def measure(directory: Path, hidden: int) -> dict[str, Any]:
     import scaling_flops
     import stream
 
-    from awq_jax import host_memory, stream_job, stream_parts
+    from awq_jax import stream_job, stream_parts
+    from awq_jax.devices import host_memory
     from awq_jax.models import params as model_params
 
     shutil.rmtree(directory, ignore_errors=True)

@@ -22,10 +22,10 @@ from awq_jax.blockwise import BATCH_TOKENS_ELSEWHERE, Session, _within
 from awq_jax.calibration import accumulate
 from awq_jax.calibration.calibration import Wanted
 from awq_jax.config import AwqConfig
+from awq_jax.devices.pool import HERE, Pool
 from awq_jax.models import ModelConfig
 from awq_jax.plan import fold
 from awq_jax.plan.plan import Plan
-from awq_jax.pool import HERE, Pool
 from awq_jax.quantizer import column_pieces, scale_groups, scale_search
 
 SAMPLES, LENGTH = 128, 512

@@ -16,8 +16,8 @@ from jax.sharding import Mesh
 import awq_jax
 from awq_jax.calibration.accumulate import Sums
 from awq_jax.calibration.calibration import Stats, Wanted
+from awq_jax.devices.pool import Pool
 from awq_jax.plan.plan import Group, Site
-from awq_jax.pool import Pool
 
 FAST = {"group_size": 16, "method": "awq", "clip": False, "progress": False, "batch_size": 1}
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from awq_jax.devices.pool import Pool
 from awq_jax.plan.fold import Factor
-from awq_jax.pool import Pool
 from awq_jax.quantizer import column_pieces
 from awq_jax.quantizer.column_pieces import Columns, Part, sweep
 

@@ -22,9 +22,10 @@ from devices_driver import FAST, sums_are_ordered
 from jax.sharding import Mesh
 
 import awq_jax
-from awq_jax import cli, errors, hidden, pool, processes
+from awq_jax import cli, errors, hidden
 from awq_jax.calibration import calibration
-from awq_jax.processes import Team
+from awq_jax.devices import pool, team
+from awq_jax.devices.team import Team
 
 TOKENS = np.random.default_rng(1).integers(0, 256, (11, 16)).astype(np.int32)
 SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_key_value_heads": 4, "num_hidden_layers": 3}
@@ -100,8 +101,8 @@ def kill_and_continue(made: Path, out: Path, victim: int) -> str:
         began = time.monotonic()
         survivor = running[1 - victim]
         _, said = survivor.communicate(timeout=60)
-        assert time.monotonic() - began < processes.GRACE + 5
-        assert survivor.returncode == processes.EXIT, said
+        assert time.monotonic() - began < team.GRACE + 5
+        assert survivor.returncode == team.EXIT, said
     finally:
         for p in running:
             p.kill()
@@ -156,7 +157,7 @@ def test_an_error_of_one_process_ends_the_others(made, tmp_path):
         argv += ["--coordinator", f"127.0.0.1:{port}", "--processes", "2", "--process-id", str(rank)]
         running.append(subprocess.Popen(argv, env=environment(2), stderr=subprocess.PIPE, text=True))
     said = [p.communicate(timeout=240)[1] for p in running]
-    assert {p.returncode for p in running} <= {2, processes.EXIT}
+    assert {p.returncode for p in running} <= {2, team.EXIT}
     assert all("process 1 has other calibration data than process 0" in s for s in said)
     assert not (tmp_path / "out").exists()
 
@@ -225,8 +226,8 @@ def in_threads(*jobs):
 def no_end(monkeypatch):
     """The test's own process is not ended."""
     ended = []
-    monkeypatch.setattr(processes, "GRACE", 0.1)
-    monkeypatch.setattr(processes, "_end", ended.append)
+    monkeypatch.setattr(team, "GRACE", 0.1)
+    monkeypatch.setattr(team, "_end", ended.append)
     yield ended
     time.sleep(0.2)  # for those who are still to be ended
 
@@ -274,7 +275,7 @@ def test_numbers_of_processes_are_checked():
         (("host:1", 2, -1), "process id -1"),
     ]:
         with pytest.raises(errors.ConfigError, match=message):
-            processes.join(*args)
+            team.join(*args)
 
 
 def test_meshes_are_checked(made, tmp_path, capsys):

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from awq_jax.calibration.calibration import Stats, Wanted
-from awq_jax.pool import AXIS, Pool, replicator
+from awq_jax.devices.pool import AXIS, Pool, replicator
 
 
 class Sums(Mapping[str, Stats]):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from awq_jax.config import AwqConfig
-    from awq_jax.pool import Pool
+    from awq_jax.devices.pool import Pool
     from awq_jax.report import Report
 
 _EXAMPLES = """
@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> None:
     several = args.distributed or (args.coordinator, args.processes, args.process_id) != (None, None, None)
     if not several:
         return _run(args)
-    from awq_jax import processes
+    from awq_jax.devices import team as processes
 
     if args.distributed and (args.coordinator, args.processes, args.process_id) != (None, None, None):
         raise ConfigError("--distributed finds out what --coordinator, --processes and --process-id say: drop either")
@@ -140,7 +140,8 @@ def _run(args: argparse.Namespace) -> None:
         common.check_new_directory(args.dst, args.overwrite)
     common.check_report_path(args.report)
     config = settings(args)
-    from awq_jax import host_memory, pool, processes
+    from awq_jax.devices import host_memory, pool
+    from awq_jax.devices import team as processes
 
     host_memory.return_arrays_at_once()
     mesh = _mesh(args.devices)

@@ -16,9 +16,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from awq_jax.devices.pool import Pool
 from awq_jax.plan import fold
 from awq_jax.plan.plan import Group
-from awq_jax.pool import Pool
 from awq_jax.qtensor import split_shape, to_canonical
 from awq_jax.quantizer.targets import Target
 

@@ -18,9 +18,9 @@ from awq_jax.algorithm.round_matrix import round_matrix
 from awq_jax.calibration.calibration import Stats
 from awq_jax.calibration.means import Moments, all_finite, moments
 from awq_jax.config import AwqConfig, LeafConfig
+from awq_jax.devices.pool import HERE, Pool
 from awq_jax.plan import fold
 from awq_jax.plan.plan import Group, Plan
-from awq_jax.pool import HERE, Pool
 from awq_jax.qtensor import QuantizedTensor, split_shape
 from awq_jax.quantizer import instances
 from awq_jax.quantizer.column_pieces import Columns, Place, part, sweep

@@ -21,7 +21,7 @@ import numpy as np
 
 from awq_jax.algorithm.grid import column_loss, quantize_dequantize
 from awq_jax.config import LeafConfig
-from awq_jax.pool import HERE, Pool
+from awq_jax.devices.pool import HERE, Pool
 from awq_jax.quantizer.column_pieces import Columns, Place, sweep
 
 LIMIT = 1e4  # largest ratio between a scale and the group's geometric centre

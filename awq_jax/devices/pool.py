@@ -11,8 +11,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from awq_jax.devices.team import Team
 from awq_jax.errors import ConfigError
-from awq_jax.processes import Team
 
 T = TypeVar("T")
 AXIS = "devices"

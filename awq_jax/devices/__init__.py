@@ -1,0 +1,1 @@
+"""The devices and processes that share the work, and the host's memory."""
