@@ -144,8 +144,8 @@ class Session:
 
         Batch ``i`` is the work of device ``i`` modulo their number, and its hidden states stay on the host of
         that device's process. If the Grams of its experts do not fit into memory at once
-        (`awq_jax.calibration.calibration.expert_grams`), what comes out of the block is left to `pass_on`: all goes through the block
-        again whenever other experts are asked for.
+        (`awq_jax.calibration.expert_grams`), what comes out of the block is left to `pass_on`: all goes through
+        the block again whenever other experts are asked for.
 
         Returns:
           By the full name of the group.

@@ -156,7 +156,7 @@ class Plans:
         return self.compiler.need(accumulate._adder(self.pool), tree(filled, mesh, lies), tree(row, mesh, every), count)
 
     def _prove(self) -> Step:
-        """The layer with and without scales folded in, on few tokens: `awq_jax.plan.plan.verify`."""
+        """The layer with and without scales folded in, on few tokens: `awq_jax.plan.verify`."""
         plan = Plan(tuple(w.group for w in self.wanted))
         apply = self.session.chain.apply(self.block)
         ones = {g.name: self.compiler.array((g.channels,)) for g in plan.groups if g.absorbers}

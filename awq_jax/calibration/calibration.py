@@ -31,7 +31,7 @@ class Stats:
     """Sums over calibration tokens for one scale group (float32).
 
     Attributes:
-      gram: ``[*scan, *batch, K, K]``: sum of ``x^T x``; or `awq_jax.calibration.calibration.expert_grams.ExpertGrams`.
+      gram: ``[*scan, *batch, K, K]``: sum of ``x^T x``; or `awq_jax.calibration.expert_grams.ExpertGrams`.
       abs: ``[*scan, *batch, K]``: sum of ``|x|``.
       count: ``[*scan, *batch]``: tokens summed.
       dropped: ``[*scan, *batch]``: tokens left out because of a NaN or inf in them.
@@ -134,7 +134,7 @@ def calibrate(
       batches: iterable of an array (one argument), a tuple (arguments) or a dict (keyword arguments).
         Batches of a different shape cost one more compilation.
       plan: scale groups, e.g. edited by hand; discovered from the model if absent. Either is proven on the
-        first batch (`awq_jax.plan.plan.verify.verify`): a group that moves the output loses its absorbers.
+        first batch (`awq_jax.plan.verify.verify`): a group that moves the output loses its absorbers.
       verified: ``plan`` has been proven already.
       include_head: also keep statistics for the matmul that makes the model's output.
       check: called with the plan before any batch is run; what it raises stops the calibration.

@@ -32,7 +32,7 @@ Place = Callable[[Any], Any]  # brings arrays to the device that works on a piec
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One weight, seen as ``[S, E, K, N]``; see `awq_jax.quantizer.quantize.instances`.
+    """One weight, seen as ``[S, E, K, N]``; see `awq_jax.quantizer.instances`.
 
     Attributes:
       leaf: float, with axes as ``axes`` says.
@@ -40,7 +40,7 @@ class Part:
       scan: S, the number of scanned layers.
       experts: E, the number of experts with an activation of their own (1 if they share one: then the
         columns of all experts stand side by side).
-      factors: what to multiply and divide the leaf by on the way; see `awq_jax.plan.plan.fold.Folder.factors`.
+      factors: what to multiply and divide the leaf by on the way; see `awq_jax.plan.fold.Folder.factors`.
     """
 
     leaf: jax.Array
