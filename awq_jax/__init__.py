@@ -19,7 +19,7 @@ _PUBLIC = {
     "dot": "serving",
     "load": "model",
     "quantize": "quantizer.quantize",
-    "quantize_checkpoint": "stream",
+    "quantize_checkpoint": "stream.run",
 }
 _MODULES = ("convert", "data", "errors", "evaluate", "kernels", "linen", "models", "nnx")
 
@@ -66,7 +66,7 @@ if TYPE_CHECKING:
     from awq_jax.quantizer.quantize import quantize as quantize
     from awq_jax.report import Report as Report
     from awq_jax.serving import dot as dot
-    from awq_jax.stream import quantize_checkpoint as quantize_checkpoint
+    from awq_jax.stream.run import quantize_checkpoint as quantize_checkpoint
 
 
 def __getattr__(name: str) -> Any:

@@ -151,9 +151,10 @@ def compare(
       The rows (float, rounded, AWQ), and what else there is to report: ``calibration`` (text),
       ``eval_tokens``, ``seconds`` per phase.
     """
-    from awq_jax import blockwise, data, evaluate, texts
+    from awq_jax import data, evaluate, texts
     from awq_jax.calibration import calibration
     from awq_jax.quantizer import quantize
+    from awq_jax.stream import session
 
     learn, test = split_documents(texts.default_documents())
     seq_len = min(seq_len, model.config.max_length)
@@ -170,7 +171,7 @@ def compare(
 
     scores, sizes = {"float": score("float")}, {"float": model.nbytes}
     start = clock()
-    batches = blockwise.batched(text.tokens, model.config.vocab_size)
+    batches = session.batched(text.tokens, model.config.vocab_size)
     stats = calibration.calibrate(model.apply, model.params, batches, progress=progress)
     seconds["calibrate"] = clock() - start
     floats = model.params

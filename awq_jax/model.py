@@ -299,9 +299,10 @@ class Model:
           CalibrationError: if the calibration data are empty or do not fit the model.
           ProcessError: another process of this run has ended.
         """
-        from awq_jax import blockwise, with_images
+        from awq_jax import with_images
         from awq_jax.devices import pool
         from awq_jax.devices import team as processes
+        from awq_jax.stream import session as blockwise
 
         config = AwqConfig.from_dict({"explicit_scale": False} | settings)
         if batch_size is not None and batch_size < 1:
@@ -330,7 +331,8 @@ class Model:
 
     def _calibration(self, calib: Any, samples: int, seq_len: int, batch_size: int | None, seed: int) -> list[Any]:
         """Batches for `awq_jax.calibrate`: see `quantize`."""
-        from awq_jax import blockwise, data, with_images
+        from awq_jax import data, with_images
+        from awq_jax.stream import session as blockwise
 
         if isinstance(calib, Sequence) and calib and all(isinstance(b, Mapping) for b in calib):
             return [with_images.unpadded(self.config, b, i) for i, b in enumerate(calib[:samples])]

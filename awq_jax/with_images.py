@@ -1,6 +1,6 @@
 """Quantization calibrated on images and text: the statistics of the whole model at once.
 
-Images change more than what the next layer reads, so `awq_jax.blockwise` does not see them.
+Images change more than what the next layer reads, so `awq_jax.stream.session` does not see them.
 """
 
 from __future__ import annotations

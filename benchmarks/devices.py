@@ -33,8 +33,9 @@ def measure(directory: Path, samples: int, length: int, rank: int, size: int, po
     import numpy as np
     from jax.sharding import Mesh
 
-    from awq_jax import stream, stream_job
     from awq_jax.devices.pool import pool_of
+    from awq_jax.stream import job as stream_job
+    from awq_jax.stream import run
 
     vocab = json.loads((directory / "config.json").read_text())["vocab_size"]
     tokens = np.random.default_rng(1).integers(0, vocab, (samples, length)).astype(np.int32)
@@ -47,7 +48,7 @@ def measure(directory: Path, samples: int, length: int, rank: int, size: int, po
         blocks = [b for b in job.session.blocks if b.name == "embed" or b.name.startswith("layers/")]
         hidden, _ = job.open_hidden(0, None)
         wall, used = [], []
-        with stream.Reader(job, blocks) as reader:
+        with run.Reader(job, blocks) as reader:
             for block in blocks:
                 leaves = reader(block)
                 pool.meet()

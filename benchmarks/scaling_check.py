@@ -21,8 +21,8 @@ import scaling_plan
 from jax.sharding import SingleDeviceSharding
 
 from awq_jax import models
-from awq_jax.hidden import InMemory
 from awq_jax.quantizer import column_pieces, quantize, scale_groups, scale_search
+from awq_jax.stream.hidden_states import InMemory
 
 SAMPLES, LENGTH, BATCH = 16, 64, 512
 PIECE = 512 * 256

@@ -31,9 +31,10 @@ def measure(directory: Path, hidden: int) -> dict[str, Any]:
     import scaling_flops
     import stream
 
-    from awq_jax import stream_job, stream_parts
     from awq_jax.devices import host_memory
     from awq_jax.models import params as model_params
+    from awq_jax.stream import job as stream_job
+    from awq_jax.stream import parts as stream_parts
 
     shutil.rmtree(directory, ignore_errors=True)
     inner = int(hidden * RATIO)

@@ -52,7 +52,7 @@ class Work:
 
 
 def shapes(work: Any, leaf: Any = None) -> list[Shape]:
-    """Of what `awq_jax.blockwise.Session.work` says; ``leaf`` makes an array of a path and a shape."""
+    """Of what `awq_jax.stream.session.Session.work` says; ``leaf`` makes an array of a path and a shape."""
     found = []
     for group, targets in work:
         parts = [Part(leaf(t.site), t.site.canonical_axes) for t in targets]

@@ -18,7 +18,6 @@ import scaling_flops
 from scaling_programs import Compiler, Need, nbytes
 
 from awq_jax import models
-from awq_jax.blockwise import BATCH_TOKENS_ELSEWHERE, Session, _within
 from awq_jax.calibration import accumulate
 from awq_jax.calibration.calibration import Wanted
 from awq_jax.config import AwqConfig
@@ -27,6 +26,7 @@ from awq_jax.models import ModelConfig
 from awq_jax.plan import fold
 from awq_jax.plan.plan import Plan
 from awq_jax.quantizer import column_pieces, scale_groups, scale_search
+from awq_jax.stream.session import BATCH_TOKENS_ELSEWHERE, Session, _within
 
 SAMPLES, LENGTH = 128, 512
 BF16 = 2  # bytes

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 import awq_jax
-from awq_jax import stream
+from awq_jax.stream import run
 
 SETTLED = 50  # blocks after which memory may no longer grow
 
@@ -31,7 +31,7 @@ def deep(args: argparse.Namespace, calib: Path) -> dict[str, Any]:
     jax.monitoring.register_event_duration_secs_listener(listen)
     marks: list[tuple[int, int, int]] = []
 
-    class Bar(stream.tqdm):
+    class Bar(run.tqdm):
         """Notes compilations, resident bytes and live objects where the progress bar moves."""
 
         def update(self, n: float | None = 1) -> bool | None:
@@ -39,7 +39,7 @@ def deep(args: argparse.Namespace, calib: Path) -> dict[str, Any]:
             marks.append((len(compiled), resident(), objects))
             return super().update(n)
 
-    stream.tqdm = Bar
+    run.tqdm = Bar
     start = time.perf_counter()
     done = awq_jax.quantize_checkpoint(args.directory, args.out, calib, progress=False, **settings(args.options))
     seconds = time.perf_counter() - start

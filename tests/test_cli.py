@@ -335,11 +335,12 @@ def test_json_is_strict():
 
 
 def test_plan_needs_no_weights():
-    from awq_jax import blocks, models
+    from awq_jax import models
+    from awq_jax.stream import decoder_blocks
 
     sizes = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_hidden_layers": 1}
     config = {"model_type": "llama", "vocab_size": 32000, "max_position_embeddings": 4096} | sizes
-    plan = blocks.Chain(models.config_from_hf(config | {"rms_norm_eps": 1e-5})).plan()
+    plan = decoder_blocks.Chain(models.config_from_hf(config | {"rms_norm_eps": 1e-5})).plan()
     assert "layers/0/self_attn/q_proj/kernel" in {site.path for _, site in plan.sites()}
 
 

@@ -22,10 +22,11 @@ from devices_driver import FAST, sums_are_ordered
 from jax.sharding import Mesh
 
 import awq_jax
-from awq_jax import cli, errors, hidden
+from awq_jax import cli, errors
 from awq_jax.calibration import calibration
 from awq_jax.devices import pool, team
 from awq_jax.devices.team import Team
+from awq_jax.stream import hidden_states as hidden
 
 TOKENS = np.random.default_rng(1).integers(0, 256, (11, 16)).astype(np.int32)
 SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_key_value_heads": 4, "num_hidden_layers": 3}

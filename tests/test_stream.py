@@ -20,11 +20,16 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import awq_jax
-from awq_jax import blocks, blockwise, cli, errors, models, paths, stream, stream_forecast, stream_job, stream_parts
+from awq_jax import cli, errors, models, paths
 from awq_jax.config import AwqConfig
 from awq_jax.convert import manifest
-from awq_jax.hidden import InMemory, OnDisk, holds
 from awq_jax.models import params
+from awq_jax.stream import decoder_blocks, parts
+from awq_jax.stream import forecast as stream_forecast
+from awq_jax.stream import job as stream_job
+from awq_jax.stream import run as stream
+from awq_jax.stream import session as blockwise
+from awq_jax.stream.hidden_states import InMemory, OnDisk, holds
 
 TOKENS = np.random.default_rng(1).integers(0, 256, (6, 16)).astype(np.int32)
 # The least that needs all of calibration, search and rounding: compilation is what takes time here.
@@ -116,7 +121,7 @@ def killer(monkeypatch, at):
 
         return run
 
-    monkeypatch.setattr(stream_parts, "write_file", counted(stream_parts.write_file))
+    monkeypatch.setattr(parts, "write_file", counted(parts.write_file))
     monkeypatch.setattr(manifest.Manifest, "add", counted(manifest.Manifest.add))
     monkeypatch.setattr(OnDisk, "put", counted(OnDisk.put))
     monkeypatch.setattr(stream, "assemble", counted(stream.assemble))
@@ -210,9 +215,9 @@ def test_a_full_disk_is_one_error_and_the_run_continues(checkpoint, whole, tmp_p
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(*args)
 
-    write = stream_parts.write_file
+    write = parts.write_file
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stream_parts, "write_file", full)
+        patch.setattr(parts, "write_file", full)
         with pytest.raises(errors.CheckpointError, match=r"No space left.*run the same command again"):
             quantize(checkpoint, tmp_path / "out")
     assert quantize(checkpoint, tmp_path / "out").resumed == 2
@@ -369,7 +374,7 @@ def test_plans_found_by_kind_of_layer_are_those_of_the_whole_model():
     """Two kinds of layers that take turns, and one that absorbs nothing across blocks."""
     for family, config in (("gemma2", {"head_dim": 8, "sliding_window": 5}), ("llama", {}), ("olmo2", {})):
         settings = tiny.AutoConfig.for_model(family, **tiny.SIZES | config | {"num_hidden_layers": 4}).to_dict()
-        chain = blocks.Chain(models.config_from_hf(settings))
+        chain = decoder_blocks.Chain(models.config_from_hf(settings))
         graphdef, state = params.abstract(chain.config)
         whole = awq_jax.discover(
             lambda p, t, g=graphdef: nnx.merge(g, p)(t), state, jax.ShapeDtypeStruct((1, 8), np.int32)

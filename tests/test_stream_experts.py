@@ -11,14 +11,16 @@ import pytest
 from tiny import randomized
 
 import awq_jax
-from awq_jax import blockwise, paths, stream_parts
+from awq_jax import paths
 from awq_jax.calibration import expert_grams
 from awq_jax.calibration.calibration import Stats
 from awq_jax.calibration.means import moments
 from awq_jax.config import AwqConfig
-from awq_jax.hidden import InMemory
 from awq_jax.plan.plan import Group
 from awq_jax.report import Report
+from awq_jax.stream import parts as stream_parts
+from awq_jax.stream import session as blockwise
+from awq_jax.stream.hidden_states import InMemory
 
 TOKENS = np.random.default_rng(0).integers(3, 64, (8, 16)).astype(np.int32)
 FAST = {"group_size": 16, "method": "awq", "clip": False, "n_grid": 2, "progress": False, "batch_size": 4}

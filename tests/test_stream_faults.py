@@ -14,9 +14,11 @@ import pytest
 import tiny
 
 import awq_jax
-from awq_jax import errors, stream_job, stream_parts
+from awq_jax import errors
 from awq_jax.convert import manifest, shards
-from awq_jax.hidden import InMemory
+from awq_jax.stream import job as stream_job
+from awq_jax.stream import parts
+from awq_jax.stream.hidden_states import InMemory
 
 TOKENS = np.random.default_rng(1).integers(0, 256, (6, 16)).astype(np.int32)
 # Rounding to nearest takes the least compilation; which numbers are written does not matter here.
@@ -40,7 +42,7 @@ def left(checkpoint):
     """What a run leaves that is killed when it has written three blocks of five, and the result of a whole one."""
     out = checkpoint.parent / "out"
     with pytest.MonkeyPatch.context() as patch:
-        write = stream_parts.write_file
+        write = parts.write_file
         count = iter(range(100))
 
         def killed(*args):
@@ -48,7 +50,7 @@ def left(checkpoint):
                 raise Killed
             return write(*args)
 
-        patch.setattr(stream_parts, "write_file", killed)
+        patch.setattr(parts, "write_file", killed)
         with pytest.raises(Killed):
             quantize(checkpoint, out, hidden="disk")
     work = out.with_name(".out.quantizing")
@@ -133,14 +135,14 @@ def test_what_needs_no_hidden_states_does_not_make_them_again(checkpoint, left, 
     """Killed when all layers are done: the float head is only carried through."""
     out = tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch:
-        write = stream_parts.write_file
+        write = parts.write_file
 
         def killed(path, *args):
             if path.name == "part-00004.safetensors":
                 raise Killed
             write(path, *args)
 
-        patch.setattr(stream_parts, "write_file", killed)
+        patch.setattr(parts, "write_file", killed)
         with pytest.raises(Killed):
             quantize(checkpoint, out)
         patch.undo()

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import tiny
 
-from awq_jax import stream_forecast, stream_job
 from awq_jax.calibration import expert_grams
+from awq_jax.stream import forecast
+from awq_jax.stream import job as stream_job
 
 TOKENS = np.random.default_rng(1).integers(0, 256, (6, 16)).astype(np.int32)
 SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_key_value_heads": 4, "num_hidden_layers": 2}
@@ -29,9 +30,9 @@ def job(tmp_path, family="llama", hidden="memory", **sizes):
 def test_memory_of_a_dense_model_by_hand(tmp_path):
     """Two trial batches of three; the worst moment is the one of the largest sum."""
     work = job(tmp_path)
-    host, device = stream_forecast.memory(work, 10**9)
+    host, device = forecast.memory(work, 10**9)
     assert device == {}
-    moments = [stream_forecast._moment(work, i, TOKENS.size * 32 * 4) for i in range(4)]
+    moments = [forecast._moment(work, i, TOKENS.size * 32 * 4) for i in range(4)]
     assert [m["block"] for m in moments] == [4 * ENDS, 4 * LAYER, 4 * LAYER, 4 * (ENDS + 32)]
     assert [m["next block"] for m in moments] == [4 * LAYER, 4 * LAYER, 4 * (ENDS + 32), 0]
     assert [m["statistics"] for m in moments] == [0, 4 * 4 * 32 * 32, 4 * 4 * 32 * 32, 0]
@@ -41,7 +42,7 @@ def test_memory_of_a_dense_model_by_hand(tmp_path):
     assert moments[2]["packed blocks"] == 2 * packed
     assert moments[1]["packed blocks"] == packed + 4 * ENDS
     # q, k and v together are the largest group: 3 x 32 columns
-    assert moments[1]["rounding"] == 4 * (stream_forecast.COPIES * 3 * 32 * 32 + stream_forecast.SQUARES * 32 * 32)
+    assert moments[1]["rounding"] == 4 * (forecast.COPIES * 3 * 32 * 32 + forecast.SQUARES * 32 * 32)
     worst = max(moments, key=lambda m: sum(m.values()))
     assert {k: n for k, n in host.items() if k != "program"} == worst
     first = dict(moments[1], **{"next block": 0, "hidden states": 2 * 4 * 16 * 32 * 4})
@@ -51,12 +52,12 @@ def test_memory_of_a_dense_model_by_hand(tmp_path):
 
 def test_experts_count_and_hidden_states_on_disk_do_not(tmp_path, monkeypatch):
     work = job(tmp_path, "qwen3_moe", hidden="disk", **MOE)
-    moment = stream_forecast._moment(work, 1, 0)
+    moment = forecast._moment(work, 1, 0)
     # q, k, v and o read 32 channels, all experts the same 32, and each of 4 has 16 of its own
     assert moment["statistics"] == 4 * (3 * 32 * 32 + 4 * 16 * 16)
     monkeypatch.setattr(expert_grams, "BUDGET", 2 * 4 * 16 * 16)  # two at a time, and their sum
-    assert stream_forecast._moment(work, 1, 0)["statistics"] == 4 * (3 * 32 * 32 + 3 * 16 * 16)
-    host, device = stream_forecast.memory(work, 10**9, 10**8)
+    assert forecast._moment(work, 1, 0)["statistics"] == 4 * (3 * 32 * 32 + 3 * 16 * 16)
+    host, device = forecast.memory(work, 10**9, 10**8)
     assert host["hidden states"] == 0
     assert set(host) == {"next block", "packed blocks", "hidden states", "program"}
     assert set(device) == {"block", "statistics", "rounding", "program"}
@@ -66,11 +67,11 @@ def test_experts_count_and_hidden_states_on_disk_do_not(tmp_path, monkeypatch):
 def test_the_peak_is_that_of_the_trial():
     """Not of what the process did before."""
     before = np.ones(300 << 17)  # 300 MiB
-    high = stream_forecast._peak()
+    high = forecast._peak()
     assert high > before.nbytes
     del before
-    stream_forecast._forget_peak()
-    assert stream_forecast._peak() < high - (200 << 20)
+    forecast._forget_peak()
+    assert forecast._peak() < high - (200 << 20)
 
 
 @pytest.mark.slow

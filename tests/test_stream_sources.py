@@ -16,10 +16,11 @@ from gguf import MODEL_ARCH
 from safetensors.numpy import load_file, save_file
 
 import awq_jax
-from awq_jax import blocks, models
+from awq_jax import models
 from awq_jax.convert.safetensors_io import SafetensorsDir
 from awq_jax.models import params as model_params
-from awq_jax.stream import Outcome
+from awq_jax.stream import decoder_blocks
+from awq_jax.stream.run import Outcome
 
 FAST = {"group_size": 16, "method": "rtn", "progress": False}
 TOKENS = np.random.default_rng(1).integers(3, 40, (4, 12)).astype(np.int32)
@@ -112,6 +113,6 @@ def test_a_projection_whose_absorber_is_in_the_last_layer_is_listed_with_the_rea
     families_model.save_pretrained(source)
     done = same_as_whole(source, tmp_path, method="awq", n_grid=2, clip=False)
     rows = {row.path: row for row in done.report.layers}
-    assert rows["project_out/kernel"].reason == blocks.ELSEWHERE
+    assert rows["project_out/kernel"].reason == decoder_blocks.ELSEWHERE
     assert rows["project_out/kernel"].scale == "none"
-    assert [p for p, r in rows.items() if r.reason == blocks.ELSEWHERE] == ["project_out/kernel"]
+    assert [p for p, r in rows.items() if r.reason == decoder_blocks.ELSEWHERE] == ["project_out/kernel"]

@@ -52,12 +52,13 @@ def run(args: argparse.Namespace) -> None:
     """Open, describe, print; leaves through ``SystemExit(1)`` if a check finds problems."""
     with opened(args.dir, whole=args.check) as source:
         if args.plan:
-            from awq_jax import blocks, models
+            from awq_jax import models
             from awq_jax.commands import support
+            from awq_jax.stream import decoder_blocks
 
             alone = isinstance(source, support.ConfigOnly)
             architecture = models.config_from_hf(source.config) if alone else models.config_of(source)
-            plan = blocks.Chain(architecture).plan()
+            plan = decoder_blocks.Chain(architecture).plan()
             print(common.to_json(plan.to_dict()) if args.json else plan)
             return
         if args.devices:

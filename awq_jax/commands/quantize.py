@@ -150,7 +150,9 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _quantize(args: argparse.Namespace, config: AwqConfig, pool: Pool) -> None:
-    from awq_jax import render, stream, stream_job
+    from awq_jax import render
+    from awq_jax.stream import job as stream_job
+    from awq_jax.stream import run as stream
 
     start = time.perf_counter()
     options = stream_job.Options(
@@ -170,7 +172,7 @@ def _quantize(args: argparse.Namespace, config: AwqConfig, pool: Pool) -> None:
     common.say(job.description, args.quiet or not first)
     read = time.perf_counter() - start
     if args.dry_run:
-        from awq_jax import stream_forecast
+        from awq_jax.stream import forecast as stream_forecast
 
         forecast = stream_forecast.forecast(job)
         if not first:

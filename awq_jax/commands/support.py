@@ -10,13 +10,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from awq_jax import blocks, models, paths
+from awq_jax import models, paths
 from awq_jax.convert import hf
 from awq_jax.convert.orbax_files import holds_params
 from awq_jax.convert.source import Info, Source, read_config
 from awq_jax.errors import AwqError
 from awq_jax.models import params
 from awq_jax.plan.plan import Group
+from awq_jax.stream import decoder_blocks
 
 
 class ConfigOnly:
@@ -57,7 +58,7 @@ def support(source: Source | ConfigOnly) -> dict[str, Any]:
         config = models.config_from_hf(source.config) if alone else models.config_of(source)
         kinds = Counter(config.layers)
         different = dataclasses.replace(config, layers=tuple(kinds))
-        plan = blocks.Chain(different).plan()
+        plan = decoder_blocks.Chain(different).plan()
         leaves = paths.flatten(params.abstract(different)[1])
     except AwqError as e:
         return {"supported": False, "reason": str(e), "parameters": None, "plan": None}

@@ -1,6 +1,6 @@
 """Quantization one block at a time: the statistics of a block, its scales, its packed weights, then the next.
 
-`awq_jax.model.Model.quantize` goes through blocks that are in memory, `awq_jax.stream` through those of
+`awq_jax.model.Model.quantize` goes through blocks that are in memory, `awq_jax.stream.run` through those of
 a checkpoint: same programs on the same batches, hence the same bits.
 """
 
@@ -19,7 +19,6 @@ import numpy as np
 from tqdm import tqdm
 
 from awq_jax import paths
-from awq_jax.blocks import EMBED, HEAD, REST, Block, Chain, moved
 from awq_jax.calibration import calibration, expert_grams
 from awq_jax.calibration.accumulate import Sums
 from awq_jax.calibration.calibration import Stats, Wanted
@@ -28,13 +27,14 @@ from awq_jax.config import AwqConfig
 from awq_jax.devices import host_memory
 from awq_jax.devices.pool import HERE, Pool
 from awq_jax.errors import CalibrationError, ConfigError
-from awq_jax.hidden import Hidden, InMemory
 from awq_jax.models import ModelConfig
 from awq_jax.plan.plan import Group, Plan
 from awq_jax.plan.verify import verify
 from awq_jax.quantizer import quantize as quantizer
 from awq_jax.quantizer.targets import select
 from awq_jax.report import LayerReport, Report
+from awq_jax.stream.decoder_blocks import EMBED, HEAD, REST, Block, Chain, moved
+from awq_jax.stream.hidden_states import Hidden, InMemory
 
 PROBE = 64  # tokens on which a plan is proven
 BATCH_TOKENS = {"cpu": 512}  # by backend; what bounds the memory of activations

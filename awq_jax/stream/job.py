@@ -16,8 +16,6 @@ import numpy as np
 
 import awq_jax
 from awq_jax import data, models, pack
-from awq_jax.blocks import Block
-from awq_jax.blockwise import Session, batched
 from awq_jax.config import AwqConfig
 from awq_jax.convert import manifest, registry, writing
 from awq_jax.convert.pipeline import DTYPES
@@ -25,9 +23,11 @@ from awq_jax.convert.shards import refuse_existing
 from awq_jax.convert.source import Source
 from awq_jax.devices.pool import HERE, Pool
 from awq_jax.errors import CheckpointError, ConfigError, FormatError
-from awq_jax.hidden import Hidden, InMemory, OnDisk, Some, holds
 from awq_jax.models.params import Weights
 from awq_jax.qtensor import QuantizedTensor
+from awq_jax.stream.decoder_blocks import Block
+from awq_jax.stream.hidden_states import Hidden, InMemory, OnDisk, Some, holds
+from awq_jax.stream.session import Session, batched
 
 FLOAT_FORMATS = ("hf", "gguf")
 HIDDEN = "hidden"  # in the working directory: hidden states
@@ -214,7 +214,7 @@ def prepare(
 
     ``pool``: devices that will share the work.
 
-    Raises: see `awq_jax.stream.quantize_checkpoint`.
+    Raises: see `awq_jax.stream.run.quantize_checkpoint`.
     """
     o = options
     config = AwqConfig.from_dict({"explicit_scale": False} | dict(settings))

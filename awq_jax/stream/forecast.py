@@ -14,12 +14,12 @@ from typing import Any
 
 import jax
 
-from awq_jax.blocks import Block
 from awq_jax.calibration import expert_grams
-from awq_jax.hidden import InMemory
 from awq_jax.quantizer.column_pieces import ALIGNED, PIECE, PIECE_ELSEWHERE
-from awq_jax.stream import Reader
-from awq_jax.stream_job import Job
+from awq_jax.stream.decoder_blocks import Block
+from awq_jax.stream.hidden_states import InMemory
+from awq_jax.stream.job import Job
+from awq_jax.stream.run import Reader
 
 TRIAL_BATCHES = 2
 COPIES = 12  # float32 copies of a piece of a group's weights, at most, while it is rounded (as XLA counts them)

@@ -10,15 +10,15 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
-from awq_jax import stream_parts
 from awq_jax.convert import manifest
 from awq_jax.convert.format import Record
 from awq_jax.convert.manifest import Manifest
 from awq_jax.devices.pool import Pool
 from awq_jax.devices.team import Team
 from awq_jax.errors import ConfigError
-from awq_jax.stream_job import FINISHED, HIDDEN, OUT, Job
-from awq_jax.stream_parts import Tensors
+from awq_jax.stream import parts
+from awq_jax.stream.job import FINISHED, HIDDEN, OUT, Job
+from awq_jax.stream.parts import Tensors
 
 
 def agree(pool: Pool, job: Job) -> None:
@@ -88,7 +88,7 @@ class Writer:
     def put(self, number: int, tensors: Tensors, note: dict[str, Any]) -> None:
         """Start writing a part, when the one before is on the disk."""
         self._wait()
-        self._pending = self._pool.submit(stream_parts.write_part, self._done, self._job.work, number, tensors, note)
+        self._pending = self._pool.submit(parts.write_part, self._done, self._job.work, number, tensors, note)
 
     def _wait(self) -> None:
         pending, self._pending = self._pending, None
@@ -123,7 +123,7 @@ class TurnWriter:
         self._settle()
         self._last = number, note
         if number % self._team.size == self._team.rank:
-            self._pending = self._pool.submit(stream_parts.write_tensors, self._job.work, number, tensors)
+            self._pending = self._pool.submit(parts.write_tensors, self._job.work, number, tensors)
 
     def _settle(self) -> None:
         if self._last is None:
@@ -138,7 +138,7 @@ class TurnWriter:
         records = [_record(r) for r in told]
         if not self._team.rank:
             self._done.add(number, records, names, note)
-        stream_parts.take(self._done, records, names, note)
+        parts.take(self._done, records, names, note)
 
 
 def _record(fields: dict[str, Any]) -> Record:

@@ -20,9 +20,6 @@ from typing import Any
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from awq_jax import stream_team
-from awq_jax.blocks import HEAD, REST, Block
-from awq_jax.blockwise import Done
 from awq_jax.convert import native
 from awq_jax.convert.format import Target
 from awq_jax.convert.manifest import Manifest
@@ -32,12 +29,15 @@ from awq_jax.devices import host_memory
 from awq_jax.devices.pool import pool_of
 from awq_jax.devices.team import team
 from awq_jax.errors import CheckpointError, ConfigError, FormatError
-from awq_jax.hidden import Hidden, InMemory
 from awq_jax.models import layouts
 from awq_jax.models import params as model_params
 from awq_jax.report import LayerReport, Report
-from awq_jax.stream_job import FINISHED, OUT, Job, Options, prepare
-from awq_jax.stream_parts import assemble, write_part
+from awq_jax.stream import writers
+from awq_jax.stream.decoder_blocks import HEAD, REST, Block
+from awq_jax.stream.hidden_states import Hidden, InMemory
+from awq_jax.stream.job import FINISHED, OUT, Job, Options, prepare
+from awq_jax.stream.parts import assemble, write_part
+from awq_jax.stream.session import Done
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,11 +122,11 @@ def quantize_checkpoint(
 
 
 def run(job: Job, *, resume: bool = False, restart: bool = False, progress: bool = True) -> Outcome:
-    """Do, or continue, what `awq_jax.stream_job.prepare` has checked; see `quantize_checkpoint`."""
+    """Do, or continue, what `awq_jax.stream.job.prepare` has checked; see `quantize_checkpoint`."""
     if resume and restart:
         raise ConfigError("resume continues an unfinished run and restart discards it: give one of them")
     pool = job.session.pool
-    stream_team.agree(pool, job)
+    writers.agree(pool, job)
     if not pool.rank:
         if restart:
             _tidy(job)
@@ -134,7 +134,7 @@ def run(job: Job, *, resume: bool = False, restart: bool = False, progress: bool
             raise CheckpointError(f"there is no unfinished run of {job.path} to continue; leave resume=True out")
         job.check_space()
     try:
-        with stream_team.opened(pool, job) as done:
+        with writers.opened(pool, job) as done:
             resumed = len(done.shards)
             silent = not progress or pool.rank > 0
             with tqdm(total=len(job.session.blocks), desc="quantize", unit="block", disable=silent) as bar:
@@ -167,7 +167,7 @@ def _quantize(job: Job, done: Manifest, bar: tqdm) -> None:
     bar.update(min(finished, len(blocks)))
     if finished < len(blocks):
         hidden, behind = _hidden(job, finished)
-        with Reader(job, blocks[behind:]) as reader, stream_team.writer(job, done) as writer:
+        with Reader(job, blocks[behind:]) as reader, writers.writer(job, done) as writer:
             for block in blocks[behind:finished]:
                 session.pass_on(block, reader(block), hidden, len(job.batches))
             number = finished

@@ -1,0 +1,1 @@
+"""A checkpoint quantized decoder block by decoder block, from disk to disk, resumable."""
