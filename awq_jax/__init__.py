@@ -13,11 +13,11 @@ _PUBLIC = {
     "Plan": "plan.plan",
     "QuantizedTensor": "qtensor",
     "Report": "report",
-    "bind": "binding",
+    "bind": "serve.bind",
     "calibrate": "calibration.calibration",
     "discover": "plan.discover",
-    "dot": "serving",
-    "load": "model",
+    "dot": "serve.dot",
+    "load": "serve.model",
     "quantize": "quantizer.quantize",
     "quantize_checkpoint": "stream.run",
 }
@@ -55,17 +55,17 @@ if TYPE_CHECKING:
     import awq_jax.linen as linen
     import awq_jax.models as models
     import awq_jax.nnx as nnx
-    from awq_jax.binding import bind as bind
     from awq_jax.calibration.calibration import Calibration as Calibration
     from awq_jax.calibration.calibration import calibrate as calibrate
     from awq_jax.config import AwqConfig as AwqConfig
-    from awq_jax.model import load as load
     from awq_jax.plan.discover import discover as discover
     from awq_jax.plan.plan import Plan as Plan
     from awq_jax.qtensor import QuantizedTensor as QuantizedTensor
     from awq_jax.quantizer.quantize import quantize as quantize
     from awq_jax.report import Report as Report
-    from awq_jax.serving import dot as dot
+    from awq_jax.serve.bind import bind as bind
+    from awq_jax.serve.dot import dot as dot
+    from awq_jax.serve.model import load as load
     from awq_jax.stream.run import quantize_checkpoint as quantize_checkpoint
 
 

@@ -139,7 +139,7 @@ def compare(
     Calibrated once, on Python's help topics; scored on other topics.
 
     Args:
-      model: an `awq_jax.model.Model` with float weights.
+      model: an `awq_jax.serve.model.Model` with float weights.
       method: of the third row, see `AwqConfig`.
       samples: calibration sequences.
       eval_tokens: tokens scored.

@@ -20,7 +20,7 @@ LOGIT_BYTES = 256 * 2**20
 
 
 class Scorable(Protocol):
-    """What evaluation needs of a model; `awq_jax.model.Model` has it."""
+    """What evaluation needs of a model; `awq_jax.serve.model.Model` has it."""
 
     params: Any
 

@@ -42,8 +42,8 @@ def main() -> None:
     from awq_jax import paths
     from awq_jax.bench import decoding, random_models
     from awq_jax.commands.bench import device
-    from awq_jax.kernels.resident import resident
-    from awq_jax.served import Weights
+    from awq_jax.serve.cpu_copy import resident
+    from awq_jax.serve.served_weights import Weights
 
     if args.model:
         model = awq_jax.load(args.model, dtype="float32")

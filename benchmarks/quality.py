@@ -21,8 +21,8 @@ import numpy as np
 
 import awq_jax
 from awq_jax import evaluate
-from awq_jax.model import Model
-from awq_jax.sampling import Sampling
+from awq_jax.serve.model import Model
+from awq_jax.serve.sampling import Sampling
 
 
 def self_sampled(model: Model, rows: int, length: int, seed: int) -> np.ndarray:

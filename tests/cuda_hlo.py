@@ -107,9 +107,9 @@ def temporary(kind: str, layers: int, tokens: int) -> dict[str, int]:
 
     from awq_jax import kernels
     from awq_jax.bench import decoding, random_models
-    from awq_jax.generate import Generator
     from awq_jax.models import params as model_params
     from awq_jax.models.decoder import init_cache
+    from awq_jax.serve.generate import Generator
 
     where = NamedSharding(mesh(), PartitionSpec())
     c = dataclasses.replace(random_models.config("llama-2-7b", layers), vocab_size=1024)

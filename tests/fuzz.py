@@ -338,8 +338,8 @@ def read(path: Path) -> dict[str, np.ndarray]:
 
 def loaded(path: Path) -> dict[str, np.ndarray]:
     """Every tensor of a checkpoint as the decoder has it."""
-    from awq_jax import model
     from awq_jax.models import params
+    from awq_jax.serve import model
 
     source = registry.open_source(path)
     found = model.from_source(source, "float32")

@@ -25,8 +25,8 @@ from awq_jax.convert import slices
 from awq_jax.models import merge, sharding
 from awq_jax.models import params as model_params
 from awq_jax.qtensor import is_quantized
-from awq_jax.sampling import Sampling
-from awq_jax.served import Weights
+from awq_jax.serve.sampling import Sampling
+from awq_jax.serve.served_weights import Weights
 
 TOKENS = np.random.default_rng(0).integers(0, 60, (2, 9)).astype(np.int32)
 PROMPTS = [[3, 7, 1, 9], [5]]

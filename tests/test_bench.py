@@ -18,7 +18,7 @@ from awq_jax.errors import ConfigError
 from awq_jax.kernels import tuned
 from awq_jax.models import params
 from awq_jax.qtensor import is_quantized
-from awq_jax.served import Weights
+from awq_jax.serve.served_weights import Weights
 
 TOP = timing.Ceilings(bandwidth=4e12, flops=8e14)
 H200 = tuned.Chip("NVIDIA H200", 90, 132)

@@ -15,10 +15,10 @@ from flax import nnx
 from quant_helpers import assert_bitwise, dense, random_like
 
 from awq_jax import paths
-from awq_jax.binding import KEPT, bind
 from awq_jax.errors import BackendError, ShapeError
 from awq_jax.nnx import functional
 from awq_jax.partition import merge, split
+from awq_jax.serve.bind import KEPT, bind
 
 D = 32
 

@@ -15,7 +15,7 @@ from quant_helpers import dense, error, random_packed
 from awq_jax import kernels
 from awq_jax.errors import BackendError, ShapeError
 from awq_jax.kernels import dispatch, xla
-from awq_jax.serving import dot
+from awq_jax.serve.dot import dot
 
 SHAPES = ((32, 8, 16), (48, 5, 32), (33, 7, 16), (40, 3, -1))  # K, N, group: padded and odd ones too
 ROWS = (1, 3, 16, 65)

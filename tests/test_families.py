@@ -28,7 +28,7 @@ from awq_jax.models.moe import by_expert
 from awq_jax.plan import verify
 from awq_jax.qtensor import QuantizedTensor, is_quantized, split_shape
 from awq_jax.quantizer.targets import select
-from awq_jax.sampling import Sampling
+from awq_jax.serve.sampling import Sampling
 
 PROMPT, STEPS = 10, 2
 LENGTHS = np.array([PROMPT, 6])

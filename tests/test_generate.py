@@ -11,9 +11,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from awq_jax import errors, prompts, sampling
-from awq_jax.detokenize import Detokenizer
-from awq_jax.model import from_source
+from awq_jax import errors
+from awq_jax.serve import prompts, sampling
+from awq_jax.serve.detokenize import Detokenizer
+from awq_jax.serve.model import from_source
 
 
 class Memory:

@@ -15,7 +15,7 @@ from awq_jax.errors import BackendError, ShapeError
 from awq_jax.linen import Dense
 from awq_jax.nnx import Linear, functional
 from awq_jax.qtensor import is_quantized
-from awq_jax.serving import dot
+from awq_jax.serve.dot import dot
 
 D = 32
 X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, D)), jnp.float32)

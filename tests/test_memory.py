@@ -7,9 +7,9 @@ from quant_helpers import random_packed
 import awq_jax
 from awq_jax.bench import decoding, random_models
 from awq_jax.kernels import xla
-from awq_jax.kernels.resident import resident
 from awq_jax.qtensor import is_quantized
-from awq_jax.served import Weights
+from awq_jax.serve.cpu_copy import resident
+from awq_jax.serve.served_weights import Weights
 
 TILE = 2 * 512 * 256 * 4  # gate and up of the shape below in float32, which is how a CPU multiplies
 REST = 1 << 18  # activations of 16 tokens: the widest are 1024 wide, 16 of them at once

@@ -14,12 +14,12 @@ from quant_helpers import assert_bitwise, dense, random_like, random_packed
 
 from awq_jax import models, paths
 from awq_jax.errors import WeightError
-from awq_jax.kernels import resident
 from awq_jax.models import merge
 from awq_jax.models import params as model_params
 from awq_jax.qtensor import is_quantized
-from awq_jax.sampling import Sampling
-from awq_jax.served import Weights
+from awq_jax.serve import cpu_copy
+from awq_jax.serve.sampling import Sampling
+from awq_jax.serve.served_weights import Weights
 
 MOE = {
     "moe_intermediate_size": 16,
@@ -141,16 +141,16 @@ def test_cpu_serves_a_copy_if_there_is_room(monkeypatch, caplog):
     assert weights.held[1] is params
     assert not any(map(is_quantized, paths.flatten(copy).values()))
     floats = sum(np.prod(leaf.shape) * 4 for leaf in paths.flatten(params).values() if is_quantized(leaf))
-    assert resident.nbytes(params) == floats
+    assert cpu_copy.nbytes(params) == floats
     assert f"copy of {floats / 1e6:,.1f} MB" in caplog.text
     want = weights._generators[config, False].forward(params, TOKENS)
     np.testing.assert_allclose(generator.forward(copy, TOKENS), want, atol=3e-6 * float(jnp.abs(want).max()))
 
-    monkeypatch.setattr(resident, "room", lambda: int(floats / resident.SHARE) - 1)
+    monkeypatch.setattr(cpu_copy, "room", lambda: int(floats / cpu_copy.SHARE) - 1)
     weights.params = params
     assert "copy would take" in weights.explain()
     assert any(map(is_quantized, paths.flatten(weights.serving()[1]).values()))
-    monkeypatch.setattr(resident, "room", lambda: None)
+    monkeypatch.setattr(cpu_copy, "room", lambda: None)
     weights.params = params
     assert weights.explain().startswith("served as a float32 copy")
     forced = Weights(graphdef, config, params, merge_linears=False, copy=False)
@@ -160,7 +160,7 @@ def test_cpu_serves_a_copy_if_there_is_room(monkeypatch, caplog):
 
 def test_floats_of_16_bit_models_are_served_as_float32_and_given_back(monkeypatch):
     config, graphdef, params = decoder()
-    half = paths.map_with_path(lambda p, leaf: resident.narrowed(leaf, jnp.bfloat16), params)
+    half = paths.map_with_path(lambda p, leaf: cpu_copy.narrowed(leaf, jnp.bfloat16), params)
     before = paths.map_with_path(lambda p, leaf: jax.tree.map(np.asarray, leaf), half)
     weights = Weights(graphdef, config, half, copy=False)
     size = weights.nbytes
@@ -168,13 +168,13 @@ def test_floats_of_16_bit_models_are_served_as_float32_and_given_back(monkeypatc
     assert {jnp.dtype(leaf.dtype).name for leaf in served.values()} == {"float32"}
     assert sum(map(is_quantized, served.values())) > 0
     floats = sum(leaf.size for leaf in paths.flatten(half).values() if not is_quantized(leaf))
-    assert resident.widening(half) == 2 * floats
+    assert cpu_copy.widening(half) == 2 * floats
     assert "16-bit floats as float32" in weights.explain()
     assert weights.nbytes == size
     assert_bitwise(weights.params, before)
     assert weights.nbytes == size
 
-    monkeypatch.setattr(resident, "room", lambda: 4 * floats - 1)  # of which half may be taken
+    monkeypatch.setattr(cpu_copy, "room", lambda: 4 * floats - 1)  # of which half may be taken
     weights.params = half
     assert "bfloat16" in {jnp.dtype(leaf.dtype).name for leaf in paths.flatten(weights.serving()[1]).values()}
 
@@ -196,11 +196,11 @@ def test_weights_lost_in_their_conversion_say_so(monkeypatch):
 
 def test_copy_of_16_bit_models_is_float32():
     tree = {"w": random_packed(32, 4, dtype="bfloat16")[0], "norm": jnp.ones(3, jnp.bfloat16), "ids": jnp.arange(3)}
-    copy = resident.resident(tree)
+    copy = cpu_copy.resident(tree)
     assert [a.dtype for a in (copy["w"], copy["norm"], copy["ids"])] == [jnp.float32, jnp.float32, jnp.int32]
-    assert resident.nbytes(tree) == 4 * (32 * 4 + 3)
-    assert resident.resident({"w": (plain := jnp.ones(3))})["w"] is plain
-    assert resident.room() is None or resident.room() > 0
+    assert cpu_copy.nbytes(tree) == 4 * (32 * 4 + 3)
+    assert cpu_copy.resident({"w": (plain := jnp.ones(3))})["w"] is plain
+    assert cpu_copy.room() is None or cpu_copy.room() > 0
 
 
 def test_float_models_are_served_as_they_are_unless_asked():

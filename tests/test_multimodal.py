@@ -27,7 +27,7 @@ from awq_jax.errors import CalibrationError, ConfigError, ShapeError, Unsupporte
 from awq_jax.models import params as model_params
 from awq_jax.models.vision.inputs import inputs
 from awq_jax.qtensor import is_quantized
-from awq_jax.sampling import Sampling
+from awq_jax.serve.sampling import Sampling
 
 STEPS = 2
 

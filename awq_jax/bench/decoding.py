@@ -13,11 +13,11 @@ import numpy as np
 from awq_jax import paths
 from awq_jax.bench import random_models, timing
 from awq_jax.errors import ConfigError
-from awq_jax.generate import bucket
 from awq_jax.models.config import ModelConfig
 from awq_jax.qtensor import is_quantized
-from awq_jax.sampling import Sampling
-from awq_jax.served import Weights
+from awq_jax.serve.generate import bucket
+from awq_jax.serve.sampling import Sampling
+from awq_jax.serve.served_weights import Weights
 
 # What a row says about decoding and not about prefill.
 OF_STEPS = ("tokens_per_s", "ms_per_step", "floor_ms", "floor_share", "step_temp_bytes")

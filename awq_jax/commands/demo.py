@@ -42,7 +42,8 @@ def add(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Fetch, compare, answer."""
-    from awq_jax import demo, model, render
+    from awq_jax import demo, render
+    from awq_jax.serve import model
 
     start = time.perf_counter()
     path = args.model or demo.fetch(args.cache or demo.cache_dir())

@@ -39,7 +39,8 @@ def add(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     """Load, score, print."""
     text = read_text(args.text)
-    from awq_jax import data, evaluate, model
+    from awq_jax import data, evaluate
+    from awq_jax.serve import model
 
     quantized = model.load(args.dir, args.dtype)
     context = args.context or min(512, quantized.config.max_length)

@@ -46,7 +46,7 @@ def _devices(text: str) -> int | str:
 def run(args: argparse.Namespace) -> None:
     """Load, generate, print."""
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    from awq_jax import model
+    from awq_jax.serve import model
 
     devices = args.devices
     if devices == "all":

@@ -1,7 +1,7 @@
 """Finished blocks on disk, and the checkpoint made of them.
 
 A block is written as it is in memory (our own format, which holds everything), and the format of the
-result is chosen when all are there, as `awq_jax.model.Model.save` chooses it: by what holds every weight.
+result is chosen when all are there, as `awq_jax.serve.model.Model.save` chooses it: by what holds every weight.
 """
 
 from __future__ import annotations

@@ -87,9 +87,9 @@ def quantize_checkpoint(
     Args:
       src: float checkpoint: a directory, ``.gguf`` file, hub id, or an open source.
       dst: directory to create. Until it is done the work is in a hidden directory beside it.
-      calib, samples, seq_len, batch_size, seed: see `awq_jax.model.Model.quantize`.
+      calib, samples, seq_len, batch_size, seed: see `awq_jax.serve.model.Model.quantize`.
       dtype: of float tensors and activations; see `awq_jax.load`.
-      format: see `awq_jax.model.Model.save`.
+      format: see `awq_jax.serve.model.Model.save`.
       overwrite: replace ``dst`` if it is a checkpoint.
       hidden: where hidden states are kept: ``"memory"``; or ``"disk"``, in the working directory, from where
         a run continues at once. From memory it sends the calibration set through the finished blocks again.

@@ -1,6 +1,6 @@
 """Quantization one block at a time: the statistics of a block, its scales, its packed weights, then the next.
 
-`awq_jax.model.Model.quantize` goes through blocks that are in memory, `awq_jax.stream.run` through those of
+`awq_jax.serve.model.Model.quantize` goes through blocks that are in memory, `awq_jax.stream.run` through those of
 a checkpoint: same programs on the same batches, hence the same bits.
 """
 

@@ -18,7 +18,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pro
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import awq_jax
-from awq_jax.sampling import Sampling
+from awq_jax.serve.sampling import Sampling
 
 ENVIRONMENTS = "AWQ_JAX_INTEROP_ENVS"
 DRIVERS = Path(__file__).with_name("drivers")

@@ -15,21 +15,22 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from awq_jax import models, paths, prompts
+from awq_jax import models, paths
 from awq_jax.config import AwqConfig
 from awq_jax.convert import registry, writing
 from awq_jax.convert.source import Source
-from awq_jax.detokenize import Detokenizer
 from awq_jax.errors import ConfigError, ShapeError
-from awq_jax.generate import check_tokens
 from awq_jax.models import layouts, placing, sharding
 from awq_jax.models import params as model_params
 from awq_jax.models.vision import inputs as vision
 from awq_jax.placement import Placement
 from awq_jax.qtensor import is_quantized
 from awq_jax.report import Report
-from awq_jax.sampling import Sampling
-from awq_jax.served import Weights
+from awq_jax.serve import prompts
+from awq_jax.serve.detokenize import Detokenizer
+from awq_jax.serve.generate import check_tokens
+from awq_jax.serve.sampling import Sampling
+from awq_jax.serve.served_weights import Weights
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +102,7 @@ class Model:
       apply: ``apply(params, input_ids [B, T] int32) -> logits [B, T, vocab] float32``: pure, without a
         cache; what calibration and evaluation trace. A model that looks at images takes them as further
         keyword arguments (see `inputs`).
-      generator: `awq_jax.generate.Generator` of this model, for token ids without text.
+      generator: `awq_jax.serve.generate.Generator` of this model, for token ids without text.
     """
 
     def __init__(
@@ -206,7 +207,7 @@ class Model:
             message, and a list of ``{"role", "content"}`` dicts is one conversation. What a
             processor returned for texts and images (see `inputs`) is taken as it is.
           max_new_tokens: at most this many tokens per answer.
-          temperature, top_k, top_p: see `awq_jax.sampling.Sampling`; the default is greedy.
+          temperature, top_k, top_p: see `awq_jax.serve.sampling.Sampling`; the default is greedy.
           stop: strings that end an answer; not part of it.
           seed: of the random draws.
           stream: called with each piece of text, in whole characters, as soon as it is certain; with
@@ -299,9 +300,9 @@ class Model:
           CalibrationError: if the calibration data are empty or do not fit the model.
           ProcessError: another process of this run has ended.
         """
-        from awq_jax import with_images
         from awq_jax.devices import pool
         from awq_jax.devices import team as processes
+        from awq_jax.serve import calibrate_images
         from awq_jax.stream import session as blockwise
 
         config = AwqConfig.from_dict({"explicit_scale": False} | settings)
@@ -319,7 +320,7 @@ class Model:
             planned = time.perf_counter() - start
             batches = self._calibration(calib, samples, seq_len, batch_size, seed)
             if any(isinstance(b, dict) for b in batches):
-                self.params, report = with_images.quantize(
+                self.params, report = calibrate_images.quantize(
                     self.apply, self.params, self.config, batches, config, progress=progress
                 )
             else:
@@ -331,11 +332,12 @@ class Model:
 
     def _calibration(self, calib: Any, samples: int, seq_len: int, batch_size: int | None, seed: int) -> list[Any]:
         """Batches for `awq_jax.calibrate`: see `quantize`."""
-        from awq_jax import data, with_images
+        from awq_jax import data
+        from awq_jax.serve import calibrate_images
         from awq_jax.stream import session as blockwise
 
         if isinstance(calib, Sequence) and calib and all(isinstance(b, Mapping) for b in calib):
-            return [with_images.unpadded(self.config, b, i) for i, b in enumerate(calib[:samples])]
+            return [calibrate_images.unpadded(self.config, b, i) for i, b in enumerate(calib[:samples])]
         text = data.load(
             calib,
             self.tokenizer,

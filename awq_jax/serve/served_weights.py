@@ -10,12 +10,12 @@ from flax import nnx
 
 from awq_jax import kernels, paths
 from awq_jax.errors import WeightError
-from awq_jax.generate import Generator
-from awq_jax.kernels import resident
 from awq_jax.models import merge, spread
 from awq_jax.models.config import ModelConfig
 from awq_jax.placement import Placement
 from awq_jax.qtensor import is_quantized
+from awq_jax.serve import cpu_copy
+from awq_jax.serve.generate import Generator
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class Weights:
     reads them. That form is exact, so it *replaces* the other until `params` is asked for again: there
     are never two packed copies. On CPU, where a packed matmul writes its weight out as floats, a float32 copy
     is served instead and the packed weights stay; without the copy 16-bit floats become float32 ones for as
-    long, and so do activations and the cache (see `awq_jax.kernels.resident`).
+    long, and so do activations and the cache (see `awq_jax.serve.cpu_copy`).
 
     Args:
       graphdef, config: of the decoder.
@@ -79,7 +79,7 @@ class Weights:
             if self.place is not None:
                 spread.together(self.config, leaves, self.place)
             for path, dtype in self._dtypes.items():
-                leaves[path] = resident.narrowed(leaves[path], dtype)
+                leaves[path] = cpu_copy.narrowed(leaves[path], dtype)
             self._kept = merge.assemble(self.config, leaves)[1]
         return self._kept
 
@@ -118,17 +118,17 @@ class Weights:
         packed = any(map(is_quantized, leaves.values()))
         copy, why = self._choose(leaves, platform) if packed else (False, "")
         if copy:
-            added = resident.nbytes(leaves)
+            added = cpu_copy.nbytes(leaves)
             notes = [f"a float32 copy of {_mb(added)} beside packed weights of {_mb(size)}{why}"]
-            leaves = resident.resident(leaves)
+            leaves = cpu_copy.resident(leaves)
         else:
             self._kept = None  # replaced part by part
             notes = [f"{'packed' if packed else 'float'} weights of {_mb(size)}{why}"]
             self._dtypes = {}
-            if packed and platform == "cpu" and (added := resident.widening(leaves)) and _fits(added):
+            if packed and platform == "cpu" and (added := cpu_copy.widening(leaves)) and _fits(added):
                 self._dtypes = {path: leaf.dtype for path, leaf in leaves.items()}
                 for path in leaves:
-                    leaves[path] = resident.widened(leaves[path])
+                    leaves[path] = cpu_copy.widened(leaves[path])
                 notes.append(f"16-bit floats as float32, which takes {_mb(added)} more")
         self._fused = self._apart = self.config
         if self.place is not None:
@@ -152,7 +152,7 @@ class Weights:
             return self.copy, ", as was asked for"
         if platform != "cpu" or self.place is not None:
             return False, ""
-        need = resident.nbytes(params)
+        need = cpu_copy.nbytes(params)
         if not _fits(need):
             return (
                 False,
@@ -162,8 +162,8 @@ class Weights:
 
 
 def _fits(size: int) -> bool:
-    room = resident.room()
-    return room is None or size <= resident.SHARE * room
+    room = cpu_copy.room()
+    return room is None or size <= cpu_copy.SHARE * room
 
 
 def _mb(size: int) -> str:

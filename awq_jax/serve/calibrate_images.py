@@ -16,12 +16,12 @@ from awq_jax import calibrate
 from awq_jax import quantize as quantize_params
 from awq_jax.config import AwqConfig
 from awq_jax.errors import CalibrationError
-from awq_jax.generate import check_tokens
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.plans import plan as plan_of
 from awq_jax.models.vision import inputs as vision
 from awq_jax.plan.verify import verify
 from awq_jax.report import Report
+from awq_jax.serve.generate import check_tokens
 
 
 def quantize(

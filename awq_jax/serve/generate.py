@@ -21,7 +21,7 @@ from awq_jax.models.decoder import Cache
 from awq_jax.models.sharding import cache_shardings
 from awq_jax.models.vision.inputs import of_images
 from awq_jax.placement import Placement
-from awq_jax.sampling import Sampling, sample
+from awq_jax.serve.sampling import Sampling, sample
 
 SMALLEST_PROMPT, SMALLEST_CACHE = 16, 64
 
