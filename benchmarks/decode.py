@@ -41,7 +41,7 @@ def main() -> None:
     import awq_jax
     from awq_jax import paths
     from awq_jax.bench import decoding, random_models
-    from awq_jax.commands.bench import device
+    from awq_jax.cli.bench import device
     from awq_jax.serve.cpu_copy import resident
     from awq_jax.serve.served_weights import Weights
 

@@ -21,7 +21,7 @@ from transformers import AutoConfig
 
 import awq_jax
 from awq_jax import models
-from awq_jax.commands import support
+from awq_jax.cli import quantizable
 from awq_jax.models import params
 from awq_jax.models.families import FAMILIES
 from awq_jax.plan.plan import Group, Plan
@@ -84,7 +84,7 @@ def page() -> str:
     rows = []
     for family in sorted(FAMILIES):
         about = (sys.modules[FAMILIES[family].__module__].__doc__ or "").splitlines()[0].rstrip(".")
-        scaled, rest = support.rows(groups_of(family))
+        scaled, rest = quantizable.rows(groups_of(family))
         cells = (
             f"`{family}`",
             about,

@@ -270,7 +270,7 @@ def test_tuning_more_keeps_what_was_tuned():
 
 
 def test_a_table_that_cannot_be_extended_is_refused_before_the_work(tmp_path):
-    from awq_jax.commands import bench
+    from awq_jax.cli import bench
 
     path = tmp_path / "t.json"
     assert bench._table_before(path, H200) is None

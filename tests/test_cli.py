@@ -10,8 +10,8 @@ from safetensors.numpy import load_file, save_file
 
 import awq_jax
 from awq_jax import cli
-from awq_jax.commands import common
-from awq_jax.commands import quantize as quantize_command
+from awq_jax.cli import common
+from awq_jax.cli import quantize as quantize_command
 from awq_jax.errors import CheckpointError, ConfigError
 
 TEXT = "It is a truth universally acknowledged, that a test must be able to fail.\n" * 40
@@ -371,6 +371,6 @@ def test_convert_refuses(packed, tmp_path):
 
 
 def test_sizes():
-    from awq_jax.commands.convert import size
+    from awq_jax.cli.convert import size
 
     assert [size(t) for t in ("10", "2k", "500MB", "1.5GiB", "3 KiB")] == [10, 2000, 500_000_000, 3 << 29, 3072]

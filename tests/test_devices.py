@@ -22,8 +22,9 @@ from devices_driver import FAST, sums_are_ordered
 from jax.sharding import Mesh
 
 import awq_jax
-from awq_jax import cli, errors
+from awq_jax import errors
 from awq_jax.calibration import calibration
+from awq_jax.cli import entry
 from awq_jax.devices import pool, team
 from awq_jax.devices.team import Team
 from awq_jax.stream import hidden_states as hidden
@@ -39,7 +40,7 @@ def made(tmp_path_factory):
     directory = tmp_path_factory.mktemp("devices")
     tiny.checkpoint(directory / "float", seed=3, **SIZES)
     np.save(directory / "tokens.npy", TOKENS)
-    assert cli.main(command(directory, directory / "one")) == 0
+    assert entry.main(command(directory, directory / "one")) == 0
     return directory
 
 
@@ -291,7 +292,7 @@ def test_meshes_are_checked(made, tmp_path, capsys):
     with pytest.raises(errors.ConfigError, match="no device of process 1"):
         pool.pool_of(mesh(), SimpleNamespace(size=2, rank=0))
     assert pool.pool_of(Mesh(np.asarray(jax.devices()[:1]), ("x",)), None).devices == tuple(jax.devices()[:1])
-    assert cli.main([*command(made, tmp_path / "out"), "--devices", "99"]) == 2
+    assert entry.main([*command(made, tmp_path / "out"), "--devices", "99"]) == 2
     assert "--devices 99: there are" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 

@@ -20,7 +20,7 @@ from tiny import close, randomized
 
 import awq_jax
 from awq_jax import models, paths
-from awq_jax.commands import support
+from awq_jax.cli import quantizable
 from awq_jax.config import AwqConfig
 from awq_jax.convert import registry, writing
 from awq_jax.models import params as model_params
@@ -149,7 +149,7 @@ def test_the_table_of_families_is_current():
 def test_what_the_peers_scale_is_scaled(peer):
     """Every group of theirs lies in one of ours, but for those that are explained."""
     for family, theirs in peer_mappings.PEERS[peer].items():
-        ours, _ = support.rows(model_table.groups_of(family))
+        ours, _ = quantizable.rows(model_table.groups_of(family))
         lacking = set(peer_mappings.lacking(ours, theirs))
         explained = set(peer_mappings.EXPLAINED) & set(theirs)
         assert lacking == explained, family

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from awq_jax import cli
-from awq_jax.commands import inspect
+from awq_jax.cli import inspect
 from awq_jax.convert import conversion, registry
 from awq_jax.convert.safetensors_io import INDEX, read_header
 from awq_jax.convert.source import DirectorySource
@@ -240,7 +240,7 @@ def test_what_is_wrong_is_found(native: Path, gemm: Path, tmp_path: Path, case: 
 
 
 def test_settings_that_disagree_with_tensors(tmp_path: Path) -> None:
-    from awq_jax.commands import check
+    from awq_jax.cli import check
     from awq_jax.convert.source import Info, Packed
 
     source = SimpleNamespace(

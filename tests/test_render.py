@@ -4,7 +4,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from awq_jax import picture, render
+from awq_jax.cli import chart, tables
 from awq_jax.report import LayerReport, Report
 
 
@@ -56,7 +56,7 @@ class Page(HTMLParser):
 
 
 def test_table_has_sizes_bits_seconds_worst_layers_and_every_exception():
-    text = render.table(MIXED)
+    text = tables.table(MIXED)
     assert "4.25, scales" in text  # 1088 bytes * 8 / 2048 weights
     assert "1.00 MiB before, 256.00 KiB after (4.00x smaller)" in text
     assert "3.2 (calibrate 2.0, search 1.2)" in text
@@ -69,12 +69,12 @@ def test_table_has_sizes_bits_seconds_worst_layers_and_every_exception():
 
 
 def test_typical_error_is_the_geometric_mean():
-    rows = dict(render.summary(report([layer("a", 0.01, 0.001), layer("b", 0.0001, 0.00001)])))
+    rows = dict(tables.summary(report([layer("a", 0.01, 0.001), layer("b", 0.0001, 0.00001)])))
     assert rows["typical error"] == "0.001 rounded to nearest, 0.0001 as stored"
 
 
 def test_html_is_well_formed_self_contained_and_lists_every_weight():
-    text = render.html(MIXED, "a <script>alert(1)</script> & more")
+    text = tables.html(MIXED, "a <script>alert(1)</script> & more")
     page = Page(text)
     assert page.open == []
     assert page.links == []
@@ -91,12 +91,12 @@ def test_html_is_well_formed_self_contained_and_lists_every_weight():
 def test_hostile_paths_are_escaped_everywhere():
     evil = 'x"><img src=http://a onerror=b>'
     one = layer(evil, scale="none", reason=evil)
-    page = Page(render.html(report([one], {evil: evil})))
+    page = Page(tables.html(report([one], {evil: evil})))
     assert page.links == []
 
 
 def test_picture_places_errors_on_a_log_axis():
-    svg = ET.fromstring(picture.errors([layer("a", 0.1, 0.001), layer("b", 0.01, 0.01)]))
+    svg = ET.fromstring(chart.errors([layer("a", 0.1, 0.001), layer("b", 0.01, 0.01)]))
     dots = {c: [float(e.attrib["cy"]) for e in svg.iter("circle") if e.attrib["class"] == c] for c in ("rtn", "stored")}
     assert dots["rtn"][0] < dots["rtn"][1] == dots["stored"][1] < dots["stored"][0]
     decade = dots["rtn"][1] - dots["rtn"][0]
@@ -108,11 +108,11 @@ def test_picture_places_errors_on_a_log_axis():
 
 @pytest.mark.parametrize("count", [1, 11, 12, 13, 210, 999, 5000])
 def test_picture_has_one_column_per_weight_and_few_labels(count):
-    svg = ET.fromstring(picture.errors([layer(f"w{i}") for i in range(count)]))
+    svg = ET.fromstring(chart.errors([layer(f"w{i}") for i in range(count)]))
     at = [float(e.attrib["cx"]) for e in svg.iter("circle") if e.attrib["class"] == "stored"]
     assert at == sorted(at)
     assert len(at) == count
-    assert picture.LEFT < at[0] <= at[-1] < picture.WIDTH
+    assert chart.LEFT < at[0] <= at[-1] < chart.WIDTH
     labels = [int(t.text) for t in svg.iter("text") if t.text and re.fullmatch(r"\d+", t.text) and not len(t)]
     assert labels[0] == 1
     assert len(labels) <= 13
@@ -121,15 +121,15 @@ def test_picture_has_one_column_per_weight_and_few_labels(count):
 
 def test_weights_without_errors_or_with_an_error_of_zero():
     none = report([layer("a", None, None, scale="none")])
-    assert "No picture" in render.html(none)
-    assert "typical error" not in render.table(none)
+    assert "No picture" in tables.html(none)
+    assert "typical error" not in tables.table(none)
     zero = report([layer("a", 0.0, 0.0), layer("b", 0.1, 0.01)])
-    ET.fromstring(picture.errors(zero.layers))
-    Page(render.html(zero))
+    ET.fromstring(chart.errors(zero.layers))
+    Page(tables.html(zero))
 
 
 @pytest.mark.parametrize(
     ("count", "expected"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.50 KiB"), (5 << 40, "5120.00 GiB")]
 )
 def test_sizes(count, expected):
-    assert render.size(count) == expected
+    assert tables.size(count) == expected

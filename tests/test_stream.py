@@ -20,7 +20,8 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import awq_jax
-from awq_jax import cli, errors, models, paths
+from awq_jax import errors, models, paths
+from awq_jax.cli import entry
 from awq_jax.config import AwqConfig
 from awq_jax.convert import manifest
 from awq_jax.models import params
@@ -264,20 +265,20 @@ def test_the_command_forecasts_and_continues(checkpoint, whole, tmp_path, capsys
     out = tmp_path / "out"
     argv = ["quantize", str(checkpoint), str(out), "--calib", str(tmp_path / "tokens.npy"), "--quiet"]
     argv += ["--group-size", "16", "--method", "awq", "--no-clip", "--batch-size", "4"]
-    assert cli.main([*argv, "--dry-run", "--json"]) == 0
+    assert entry.main([*argv, "--dry-run", "--json"]) == 0
     forecast = json.loads(capsys.readouterr().out)
     assert forecast["blocks"] == 3
     assert forecast["memory_total"] == sum(forecast["memory"].values())
     assert not out.exists()
-    assert cli.main([*argv, "--resume"]) == 2
+    assert entry.main([*argv, "--resume"]) == 2
     assert "leave --resume out" in capsys.readouterr().err
     with pytest.MonkeyPatch.context() as patch:
         killer(patch, 6)
         with pytest.raises(Killed):
-            cli.main(argv)
-    assert cli.main([*argv, "--seed", "0", "--bits", "3", "--quantize-head"]) == 2
+            entry.main(argv)
+    assert entry.main([*argv, "--seed", "0", "--bits", "3", "--quantize-head"]) == 2
     assert "pass --restart" in capsys.readouterr().err
-    assert cli.main([*argv, "--resume", "--json"]) == 0
+    assert entry.main([*argv, "--resume", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["resumed"] == 2
     assert sorted(files(out)) == sorted(files(whole[0]))
 
@@ -415,7 +416,15 @@ def test_random_kills_end_in_identical_bytes(checkpoint, tmp_path):
     """SIGKILL at 25 random moments, of a process of its own each time."""
     np.save(tmp_path / "tokens.npy", TOKENS)
     options = ["--group-size", "16", "--method", "awq", "--no-clip", "--batch-size", "4", "--json", "--quiet"]
-    argv = [sys.executable, "-m", "awq_jax.cli", "quantize", str(checkpoint), "--calib", str(tmp_path / "tokens.npy")]
+    argv = [
+        sys.executable,
+        "-m",
+        "awq_jax.cli",
+        "quantize",
+        str(checkpoint),
+        "--calib",
+        str(tmp_path / "tokens.npy"),
+    ]
 
     def start(name, hidden="memory"):
         return subprocess.Popen([*argv, str(tmp_path / name), *options, "--hidden", hidden], stdout=subprocess.DEVNULL)

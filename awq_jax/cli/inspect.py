@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from awq_jax.commands import common
+from awq_jax.cli import common
 
 _EXAMPLES = """
 awq-jax inspect ./model-awq
@@ -53,10 +53,10 @@ def run(args: argparse.Namespace) -> None:
     with opened(args.dir, whole=args.check) as source:
         if args.plan:
             from awq_jax import models
-            from awq_jax.commands import support
+            from awq_jax.cli import quantizable
             from awq_jax.stream import decoder_blocks
 
-            alone = isinstance(source, support.ConfigOnly)
+            alone = isinstance(source, quantizable.ConfigOnly)
             architecture = models.config_from_hf(source.config) if alone else models.config_of(source)
             plan = decoder_blocks.Chain(architecture).plan()
             print(common.to_json(plan.to_dict()) if args.json else plan)
@@ -83,15 +83,15 @@ def opened(path: str, whole: bool) -> Iterator[Any]:
 
     local = Path(path).expanduser()
     if not whole and local.is_dir():
-        from awq_jax.commands import support
+        from awq_jax.cli import quantizable
 
-        if support.config_only(local):
-            yield support.ConfigOnly(local)
+        if quantizable.config_only(local):
+            yield quantizable.ConfigOnly(local)
             return
     if whole or os.path.lexists(local) or local.suffix == ".gguf" or not hf.HUB_ID.fullmatch(path):
         yield registry.open_source(path, packed=True)
         return
-    from awq_jax.commands import remote
+    from awq_jax.cli import remote
 
     with remote.headers(path) as source:
         yield source
@@ -102,10 +102,10 @@ def on_devices(source: Any, devices: int) -> dict[str, Any]:
     import numpy as np
 
     from awq_jax import models, paths
-    from awq_jax.commands import support
+    from awq_jax.cli import quantizable
     from awq_jax.models import params, placing, sharding
 
-    if isinstance(source, support.ConfigOnly):
+    if isinstance(source, quantizable.ConfigOnly):
         config = models.config_from_hf(source.config)
         leaves = sharding.forecast_leaves(config)
     else:
@@ -127,11 +127,11 @@ def on_devices(source: Any, devices: int) -> dict[str, Any]:
 
 def bytes_on_disk(path: Path) -> int | None:
     """Bytes of the weight files of a local checkpoint; None for a hub id, or without weights."""
-    from awq_jax.commands import support
+    from awq_jax.cli import quantizable
 
     if path.is_file():
         return path.stat().st_size
-    if not path.is_dir() or support.config_only(path):
+    if not path.is_dir() or quantizable.config_only(path):
         return None
     from awq_jax.convert.orbax_files import PARAMS, holds_params
     from awq_jax.convert.safetensors_io import find_files
@@ -144,10 +144,10 @@ def problems(source: Any, path: Path, check: bool, progress: bool = False) -> li
     """``{"where", "what"}`` of everything that is wrong; from the headers alone unless ``check``."""
     from tqdm import tqdm
 
-    from awq_jax.commands import check as checks
-    from awq_jax.commands import support
+    from awq_jax.cli import check as checks
+    from awq_jax.cli import quantizable
 
-    if isinstance(source, support.ConfigOnly):
+    if isinstance(source, quantizable.ConfigOnly):
         return []
     found = [("files", what) for what in (checks.files(path) if path.is_dir() else [])]
     found += [("config.json", what) for what in checks.config(source)]
@@ -160,7 +160,7 @@ def problems(source: Any, path: Path, check: bool, progress: bool = False) -> li
 
 def describe(source: Any) -> dict[str, Any]:
     """Plain data about an open `awq_jax.convert.source.Source`, from its headers."""
-    from awq_jax.commands import support
+    from awq_jax.cli import quantizable
 
     tensors: list[dict[str, Any]] = []
     for name in _sorted(source):
@@ -180,7 +180,7 @@ def describe(source: Any) -> dict[str, Any]:
     packed = [t for t in tensors if "bits" in t]
     weights = sum(math.prod(t["shape"]) for t in packed)
     linears = [t["name"] for t in tensors if "bits" not in t and _is_linear(t)]
-    possible = support.support(source)
+    possible = quantizable.support(source)
     stored = sum(math.prod(t["shape"]) for t in tensors)
     return {
         "format": source.format,
@@ -200,9 +200,9 @@ def describe(source: Any) -> dict[str, Any]:
 
 
 def _print(found: dict[str, Any], check: bool) -> None:
-    from awq_jax import render
+    from awq_jax.cli import tables
 
-    print("\n".join(render.columns(_summary(found))))
+    print("\n".join(tables.columns(_summary(found))))
     if not found["tensors"]:
         return
     print()
@@ -214,11 +214,11 @@ def _print(found: dict[str, Any], check: bool) -> None:
             t["type"],
             f"{t.get('group_size', '-')}{', act-order' if t.get('act_order') else ''}",
             t.get("scales", "-"),
-            render.size(t["bytes"]),
+            tables.size(t["bytes"]),
         )
         for t in found["tensors"]
     ]
-    print("\n".join(render.columns([head, *rows])))
+    print("\n".join(tables.columns([head, *rows])))
     print()
     print("problems" if found["problems"] else f"no problem found{'' if check else ' in the headers'}")
     for problem in found["problems"]:
@@ -244,10 +244,9 @@ def _is_linear(tensor: dict[str, Any]) -> bool:
 
 
 def _summary(found: dict[str, Any]) -> list[tuple[str, str]]:
-    from awq_jax import render
-    from awq_jax.commands import support
+    from awq_jax.cli import quantizable, tables
 
-    can = [(title, _plain(line)) for title, line in support.summary(found)]
+    can = [(title, _plain(line)) for title, line in quantizable.summary(found)]
     if not found["tensors"]:
         size = f"{found['parameters']:,}, by its config" if found["parameters"] else "unknown"
         return [("format", f"{found['format']}, {found['model_type']}"), ("parameters", size), *can]
@@ -256,12 +255,12 @@ def _summary(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("format", f"{found['format']}, {found['model_type']}"),
         ("parameters", f"{found['parameters']:,} in {len(found['tensors'])} tensors"),
         ("types", ", ".join(f"{count} {kind}" for kind, count in types.most_common())),
-        ("tensors", render.size(found["bytes"])),
+        ("tensors", tables.size(found["bytes"])),
     ]
     if found["bytes_on_disk"] is not None:
-        rows.append(("on disk", render.size(found["bytes_on_disk"])))
+        rows.append(("on disk", tables.size(found["bytes_on_disk"])))
     if found["quantized"]:
-        similar = render.alike((name, "") for name in found["float_linears"])
+        similar = tables.alike((name, "") for name in found["float_linears"])
         left = [f"{_plain(name)} ({count})" if count > 1 else _plain(name) for name, _, count in similar]
         rows += [
             ("bits", f"{_list(found['bits'])} ({found['bits_per_weight']:.2f} per weight with scales and zero points)"),

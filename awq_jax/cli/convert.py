@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from awq_jax.commands import common
+from awq_jax.cli import common
 from awq_jax.errors import ConfigError
 
 _EXAMPLES = """
@@ -85,19 +85,19 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print(common.to_json(_data(args.dst, result)))
         return
-    from awq_jax import render
+    from awq_jax.cli import tables
 
     packed = sum(1 for r in result.records if r.bits)
     rows = [
         ("written", f"{Path(args.dst)} ({result.target}, from {result.source})"),
         ("tensors", f"{len(result.records)}, of which {packed} quantized"),
-        ("size", render.size(result.nbytes)),
+        ("size", tables.size(result.nbytes)),
         ("time", f"{result.seconds:.1f} s, {result.nbytes / 1e6 / max(result.seconds, 1e-9):.0f} MB/s"),
     ]
     if result.resumed:
         rows.append(("continued", f"{result.resumed} tensors were there from an interrupted run"))
     rows.append(("weights", _exactness(result)))
-    print("\n".join(render.columns(rows)))
+    print("\n".join(tables.columns(rows)))
 
 
 def size(text: str) -> int:
@@ -139,7 +139,7 @@ def _data(dst: str, result: Any) -> dict[str, Any]:
 
 
 def _list(args: argparse.Namespace) -> None:
-    from awq_jax import render
+    from awq_jax.cli import tables
     from awq_jax.convert import losses
     from awq_jax.convert.registry import FORMATS
 
@@ -153,8 +153,8 @@ def _list(args: argparse.Namespace) -> None:
         return
     print(
         "\n".join(
-            render.columns([("format", "whose", "holds"), *((f.name, f.title, f.holds) for f in FORMATS.values())])
+            tables.columns([("format", "whose", "holds"), *((f.name, f.title, f.holds) for f in FORMATS.values())])
         )
     )
     print("\nConversions: = exact, a number = largest shift in quantization steps (needs --allow-lossy), - impossible")
-    print("\n".join(render.columns(losses.grid(table))))
+    print("\n".join(tables.columns(losses.grid(table))))

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from awq_jax.commands import common
+from awq_jax.cli import common
 
 _EXAMPLES = """
 awq-jax eval ./model-awq --text test.txt

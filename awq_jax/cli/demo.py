@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from awq_jax.commands import common
+from awq_jax.cli import common
 
 _EXAMPLES = """
 awq-jax demo
@@ -42,16 +42,16 @@ def add(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Fetch, compare, answer."""
-    from awq_jax import demo, render
+    from awq_jax.cli import demo_model, tables
     from awq_jax.serve import model
 
     start = time.perf_counter()
-    path = args.model or demo.fetch(args.cache or demo.cache_dir())
-    name = args.model or demo.MODEL
+    path = args.model or demo_model.fetch(args.cache or demo_model.cache_dir())
+    name = args.model or demo_model.MODEL
     common.say(f"loading {path}", args.quiet)
     loaded = model.load(path)
-    settings = demo.SETTINGS | {"group_size": args.group_size}
-    rows, used = demo.compare(
+    settings = demo_model.SETTINGS | {"group_size": args.group_size}
+    rows, used = demo_model.compare(
         loaded,
         method=args.method,
         samples=args.samples,
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
         progress=not args.quiet,
         **settings,
     )
-    question = args.question or demo.QUESTION
+    question = args.question or demo_model.QUESTION
     chat = bool(loaded.tokenizer.chat_template)
 
     def show(piece: str) -> None:
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
     if not args.json:
         print(f"{name}, 4 bits in groups of {args.group_size}; perplexity of {used['eval_tokens']:,} tokens\n")
         head = ("weights", "perplexity", "nll over float", "size")
-        print("\n".join(render.columns([head, *(_cells(r, render.size) for r in rows)])))
+        print("\n".join(tables.columns([head, *(_cells(r, tables.size) for r in rows)])))
         print(f"\n{question}")
     [answer] = loaded.generate(
         question, max_new_tokens=args.max_new_tokens, chat=chat, stream=None if args.json else show

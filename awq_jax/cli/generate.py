@@ -7,7 +7,7 @@ import sys
 import time
 from typing import Any
 
-from awq_jax.commands import common
+from awq_jax.cli import common
 
 _EXAMPLES = """
 awq-jax generate ./model-awq "Once upon a time" --max-new-tokens 200

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from awq_jax.commands import common
+from awq_jax.cli import common
 from awq_jax.errors import BackendError, ConfigError
 
 if TYPE_CHECKING:

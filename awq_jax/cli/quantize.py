@@ -12,7 +12,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from awq_jax.commands import common
+from awq_jax.cli import common
 from awq_jax.errors import AwqError, ConfigError, FormatError, ProcessError
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _quantize(args: argparse.Namespace, config: AwqConfig, pool: Pool) -> None:
-    from awq_jax import render
+    from awq_jax.cli import tables
     from awq_jax.stream import job as stream_job
     from awq_jax.stream import run as stream
 
@@ -189,7 +189,7 @@ def _quantize(args: argparse.Namespace, config: AwqConfig, pool: Pool) -> None:
         extra = {"format": done.format, "calibration": job.description, "resumed": done.resumed}
         print(common.to_json(report.to_dict() | extra))
     else:
-        print(common.as_options(render.table(report)))
+        print(common.as_options(tables.table(report)))
         print(f"\nwrote {args.dst} ({done.format})" + (f" and {args.report}" if args.report else ""))
 
 
@@ -267,9 +267,9 @@ def parse_override(text: str) -> tuple[str, dict[str, Any]]:
 
 def write_report(report: Report, path: Path, title: str) -> None:
     """Write ``report`` as HTML or JSON, by the path's suffix."""
-    from awq_jax import render
+    from awq_jax.cli import tables
 
     if path.suffix == ".html":
-        path.write_text(render.html(report, title), encoding="utf-8")
+        path.write_text(tables.html(report, title), encoding="utf-8")
     else:
         path.write_text(common.to_json(report.to_dict()) + "\n", encoding="utf-8")

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 import awq_jax
-from awq_jax.commands import bench, common, convert, demo, evaluate, generate, inspect, quantize
+from awq_jax.cli import bench, common, convert, demo, evaluate, generate, inspect, quantize
 from awq_jax.errors import AwqError
 
 _EXAMPLES = """examples:
@@ -78,7 +78,3 @@ def _remarks_on_stderr(quiet: bool) -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(before)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from awq_jax import picture
+from awq_jax.cli import chart
 from awq_jax.report import LayerReport, Report
 
 
@@ -77,7 +77,7 @@ def html(report: Report, title: str = "awq_jax report") -> str:
     body = [f"<h1>{_html.escape(title)}</h1>", "<dl>"]
     body += [f"<div><dt>{_html.escape(k)}</dt><dd>{_html.escape(v)}</dd></div>" for k, v in summary(report)]
     body.append("</dl>")
-    drawing = picture.errors(report.layers)
+    drawing = chart.errors(report.layers)
     if drawing:
         body += [
             "<h2>Error of each weight</h2>",

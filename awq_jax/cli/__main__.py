@@ -1,0 +1,7 @@
+"""``python -m awq_jax.cli``: as ``awq-jax``."""
+
+import sys
+
+from awq_jax.cli.entry import main
+
+sys.exit(main())

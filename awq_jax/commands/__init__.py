@@ -1,1 +1,0 @@
-"""The subcommands of ``awq-jax``: each module has ``add(subparsers)`` and imports JAX only when it runs."""
