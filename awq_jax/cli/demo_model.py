@@ -151,12 +151,13 @@ def compare(
       The rows (float, rounded, AWQ), and what else there is to report: ``calibration`` (text),
       ``eval_tokens``, ``seconds`` per phase.
     """
-    from awq_jax import data, evaluate, texts
+    from awq_jax import data, evaluate
     from awq_jax.calibration import calibration
+    from awq_jax.data import sources
     from awq_jax.quantizer import quantize
     from awq_jax.stream import session
 
-    learn, test = split_documents(texts.default_documents())
+    learn, test = split_documents(sources.default_documents())
     seq_len = min(seq_len, model.config.max_length)
     text = data.load(learn, model.tokenizer, samples=samples, seq_len=seq_len, vocab_size=model.config.vocab_size)
     tokens = data.encode("\n\n".join(test), model.tokenizer)

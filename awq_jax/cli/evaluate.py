@@ -77,9 +77,9 @@ def read_text(source: str) -> str:
     Raises:
       CalibrationError: if it cannot be read.
     """
-    from awq_jax import texts
+    from awq_jax.data import sources
 
-    documents = texts.default_documents() if source == "default" else texts.read_file(Path(source))
+    documents = sources.default_documents() if source == "default" else sources.read_file(Path(source))
     return "\n\n".join(documents)
 
 

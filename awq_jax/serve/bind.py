@@ -27,7 +27,7 @@ def bind(apply_fn: Callable[..., Any], *, impl: str = "auto") -> Callable[..., A
 
     The result is compiled and may itself be used under jit, grad, vmap, scan and while loops, with
     donated arguments. Gradients with respect to the arguments need nothing special; for those with
-    respect to the remaining float parameters see `awq_jax.partition`. Calls with the same shapes
+    respect to the remaining float parameters see `awq_jax.trainable`. Calls with the same shapes
     are traced once.
 
     Args:

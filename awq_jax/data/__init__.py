@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from awq_jax import texts
+from awq_jax.data import sources
 from awq_jax.errors import CalibrationError
 
 
@@ -96,13 +96,13 @@ def load(
         path = Path(source)
         if path.suffix == ".npy":
             return load(_read_npy(path), tokenizer, samples=samples, seq_len=seq_len, vocab_size=vocab_size, seed=seed)
-        return _from_texts(texts.read_file(path), str(path), tokenizer, samples, seq_len, vocab_size, seed)
+        return _from_texts(sources.read_file(path), str(path), tokenizer, samples, seq_len, vocab_size, seed)
     if isinstance(source, str):
         if source == "default":
-            documents = texts.default_documents()
+            documents = sources.default_documents()
             return _from_texts(documents, "Python help topics", tokenizer, samples, seq_len, vocab_size, seed)
         _need_tokenizer(tokenizer, source)
-        parts = ((i, t) for i, t in enumerate(texts.stream(source, seed)) if t.strip())
+        parts = ((i, t) for i, t in enumerate(sources.stream(source, seed)) if t.strip())
         return _pack(_encode(parts, tokenizer), source, tokenizer, samples, seq_len, vocab_size)
     if hasattr(source, "ndim") and source.ndim == 2:
         return _as_given(np.asarray(source), vocab_size)
@@ -126,8 +126,8 @@ def check_source(source: str) -> None:
     if _is_file(source):
         if not Path(source).exists():
             raise CalibrationError(f"{source} does not exist")
-    elif source != "default" and source not in texts.DATASETS and not source.startswith("hf:"):
-        raise CalibrationError(f"unknown calibration source {source!r}; known: {texts.known()}")
+    elif source != "default" and source not in sources.DATASETS and not source.startswith("hf:"):
+        raise CalibrationError(f"unknown calibration source {source!r}; known: {sources.known()}")
 
 
 def encode(text: str, tokenizer: Any) -> np.ndarray:
@@ -143,7 +143,7 @@ def encode(text: str, tokenizer: Any) -> np.ndarray:
 def _is_file(name: str) -> bool:
     if len(name) > 1000 or "\n" in name:
         raise CalibrationError(f"a text of {len(name)} characters stands where a source's name belongs: pass [text]")
-    return Path(name).suffix in texts.SUFFIXES or (name not in texts.DATASETS and Path(name).is_file())
+    return Path(name).suffix in sources.SUFFIXES or (name not in sources.DATASETS and Path(name).is_file())
 
 
 def _need_tokenizer(tokenizer: Any, source: str) -> None:
