@@ -32,7 +32,7 @@ def measure(directory: Path, hidden: int) -> dict[str, Any]:
     import stream
 
     from awq_jax.devices import host_memory
-    from awq_jax.models import params as model_params
+    from awq_jax.models.weights import params as model_params
     from awq_jax.stream import job as stream_job
     from awq_jax.stream import parts as stream_parts
 

@@ -23,8 +23,8 @@ from awq_jax.convert.gguf_metadata import GGUF_OF, architecture
 from awq_jax.convert.gguf_names import permute, rotated, to_gguf_name
 from awq_jax.convert.gguf_sink import GgufSink
 from awq_jax.convert.layout import regroup
-from awq_jax.convert.names import IGNORED
 from awq_jax.errors import FormatError
+from awq_jax.models.names import IGNORED
 from awq_jax.qtensor import QuantizedTensor
 
 

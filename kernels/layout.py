@@ -26,7 +26,9 @@ def obstacle(q: QuantizedTensor) -> str | None:
     if q.group_size % pack.PLANE:
         return f"group size {q.group_size} is not a multiple of {pack.PLANE}"
     if q.axes == "nkn":
-        return "its experts are the columns of one matrix; make them a batch first (awq_jax.models.moe.by_expert)"
+        return (
+            "its experts are the columns of one matrix; make them a batch first (awq_jax.models.layers.moe.by_expert)"
+        )
     return None
 
 

@@ -338,7 +338,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
 
 def loaded(path: Path) -> dict[str, np.ndarray]:
     """Every tensor of a checkpoint as the decoder has it."""
-    from awq_jax.models import params
+    from awq_jax.models.weights import params
     from awq_jax.serve import model
 
     source = registry.open_source(path)

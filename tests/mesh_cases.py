@@ -22,8 +22,9 @@ from quant_helpers import random_like
 import awq_jax
 from awq_jax import models, paths
 from awq_jax.convert import slices
-from awq_jax.models import merge, sharding
-from awq_jax.models import params as model_params
+from awq_jax.models.mesh import sharding
+from awq_jax.models.weights import fuse
+from awq_jax.models.weights import params as model_params
 from awq_jax.qtensor import is_quantized
 from awq_jax.serve.sampling import Sampling
 from awq_jax.serve.served_weights import Weights
@@ -143,7 +144,7 @@ def case(name: str) -> dict[str, Any]:
         "logits": apart(generator.forward(served, TOKENS), want),
         "said": said == answers,
         "collectives": dict(collections.Counter(collectives(text))),
-        "unmerged": len([g for g in merge.groups(generator.config) if "experts" not in g.place]),
+        "unmerged": len([g for g in fuse.groups(generator.config) if "experts" not in g.place]),
         "how": many.explain(),
     }
     back = many.params

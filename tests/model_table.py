@@ -22,8 +22,8 @@ from transformers import AutoConfig
 import awq_jax
 from awq_jax import models
 from awq_jax.cli import quantizable
-from awq_jax.models import params
 from awq_jax.models.families import FAMILIES
+from awq_jax.models.weights import params
 from awq_jax.plan.plan import Group, Plan
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"

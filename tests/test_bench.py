@@ -16,7 +16,7 @@ from awq_jax import cli, paths
 from awq_jax.bench import decoding, peers, products, random_models, timing
 from awq_jax.errors import ConfigError
 from awq_jax.kernels import tuned
-from awq_jax.models import params
+from awq_jax.models.weights import params
 from awq_jax.qtensor import is_quantized
 from awq_jax.serve.served_weights import Weights
 

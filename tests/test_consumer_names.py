@@ -23,7 +23,7 @@ from awq_jax import models, paths
 from awq_jax.convert import ct_config, fused, registry
 from awq_jax.convert.format import Record, Target
 from awq_jax.convert.writing import final_config
-from awq_jax.models import params
+from awq_jax.models.weights import params
 
 QKV = "self_attn.qkv_proj=q_proj,k_proj,v_proj"
 ATTENTION = f"{QKV} self_attn.o_proj"

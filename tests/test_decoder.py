@@ -12,7 +12,7 @@ from flax import nnx
 from tiny import close
 
 from awq_jax import errors, models
-from awq_jax.models import params as model_params
+from awq_jax.models.weights import params as model_params
 from awq_jax.qtensor import QuantizedTensor
 
 PROMPT, STEPS = 10, 3

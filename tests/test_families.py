@@ -23,8 +23,8 @@ from awq_jax import models, paths
 from awq_jax.cli import quantizable
 from awq_jax.config import AwqConfig
 from awq_jax.convert import registry, writing
-from awq_jax.models import params as model_params
-from awq_jax.models.moe import by_expert
+from awq_jax.models.layers.moe import by_expert
+from awq_jax.models.weights import params as model_params
 from awq_jax.plan import verify
 from awq_jax.qtensor import QuantizedTensor, is_quantized, split_shape
 from awq_jax.quantizer.targets import select

@@ -8,8 +8,8 @@ import references
 
 from awq_jax import models
 from awq_jax.errors import ConfigError, UnsupportedModelError
-from awq_jax.models import attention
 from awq_jax.models.families import olmo3
+from awq_jax.models.layers import attention
 
 LLAMA = {
     "vocab_size": 64,

@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D
 
 from awq_jax import models, paths
-from awq_jax.models import params
+from awq_jax.models.weights import params
 
 CASES = [c for c in families.CASES if c.family not in references.MODELS]
 # Their experts are one tensor in every published checkpoint; packed ones have a name for each, after the relative's.

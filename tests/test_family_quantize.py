@@ -10,7 +10,7 @@ from tiny import close, randomized
 
 import awq_jax
 from awq_jax import paths
-from awq_jax.models.moe import by_expert
+from awq_jax.models.layers.moe import by_expert
 from awq_jax.qtensor import is_quantized
 
 TOKENS = np.random.default_rng(0).integers(3, 64, (2, 12)).astype(np.int32)

@@ -16,7 +16,7 @@ from test_merge import MOE, TOKENS, decoder
 
 from awq_jax.errors import BackendError, ShapeError
 from awq_jax.kernels import dispatch, grouped, pallas_tpu
-from awq_jax.models import moe
+from awq_jax.models.layers import moe
 
 
 def routed(rows, k, n, experts, seed=0, **options):

@@ -14,8 +14,8 @@ from quant_helpers import assert_bitwise, dense, random_like, random_packed
 
 from awq_jax import models, paths
 from awq_jax.errors import WeightError
-from awq_jax.models import merge
-from awq_jax.models import params as model_params
+from awq_jax.models.weights import fuse
+from awq_jax.models.weights import params as model_params
 from awq_jax.qtensor import is_quantized
 from awq_jax.serve import cpu_copy
 from awq_jax.serve.sampling import Sampling
@@ -66,8 +66,8 @@ def test_merged_model_is_the_same_model(family, changes, expected):
     said = answer(generator, params) if family == "llama" else None
 
     served, fused = weights.serving()
-    assert len(list(merge.groups(config))) == expected
-    assert not list(merge.groups(served.config))
+    assert len(list(fuse.groups(config))) == expected
+    assert not list(fuse.groups(served.config))
     flat = paths.flatten(fused)
     assert "layers/0/self_attn/qkv_proj/kernel" in flat
     assert not any("q_proj" in path.split("/") for path in flat)
@@ -96,11 +96,11 @@ def test_packed_weights_are_held_once():
 def test_only_linears_that_fit_each_other_are_merged():
     a, w = random_packed(32, 8, seed=1)
     b, v = random_packed(32, 16, seed=2)
-    both = merge.join([a, b])
+    both = fuse.join([a, b])
     np.testing.assert_array_equal(dense(both), np.concatenate([dense(a), dense(b)], axis=1))
     np.testing.assert_allclose(dense(both), np.concatenate([w, v], axis=1), rtol=1e-6)
-    assert_bitwise(merge.split(both, [8, 16]), [a, b])
-    assert merge.obstacle([a, b]) is None
+    assert_bitwise(fuse.split(both, [8, 16]), [a, b])
+    assert fuse.obstacle([a, b]) is None
     scale, _ = random_packed(32, 8, inv_scale=True)
     shift = dataclasses.replace(scale, inv_scale=scale.inv_scale * 2)
     order = dataclasses.replace(a, perm=jnp.arange(32))
@@ -116,9 +116,9 @@ def test_only_linears_that_fit_each_other_are_merged():
         ([order, dataclasses.replace(a, perm=jnp.arange(31, -1, -1))], "differ in perm"),
         ([random_packed(32, 8, axes="nkn", n_dims=(2, 4))[0]] * 2, "axes are nkn"),
     ):
-        assert why in merge.obstacle(others)
-    assert merge.obstacle([scale, scale]) is None
-    assert merge.obstacle([dense(a), dense(b)]) is None
+        assert why in fuse.obstacle(others)
+    assert fuse.obstacle([scale, scale]) is None
+    assert fuse.obstacle([dense(a), dense(b)]) is None
 
 
 def test_a_layer_with_other_settings_stays_as_it_is():
@@ -186,7 +186,7 @@ def test_weights_lost_in_their_conversion_say_so(monkeypatch):
     def full(*_):
         raise MemoryError("full")
 
-    monkeypatch.setattr(merge, "merged", full)
+    monkeypatch.setattr(fuse, "merged", full)
     with pytest.raises(MemoryError, match="full"):
         weights.serving()
     for again in (weights.serving, lambda: weights.params):

@@ -17,11 +17,11 @@ from tiny import close, randomized
 from awq_jax import models, paths
 from awq_jax.convert import registry
 from awq_jax.errors import ConfigError, FormatError, UnsupportedModelError, WeightError
-from awq_jax.models import params as model_params
-from awq_jax.models import rope
 from awq_jax.models.config import MLPConfig, MoEConfig, RopeConfig
-from awq_jax.models.delta_net import CHUNK, delta_rule
-from awq_jax.models.routing import route
+from awq_jax.models.layers import rope
+from awq_jax.models.layers.delta_net import CHUNK, delta_rule
+from awq_jax.models.layers.routing import route
+from awq_jax.models.weights import params as model_params
 
 RNG = np.random.default_rng(0)
 EXPERT = MLPConfig(8)

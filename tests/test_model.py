@@ -15,7 +15,7 @@ from flax import nnx
 
 import awq_jax
 from awq_jax import errors, models, paths
-from awq_jax.models import params as model_params
+from awq_jax.models.weights import params as model_params
 from awq_jax.qtensor import is_quantized
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}

@@ -24,8 +24,8 @@ from awq_jax import models, paths
 from awq_jax.convert import registry
 from awq_jax.convert.safetensors_io import SafetensorsDir
 from awq_jax.errors import CalibrationError, ConfigError, ShapeError, UnsupportedModelError
-from awq_jax.models import params as model_params
 from awq_jax.models.vision.inputs import inputs
+from awq_jax.models.weights import params as model_params
 from awq_jax.qtensor import is_quantized
 from awq_jax.serve.sampling import Sampling
 

@@ -24,7 +24,7 @@ from awq_jax import errors, models, paths
 from awq_jax.cli import entry
 from awq_jax.config import AwqConfig
 from awq_jax.convert import manifest
-from awq_jax.models import params
+from awq_jax.models.weights import params
 from awq_jax.stream import decoder_blocks, parts
 from awq_jax.stream import forecast as stream_forecast
 from awq_jax.stream import job as stream_job

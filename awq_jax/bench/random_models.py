@@ -11,8 +11,8 @@ from flax import nnx
 
 from awq_jax import models, paths
 from awq_jax.errors import ConfigError
-from awq_jax.models import params as model_params
 from awq_jax.models.config import ModelConfig
+from awq_jax.models.weights import params as model_params
 from awq_jax.qtensor import QuantizedTensor
 
 

@@ -75,7 +75,7 @@ def model(source: Source) -> list[str]:
     Nothing is known of architectures that the decoder does not have: then the list is empty.
     """
     from awq_jax import models, paths
-    from awq_jax.models import params
+    from awq_jax.models.weights import params
 
     try:
         described = models.config_of(source)

@@ -98,12 +98,13 @@ def opened(path: str, whole: bool) -> Iterator[Any]:
 
 
 def on_devices(source: Any, devices: int) -> dict[str, Any]:
-    """How the weights would lie on a mesh (see `awq_jax.models.sharding`), from the headers alone."""
+    """How the weights would lie on a mesh (see `awq_jax.models.mesh.sharding`), from the headers alone."""
     import numpy as np
 
     from awq_jax import models, paths
     from awq_jax.cli import quantizable
-    from awq_jax.models import params, placing, sharding
+    from awq_jax.models.mesh import sharded_loading, sharding
+    from awq_jax.models.weights import params
 
     if isinstance(source, quantizable.ConfigOnly):
         config = models.config_from_hf(source.config)
@@ -113,7 +114,7 @@ def on_devices(source: Any, devices: int) -> dict[str, Any]:
         shapes = {path: tuple(leaf.shape) for path, leaf in paths.flatten(params.abstract(config)[1]).items()}
         weights = params.Weights(source, config, shapes)
         size = np.dtype(source.info(weights.names(params.EMBEDDING)[0]).dtype).itemsize
-        leaves = placing.leaves_of(source, weights, shapes, size)
+        leaves = sharded_loading.leaves_of(source, weights, shapes, size)
     cuts = sharding.rule(config, leaves, devices)
     cache = sharding.cache_per_token(config, devices)
     text = sharding.explain(leaves, cuts, devices)

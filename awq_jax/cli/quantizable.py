@@ -15,7 +15,7 @@ from awq_jax.convert import hf
 from awq_jax.convert.orbax_files import holds_params
 from awq_jax.convert.source import Info, Source, read_config
 from awq_jax.errors import AwqError
-from awq_jax.models import params
+from awq_jax.models.weights import params
 from awq_jax.plan.plan import Group
 from awq_jax.stream import decoder_blocks
 

@@ -10,8 +10,8 @@ from awq_jax.models.config import (
     RopeConfig,
 )
 from awq_jax.models.decoder import Cache, Decoder, init_cache
-from awq_jax.models.layouts import config_of
-from awq_jax.models.registry import config_from_hf, supported
+from awq_jax.models.hf.registry import config_from_hf, supported
+from awq_jax.models.weights.naming import config_of
 
 __all__ = [
     "AttentionConfig",

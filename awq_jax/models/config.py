@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from awq_jax.convert.names import LLAMA, Names
+from awq_jax.models.names import LLAMA, Names
 from awq_jax.models.vision.config import VisionConfig
 
 RopeKind = Literal["default", "linear", "dynamic", "yarn", "llama3", "longrope"]
@@ -13,7 +13,7 @@ RopeKind = Literal["default", "linear", "dynamic", "yarn", "llama3", "longrope"]
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
-    """Rotary position embedding and how its frequencies are stretched (see `awq_jax.models.rope`).
+    """Rotary position embedding and how its frequencies are stretched (see `awq_jax.models.layers.rope`).
 
     Attributes:
       kind: the scaling rule; the fields below it does not use keep their defaults.
@@ -81,7 +81,7 @@ class AttentionConfig:
       heads, kv_heads, head_dim: query heads, key/value heads (a divisor), channels of each.
       fused: one matrix makes queries, keys and values: ``concatenated`` as all q, all k, all v;
         ``grouped`` per key/value head as its q heads, its k, its v. None: three matrices.
-      ways: ``concatenated`` in this many runs of columns (see `awq_jax.models.side_by_side`).
+      ways: ``concatenated`` in this many runs of columns (see `awq_jax.models.layers.fused_columns`).
       qkv_bias, o_bias: which linears have a bias.
       norm: of queries and keys; None for none.
       norm_rotated: they are normalised after they are rotated, instead of before.
@@ -181,10 +181,10 @@ class MLPConfig:
 
     Attributes:
       size: inner width.
-      activation: name in `awq_jax.models.mlp.ACTIVATIONS`.
+      activation: name in `awq_jax.models.layers.mlp.ACTIVATIONS`.
       gated: there is a gate.
       fused: one matrix makes the gate and then the up half.
-      ways: it does so in this many runs of columns (see `awq_jax.models.side_by_side`).
+      ways: it does so in this many runs of columns (see `awq_jax.models.layers.fused_columns`).
       bias: the linears have biases.
       limit: the halves are clipped, the gate to at most ``limit`` and up to ``[-limit, limit]``, and
         multiplied as ``gate * sigmoid(steepness * gate) * (up + 1)``; None for the plain product.
@@ -203,7 +203,7 @@ class MLPConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MoEConfig:
-    """A mixture of experts in place of an MLP (see `awq_jax.models.moe`).
+    """A mixture of experts in place of an MLP (see `awq_jax.models.layers.moe`).
 
     Attributes:
       experts: how many.

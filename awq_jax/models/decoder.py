@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from awq_jax.models import rope
-from awq_jax.models.attention import Attention, Pair, Step
 from awq_jax.models.config import AttentionConfig, DeltaConfig, LatentConfig, LayerConfig, ModelConfig, MoEConfig
-from awq_jax.models.delta_net import GatedDeltaNet, State
-from awq_jax.models.latent import LatentAttention
-from awq_jax.models.mlp import MLP
-from awq_jax.models.moe import MoE
-from awq_jax.models.norm import Norm
+from awq_jax.models.layers import rope
+from awq_jax.models.layers.attention import Attention, Pair, Step
+from awq_jax.models.layers.delta_net import GatedDeltaNet, State
+from awq_jax.models.layers.latent_attention import LatentAttention
+from awq_jax.models.layers.mlp import MLP
+from awq_jax.models.layers.moe import MoE
+from awq_jax.models.layers.norm import Norm
 from awq_jax.models.vision import towers
 from awq_jax.nnx import Linear
 from awq_jax.qtensor import QuantizedTensor

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 from awq_jax.errors import ConfigError, ShapeError
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.decoder import Cache
-from awq_jax.models.sharding import cache_shardings
+from awq_jax.models.mesh.sharding import cache_shardings
 from awq_jax.models.vision.inputs import of_images
 from awq_jax.placement import Placement
 from awq_jax.serve.sampling import Sampling, sample
@@ -30,7 +30,7 @@ class Generator:
     """The compiled programs of one model. Build it once: it holds the compilation cache.
 
     Args:
-      graphdef: the decoder's static part (see `awq_jax.models.params.abstract`).
+      graphdef: the decoder's static part (see `awq_jax.models.weights.params.abstract`).
       config: its architecture.
       place: the mesh over which its parameters are spread, or None.
       options: XLA's, for the programs that generate (see `jax.jit`).

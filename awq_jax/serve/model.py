@@ -20,9 +20,10 @@ from awq_jax.config import AwqConfig
 from awq_jax.convert import registry, writing
 from awq_jax.convert.source import Source
 from awq_jax.errors import ConfigError, ShapeError
-from awq_jax.models import layouts, placing, sharding
-from awq_jax.models import params as model_params
+from awq_jax.models.mesh import sharded_loading, sharding
 from awq_jax.models.vision import inputs as vision
+from awq_jax.models.weights import naming
+from awq_jax.models.weights import params as model_params
 from awq_jax.placement import Placement
 from awq_jax.qtensor import is_quantized
 from awq_jax.report import Report
@@ -55,7 +56,7 @@ def load(
         the parameters are asked for); None: if any is packed.
       resident: generate with a float32 copy of packed weights; None: on CPU, if the copy takes
         at most half of the free memory. `Model.explain` says what is done.
-      mesh: devices to spread the weights over (see `awq_jax.models.sharding`): a mesh of one axis, or how
+      mesh: devices to spread the weights over (see `awq_jax.models.mesh.sharding`): a mesh of one axis, or how
         many of JAX's devices. Each device's part of each tensor is read from the files straight to it.
 
     Raises:
@@ -85,7 +86,7 @@ def from_source(
     if place is None:
         params = model_params.load(source, config, state, dtype)
     else:
-        params = placing.load(source, config, state, place, dtype)
+        params = sharded_loading.load(source, config, state, place, dtype)
     return Model(config, dict(source.config), graphdef, params, source.tokenizer(), source, merge, resident, place)
 
 
@@ -371,7 +372,7 @@ class Model:
             log.info("saving as %s: %s", format, why)
         writing.write_checkpoint(
             dst,
-            itertools.chain(model_params.tensors(self.params, self.config), layouts.carried(self.source, self.config)),
+            itertools.chain(model_params.tensors(self.params, self.config), naming.carried(self.source, self.config)),
             self.hf_config,
             format,
             self.settings,

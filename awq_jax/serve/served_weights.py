@@ -10,8 +10,9 @@ from flax import nnx
 
 from awq_jax import kernels, paths
 from awq_jax.errors import WeightError
-from awq_jax.models import merge, spread
 from awq_jax.models.config import ModelConfig
+from awq_jax.models.mesh import unfuse
+from awq_jax.models.weights import fuse
 from awq_jax.placement import Placement
 from awq_jax.qtensor import is_quantized
 from awq_jax.serve import cpu_copy
@@ -26,7 +27,7 @@ FRUGAL = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 class Weights:
     """Parameters of one model, kept and served.
 
-    Packed weights are served merged (see `awq_jax.models.merge`) and in the layout of the kernel that
+    Packed weights are served merged (see `awq_jax.models.weights.fuse`) and in the layout of the kernel that
     reads them. That form is exact, so it *replaces* the other until `params` is asked for again: there
     are never two packed copies. On CPU, where a packed matmul writes its weight out as floats, a float32 copy
     is served instead and the packed weights stay; without the copy 16-bit floats become float32 ones for as
@@ -75,12 +76,12 @@ class Weights:
             self._served = None
             for path in leaves:
                 leaves[path] = kernels.canonical(leaves[path])
-            merge.unmerged(self._apart, self._fused, leaves)
+            fuse.unmerged(self._apart, self._fused, leaves)
             if self.place is not None:
-                spread.together(self.config, leaves, self.place)
+                unfuse.together(self.config, leaves, self.place)
             for path, dtype in self._dtypes.items():
                 leaves[path] = cpu_copy.narrowed(leaves[path], dtype)
-            self._kept = merge.assemble(self.config, leaves)[1]
+            self._kept = fuse.assemble(self.config, leaves)[1]
         return self._kept
 
     @params.setter
@@ -132,14 +133,14 @@ class Weights:
                 notes.append(f"16-bit floats as float32, which takes {_mb(added)} more")
         self._fused = self._apart = self.config
         if self.place is not None:
-            self._fused = self._apart = spread.apart(self.config, leaves, self.place)
+            self._fused = self._apart = unfuse.apart(self.config, leaves, self.place)
         if packed if self.merge_linears is None else self.merge_linears:
-            self._fused = merge.merged(self._apart, leaves)
-            was, now = (len(list(merge.groups(c))) for c in (self._apart, self._fused))
+            self._fused = fuse.merged(self._apart, leaves)
+            was, now = (len(list(fuse.groups(c))) for c in (self._apart, self._fused))
             notes.append(f"{was - now} of {was} groups of linears that read the same activation merged")
         for path in leaves:
             leaves[path] = kernels.prepare(leaves[path], platform)
-        graphdef, served = merge.assemble(self._fused, leaves)
+        graphdef, served = fuse.assemble(self._fused, leaves)
         self._frugal = packed and not copy and platform == "cpu"
         options = FRUGAL if self._frugal else None
         self._generators.setdefault((self._fused, self._frugal), Generator(graphdef, self._fused, self.place, options))

@@ -12,12 +12,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from awq_jax import paths
-from awq_jax.models import ModelConfig, rope
-from awq_jax.models import params as model_params
-from awq_jax.models.attention import Step
+from awq_jax.models import ModelConfig
 from awq_jax.models.config import LayerConfig
 from awq_jax.models.decoder import Layer
+from awq_jax.models.layers import rope
+from awq_jax.models.layers.attention import Step
 from awq_jax.models.plans import TOWER
+from awq_jax.models.weights import params as model_params
 from awq_jax.plan.discover import discover
 from awq_jax.plan.plan import Group, Plan
 

@@ -23,7 +23,7 @@ from awq_jax.convert.shards import refuse_existing
 from awq_jax.convert.source import Source
 from awq_jax.devices.pool import HERE, Pool
 from awq_jax.errors import CheckpointError, ConfigError, FormatError
-from awq_jax.models.params import Weights
+from awq_jax.models.weights.params import Weights
 from awq_jax.qtensor import QuantizedTensor
 from awq_jax.stream.decoder_blocks import Block
 from awq_jax.stream.hidden_states import Hidden, InMemory, OnDisk, Some, holds

@@ -29,8 +29,8 @@ from awq_jax.devices import host_memory
 from awq_jax.devices.pool import pool_of
 from awq_jax.devices.team import team
 from awq_jax.errors import CheckpointError, ConfigError, FormatError
-from awq_jax.models import layouts
-from awq_jax.models import params as model_params
+from awq_jax.models.weights import naming
+from awq_jax.models.weights import params as model_params
 from awq_jax.report import LayerReport, Report
 from awq_jax.stream import writers
 from awq_jax.stream.decoder_blocks import HEAD, REST, Block
@@ -179,7 +179,7 @@ def _quantize(job: Job, done: Manifest, bar: tqdm) -> None:
                 del result
                 host_memory.trim()
     if len(done.shards) == len(blocks) and not session.pool.rank:
-        write_part(done, job.work, len(blocks), layouts.carried(job.source, session.chain.config), {})
+        write_part(done, job.work, len(blocks), naming.carried(job.source, session.chain.config), {})
 
 
 def _hidden(job: Job, finished: int) -> tuple[Hidden, int]:

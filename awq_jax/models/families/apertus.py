@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from awq_jax.convert.names import names
 from awq_jax.models.config import ModelConfig, NormConfig
-from awq_jax.models.hf_config import base, get
-from awq_jax.models.hf_rope import rope_config
+from awq_jax.models.hf.config import base, get
+from awq_jax.models.hf.rope import rope_config
+from awq_jax.models.names import names
 
 NAMES = names({"input_layernorm": "attention_layernorm", "post_attention_layernorm": "feedforward_layernorm"})
 ROPE = {"rope_type": "llama3", "rope_theta": 12e6, "factor": 8.0, "original_max_position_embeddings": 8192}

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from awq_jax.models.config import ModelConfig
-from awq_jax.models.hf_config import base, get, layer_types, required, windows
-from awq_jax.models.hf_rope import rope_config
+from awq_jax.models.hf.config import base, get, layer_types, required, windows
+from awq_jax.models.hf.rope import rope_config
 
 ROPE = {"rope_type": "llama3", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 8192}
 ROPE |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}

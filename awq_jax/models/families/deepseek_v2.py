@@ -6,13 +6,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from awq_jax.convert.names import names
 from awq_jax.errors import UnsupportedModelError
 from awq_jax.models.config import LatentConfig, ModelConfig
 from awq_jax.models.families.qwen2_moe import EXPERTS
-from awq_jax.models.hf_config import base, required
-from awq_jax.models.hf_moe import after_dense, moe_config, shared_experts
-from awq_jax.models.hf_rope import rope_config
+from awq_jax.models.hf.config import base, required
+from awq_jax.models.hf.moe import after_dense, moe_config, shared_experts
+from awq_jax.models.hf.rope import rope_config
+from awq_jax.models.names import names
 
 NAMES = names(EXPERTS | {"mlp.shared_expert": "mlp.shared_experts"})
 
@@ -45,7 +45,7 @@ def latent_base(hf: Mapping[str, Any], interleaved: bool = True, **changes: Any)
     Args:
       hf: content of ``config.json``.
       interleaved: neighbouring channels are rotated together.
-      **changes: as `awq_jax.models.hf_config.base` takes them.
+      **changes: as `awq_jax.models.hf.config.base` takes them.
     """
     data = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     rotated, plain = required(hf, "qk_rope_head_dim"), required(hf, "qk_nope_head_dim")

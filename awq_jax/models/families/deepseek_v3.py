@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from awq_jax.convert.names import names
 from awq_jax.errors import UnsupportedModelError
 from awq_jax.models.config import ModelConfig, MoEConfig
 from awq_jax.models.families.deepseek_v2 import latent_base
 from awq_jax.models.families.qwen2_moe import EXPERTS
-from awq_jax.models.hf_config import required
-from awq_jax.models.hf_moe import after_dense, moe_config, shared_experts
+from awq_jax.models.hf.config import required
+from awq_jax.models.hf.moe import after_dense, moe_config, shared_experts
+from awq_jax.models.names import names
 
 NAMES = EXPERTS | {"mlp.shared_expert": "mlp.shared_experts", "mlp.correction": "mlp.gate.e_score_correction_bias"}
 

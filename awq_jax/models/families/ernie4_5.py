@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from awq_jax.models.config import ModelConfig
-from awq_jax.models.hf_config import base, get
-from awq_jax.models.hf_rope import rope_config
+from awq_jax.models.hf.config import base, get
+from awq_jax.models.hf.rope import rope_config
 
 
 def ernie_base(hf: Mapping[str, Any], **changes: Any) -> ModelConfig:
-    """What both kinds share; ``changes`` as `awq_jax.models.hf_config.base` takes them."""
+    """What both kinds share; ``changes`` as `awq_jax.models.hf.config.base` takes them."""
     bias = bool(hf.get("use_bias", False))
     return base(
         hf,

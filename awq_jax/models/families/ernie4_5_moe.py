@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from awq_jax.convert.names import names
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.families.ernie4_5 import ernie_base
 from awq_jax.models.families.qwen2_moe import EXPERTS
-from awq_jax.models.hf_config import mlp_config, required
-from awq_jax.models.hf_moe import moe_config, shared_experts
+from awq_jax.models.hf.config import mlp_config, required
+from awq_jax.models.hf.moe import moe_config, shared_experts
+from awq_jax.models.names import names
 
 NAMES = names(
     EXPERTS

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from awq_jax.convert.names import names
 from awq_jax.models.config import ModelConfig
-from awq_jax.models.hf_config import base
+from awq_jax.models.hf.config import base
+from awq_jax.models.names import names
 
 NAMES = names(
     {

@@ -8,8 +8,8 @@ from typing import Any
 from awq_jax.errors import ConfigError
 from awq_jax.models.config import ModelConfig, NormConfig
 from awq_jax.models.families.olmo2 import NAMES
-from awq_jax.models.hf_config import base, get, layer_types, required, windows
-from awq_jax.models.hf_rope import rope_config
+from awq_jax.models.hf.config import base, get, layer_types, required, windows
+from awq_jax.models.hf.rope import rope_config
 
 
 def config(hf: Mapping[str, Any]) -> ModelConfig:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from awq_jax.convert.names import names
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.families.gemma import gemma_base
-from awq_jax.models.hf_config import layer_types, required, windows
+from awq_jax.models.hf.config import layer_types, required, windows
+from awq_jax.models.names import names
 
 NAMES = names(
     {

@@ -10,7 +10,7 @@ from typing import Any
 from awq_jax.errors import ConfigError
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.families import gemma3_text
-from awq_jax.models.hf_config import required
+from awq_jax.models.hf.config import required
 from awq_jax.models.vision import hf as nested
 from awq_jax.models.vision.config import Gemma3Vision
 

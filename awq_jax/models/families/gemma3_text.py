@@ -9,8 +9,8 @@ from awq_jax.errors import UnsupportedModelError
 from awq_jax.models.config import ModelConfig, NormConfig
 from awq_jax.models.families.gemma import gemma_base
 from awq_jax.models.families.gemma2 import NAMES
-from awq_jax.models.hf_config import get, layer_types, required, windows
-from awq_jax.models.hf_rope import rope_config
+from awq_jax.models.hf.config import get, layer_types, required, windows
+from awq_jax.models.hf.rope import rope_config
 
 
 def config(hf: Mapping[str, Any]) -> ModelConfig:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from awq_jax.convert.names import names
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.families.deepseek_v2 import latent_base
 from awq_jax.models.families.deepseek_v3 import NAMES, sigmoid_experts
-from awq_jax.models.hf_config import get, mlp_config, required
-from awq_jax.models.hf_moe import after_dense
+from awq_jax.models.hf.config import get, mlp_config, required
+from awq_jax.models.hf.moe import after_dense
+from awq_jax.models.names import names
 
 
 def config(hf: Mapping[str, Any]) -> ModelConfig:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from awq_jax.convert.names import names
 from awq_jax.models.config import ModelConfig
-from awq_jax.models.hf_config import base, get, required
-from awq_jax.models.hf_rope import rope_config
+from awq_jax.models.hf.config import base, get, required
+from awq_jax.models.hf.rope import rope_config
+from awq_jax.models.names import names
 
 NAMES = names(
     {

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from awq_jax.convert.names import names
 from awq_jax.models.config import ModelConfig
-from awq_jax.models.hf_config import base, get, layer_types, mlp_config, required, windows
-from awq_jax.models.hf_moe import moe_config
-from awq_jax.models.hf_rope import rope_config
+from awq_jax.models.hf.config import base, get, layer_types, mlp_config, required, windows
+from awq_jax.models.hf.moe import moe_config
+from awq_jax.models.hf.rope import rope_config
+from awq_jax.models.names import names
 
 HALVES = ("gate_proj", "up_proj")
 NAMES = names(

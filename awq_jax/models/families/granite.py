@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from awq_jax.models.config import ModelConfig
-from awq_jax.models.hf_config import base
+from awq_jax.models.hf.config import base
 
 
 def granite_base(hf: Mapping[str, Any], **changes: Any) -> ModelConfig:
-    """What all Granite models share; ``changes`` as `awq_jax.models.hf_config.base` takes them."""
+    """What all Granite models share; ``changes`` as `awq_jax.models.hf.config.base` takes them."""
     bias = bool(hf.get("attention_bias", False))
     return base(
         hf,

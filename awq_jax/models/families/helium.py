@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from awq_jax.models.config import ModelConfig
-from awq_jax.models.hf_config import base, get
-from awq_jax.models.hf_rope import rope_config
+from awq_jax.models.hf.config import base, get
+from awq_jax.models.hf.rope import rope_config
 
 
 def config(hf: Mapping[str, Any]) -> ModelConfig:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from awq_jax.models.config import ModelConfig
-from awq_jax.models.hf_config import base
+from awq_jax.models.hf.config import base
 
 
 def config(hf: Mapping[str, Any]) -> ModelConfig:

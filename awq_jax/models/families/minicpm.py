@@ -8,7 +8,7 @@ from typing import Any
 
 from awq_jax.errors import UnsupportedModelError
 from awq_jax.models.config import ModelConfig
-from awq_jax.models.hf_config import base, required
+from awq_jax.models.hf.config import base, required
 
 
 def config(hf: Mapping[str, Any]) -> ModelConfig:

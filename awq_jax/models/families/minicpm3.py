@@ -8,7 +8,7 @@ from typing import Any
 
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.families.deepseek_v2 import latent_base
-from awq_jax.models.hf_config import required
+from awq_jax.models.hf.config import required
 
 
 def config(hf: Mapping[str, Any]) -> ModelConfig:

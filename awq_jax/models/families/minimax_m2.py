@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from awq_jax.convert.names import names
 from awq_jax.models.config import ModelConfig, NormConfig
 from awq_jax.models.families.mixtral import NAMES as MIXTRAL
-from awq_jax.models.hf_config import base, get, required
-from awq_jax.models.hf_moe import moe_config
-from awq_jax.models.hf_rope import rope_config
+from awq_jax.models.hf.config import base, get, required
+from awq_jax.models.hf.moe import moe_config
+from awq_jax.models.hf.rope import rope_config
+from awq_jax.models.names import names
 
 NAMES = names(
     dict(MIXTRAL.entries) | {"mlp.correction": "block_sparse_moe.e_score_correction_bias"},

@@ -7,8 +7,8 @@ from typing import Any
 
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.families import olmo2
-from awq_jax.models.hf_config import layer_types, required, windows
-from awq_jax.models.hf_rope import rope_config
+from awq_jax.models.hf.config import layer_types, required, windows
+from awq_jax.models.hf.rope import rope_config
 
 
 def config(hf: Mapping[str, Any]) -> ModelConfig:

@@ -7,8 +7,8 @@ from typing import Any
 
 from awq_jax.models.config import ModelConfig, NormConfig
 from awq_jax.models.families.qwen2_moe import NAMES
-from awq_jax.models.hf_config import base, get, required
-from awq_jax.models.hf_moe import moe_config
+from awq_jax.models.hf.config import base, get, required
+from awq_jax.models.hf.moe import moe_config
 
 
 def config(hf: Mapping[str, Any]) -> ModelConfig:

@@ -8,9 +8,9 @@ from typing import Any
 from awq_jax.errors import ConfigError, UnsupportedModelError
 from awq_jax.models.config import ModelConfig, RopeConfig
 from awq_jax.models.families.mixtral import NAMES
-from awq_jax.models.hf_config import base, get, required
-from awq_jax.models.hf_moe import moe_config
-from awq_jax.models.hf_rope import rope_config
+from awq_jax.models.hf.config import base, get, required
+from awq_jax.models.hf.moe import moe_config
+from awq_jax.models.hf.rope import rope_config
 
 
 def config(hf: Mapping[str, Any]) -> ModelConfig:

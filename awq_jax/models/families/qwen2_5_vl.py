@@ -8,7 +8,7 @@ from typing import Any
 
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.families import qwen2_vl
-from awq_jax.models.hf_config import required
+from awq_jax.models.hf.config import required
 from awq_jax.models.vision import hf as nested
 
 DEFAULTS: dict[str, Any] = {"depth": 32, "hidden_size": 3584, "hidden_act": "silu", "intermediate_size": 3420}

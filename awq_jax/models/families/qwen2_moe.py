@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from awq_jax.convert.names import names
 from awq_jax.models.config import MLPConfig, ModelConfig, MoEConfig
 from awq_jax.models.families.qwen2 import qwen_windows
-from awq_jax.models.hf_config import base, mlp_config, required
+from awq_jax.models.hf.config import base, mlp_config, required
+from awq_jax.models.names import names
 
 EXPERTS = {
     "mlp.experts.gate_proj": "mlp.experts.{e}.gate_proj",

@@ -9,7 +9,7 @@ from typing import Any
 from awq_jax.errors import ConfigError, UnsupportedModelError
 from awq_jax.models.config import ModelConfig, RopeConfig
 from awq_jax.models.families import qwen2
-from awq_jax.models.hf_config import required
+from awq_jax.models.hf.config import required
 from awq_jax.models.vision import hf as nested
 from awq_jax.models.vision.config import QwenVision
 

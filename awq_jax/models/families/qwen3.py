@@ -7,7 +7,7 @@ from typing import Any
 
 from awq_jax.models.config import ModelConfig, NormConfig
 from awq_jax.models.families.qwen2 import qwen_windows
-from awq_jax.models.hf_config import base, get
+from awq_jax.models.hf.config import base, get
 
 
 def attention(hf: Mapping[str, Any]) -> dict[str, Any]:

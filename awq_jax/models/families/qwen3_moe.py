@@ -8,8 +8,8 @@ from typing import Any
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.families.qwen2_moe import NAMES, qwen_mlps
 from awq_jax.models.families.qwen3 import attention
-from awq_jax.models.hf_config import base, required
-from awq_jax.models.hf_moe import moe_config
+from awq_jax.models.hf.config import base, required
+from awq_jax.models.hf.moe import moe_config
 
 
 def config(hf: Mapping[str, Any]) -> ModelConfig:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from awq_jax.convert.names import names
 from awq_jax.errors import UnsupportedModelError
 from awq_jax.models.config import DeltaConfig, ModelConfig, NormConfig
 from awq_jax.models.families.qwen2_moe import EXPERTS, qwen_mlps
-from awq_jax.models.hf_config import attention_config, base, get, mlp_config, required
-from awq_jax.models.hf_moe import moe_config
-from awq_jax.models.hf_rope import rope_config
+from awq_jax.models.hf.config import attention_config, base, get, mlp_config, required
+from awq_jax.models.hf.moe import moe_config
+from awq_jax.models.hf.rope import rope_config
+from awq_jax.models.names import names
 
 PARTS = ("in_proj_qkvz", "in_proj_ba", "norm", "out_proj", "dt_bias", "A_log")
 NAMES = names(

@@ -10,7 +10,7 @@ from typing import Any
 from awq_jax.errors import ConfigError
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.families import qwen2_vl, qwen3
-from awq_jax.models.hf_config import required
+from awq_jax.models.hf.config import required
 from awq_jax.models.vision import hf as nested
 
 DEFAULTS: dict[str, Any] = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16}

@@ -13,7 +13,7 @@ class ViTConfig:
       size, layers, heads, mlp: width, number of layers and of heads, inner width of the MLPs.
       image, patch: sides of the picture and of a patch, in pixels.
       channels: of a pixel.
-      activation: of the MLPs, a name in `awq_jax.models.mlp.ACTIVATIONS`.
+      activation: of the MLPs, a name in `awq_jax.models.layers.mlp.ACTIVATIONS`.
       eps: of the norms.
       class_token: CLIP: a learned token stands before the patches and a norm before the layers.
         SigLIP has neither, and a bias in the linear of the patches.

@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from awq_jax.convert.config_json import TIED, is_tied
-from awq_jax.convert.names import Names
 from awq_jax.errors import ConfigError, UnsupportedModelError
 from awq_jax.models.config import ModelConfig
-from awq_jax.models.hf_config import required
-from awq_jax.models.mlp import ACTIVATIONS
+from awq_jax.models.hf.config import required
+from awq_jax.models.layers.mlp import ACTIVATIONS
+from awq_jax.models.names import Names
 from awq_jax.models.vision.config import ViTConfig
 
 Family = Callable[[Mapping[str, Any]], ModelConfig]

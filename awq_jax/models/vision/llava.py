@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from awq_jax.models.config import NormConfig
-from awq_jax.models.mlp import ACTIVATIONS
-from awq_jax.models.norm import Norm
+from awq_jax.models.layers.mlp import ACTIVATIONS
+from awq_jax.models.layers.norm import Norm
 from awq_jax.models.vision.config import Gemma3Vision, LlavaVision
 from awq_jax.models.vision.features import Features
 from awq_jax.models.vision.vit import ViT

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from awq_jax.models import rope
 from awq_jax.models.config import MLPConfig, NormConfig
-from awq_jax.models.mlp import MLP
-from awq_jax.models.norm import Norm
+from awq_jax.models.layers import rope
+from awq_jax.models.layers.mlp import MLP
+from awq_jax.models.layers.norm import Norm
 from awq_jax.models.vision import grids
 from awq_jax.models.vision.config import QwenVision
 from awq_jax.models.vision.features import Features

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from awq_jax.models.config import MLPConfig, NormConfig
-from awq_jax.models.mlp import MLP
-from awq_jax.models.norm import Norm
+from awq_jax.models.layers.mlp import MLP
+from awq_jax.models.layers.norm import Norm
 from awq_jax.models.vision.config import ViTConfig
 from awq_jax.nnx import Linear
 

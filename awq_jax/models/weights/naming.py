@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import numpy as np
 
 from awq_jax import paths
-from awq_jax.convert.names import Names
 from awq_jax.convert.source import Source
 from awq_jax.models.config import ModelConfig
-from awq_jax.models.registry import config_from_hf
+from awq_jax.models.hf.registry import config_from_hf
+from awq_jax.models.names import Names
 from awq_jax.qtensor import QuantizedTensor
 
 
@@ -21,7 +21,7 @@ def config_of(source: Source) -> ModelConfig:
     Raises:
       UnsupportedModelError, ConfigError: see `config_from_hf`.
     """
-    from awq_jax.models.params import abstract
+    from awq_jax.models.weights.params import abstract
 
     config = config_from_hf(source.config)
     if not config.layouts:

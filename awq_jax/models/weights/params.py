@@ -14,11 +14,11 @@ from flax import nnx
 
 from awq_jax import paths
 from awq_jax.convert import codes
-from awq_jax.convert.names import Names
 from awq_jax.errors import ShapeError, WeightError
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.decoder import Decoder
-from awq_jax.models.moe import by_expert
+from awq_jax.models.layers.moe import by_expert
+from awq_jax.models.names import Names
 from awq_jax.qtensor import QuantizedTensor
 
 # Large numbers with small differences, which decide the choice of experts: never rounded to 16 bits.

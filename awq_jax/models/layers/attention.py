@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from awq_jax.models import rope, side_by_side
 from awq_jax.models.config import AttentionConfig, LayerConfig, RopeConfig
-from awq_jax.models.norm import Norm
+from awq_jax.models.layers import fused_columns, rope
+from awq_jax.models.layers.norm import Norm
 from awq_jax.nnx import Linear
 
 Pair = tuple[jax.Array, jax.Array]
@@ -93,7 +93,7 @@ class Attention(nnx.Module):
                 y = y.reshape(*lead, c.kv_heads, c.heads // c.kv_heads + 2, c.head_dim)
                 q, k, v = y[..., :-2, :], y[..., -2, :], y[..., -1, :]
             else:
-                q, k, v = side_by_side.split(y, (c.heads * c.head_dim, kv, kv), c.ways)
+                q, k, v = fused_columns.split(y, (c.heads * c.head_dim, kv, kv), c.ways)
         else:
             q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
             if c.gated:

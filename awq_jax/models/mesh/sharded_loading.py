@@ -19,9 +19,10 @@ from awq_jax.convert import codes, slices
 from awq_jax.convert.source import Source
 from awq_jax.errors import WeightError
 from awq_jax.kernels import parallel
-from awq_jax.models import moe, sharding
-from awq_jax.models import params as model_params
 from awq_jax.models.config import ModelConfig
+from awq_jax.models.layers import moe
+from awq_jax.models.mesh import sharding
+from awq_jax.models.weights import params as model_params
 from awq_jax.placement import Placement, float_spec
 from awq_jax.qtensor import QuantizedTensor
 
@@ -29,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 def load(source: Source, config: ModelConfig, state: nnx.State, base: Placement, dtype: str | None = None) -> nnx.State:
-    """As `awq_jax.models.params.load`, onto the devices of ``base`` that belong to this process.
+    """As `awq_jax.models.weights.params.load`, onto the devices of ``base`` that belong to this process.
 
     The host holds one part of one parameter at a time; of a tensor whose format cannot be read in parts,
     also all of that tensor (see `awq_jax.convert.slices`).

@@ -18,9 +18,9 @@ from flax import nnx
 
 from awq_jax import paths
 from awq_jax.kernels import parallel
-from awq_jax.models import params as model_params
-from awq_jax.models import side_by_side
 from awq_jax.models.config import AttentionConfig, LayerConfig, MLPConfig, ModelConfig, MoEConfig
+from awq_jax.models.layers import fused_columns
+from awq_jax.models.weights import params as model_params
 from awq_jax.qtensor import QuantizedTensor
 
 COLUMNS = ("qweight", "scales", "zeros", "offsets")  # the tables of a packed weight that have its columns
@@ -91,7 +91,7 @@ def apart(config: ModelConfig) -> ModelConfig:
 def merged(config: ModelConfig, leaves: dict[str, Any]) -> ModelConfig:
     """Merge, in place, every group that `obstacle` has nothing against.
 
-    Parts on a mesh are merged on each device: see ``ways`` of `awq_jax.models.side_by_side`.
+    Parts on a mesh are merged on each device: see ``ways`` of `awq_jax.models.layers.fused_columns`.
 
     Parts leave ``leaves`` as their group is merged: memory grows by no more than one group.
 
@@ -199,9 +199,9 @@ def join(parts: list[Any], ways: int = 1) -> Any:
     """Kernels or biases without an `obstacle` side by side: float ``[..., N]``, or packed."""
     first = parts[0]
     if not isinstance(first, QuantizedTensor):
-        return side_by_side.join(parts, ways)
+        return fused_columns.join(parts, ways)
     tables = {f: [getattr(p, f) for p in parts] for f in COLUMNS if getattr(first, f) is not None}
-    joined: Any = functools.partial(jax.tree.map, lambda t: side_by_side.join(t, ways), is_leaf=_is_list)
+    joined: Any = functools.partial(jax.tree.map, lambda t: fused_columns.join(t, ways), is_leaf=_is_list)
     whole = dataclasses.replace(first, n_dims=(sum(p.n for p in parts),))
     return _placed(joined, tables, whole)
 
@@ -209,11 +209,11 @@ def join(parts: list[Any], ways: int = 1) -> Any:
 def split(whole: Any, sizes: list[int], ways: int = 1) -> list[Any]:
     """The parts of a kernel or bias, ``sizes`` columns each."""
     if not isinstance(whole, QuantizedTensor):
-        return side_by_side.split(whole, sizes, ways)
+        return fused_columns.split(whole, sizes, ways)
     tables = {f: getattr(whole, f) for f in COLUMNS if getattr(whole, f) is not None}
     parts = []
     for i, n in enumerate(sizes):
-        pick: Any = functools.partial(jax.tree.map, lambda a, i=i: side_by_side.split(a, sizes, ways)[i])
+        pick: Any = functools.partial(jax.tree.map, lambda a, i=i: fused_columns.split(a, sizes, ways)[i])
         parts.append(_placed(pick, tables, dataclasses.replace(whole, n_dims=(n,))))
     return parts
 

@@ -225,7 +225,7 @@ def forecast_leaves(config: ModelConfig, group_size: int = 128, bits: int = 4) -
     Packed ones have a scale of 16 bits and a zero point of 8 for each group; routers stay float, and what the
     group size does not divide.
     """
-    from awq_jax.models.params import abstract
+    from awq_jax.models.weights.params import abstract
 
     def leaf(path: str, shape: tuple[int, ...]) -> Leaf:
         count, linear = math.prod(shape), path.startswith("layers/") and path.endswith("/kernel")

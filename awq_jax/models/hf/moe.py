@@ -7,7 +7,7 @@ from typing import Any
 
 from awq_jax.errors import ConfigError
 from awq_jax.models.config import MLPConfig, MoEConfig
-from awq_jax.models.hf_config import mlp_config, required
+from awq_jax.models.hf.config import mlp_config, required
 
 
 def moe_config(hf: Mapping[str, Any], **changes: Any) -> MoEConfig:

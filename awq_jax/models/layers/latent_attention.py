@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from awq_jax.models import rope
-from awq_jax.models.attention import Pair, Step, attend, write
 from awq_jax.models.config import AttentionConfig, LatentConfig, LayerConfig, NormConfig
-from awq_jax.models.norm import Norm
+from awq_jax.models.layers import rope
+from awq_jax.models.layers.attention import Pair, Step, attend, write
+from awq_jax.models.layers.norm import Norm
 from awq_jax.nnx import Linear
 
 

@@ -1,7 +1,7 @@
 """Linears that a checkpoint stores as one, taken apart for a mesh and put together again.
 
 Equal runs of the columns of queries, keys and values side by side are no device's heads. So the parts are cut
-one by one; `awq_jax.models.merge` may then merge what each device has of them.
+one by one; `awq_jax.models.weights.fuse` may then merge what each device has of them.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from typing import Any
 
 import jax
 
-from awq_jax.models import merge, sharding
 from awq_jax.models.config import ModelConfig
-from awq_jax.models.sharding import Cut, Leaf
+from awq_jax.models.mesh import sharding
+from awq_jax.models.mesh.sharding import Cut, Leaf
+from awq_jax.models.weights import fuse
 from awq_jax.placement import TABLES, Placement
 from awq_jax.qtensor import QuantizedTensor
 
@@ -29,7 +30,7 @@ def apart(config: ModelConfig, leaves: dict[str, Any], base: Placement) -> Model
     Returns:
       The config of the model whose parameters ``leaves`` then are.
     """
-    plain = merge.apart(config)
+    plain = fuse.apart(config)
     known = {path: Leaf.of(leaf) for path, leaf in leaves.items()}
     taken = _groups(config, plain)
     for group, sizes in taken:
@@ -44,7 +45,7 @@ def apart(config: ModelConfig, leaves: dict[str, Any], base: Placement) -> Model
         for kind in ("kernel", "bias"):
             leaf = leaves.pop(f"{group.place}/{group.whole}/{kind}", None)
             if leaf is not None:
-                for part, value in zip(group.parts, merge.split(moved(leaf, Cut(), base), sizes), strict=True):
+                for part, value in zip(group.parts, fuse.split(moved(leaf, Cut(), base), sizes), strict=True):
                     path = f"{group.place}/{part}/{kind}"
                     leaves[path] = moved(value, cuts[path], base)
     return plain
@@ -52,13 +53,13 @@ def apart(config: ModelConfig, leaves: dict[str, Any], base: Placement) -> Model
 
 def together(config: ModelConfig, leaves: dict[str, Any], base: Placement) -> None:
     """The inverse of `apart`, in place and to the bit."""
-    taken = _groups(config, merge.apart(config))
+    taken = _groups(config, fuse.apart(config))
     for group, _ in taken:
         for kind in ("kernel", "bias"):
             if f"{group.place}/{group.parts[0]}/{kind}" in leaves:
                 parts = [moved(leaves.pop(f"{group.place}/{p}/{kind}"), Cut(), base) for p in group.parts]
                 path = f"{group.place}/{group.whole}/{kind}"
-                leaves[path] = merge.join(parts)
+                leaves[path] = fuse.join(parts)
                 known = {p: Leaf.of(leaf) for p, leaf in leaves.items()}
                 leaves[path] = moved(leaves[path], sharding.rule(config, known, base.size)[path], base)
 
@@ -79,7 +80,7 @@ def _same(a: Any) -> Any:
     return a
 
 
-def _groups(config: ModelConfig, plain: ModelConfig) -> list[tuple[merge.Group, list[int]]]:
+def _groups(config: ModelConfig, plain: ModelConfig) -> list[tuple[fuse.Group, list[int]]]:
     """The groups of ``plain`` that are fused in ``config``, and how many columns each part has."""
-    apart_already = set(merge.groups(config))
-    return [(g, merge.sizes(plain.layers[g.layer], g)) for g in merge.groups(plain) if g not in apart_already]
+    apart_already = set(fuse.groups(config))
+    return [(g, fuse.sizes(plain.layers[g.layer], g)) for g in fuse.groups(plain) if g not in apart_already]

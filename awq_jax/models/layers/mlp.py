@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from awq_jax.models import side_by_side
 from awq_jax.models.config import MLPConfig
+from awq_jax.models.layers import fused_columns
 from awq_jax.nnx import Linear
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -74,7 +74,7 @@ class MLP(nnx.Module):
             act = self.act_fn if activation in LEARNED else ACTIVATIONS[activation]
             return self.down_proj(act(self.up_proj(x)))
         if self.config.fused:
-            gate, up = side_by_side.split(self.gate_up_proj(x), [self.config.size] * 2, self.config.ways)
+            gate, up = fused_columns.split(self.gate_up_proj(x), [self.config.size] * 2, self.config.ways)
         else:
             gate, up = self.gate_proj(x), self.up_proj(x)
         return self.down_proj(gated(gate, up, self.config))

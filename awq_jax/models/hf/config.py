@@ -19,8 +19,8 @@ from awq_jax.models.config import (
     NormConfig,
     RopeConfig,
 )
-from awq_jax.models.hf_rope import rope_config
-from awq_jax.models.mlp import ACTIVATIONS, LEARNED
+from awq_jax.models.hf.rope import rope_config
+from awq_jax.models.layers.mlp import ACTIVATIONS, LEARNED
 
 # What other families call Llama's keys; the first that is there counts.
 SPELLINGS = {

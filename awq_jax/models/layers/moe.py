@@ -19,8 +19,8 @@ from jax.sharding import PartitionSpec
 from awq_jax import kernels
 from awq_jax.kernels import grouped, parallel
 from awq_jax.models.config import MoEConfig
-from awq_jax.models.mlp import MLP, gated
-from awq_jax.models.routing import route
+from awq_jax.models.layers.mlp import MLP, gated
+from awq_jax.models.layers.routing import route
 from awq_jax.nnx import Linear
 from awq_jax.paths import path_str
 from awq_jax.placement import float_spec

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.scipy.linalg import solve_triangular
 
-from awq_jax.models.attention import Step
 from awq_jax.models.config import DeltaConfig, LayerConfig, NormConfig
-from awq_jax.models.norm import Norm
+from awq_jax.models.layers.attention import Step
+from awq_jax.models.layers.norm import Norm
 from awq_jax.nnx import Linear
 
 CHUNK = 64  # tokens whose updates are solved for together

@@ -1,0 +1,1 @@
+"""config.json of transformers, read into a ModelConfig."""

@@ -1,0 +1,1 @@
+"""The layers that the families are put together from."""

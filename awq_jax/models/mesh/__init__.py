@@ -1,0 +1,1 @@
+"""Decoders spread over the devices of a mesh."""

@@ -1,0 +1,1 @@
+"""Tensors of checkpoints to parameters of the decoder and back."""
