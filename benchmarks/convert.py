@@ -25,7 +25,8 @@ from typing import Any
 import numpy as np
 
 from awq_jax import convert
-from awq_jax.convert import linear, registry
+from awq_jax.convert import registry
+from awq_jax.convert.arrays import linear
 
 WIDTH, INNER, VOCAB, GROUP = 4096, 11008, 32000, 128
 

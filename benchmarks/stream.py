@@ -32,7 +32,7 @@ import ml_dtypes
 import numpy as np
 import stream_faults
 
-from awq_jax.convert.shards import ShardWriter, write_json
+from awq_jax.convert.files.shards import ShardWriter, write_json
 
 BASE = 700e6  # bytes
 

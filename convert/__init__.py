@@ -17,11 +17,11 @@ _PUBLIC = {
 __all__ = ["Conversion", "apply_search", "checkpoint", "open_source", "restore", "store", "write_checkpoint"]
 
 if TYPE_CHECKING:
-    from awq_jax.convert.awq_search import apply_search as apply_search
     from awq_jax.convert.conversion import Conversion as Conversion
     from awq_jax.convert.conversion import checkpoint as checkpoint
-    from awq_jax.convert.orbax_io import restore as restore
-    from awq_jax.convert.orbax_io import store as store
+    from awq_jax.convert.formats.awq.search_results import apply_search as apply_search
+    from awq_jax.convert.formats.orbax import restore as restore
+    from awq_jax.convert.formats.orbax import store as store
     from awq_jax.convert.registry import open_source as open_source
     from awq_jax.convert.writing import write_checkpoint as write_checkpoint
 

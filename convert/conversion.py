@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from awq_jax.convert import manifest, pipeline, registry
+from awq_jax.convert import pipeline, registry
+from awq_jax.convert.files import manifest
+from awq_jax.convert.files.shards import ShardWriter, install, write_json
 from awq_jax.convert.format import Encoder, Format, Record, Target
-from awq_jax.convert.shards import ShardWriter, install, write_json
 from awq_jax.convert.source import Source
 from awq_jax.convert.writing import check_target, copy_companions, encoder_of, final_config, into_sink, refuse_source
 from awq_jax.errors import AwqError, CheckpointError, ConfigError

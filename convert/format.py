@@ -130,7 +130,7 @@ class Sink(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """What weights a format's own tools usually write; see `awq_jax.convert.losses`.
+    """What weights a format's own tools usually write; see `awq_jax.convert.exactness`.
 
     Attributes:
       form: whole ``zeros``, ``symmetric``, or float ``offsets``.

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from awq_jax import pack
-from awq_jax.convert import codes, linear
+from awq_jax.convert.arrays import codes, linear
 from awq_jax.convert.format import Encoder, Record, Target
 from awq_jax.errors import FormatError
 from awq_jax.qtensor import QuantizedTensor

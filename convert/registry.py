@@ -7,23 +7,11 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from awq_jax.convert import (
-    autoawq,
-    compressed_tensors,
-    gemv,
-    gemv_fast,
-    gguf_encoder,
-    gptq,
-    hf,
-    llm_awq,
-    marlin,
-    mlx,
-    native,
-    orbax_files,
-    orbax_io,
-)
+from awq_jax.convert.files.safetensors import find_files, read_header, read_json
 from awq_jax.convert.format import FloatEncoder, Format
-from awq_jax.convert.safetensors_io import find_files, read_header, read_json
+from awq_jax.convert.formats import compressed_tensors, float, gptq, mlx, native, orbax, orbax_files
+from awq_jax.convert.formats.awq import gemm, gemv, gemv_fast, llm_awq, marlin
+from awq_jax.convert.formats.gguf import encoder
 from awq_jax.convert.source import Source, read_config
 from awq_jax.errors import CheckpointError, FormatError
 
@@ -32,20 +20,20 @@ _FORMATS = (
     gemv.FORMAT,
     gemv_fast.FORMAT,
     marlin.FORMAT,
-    autoawq.FORMAT,
+    gemm.FORMAT,
     compressed_tensors.FORMAT,
     gptq.FORMAT,
     gptq.FORMAT_V2,
     native.FORMAT,
     mlx.FORMAT,
-    orbax_io.FORMAT,
-    *gguf_encoder.FORMATS,
+    orbax.FORMAT,
+    *encoder.FORMATS,
     Format(
         name="float",
         title="Hugging Face float checkpoint: transformers, vLLM and everything else",
         holds="any weight, dequantized",
         matches=lambda config, names: "quantization_config" not in config and "quantization" not in config,
-        reader=hf.HfSource,
+        reader=float.HfSource,
         encoder=FloatEncoder,
         example=None,
     ),
@@ -84,12 +72,17 @@ def open_source(path: str | Path, packed: bool = False) -> Source:
     """
     text = os.fspath(path)
     local = Path(text).expanduser()
-    if not os.path.lexists(local) and isinstance(path, str) and hf.HUB_ID.fullmatch(text) and local.suffix != ".gguf":
-        local = hf.download(text)
+    if (
+        not os.path.lexists(local)
+        and isinstance(path, str)
+        and float.HUB_ID.fullmatch(text)
+        and local.suffix != ".gguf"
+    ):
+        local = float.download(text)
     if local.is_file():
         if local.suffix.lower() != ".gguf":
             raise CheckpointError(f"{local} is not a .gguf file; for safetensors pass the directory they are in")
-        from awq_jax.convert.gguf import GgufSource
+        from awq_jax.convert.formats.gguf.source import GgufSource
 
         return GgufSource(local, packed)
     if not local.is_dir():
@@ -101,7 +94,7 @@ def _open_directory(directory: Path) -> Source:
     ggufs = sorted(directory.glob("*.gguf"))
     if ggufs and not any(directory.glob("*.safetensors")):
         raise CheckpointError(f"{directory} holds GGUF files; pass one of them, e.g. {ggufs[0]}")
-    hf.refuse_pickles(directory)
+    float.refuse_pickles(directory)
     config = _with_legacy(directory, read_config(directory))
     names = _names(directory)
     for format in FORMATS.values():

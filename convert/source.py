@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from awq_jax.convert import slices
-from awq_jax.convert.linear import FLOATS
-from awq_jax.convert.safetensors_io import Entry, SafetensorsDir, read_json, refuse_outside
+from awq_jax.convert.arrays.linear import FLOATS
+from awq_jax.convert.files import slices
+from awq_jax.convert.files.safetensors import Entry, SafetensorsDir, read_json, refuse_outside
 from awq_jax.errors import CheckpointError, WeightError
 from awq_jax.qtensor import QuantizedTensor
 
@@ -155,7 +155,7 @@ class DirectorySource:
         return self.files.read_slice(name, index) if isinstance(self.files, SafetensorsDir) else None
 
     def tokenizer(self) -> Any:
-        from awq_jax import tokenizer  # transformers takes seconds to import
+        from awq_jax.convert import tokenizer  # transformers takes seconds to import
 
         return tokenizer.from_directory(self.directory)
 
@@ -222,7 +222,7 @@ class PackedSource(DirectorySource):
 
     @abc.abstractmethod
     def decode(self, arrays: Mapping[str, np.ndarray], shape: tuple[int, int], packed: Packed) -> QuantizedTensor:
-        """The canonical weight (see `awq_jax.convert.linear.build`) from a module's tensors.
+        """The canonical weight (see `awq_jax.convert.arrays.linear.build`) from a module's tensors.
 
         Raises:
           CheckpointError: if a value makes no sense (the caller adds the module's name).

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from awq_jax.config import AwqConfig
-from awq_jax.convert import fused, pipeline, registry
+from awq_jax.convert import pipeline, registry
+from awq_jax.convert.files.shards import ShardWriter, atomic_directory, install, refuse_existing, write_json
 from awq_jax.convert.format import Encoder, Format, Record, Target
-from awq_jax.convert.shards import ShardWriter, atomic_directory, install, refuse_existing, write_json
+from awq_jax.convert.formats import joined_linears
 from awq_jax.convert.source import COMPANIONS, Source
 from awq_jax.errors import CheckpointError, ConfigError, FormatError
 from awq_jax.qtensor import QuantizedTensor
@@ -181,7 +182,7 @@ def final_config(
 ) -> dict[str, Any]:
     """The source's config with this checkpoint's quantization, the dtype most float bytes have, and both spellings
     of the rotary constants. Warns of linears that vLLM would join and that are not packed alike."""
-    for line in fused.torn(records) if changes and "quantization_config" in changes else ():
+    for line in joined_linears.torn(records) if changes and "quantization_config" in changes else ():
         log.warning("%s", line)
     stale = ("quantization_config", "quantization", "compression_config", "torch_dtype", "dtype")
     out = {k: v for k, v in config.items() if k not in stale}

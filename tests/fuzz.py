@@ -29,7 +29,8 @@ import numpy as np
 from fuzz_mutations import Files, Link
 from fuzz_reference import reference
 
-from awq_jax.convert import codes, conversion, linear, registry
+from awq_jax.convert import conversion, registry
+from awq_jax.convert.arrays import codes, linear
 from awq_jax.convert.writing import write_checkpoint
 from awq_jax.errors import AwqError, FormatError
 from awq_jax.qtensor import QuantizedTensor

@@ -21,7 +21,7 @@ from quant_helpers import random_like
 
 import awq_jax
 from awq_jax import models, paths
-from awq_jax.convert import slices
+from awq_jax.convert.files import slices
 from awq_jax.models.mesh import sharding
 from awq_jax.models.weights import fuse
 from awq_jax.models.weights import params as model_params

@@ -20,8 +20,9 @@ import references
 from transformers import AutoConfig
 
 from awq_jax import models, paths
-from awq_jax.convert import ct_config, fused, registry
+from awq_jax.convert import registry
 from awq_jax.convert.format import Record, Target
+from awq_jax.convert.formats import compressed_tensors_config, joined_linears
 from awq_jax.convert.writing import final_config
 from awq_jax.models.weights import params
 
@@ -220,7 +221,7 @@ def test_vllm_finds_what_it_joins_and_skips_nothing_packed(family):
             assert not ct_float_experts(loader, layer, ct["ignore"])
             left -= experts
     assert not left, f"vLLM has no linear for {sorted(left)}"
-    assert fused.torn(found) == []
+    assert joined_linears.torn(found) == []
 
 
 @pytest.mark.parametrize("family", MOE)
@@ -235,7 +236,7 @@ def test_vllm_is_told_of_float_experts(family):
         assert awq_skips(gemm["modules_to_not_convert"], f"{layer}{loader.experts}")
         assert ct_float_experts(loader, layer, ct["ignore"])
         assert not any(skipped(loader, layer, found, ct_ignores, ct["ignore"]).values())
-    settings = ct_config.parse({"quantization_config": ct})
+    settings = compressed_tensors_config.parse({"quantization_config": ct})
     for r in found:
         if r.bits:
             settings.of(r.module)
@@ -248,7 +249,7 @@ def test_what_looks_at_images_is_float_under_either_name():
     config = written("compressed-tensors", [*found, Record("lm_head.weight", (64, 32), "float16")])
     for name in ("visual.blocks.0.attn.qkv", "model.visual.blocks.0.attn.qkv", "model.visual.merger.0", "lm_head"):
         assert ct_ignores(config["ignore"], name)
-    settings = ct_config.parse({"quantization_config": config})
+    settings = compressed_tensors_config.parse({"quantization_config": config})
     for r in found[2:]:
         assert not ct_ignores(config["ignore"], r.module)
         assert settings.of(r.module).bits == 4
@@ -278,12 +279,12 @@ def test_vllm_finds_the_packing_of_experts_of_other_bits(family):
     (experts,) = (g["targets"] for g in groups if g["weights"]["num_bits"] == 8)
     (rest,) = (g["targets"] for g in groups if g["weights"]["num_bits"] == 4)
     asked = [f"{layer}{loader.experts}.0.{p}" for layer in layers_of(loader, found) for p in GATE_UP_DOWN]
-    packed_layers = {m["layer"] for r in found if r.bits and (m := fused.EXPERT.fullmatch(r.module))}
+    packed_layers = {m["layer"] for r in found if r.bits and (m := joined_linears.EXPERT.fullmatch(r.module))}
     asked = [a for a in asked if a.rpartition(".0.")[0] in packed_layers]
     assert asked
     assert all(ct_ignores(experts, a) and not ct_ignores(rest, a) for a in asked)
     assert len(experts) == len(packed_layers)  # one for each layer, not one for each linear
-    settings = ct_config.parse({"quantization_config": written("compressed-tensors", found)})
+    settings = compressed_tensors_config.parse({"quantization_config": written("compressed-tensors", found)})
     assert all(settings.of(r.module).bits == r.bits for r in found if r.bits)
 
 

@@ -19,7 +19,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from awq_jax import convert
-from awq_jax.convert import codes, conversion, linear, losses, manifest, pipeline, registry, shards
+from awq_jax.convert import conversion, exactness, pipeline, registry
+from awq_jax.convert.arrays import codes, linear
+from awq_jax.convert.files import manifest, shards
 from awq_jax.convert.format import BaseEncoder, Example, FloatEncoder, Target
 from awq_jax.errors import CheckpointError, ConfigError, FormatError
 
@@ -31,7 +33,7 @@ def tensors(layers: int = 6, k: int = 64, n: int = 32) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     out: dict[str, Any] = {"model.embed_tokens.weight": rng.normal(size=(32, k)).astype(np.float16)}
     for i in range(layers):
-        q = losses.example(Example(group_size=32), seed=i)
+        q = exactness.example(Example(group_size=32), seed=i)
         q = linear.build(
             q.qweight[: k // 8, :n], q.scales[: k // 32, :n], q.zeros[: k // 32, :n], 4, 32, k, n, "float32"
         )
@@ -231,7 +233,7 @@ class Coarse(BaseEncoder):
 
 
 def test_how_far_a_weight_moved_is_measured_in_steps() -> None:
-    q = losses.example(Example(form="symmetric"))
+    q = exactness.example(Example(form="symmetric"))
     for shift in (0.0, 2.0**-10, 2.0**-5):
         target = Target(config={"shift": shift})
         fitted = Coarse(target).fit("w.weight", q)
@@ -260,7 +262,7 @@ def test_dequantized_with_act_order_and_explicit_scale(form: Any) -> None:
     import dataclasses
 
     rng = np.random.default_rng(0)
-    q = losses.example(Example(form=form, negative=True))
+    q = exactness.example(Example(form=form, negative=True))
     perm = rng.permutation(q.k).astype(np.int32)
     inv = rng.uniform(0.5, 2, q.k).astype(np.float32)
     q = dataclasses.replace(q, perm=perm, inv_scale=inv)
@@ -285,7 +287,7 @@ def test_memory_is_a_shard_and_a_few_tensors(tmp_path: Path) -> None:
     k, n, layers = 1024, 512, 24
     one = k * n // 2
     made = tensors(layers, k=64, n=32)
-    q = losses.example(Example(), seed=1)
+    q = exactness.example(Example(), seed=1)
     big = {
         name: v
         if isinstance(v, np.ndarray)
@@ -304,10 +306,10 @@ def test_memory_is_a_shard_and_a_few_tensors(tmp_path: Path) -> None:
 
 
 def test_the_table_of_losses_is_what_is_known() -> None:
-    table = losses.table()
+    table = exactness.table()
     assert all(row["awq-jax"] == 0 and row["float"] == 0 for row in table.values())
     assert table["gemm"]["gemm"] == 0
-    grid = losses.grid(table)
+    grid = exactness.grid(table)
     assert len({len(row) for row in grid}) == 1
 
 
@@ -320,7 +322,7 @@ def test_the_shortcuts_of_the_measure_agree_with_the_definition(
 
     rng = np.random.default_rng(bits)
     monkeypatch.setattr(pipeline, "CHUNK", 5000)  # several blocks
-    q = losses.example(Example(bits=bits, group_size=64))
+    q = exactness.example(Example(bits=bits, group_size=64))
     f = q
     zeros, scales = np.asarray(q.zeros, np.float64), np.asarray(q.scales, np.float64)
     if change == "offsets":

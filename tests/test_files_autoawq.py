@@ -17,9 +17,12 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from awq_jax import convert
-from awq_jax.convert import autoawq, codes, gemv_fast, linear, marlin, nibbles, pipeline, registry
-from awq_jax.convert.awq_common import zeros_width
+from awq_jax.convert import pipeline, registry
+from awq_jax.convert.arrays import codes, linear, nibbles
 from awq_jax.convert.format import Target
+from awq_jax.convert.formats.awq import gemm as autoawq
+from awq_jax.convert.formats.awq import gemv_fast, marlin
+from awq_jax.convert.formats.awq.common import zeros_width
 from awq_jax.errors import CheckpointError, FormatError, WeightError
 from awq_jax.qtensor import QuantizedTensor
 

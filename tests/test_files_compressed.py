@@ -16,7 +16,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from awq_jax import QuantizedTensor
-from awq_jax.convert import codes, conversion, ct_config, linear, patterns, registry, writing
+from awq_jax.convert import conversion, registry, writing
+from awq_jax.convert.arrays import codes, linear
+from awq_jax.convert.formats import compressed_tensors_config, patterns
 from awq_jax.errors import CheckpointError, FormatError, WeightError
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -583,7 +585,7 @@ def test_the_librarys_own_matching_of_targets(tmp_path: Path) -> None:
         torch.nn.ModuleDict({p: torch.nn.Linear(64, 4) for p in ("up", "down", "gate")}) for _ in range(4)
     )
     apply_quantization_config(model, QuantizationConfig.model_validate(copy.deepcopy(quant)))
-    ours = ct_config.parse({"quantization_config": quant})
+    ours = compressed_tensors_config.parse({"quantization_config": quant})
     for name, layer in model.named_modules():
         if isinstance(layer, torch.nn.Linear):
             scheme = getattr(layer, "quantization_scheme", None)

@@ -19,8 +19,9 @@ from transformers import AutoConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from awq_jax import AwqConfig, QuantizedTensor, pack
-from awq_jax.convert import autoawq, registry, writing
+from awq_jax.convert import registry, writing
 from awq_jax.convert.format import quant_method
+from awq_jax.convert.formats.awq import gemm
 from awq_jax.errors import CheckpointError, FormatError, WeightError
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -115,14 +116,14 @@ def test_peers_checkpoints_are_written_back_bit_for_bit(tmp_path: Path, name: st
 def test_gemm_packing_against_torch(k: int, n: int, group: int) -> None:
     q = make(k, n, group=group, seed=k)
     codes = np.asarray(q.codes())[:k]
-    words = autoawq.pack_qweight(np.asarray(q.qweight), k)
+    words = gemm.pack_qweight(np.asarray(q.qweight), k)
     assert words.shape == (k, n // 8)
     assert words.dtype == np.int32
     np.testing.assert_array_equal(unpack_with_torch(torch.from_numpy(words)), codes)
-    np.testing.assert_array_equal(autoawq.unpack_qweight(words), np.asarray(q.qweight))
-    zeros = autoawq.pack_qzeros(np.asarray(q.zeros))
+    np.testing.assert_array_equal(gemm.unpack_qweight(words), np.asarray(q.qweight))
+    zeros = gemm.pack_qzeros(np.asarray(q.zeros))
     np.testing.assert_array_equal(unpack_with_torch(torch.from_numpy(zeros)), np.asarray(q.zeros))
-    np.testing.assert_array_equal(autoawq.unpack_qzeros(zeros), np.asarray(q.zeros))
+    np.testing.assert_array_equal(gemm.unpack_qzeros(zeros), np.asarray(q.zeros))
 
 
 def test_gemm_round_trip_and_axes(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from awq_jax.convert import conversion, registry
-from awq_jax.convert.safetensors_io import MAX_HEADER
+from awq_jax.convert.files.safetensors import MAX_HEADER
 from awq_jax.convert.writing import write_checkpoint
 from awq_jax.errors import AwqError, CheckpointError, FormatError
 

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from transformers import AutoConfig
 
-from awq_jax.convert import gguf as reader
 from awq_jax.convert import registry
+from awq_jax.convert.formats.gguf import source as reader
 from awq_jax.errors import AwqError, CheckpointError, FormatError, UnsupportedModelError
 
 T = gguf.GGMLQuantizationType

@@ -14,10 +14,11 @@ import test_files_gguf as files
 from safetensors.numpy import load_file
 
 from awq_jax import QuantizedTensor
-from awq_jax.convert import codes, linear, pipeline, registry
+from awq_jax.convert import pipeline, registry
+from awq_jax.convert.arrays import codes, linear
 from awq_jax.convert.format import Target
-from awq_jax.convert.gguf_blocks import KINDS, from_blocks, to_blocks
-from awq_jax.convert.gguf_encoder import FORMATS
+from awq_jax.convert.formats.gguf.blocks import KINDS, from_blocks, to_blocks
+from awq_jax.convert.formats.gguf.encoder import FORMATS
 from awq_jax.errors import CheckpointError, FormatError, WeightError
 
 T = gguf.GGMLQuantizationType

@@ -19,7 +19,8 @@ from tiny import close, randomized
 
 import awq_jax
 from awq_jax import models
-from awq_jax.convert import gguf_config, registry
+from awq_jax.convert import registry
+from awq_jax.convert.formats.gguf import config as gguf_config
 from awq_jax.errors import CheckpointError, FormatError, UnsupportedModelError
 
 REAL = "AWQ_JAX_GEMMA3_GGUF"

@@ -12,8 +12,8 @@ import test_files_tokenizer as files
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from awq_jax import tokenizer
-from awq_jax.convert import gguf_tokenizer
+from awq_jax.convert import tokenizer
+from awq_jax.convert.formats.gguf import tokenizer as gguf_tokenizer
 from awq_jax.errors import CheckpointError, FormatError
 
 K = "tokenizer.ggml."

@@ -22,9 +22,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from awq_jax import QuantizedTensor, convert
-from awq_jax.convert import codes, gguf_metadata, linear, registry
+from awq_jax.convert import registry
+from awq_jax.convert.arrays import codes, linear
 from awq_jax.convert.format import Target
-from awq_jax.convert.gguf_sink import GgufSink
+from awq_jax.convert.formats.gguf import metadata
+from awq_jax.convert.formats.gguf.sink import GgufSink
 from awq_jax.errors import AwqError, CheckpointError, ConfigError, FormatError
 
 PEERS = Path(os.environ.get("AWQ_JAX_FIXTURES", "absent"))
@@ -231,7 +233,7 @@ def test_other_rotations(tmp_path: Path) -> None:
 
 def test_a_sliding_window_bounds_the_context(caplog: pytest.LogCaptureFixture) -> None:
     def length(kind: str, **changes: Any) -> int:
-        keys, _ = gguf_metadata.metadata(config(kind, **changes))
+        keys, _ = metadata.metadata(config(kind, **changes))
         return keys[f"{ARCHS[kind]}.context_length"]
 
     assert length("mistral", sliding_window=32) == 32
@@ -273,7 +275,7 @@ CONFIG_REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
 def test_configs_that_llama_cpp_would_compute_otherwise(case: str) -> None:
     changes, message = CONFIG_REFUSALS[case]
     with pytest.raises(CheckpointError, match=message):
-        gguf_metadata.metadata(config(**changes))
+        metadata.metadata(config(**changes))
 
 
 def without(name: str) -> dict[str, np.ndarray]:

@@ -15,7 +15,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from awq_jax import QuantizedTensor
-from awq_jax.convert import codes, conversion, gptq, gptq_config, linear, registry, writing
+from awq_jax.convert import conversion, registry, writing
+from awq_jax.convert.arrays import codes, linear
+from awq_jax.convert.formats import gptq, gptq_config
 from awq_jax.errors import CheckpointError, FormatError, WeightError
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -24,7 +24,10 @@ from transformers import AwqConfig as TransformersConfig
 
 import awq_jax
 from awq_jax import convert
-from awq_jax.convert import awq_search, codes, pipeline, registry, torch_zip
+from awq_jax.convert import pipeline, registry
+from awq_jax.convert.arrays import codes
+from awq_jax.convert.files import torch_zip
+from awq_jax.convert.formats.awq import search_results
 from awq_jax.errors import AwqError, CheckpointError, FormatError, WeightError
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -255,7 +258,7 @@ def test_quantized_afterwards(tmp_path: Path) -> None:
     scales = ((high - low) / 15).astype(np.float16)
     zeros = np.rint(-low / scales).astype(np.uint8)
     q = np.clip(np.rint(grouped / scales[..., None]) + zeros[..., None], 0, 15).astype(np.uint8).reshape(64, 32)
-    packed = awq_jax.convert.linear.build(codes.pack(q.T, 4), scales.T, zeros.T, 4, 16, 32, 64, "float32")
+    packed = awq_jax.convert.arrays.linear.build(codes.pack(q.T, 4), scales.T, zeros.T, 4, 16, 32, 64, "float32")
     rest = {n: source.read(n) for n in source.names() if n != name}
     back = read(write(tmp_path / "gemm", {name: packed, **rest}, "gemm"), name)
     assert same(back, packed)
@@ -398,7 +401,7 @@ def test_nothing_in_a_pickle_is_run(tmp_path: Path, protocol: int, call: Any) ->
     data = pickle.dumps({"scale": [Evil(function, argument)], "clip": []}, protocol)
     path = archive(tmp_path / "evil.pt", data)
     with pytest.raises(FormatError, match="is a pickle"):
-        awq_search.read_search(path)
+        search_results.read_search(path)
     assert not marker.exists()
     pickle.loads(data)
     assert marker.exists()  # the attack is real
@@ -438,7 +441,7 @@ def test_attacks_on_what_is_allowed(tmp_path: Path) -> None:
         path = archive(tmp_path / "x.pt", data)
         if name == "deep":
             with pytest.raises(AwqError):
-                awq_search.read_search(path)
+                search_results.read_search(path)
             continue
         with pytest.raises(AwqError):
             torch_zip.load(path)
@@ -530,7 +533,7 @@ def test_mutated_files(tmp_path: Path) -> None:
             data[position] = rng.integers(0, 256)
         path.write_bytes(data[: rng.integers(1, len(data))] if rng.random() < 0.1 else data)
         try:
-            result = awq_search.read_search(path)
+            result = search_results.read_search(path)
             outcomes[True] += 1
             assert sum(s.nbytes for _, _, s in result.scale) <= len(good)
         except AwqError:

@@ -14,9 +14,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from awq_jax import QuantizedTensor, convert
-from awq_jax.convert import codes, linear, pipeline, registry
+from awq_jax.convert import pipeline, registry
+from awq_jax.convert.arrays import codes, linear
 from awq_jax.convert.format import Target
-from awq_jax.convert.mlx import MlxEncoder
+from awq_jax.convert.formats.mlx import MlxEncoder
 from awq_jax.errors import AwqError, CheckpointError, FormatError
 
 FIXTURES = Path(__file__).parent / "fixtures"

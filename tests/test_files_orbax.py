@@ -21,9 +21,10 @@ import pytest
 
 import awq_jax
 from awq_jax import convert
-from awq_jax.convert import conversion, linear, registry
+from awq_jax.convert import conversion, registry
+from awq_jax.convert.arrays import linear
 from awq_jax.convert.format import Target
-from awq_jax.convert.orbax_io import OrbaxSink
+from awq_jax.convert.formats.orbax import OrbaxSink
 from awq_jax.convert.writing import write_checkpoint
 from awq_jax.errors import AwqError, BackendError, CheckpointError, FormatError
 from awq_jax.qtensor import QuantizedTensor

@@ -15,8 +15,8 @@ import safetensors
 import safetensors.torch
 import torch
 
-from awq_jax.convert.safetensors_io import INDEX, SafetensorsDir, read_header
-from awq_jax.convert.shards import SPOOL, ShardWriter, atomic_directory, write_file
+from awq_jax.convert.files.safetensors import INDEX, SafetensorsDir, read_header
+from awq_jax.convert.files.shards import SPOOL, ShardWriter, atomic_directory, write_file
 from awq_jax.errors import CheckpointError, ConfigError
 
 TORCH = {

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from awq_jax import tokenizer
+from awq_jax.convert import tokenizer
 from awq_jax.errors import CheckpointError, FormatError
 
 FIXTURE = Path(__file__).parent / "fixtures" / "autoawq-gemm"

@@ -19,7 +19,7 @@ import pytest
 from awq_jax import cli
 from awq_jax.cli import inspect
 from awq_jax.convert import conversion, registry
-from awq_jax.convert.safetensors_io import INDEX, read_header
+from awq_jax.convert.files.safetensors import INDEX, read_header
 from awq_jax.convert.source import DirectorySource
 from awq_jax.convert.writing import write_checkpoint
 
@@ -66,7 +66,7 @@ def seeds(tmp_path_factory: pytest.TempPathFactory) -> list[fuzz.Seed]:
 
 def test_without_check_nothing_but_headers_is_read(gemm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DirectorySource, "read", lambda *_: pytest.fail("a tensor was read"))
-    monkeypatch.setattr("awq_jax.convert.safetensors_io.SafetensorsDir.read", lambda *_: pytest.fail("was read"))
+    monkeypatch.setattr("awq_jax.convert.files.safetensors.SafetensorsDir.read", lambda *_: pytest.fail("was read"))
     code, got = found(gemm)
     assert code == 0
     assert (got["format"], got["model_type"], got["bits"], got["group_size"]) == ("gemm", "llama", [4], [64])

@@ -159,7 +159,8 @@ def test_bad_input_is_refused_by_name(checkpoint, tmp_path):
 
 def test_a_packed_embedding_is_read_as_float(checkpoint, tmp_path):
     """As MLX and GGUF files have it; untied and tied, square matrices too."""
-    from awq_jax.convert import codes, linear, open_source, write_checkpoint
+    from awq_jax.convert import open_source, write_checkpoint
+    from awq_jax.convert.arrays import codes, linear
 
     source = open_source(checkpoint[0])
     tensors = {name: source.read(name) for name in source.names()}

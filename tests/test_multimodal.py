@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 import awq_jax
 from awq_jax import models, paths
 from awq_jax.convert import registry
-from awq_jax.convert.safetensors_io import SafetensorsDir
+from awq_jax.convert.files.safetensors import SafetensorsDir
 from awq_jax.errors import CalibrationError, ConfigError, ShapeError, UnsupportedModelError
 from awq_jax.models.vision.inputs import inputs
 from awq_jax.models.weights import params as model_params

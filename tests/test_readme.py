@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from awq_jax.convert import losses
+from awq_jax.convert import exactness
 from awq_jax.convert.registry import FORMATS
 
 README = Path(__file__).parent.parent / "README.md"
@@ -14,7 +14,7 @@ BLOCK = re.compile(r"(<!-- conversions -->\n).*?(<!-- /conversions -->)", re.DOT
 
 def table() -> str:
     """Markdown: formats that lose the same share a row or a column."""
-    grid = losses.grid(losses.table())
+    grid = exactness.grid(exactness.table())
     head, *body = _merged(list(zip(*_merged(grid), strict=True)))  # sources across, targets down
     lines = ["| " + " | ".join(("to \\ from", *head[1:])) + " |", "|---" * len(head) + "|"]
     lines += ["| " + " | ".join((f"**{name}**", *cells)) + " |" for name, *cells in body]

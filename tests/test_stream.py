@@ -23,7 +23,7 @@ import awq_jax
 from awq_jax import errors, models, paths
 from awq_jax.cli import entry
 from awq_jax.config import AwqConfig
-from awq_jax.convert import manifest
+from awq_jax.convert.files import manifest
 from awq_jax.models.weights import params
 from awq_jax.stream import decoder_blocks, parts
 from awq_jax.stream import forecast as stream_forecast

@@ -15,7 +15,7 @@ import tiny
 
 import awq_jax
 from awq_jax import errors
-from awq_jax.convert import manifest, shards
+from awq_jax.convert.files import manifest, shards
 from awq_jax.stream import job as stream_job
 from awq_jax.stream import parts
 from awq_jax.stream.hidden_states import InMemory

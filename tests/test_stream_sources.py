@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 import awq_jax
 from awq_jax import models
-from awq_jax.convert.safetensors_io import SafetensorsDir
+from awq_jax.convert.files.safetensors import SafetensorsDir
 from awq_jax.models.weights import params as model_params
 from awq_jax.stream import decoder_blocks
 from awq_jax.stream.run import Outcome

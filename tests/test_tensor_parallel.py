@@ -19,7 +19,8 @@ from quant_helpers import dense, random_like
 
 import awq_jax
 from awq_jax import convert, errors, models, paths
-from awq_jax.convert import registry, slices
+from awq_jax.convert import registry
+from awq_jax.convert.files import slices
 from awq_jax.models.mesh import sharding
 from awq_jax.models.mesh.sharding import Cut, Leaf
 

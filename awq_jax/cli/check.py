@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from awq_jax.convert import codes
-from awq_jax.convert.safetensors_io import INDEX, SINGLE, find_files, read_header, read_index, read_json
+from awq_jax.convert.arrays import codes
+from awq_jax.convert.files.safetensors import INDEX, SINGLE, find_files, read_header, read_index, read_json
 from awq_jax.convert.source import Source
 from awq_jax.errors import AwqError, UnsupportedModelError
 from awq_jax.qtensor import QuantizedTensor

@@ -80,7 +80,7 @@ def check_new_directory(path: Path, overwrite: bool) -> None:
     """
     if path.exists() and not overwrite:
         raise CheckpointError(f"{path} exists; choose another directory or pass --overwrite")
-    from awq_jax.convert.shards import refuse_existing
+    from awq_jax.convert.files.shards import refuse_existing
 
     refuse_existing(path.expanduser().absolute(), overwrite)
     parent = existing_parent(path)

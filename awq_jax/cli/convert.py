@@ -140,10 +140,10 @@ def _data(dst: str, result: Any) -> dict[str, Any]:
 
 def _list(args: argparse.Namespace) -> None:
     from awq_jax.cli import tables
-    from awq_jax.convert import losses
+    from awq_jax.convert import exactness
     from awq_jax.convert.registry import FORMATS
 
-    table = losses.table()
+    table = exactness.table()
     if args.json:
         about = {
             f.name: {"title": f.title, "holds": f.holds, "read": f.reader is not None, "written": f.encoder is not None}
@@ -157,4 +157,4 @@ def _list(args: argparse.Namespace) -> None:
         )
     )
     print("\nConversions: = exact, a number = largest shift in quantization steps (needs --allow-lossy), - impossible")
-    print("\n".join(tables.columns(losses.grid(table))))
+    print("\n".join(tables.columns(exactness.grid(table))))

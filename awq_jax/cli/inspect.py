@@ -79,7 +79,8 @@ def run(args: argparse.Namespace) -> None:
 @contextlib.contextmanager
 def opened(path: str, whole: bool) -> Iterator[Any]:
     """The source; of a hub id the headers alone, unless it is wanted ``whole``."""
-    from awq_jax.convert import hf, registry
+    from awq_jax.convert import registry
+    from awq_jax.convert.formats import float
 
     local = Path(path).expanduser()
     if not whole and local.is_dir():
@@ -88,7 +89,7 @@ def opened(path: str, whole: bool) -> Iterator[Any]:
         if quantizable.config_only(local):
             yield quantizable.ConfigOnly(local)
             return
-    if whole or os.path.lexists(local) or local.suffix == ".gguf" or not hf.HUB_ID.fullmatch(path):
+    if whole or os.path.lexists(local) or local.suffix == ".gguf" or not float.HUB_ID.fullmatch(path):
         yield registry.open_source(path, packed=True)
         return
     from awq_jax.cli import remote
@@ -134,8 +135,8 @@ def bytes_on_disk(path: Path) -> int | None:
         return path.stat().st_size
     if not path.is_dir() or quantizable.config_only(path):
         return None
-    from awq_jax.convert.orbax_files import PARAMS, holds_params
-    from awq_jax.convert.safetensors_io import find_files
+    from awq_jax.convert.files.safetensors import find_files
+    from awq_jax.convert.formats.orbax_files import PARAMS, holds_params
 
     weights = (path / PARAMS).rglob("*") if holds_params(path) else find_files(path)[1]
     return sum(f.stat().st_size for f in weights if f.is_file())

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from awq_jax import models, paths
-from awq_jax.convert import hf
-from awq_jax.convert.orbax_files import holds_params
+from awq_jax.convert.formats import float
+from awq_jax.convert.formats.orbax_files import holds_params
 from awq_jax.convert.source import Info, Source, read_config
 from awq_jax.errors import AwqError
 from awq_jax.models.weights import params
@@ -40,7 +40,7 @@ class ConfigOnly:
 
 def config_only(path: Path) -> bool:
     """Whether that is a directory with a config and without weights of any kind (an index of them may be there)."""
-    weights = ("*.safetensors", "*.gguf", *hf.PICKLES)
+    weights = ("*.safetensors", "*.gguf", *float.PICKLES)
     return (path / "config.json").is_file() and not holds_params(path) and not any(any(path.glob(w)) for w in weights)
 
 

@@ -17,9 +17,10 @@ import numpy as np
 import awq_jax
 from awq_jax import data, models, pack
 from awq_jax.config import AwqConfig
-from awq_jax.convert import manifest, registry, writing
+from awq_jax.convert import registry, writing
+from awq_jax.convert.files import manifest
+from awq_jax.convert.files.shards import refuse_existing
 from awq_jax.convert.pipeline import DTYPES
-from awq_jax.convert.shards import refuse_existing
 from awq_jax.convert.source import Source
 from awq_jax.devices.pool import HERE, Pool
 from awq_jax.errors import CheckpointError, ConfigError, FormatError

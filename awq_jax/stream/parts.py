@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from awq_jax.convert import native, pipeline, writing
+from awq_jax.convert import pipeline, writing
+from awq_jax.convert.files.manifest import Manifest
+from awq_jax.convert.files.safetensors import INDEX
+from awq_jax.convert.files.shards import ShardWriter, part_name, write_file, write_json
 from awq_jax.convert.format import Record, Target
-from awq_jax.convert.manifest import Manifest
-from awq_jax.convert.safetensors_io import INDEX
-from awq_jax.convert.shards import ShardWriter, part_name, write_file, write_json
+from awq_jax.convert.formats import native
 from awq_jax.convert.source import Source
 from awq_jax.errors import FormatError
 from awq_jax.qtensor import QuantizedTensor

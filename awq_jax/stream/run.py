@@ -2,7 +2,7 @@
 
 While a block is calibrated and quantized, one thread reads the next block and another writes the one
 before. What survives a crash: a directory beside the target with a part for each finished block and a
-manifest (see `awq_jax.convert.manifest`), and, if they are kept on disk, the hidden states behind it.
+manifest (see `awq_jax.convert.files.manifest`), and, if they are kept on disk, the hidden states behind it.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from typing import Any
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from awq_jax.convert import native
+from awq_jax.convert.files.manifest import Manifest
+from awq_jax.convert.files.shards import install, write_json
 from awq_jax.convert.format import Target
-from awq_jax.convert.manifest import Manifest
-from awq_jax.convert.shards import install, write_json
+from awq_jax.convert.formats import native
 from awq_jax.convert.source import Source
 from awq_jax.devices import host_memory
 from awq_jax.devices.pool import pool_of

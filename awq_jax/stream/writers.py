@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
-from awq_jax.convert import manifest
+from awq_jax.convert.files import manifest
+from awq_jax.convert.files.manifest import Manifest
 from awq_jax.convert.format import Record
-from awq_jax.convert.manifest import Manifest
 from awq_jax.devices.pool import Pool
 from awq_jax.devices.team import Team
 from awq_jax.errors import ConfigError

@@ -31,7 +31,7 @@ import torch
 
 import awq_jax
 from awq_jax import paths
-from awq_jax.convert import codes
+from awq_jax.convert.arrays import codes
 from awq_jax.models.config import MoEConfig
 from awq_jax.qtensor import QuantizedTensor
 

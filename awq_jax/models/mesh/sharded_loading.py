@@ -15,7 +15,8 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from awq_jax import paths
-from awq_jax.convert import codes, slices
+from awq_jax.convert.arrays import codes
+from awq_jax.convert.files import slices
 from awq_jax.convert.source import Source
 from awq_jax.errors import WeightError
 from awq_jax.kernels import parallel
@@ -33,7 +34,7 @@ def load(source: Source, config: ModelConfig, state: nnx.State, base: Placement,
     """As `awq_jax.models.weights.params.load`, onto the devices of ``base`` that belong to this process.
 
     The host holds one part of one parameter at a time; of a tensor whose format cannot be read in parts,
-    also all of that tensor (see `awq_jax.convert.slices`).
+    also all of that tensor (see `awq_jax.convert.files.slices`).
 
     Raises:
       WeightError, ShapeError: as there.

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from awq_jax import paths
-from awq_jax.convert import codes
+from awq_jax.convert.arrays import codes
 from awq_jax.errors import ShapeError, WeightError
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.decoder import Decoder

@@ -1,0 +1,1 @@
+"""Packed weights as NumPy arrays: words, codes, rearranged and made to fit."""

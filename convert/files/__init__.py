@@ -1,0 +1,1 @@
+"""Files in and out: safetensors, shards, slices, manifests, torch's archives without unpickling."""

@@ -1,0 +1,130 @@
+"""Scaled activations: AWQ's way to scale a linear that an activation function feeds.
+
+Nothing before a GELU can absorb a scale, so AutoAWQ and llm-awq divide its output: the module
+``ScaledActivation`` with a tensor ``mlp.act.scales`` ``[K]``, in the models below in every layer (ones
+where nothing was scaled). Here it is a part of the linear behind it, as ``inv_scale = 1 / scales``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from awq_jax.convert.arrays.linear import FLOATS
+from awq_jax.errors import CheckpointError, FormatError, WeightError
+from awq_jax.qtensor import QuantizedTensor
+
+if TYPE_CHECKING:
+    from awq_jax.convert.files.safetensors import SafetensorsDir
+    from awq_jax.convert.source import PackedSource
+
+STORED = re.compile(r"(?P<parent>.+)\.(act|gelu_impl)\.scales")
+BEHIND = ("dense_4h_to_h", "down_proj", "fc_out", "c_proj")
+# model_type: the activation and the linear behind it (transformers: AWQ_SCALES_MAPPINGS)
+MODELS = {
+    "starcoder2": ("act", "c_proj"),
+    "gpt_bigcode": ("act", "c_proj"),
+    "falcon": ("act", "dense_4h_to_h"),
+    "RefinedWebModel": ("act", "dense_4h_to_h"),
+    "gpt_neox": ("act", "dense_4h_to_h"),
+    "bloom": ("gelu_impl", "dense_4h_to_h"),
+    "mpt": ("act", "down_proj"),
+    "gptj": ("act", "fc_out"),
+}
+PARENTS = {"mpt": "ffn"}
+
+
+def found(source: PackedSource) -> dict[str, str]:
+    """Packed weights behind a scaled activation, and the names of its scales.
+
+    Raises:
+      CheckpointError: a scale does not fit the linear behind it.
+      FormatError: that linear is not packed.
+    """
+    out = {}
+    for name in source.names():
+        match = STORED.fullmatch(name)
+        if match is None:
+            continue
+        behind = [w for w in (f"{match['parent']}.{m}.weight" for m in BEHIND) if w in source.packed]
+        if len(behind) != 1:
+            raise FormatError(
+                f"{source.directory}: {name} scales an activation, but the linear behind it is not packed; quantize it "
+                "too, or take the float checkpoint"
+            )
+        entry, k = source.files.entry(name), source.shape(behind[0])[1]
+        if entry.shape != (k,) or entry.dtype.name not in FLOATS:
+            raise CheckpointError(
+                f"{source.directory}: {name} is {entry.dtype} {entry.shape}; {behind[0]} has {k} inputs"
+            )
+        out[behind[0]] = name
+    return out
+
+
+def undone(q: QuantizedTensor, name: str, files: SafetensorsDir) -> QuantizedTensor:
+    """The weight that takes the activation as it is; ``q`` if the scales are ones.
+
+    Raises:
+      WeightError: a scale is zero, NaN or inf.
+    """
+    scales = files.read(name).astype(np.float32)
+    if not np.isfinite(scales).all() or not scales.all():
+        raise WeightError(f"{name} of {files.directory} holds NaN, inf or zero; download it again")
+    return q if (scales == 1).all() else dataclasses.replace(q, inv_scale=1 / scales)
+
+
+def before(name: str, config: Mapping[str, Any]) -> str | None:
+    """Name of the scales of the activation that feeds a weight, in models that have one."""
+    model_type = config.get("model_type")
+    act, behind = MODELS.get(model_type, ("", "")) if isinstance(model_type, str) else ("", "")
+    parent, _, last = name.removesuffix(".weight").rpartition(".")
+    inside = parent.rpartition(".")[2] == PARENTS.get(str(model_type), "mlp")
+    return f"{parent}.{act}.scales" if act and last == behind and inside else None
+
+
+def fitted(q: QuantizedTensor, activation: str | None) -> QuantizedTensor:
+    """With ``1 / inv_scale`` rounded to float16; ``q`` itself if it is that already, or cannot be stored."""
+    if q.inv_scale is None or activation is None:
+        return q
+    inverse = 1 / _scales(q).astype(np.float32)
+    same = np.asarray(q.inv_scale).astype(np.float32) == inverse
+    return q if same.all() else dataclasses.replace(q, inv_scale=inverse)
+
+
+def check(name: str, q: QuantizedTensor, activation: str | None, format: str) -> None:
+    """Refuse an ``inv_scale`` that nothing holds.
+
+    Raises:
+      FormatError: naming the weight and the remedy.
+    """
+    if q.inv_scale is None:
+        return
+    if activation is None:
+        raise FormatError(
+            f"{name} has an explicit inv_scale, which {format} holds only behind the activations of "
+            f"{', '.join(sorted(MODELS))}; quantize with explicit_scale=False, or save as 'awq-jax'"
+        )
+    scales = _scales(q)
+    if not np.isfinite(scales).all() or not scales.all():
+        raise FormatError(f"{name} has an inv_scale that float16 cannot hold; save as 'awq-jax'")
+
+
+def without(q: QuantizedTensor) -> QuantizedTensor:
+    """``q`` less its ``inv_scale``."""
+    return q if q.inv_scale is None else dataclasses.replace(q, inv_scale=None)
+
+
+def stored(q: QuantizedTensor, activation: str | None) -> dict[str, np.ndarray]:
+    """The scales to store with a weight; ones if it has none."""
+    if activation is None:
+        return {}
+    return {activation: np.ones(q.k, np.float16) if q.inv_scale is None else _scales(q)}
+
+
+def _scales(q: QuantizedTensor) -> np.ndarray:
+    with np.errstate(over="ignore", divide="ignore"):
+        return (1 / np.asarray(q.inv_scale).astype(np.float64)).astype(np.float16)
