@@ -9,7 +9,7 @@ from typing import Any
 
 from awq_jax.convert.files.safetensors import find_files, read_header, read_json
 from awq_jax.convert.format import FloatEncoder, Format
-from awq_jax.convert.formats import compressed_tensors, float, gptq, mlx, native, orbax, orbax_files
+from awq_jax.convert.formats import compressed_tensors, float_weights, gptq, mlx, native, orbax, orbax_files
 from awq_jax.convert.formats.awq import gemm, gemv, gemv_fast, llm_awq, marlin
 from awq_jax.convert.formats.gguf import encoder
 from awq_jax.convert.source import Source, read_config
@@ -33,7 +33,7 @@ _FORMATS = (
         title="Hugging Face float checkpoint: transformers, vLLM and everything else",
         holds="any weight, dequantized",
         matches=lambda config, names: "quantization_config" not in config and "quantization" not in config,
-        reader=float.HfSource,
+        reader=float_weights.HfSource,
         encoder=FloatEncoder,
         example=None,
     ),
@@ -75,10 +75,10 @@ def open_source(path: str | Path, packed: bool = False) -> Source:
     if (
         not os.path.lexists(local)
         and isinstance(path, str)
-        and float.HUB_ID.fullmatch(text)
+        and float_weights.HUB_ID.fullmatch(text)
         and local.suffix != ".gguf"
     ):
-        local = float.download(text)
+        local = float_weights.download(text)
     if local.is_file():
         if local.suffix.lower() != ".gguf":
             raise CheckpointError(f"{local} is not a .gguf file; for safetensors pass the directory they are in")
@@ -94,7 +94,7 @@ def _open_directory(directory: Path) -> Source:
     ggufs = sorted(directory.glob("*.gguf"))
     if ggufs and not any(directory.glob("*.safetensors")):
         raise CheckpointError(f"{directory} holds GGUF files; pass one of them, e.g. {ggufs[0]}")
-    float.refuse_pickles(directory)
+    float_weights.refuse_pickles(directory)
     config = _with_legacy(directory, read_config(directory))
     names = _names(directory)
     for format in FORMATS.values():

@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
 def opened(path: str, whole: bool) -> Iterator[Any]:
     """The source; of a hub id the headers alone, unless it is wanted ``whole``."""
     from awq_jax.convert import registry
-    from awq_jax.convert.formats import float
+    from awq_jax.convert.formats import float_weights
 
     local = Path(path).expanduser()
     if not whole and local.is_dir():
@@ -89,7 +89,7 @@ def opened(path: str, whole: bool) -> Iterator[Any]:
         if quantizable.config_only(local):
             yield quantizable.ConfigOnly(local)
             return
-    if whole or os.path.lexists(local) or local.suffix == ".gguf" or not float.HUB_ID.fullmatch(path):
+    if whole or os.path.lexists(local) or local.suffix == ".gguf" or not float_weights.HUB_ID.fullmatch(path):
         yield registry.open_source(path, packed=True)
         return
     from awq_jax.cli import remote

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from awq_jax import models, paths
-from awq_jax.convert.formats import float
+from awq_jax.convert.formats import float_weights
 from awq_jax.convert.formats.orbax_files import holds_params
 from awq_jax.convert.source import Info, Source, read_config
 from awq_jax.errors import AwqError
@@ -40,7 +40,7 @@ class ConfigOnly:
 
 def config_only(path: Path) -> bool:
     """Whether that is a directory with a config and without weights of any kind (an index of them may be there)."""
-    weights = ("*.safetensors", "*.gguf", *float.PICKLES)
+    weights = ("*.safetensors", "*.gguf", *float_weights.PICKLES)
     return (path / "config.json").is_file() and not holds_params(path) and not any(any(path.glob(w)) for w in weights)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from awq_jax.convert import registry
 from awq_jax.convert.files.safetensors import INDEX, read_json
-from awq_jax.convert.formats import float
+from awq_jax.convert.formats import float_weights
 from awq_jax.convert.source import Source
 from awq_jax.errors import CheckpointError
 
@@ -26,7 +26,7 @@ def headers(hub_id: str) -> Iterator[Source]:
       CheckpointError: the repository cannot be reached, or has no safetensors.
       FormatError: its format is not readable.
     """
-    match = float.HUB_ID.fullmatch(hub_id)
+    match = float_weights.HUB_ID.fullmatch(hub_id)
     if match is None:
         raise CheckpointError(f"{hub_id!r} is not a hub id like owner/name")
     with tempfile.TemporaryDirectory() as directory:
@@ -38,7 +38,7 @@ def _fetch(directory: Path, repo: str, revision: str | None) -> None:
     import huggingface_hub
 
     try:
-        for name in float.CONFIGS:
+        for name in float_weights.CONFIGS:
             if name == "config.json" or huggingface_hub.file_exists(repo, name, revision=revision):
                 path = huggingface_hub.hf_hub_download(repo, name, revision=revision)
                 (directory / name).write_bytes(Path(path).read_bytes())
