@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from awq_jax._version import __version__ as __version__
 
 _PUBLIC = {
     "AwqConfig": "config",

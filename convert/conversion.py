@@ -11,14 +11,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
-
 from awq_jax.convert import pipeline, registry
 from awq_jax.convert.files import manifest
 from awq_jax.convert.files.shards import ShardWriter, install, write_json
 from awq_jax.convert.format import Encoder, Format, Record, Target
 from awq_jax.convert.source import Source
 from awq_jax.convert.writing import check_target, copy_companions, encoder_of, final_config, into_sink, refuse_source
+from awq_jax.dtypes import FLOATS
 from awq_jax.errors import AwqError, CheckpointError, ConfigError
 
 log = logging.getLogger(__name__)
@@ -95,8 +94,8 @@ def checkpoint(
     """
     start = time.perf_counter()
     format = registry.get(to)
-    if dtype is not None and dtype not in pipeline.DTYPES:
-        raise ConfigError(f"dtype must be one of {', '.join(pipeline.DTYPES)}; got {dtype!r}")
+    if dtype is not None and dtype not in FLOATS:
+        raise ConfigError(f"dtype must be one of {', '.join(FLOATS)}; got {dtype!r}")
     path = Path(os.path.abspath(Path(dst).expanduser()))
     check_target(path, format, overwrite)
     source = registry.open_source(src, packed=True) if isinstance(src, str | Path) else src
@@ -141,7 +140,7 @@ class _Job:
             info = self.source.info(name)
             elements = math.prod(info.shape)
             if (info.packed is None and self.target.dtype) or (info.packed and self.format.name == "float"):
-                total += elements * np.dtype(pipeline.DTYPES[self.target.dtype or "float32"]).itemsize
+                total += elements * FLOATS[self.target.dtype or "float32"].itemsize
             else:
                 total += info.nbytes
         return total

@@ -8,6 +8,7 @@ from awq_jax.convert import pipeline
 from awq_jax.convert.arrays import codes, linear
 from awq_jax.convert.format import Example, Format, Target
 from awq_jax.convert.registry import FORMATS
+from awq_jax.dtypes import FLOATS
 from awq_jax.errors import FormatError
 from awq_jax.qtensor import QuantizedTensor
 
@@ -35,7 +36,7 @@ def example(kind: Example, seed: int = 0) -> QuantizedTensor:
     """A random weight ``[K, N]`` of that kind."""
     rng = np.random.default_rng(seed)
     groups = K // kind.group_size
-    dtype = pipeline.DTYPES[kind.scale_dtype]
+    dtype = FLOATS[kind.scale_dtype]
     scales = rng.uniform(0.002, 0.02, (groups, N))
     zeros = offsets = None
     if kind.form == "offsets":

@@ -8,18 +8,17 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
-import ml_dtypes
 import numpy as np
 
 from awq_jax import pack
 from awq_jax.convert.arrays import codes, linear
 from awq_jax.convert.format import Encoder, Record, Target
+from awq_jax.dtypes import FLOATS
 from awq_jax.errors import FormatError
 from awq_jax.qtensor import QuantizedTensor
 
 CHUNK = 1 << 20  # weights compared at a time
 LIMIT = 0.5  # steps; what is further away is another quantization, not a rounding of this one
-DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +86,8 @@ def encode(encoder: Encoder, name: str, value: np.ndarray | QuantizedTensor, tar
             return _sized(record, arrays, metadata)
         return _sized(*_dequantized(encoder, name, q, target))
     value = np.asarray(value)
-    floating = value.dtype.name in linear.FLOATS
-    stored = value.astype(DTYPES[target.dtype]) if target.dtype and floating else value
+    floating = value.dtype.name in FLOATS
+    stored = value.astype(FLOATS[target.dtype]) if target.dtype and floating else value
     if floating and not np.isfinite(stored).all():
         raise FormatError(f"{name} holds NaN or inf as {stored.dtype}; convert with dtype='float32', or fetch it again")
     record = Record(name, tuple(value.shape), stored.dtype.name, deviation=_relative(value, stored))
@@ -175,7 +174,7 @@ def _dequantized(
     """A packed weight stored as float: exact in float32, unless another dtype was asked for."""
     if q.batch:
         raise FormatError(f"{name} is a stack of packed matrices, which cannot be stored as float; save as 'awq-jax'")
-    dtype = DTYPES[target.dtype or "float32"]
+    dtype = FLOATS[target.dtype or "float32"]
     with np.errstate(over="ignore"):
         w = codes.dequantize(q)
         stored = np.ascontiguousarray(w.T if q.axes == "nk" else w).astype(dtype)

@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from awq_jax.convert.arrays.linear import FLOATS
 from awq_jax.convert.files import slices
 from awq_jax.convert.files.safetensors import Entry, SafetensorsDir, read_json, refuse_outside
+from awq_jax.dtypes import FLOATS
 from awq_jax.errors import CheckpointError, WeightError
 from awq_jax.qtensor import QuantizedTensor
 

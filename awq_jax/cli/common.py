@@ -13,9 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from awq_jax.dtypes import FLOATS
 from awq_jax.errors import CheckpointError, ConfigError
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def parser(
@@ -39,7 +38,7 @@ def parser(
 
 def add_dtype(p: Any) -> None:
     """``--dtype``."""
-    p.add_argument("--dtype", choices=DTYPES, help="compute in this type (default: as stored; GGUF files: float32)")
+    p.add_argument("--dtype", choices=FLOATS, help="compute in this type (default: as stored; GGUF files: float32)")
 
 
 def positive(text: str) -> int:

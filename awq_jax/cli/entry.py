@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 
-import awq_jax
+from awq_jax._version import __version__
 from awq_jax.cli import bench, common, convert, demo, evaluate, generate, inspect, quantize
 from awq_jax.errors import AwqError
 
@@ -31,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"awq-jax {awq_jax.__version__}")
+    parser.add_argument("--version", action="version", version=f"awq-jax {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in (quantize, convert, evaluate, generate, inspect, bench, demo):
         command.add(subparsers)

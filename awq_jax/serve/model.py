@@ -19,6 +19,7 @@ from awq_jax import models, paths
 from awq_jax.config import AwqConfig
 from awq_jax.convert import registry, writing
 from awq_jax.convert.source import Source
+from awq_jax.dtypes import FLOATS
 from awq_jax.errors import ConfigError, ShapeError
 from awq_jax.models.mesh import sharded_loading, sharding
 from awq_jax.models.vision import inputs as vision
@@ -34,8 +35,6 @@ from awq_jax.serve.sampling import Sampling
 from awq_jax.serve.served_weights import Weights
 
 log = logging.getLogger(__name__)
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def load(
@@ -66,8 +65,8 @@ def load(
       ShapeError: a tensor has not the shape that ``config.json`` implies.
       ConfigError: unknown ``dtype``, or a broken ``config.json``.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)} or None; got {dtype!r}")
+    if dtype is not None and dtype not in FLOATS:
+        raise ConfigError(f"dtype must be one of {', '.join(FLOATS)} or None; got {dtype!r}")
     source = registry.open_source(path)
     return from_source(source, dtype or ("float32" if source.format == "gguf" else None), merge, resident, mesh)
 

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from awq_jax.convert.pipeline import DTYPES
+from awq_jax.dtypes import FLOATS
 
 
 class Hidden(Protocol):
@@ -45,7 +45,7 @@ class InMemory:
         return self._batches[batch]
 
     def put(self, batch: int, value: np.ndarray) -> None:
-        self._batches[batch] = value if self._dtype is None else value.astype(DTYPES[self._dtype], copy=False)
+        self._batches[batch] = value if self._dtype is None else value.astype(FLOATS[self._dtype], copy=False)
 
     def turn(self) -> None:
         pass
@@ -70,7 +70,7 @@ class OnDisk:
     ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self._directory, self._tokens, self._size = directory, list(tokens), size
-        self._dtype = None if dtype is None else np.dtype(DTYPES[dtype])
+        self._dtype = None if dtype is None else FLOATS[dtype]
         self._boundary = boundary
 
     def get(self, batch: int) -> np.ndarray:
@@ -127,7 +127,7 @@ class Some:
 def holds(directory: Path, boundary: int, tokens: Sequence[np.ndarray], dtype: str, size: int) -> bool:
     """Whether the hidden states behind ``boundary`` blocks are there; see `OnDisk`."""
     path = _file(directory, boundary)
-    nbytes = sum(t.size for t in tokens) * size * np.dtype(DTYPES[dtype]).itemsize
+    nbytes = sum(t.size for t in tokens) * size * FLOATS[dtype].itemsize
     return boundary > 0 and path.is_file() and path.stat().st_size == nbytes
 
 

@@ -14,15 +14,15 @@ from typing import Any
 import jax
 import numpy as np
 
-import awq_jax
 from awq_jax import data, models, pack
+from awq_jax._version import __version__
 from awq_jax.config import AwqConfig
 from awq_jax.convert import registry, writing
 from awq_jax.convert.files import manifest
 from awq_jax.convert.files.shards import refuse_existing
-from awq_jax.convert.pipeline import DTYPES
 from awq_jax.convert.source import Source
 from awq_jax.devices.pool import HERE, Pool
+from awq_jax.dtypes import FLOATS
 from awq_jax.errors import CheckpointError, ConfigError, FormatError
 from awq_jax.models.weights.params import Weights
 from awq_jax.qtensor import QuantizedTensor
@@ -90,7 +90,7 @@ class Job:
             "source": manifest.fingerprint(self.source),
             "settings": hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest(),
             "calibration data": tokens.hexdigest(),
-            "environment": f"awq_jax {awq_jax.__version__}, jax {jax.__version__} on {jax.default_backend()}",
+            "environment": f"awq_jax {__version__}, jax {jax.__version__} on {jax.default_backend()}",
         }
 
     @property
@@ -158,7 +158,7 @@ class Job:
 
     def packed_bytes(self, block: Block) -> int:
         """Bytes that a block will take, roughly (from above)."""
-        itemsize = np.dtype(DTYPES[self.float_dtype()]).itemsize
+        itemsize = FLOATS[self.float_dtype()].itemsize
         total = 0.0
         for path in block.owned:
             n = math.prod(block.leaves[path])
@@ -172,18 +172,18 @@ class Job:
 
     def float_bytes(self, block: Block) -> int:
         """Bytes of a block's own parameters as they are read."""
-        return block.elements * np.dtype(DTYPES[self.float_dtype()]).itemsize
+        return block.elements * FLOATS[self.float_dtype()].itemsize
 
     def hidden_bytes(self) -> int:
         """Bytes of the hidden states of all calibration tokens."""
-        itemsize = np.dtype(DTYPES[self.options.hidden_dtype or self.float_dtype()]).itemsize
+        itemsize = FLOATS[self.options.hidden_dtype or self.float_dtype()].itemsize
         return sum(b.size for b in self.batches) * self.session.chain.config.hidden_size * itemsize
 
     def float_dtype(self) -> str:
         """Of parameters and activations."""
         embedding = self.weights.names("embed_tokens/embedding")[0]
         dtype = self.options.dtype or self.source.info(embedding).dtype
-        return dtype if dtype in DTYPES else "float32"
+        return dtype if dtype in FLOATS else "float32"
 
     def check_space(self) -> None:
         """Refuse a disk that is too small.
@@ -222,8 +222,8 @@ def prepare(
     if o.batch_size is not None and o.batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, or None; got {o.batch_size}")
     for name, value in (("dtype", o.dtype), ("hidden_dtype", o.hidden_dtype)):
-        if value is not None and value not in DTYPES:
-            raise ConfigError(f"{name} must be one of {', '.join(DTYPES)} or None; got {value!r}")
+        if value is not None and value not in FLOATS:
+            raise ConfigError(f"{name} must be one of {', '.join(FLOATS)} or None; got {value!r}")
     if o.hidden not in ("memory", "disk"):
         raise ConfigError(f'hidden must be "memory" or "disk"; got {o.hidden!r}')
     if o.format != "auto" and registry.get(o.format).sink is not None:

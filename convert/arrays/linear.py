@@ -10,8 +10,6 @@ import numpy as np
 from awq_jax.kernels.layout import to_canonical
 from awq_jax.qtensor import QuantizedTensor
 
-FLOATS = ("float16", "bfloat16", "float32")
-
 
 def build(
     qweight: Any,

@@ -24,6 +24,7 @@ from awq_jax.convert.files.safetensors import Entry
 from awq_jax.convert.format import BaseEncoder, Format, Record
 from awq_jax.convert.formats import compressed_tensors_config
 from awq_jax.convert.source import Packed, PackedSource
+from awq_jax.dtypes import FLOATS
 from awq_jax.errors import CheckpointError, FormatError
 from awq_jax.qtensor import QuantizedTensor
 
@@ -110,7 +111,7 @@ class CompressedSource(PackedSource):
             raise CheckpointError(
                 f"{self.directory}: {module} has {k} inputs, which its group size {scheme.group_size} does not divide"
             )
-        if p.dtype != np.int32 or s.dtype.name not in linear.FLOATS:
+        if p.dtype != np.int32 or s.dtype.name not in FLOATS:
             raise CheckpointError(
                 f"{self.directory}: {module} has weight_packed of {p.dtype} and weight_scale of {s.dtype}; packed "
                 "checkpoints have int32 and a floating-point type"

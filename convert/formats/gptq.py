@@ -27,6 +27,7 @@ from awq_jax.convert.files.safetensors import Entry
 from awq_jax.convert.format import BaseEncoder, Example, Format, Record, quant_method
 from awq_jax.convert.formats import gptq_config
 from awq_jax.convert.source import Packed, PackedSource
+from awq_jax.dtypes import FLOATS
 from awq_jax.errors import CheckpointError, FormatError
 from awq_jax.qtensor import QuantizedTensor
 
@@ -104,7 +105,7 @@ class GptqSource(PackedSource):
             raise CheckpointError(
                 f"{self.directory}: {module} has {k} inputs, which its group size {size} does not divide"
             )
-        if q.dtype != np.int32 or z.dtype != q.dtype or s.dtype.name not in linear.FLOATS:
+        if q.dtype != np.int32 or z.dtype != q.dtype or s.dtype.name not in FLOATS:
             raise CheckpointError(
                 f"{self.directory}: {module} has dtypes {q.dtype}, {z.dtype}, {s.dtype}; the GPTQ layout has int32, "
                 "int32 and a floating-point type"

@@ -30,8 +30,8 @@ from awq_jax.convert.arrays.layout import regroup, transposed
 from awq_jax.convert.config_json import is_tied
 from awq_jax.convert.files.safetensors import Entry, SafetensorsDir
 from awq_jax.convert.format import BaseEncoder, Example, Format, Record, quant_method
-from awq_jax.convert.pipeline import DTYPES
 from awq_jax.convert.source import Packed, PackedSource
+from awq_jax.dtypes import FLOATS
 from awq_jax.errors import CheckpointError, FormatError
 from awq_jax.qtensor import QuantizedTensor
 
@@ -159,7 +159,7 @@ class MlxSource(PackedSource):
                 f"{self.directory}: {module} has weight {w.shape}, scales {s.shape} and biases {b.shape}, which do not "
                 f"fit each other with {bits} bits in groups of {group}, as config.json says"
             )
-        if w.dtype != np.uint32 or s.dtype.name not in linear.FLOATS or b.dtype.name not in linear.FLOATS:
+        if w.dtype != np.uint32 or s.dtype.name not in FLOATS or b.dtype.name not in FLOATS:
             raise CheckpointError(
                 f"{self.directory}: {module} has dtypes {w.dtype}, {s.dtype}, {b.dtype}; MLX has uint32 and two "
                 "floating-point types"
@@ -213,7 +213,7 @@ class MlxEncoder(BaseEncoder):
     def _dtype(self, q: QuantizedTensor) -> np.dtype:
         """Of scales and biases: MLX has one for both."""
         if self.target.dtype:
-            return np.dtype(DTYPES[self.target.dtype])
+            return FLOATS[self.target.dtype]
         scales = np.asarray(q.scales).dtype
         return scales if q.offsets is None else np.promote_types(scales, np.asarray(q.offsets).dtype)
 

@@ -23,6 +23,7 @@ from awq_jax.convert.files import slices
 from awq_jax.convert.files.safetensors import SafetensorsDir
 from awq_jax.convert.format import BaseEncoder, Format, Record, quant_method
 from awq_jax.convert.source import DirectorySource, Info, Packed
+from awq_jax.dtypes import FLOATS
 from awq_jax.errors import CheckpointError, FormatError, WeightError
 from awq_jax.qtensor import QuantizedTensor
 
@@ -81,11 +82,11 @@ class NativeSource(DirectorySource):
         batch = s.shape[:-2]
         want = {
             "qweight": ((*batch, pack.words(groups * info["group_size"], info["bits"]), n), ("uint32",)),
-            "scales": ((*batch, groups, n), linear.FLOATS),
+            "scales": ((*batch, groups, n), FLOATS),
             "zeros": ((*batch, groups, n), ("uint8",)),
-            "offsets": ((*batch, groups, n), linear.FLOATS),
+            "offsets": ((*batch, groups, n), FLOATS),
             "perm": ((*batch, k), ("int32",)),
-            "inv_scale": ((*batch, k), linear.FLOATS),
+            "inv_scale": ((*batch, k), FLOATS),
         }
         for part in _parts(name, info):
             shape, dtypes = want[part.removeprefix(f"{name}.")]
@@ -212,7 +213,7 @@ def _sane(info: Mapping[str, Any]) -> bool:
         and not set(axes) - set("bkn")
         and axes.count("k") == len(info["k_dims"])
         and axes.count("n") == len(info["n_dims"])
-        and info["dtype"] in linear.FLOATS
+        and info["dtype"] in FLOATS
         and all(isinstance(info[f], bool) for f in OPTIONAL)
         and not (info["zeros"] and info["offsets"])
     )

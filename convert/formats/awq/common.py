@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from awq_jax.convert.arrays import linear
 from awq_jax.convert.arrays.fitting import (
     DEFAULT_FLOAT,
     check_integer,
@@ -25,6 +24,7 @@ from awq_jax.convert.files.safetensors import Entry
 from awq_jax.convert.format import BaseEncoder, Record, quant_method
 from awq_jax.convert.formats.awq import scaled_activations
 from awq_jax.convert.source import Info, Packed, PackedSource
+from awq_jax.dtypes import FLOATS
 from awq_jax.errors import CheckpointError, FormatError
 from awq_jax.qtensor import QuantizedTensor
 
@@ -140,7 +140,7 @@ class AwqSource(PackedSource):
             if len(entry.shape) != 2 or 0 in entry.shape:
                 raise CheckpointError(f"{self.directory}: {module}.{part} has shape {entry.shape}; it must be a matrix")
         wrong = any(entries[p].dtype.name != t for p, t in integers.items())
-        if wrong or any(entries[p].dtype.name not in linear.FLOATS for p in floats):
+        if wrong or any(entries[p].dtype.name not in FLOATS for p in floats):
             found = ", ".join(str(e.dtype) for e in entries.values())
             wanted = ", ".join(integers.get(p, "a floating-point type") for p in entries)
             raise CheckpointError(

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from awq_jax.convert.arrays.linear import FLOATS
 from awq_jax.convert.files import torch_zip
 from awq_jax.convert.source import Info, Source
+from awq_jax.dtypes import FLOATS
 from awq_jax.errors import FormatError, WeightError
 from awq_jax.qtensor import QuantizedTensor
 

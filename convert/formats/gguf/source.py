@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from awq_jax.convert.formats.gguf.blocks import BLOCK, KINDS, from_blocks
@@ -13,11 +12,12 @@ from awq_jax.convert.formats.gguf.config import IN_CONFIG, READ, hf_config
 from awq_jax.convert.formats.gguf.file import GgufFile
 from awq_jax.convert.formats.gguf.names import rotated, to_hf_name, unpermute
 from awq_jax.convert.source import Info, Packed
+from awq_jax.dtypes import FLOATS
 from awq_jax.errors import CheckpointError, FormatError, WeightError
 from awq_jax.qtensor import QuantizedTensor
 
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q6_K", "Q4_K")
-FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+GGML_FLOATS = {"F32": FLOATS["float32"], "F16": FLOATS["float16"], "BF16": FLOATS["bfloat16"]}
 
 
 class GgufSource:
@@ -76,7 +76,7 @@ class GgufSource:
         packed = None
         if self._is_packed(name):
             packed = Packed(KINDS[kind].bits, BLOCK, not KINDS[kind].offset, "float16", offsets=KINDS[kind].offset)
-        dtype = FLOATS[kind].name if self._packed and kind in FLOATS else "float32"
+        dtype = GGML_FLOATS[kind].name if self._packed and kind in GGML_FLOATS else "float32"
         return Info(tensor.shape, dtype, tensor.nbytes, packed)
 
     def read(self, name: str) -> np.ndarray | QuantizedTensor:
@@ -98,8 +98,8 @@ class GgufSource:
             if not np.isfinite(q.scales).all() or (q.offsets is not None and not np.isfinite(q.offsets).all()):
                 raise WeightError(f"{self.file.path}: a scale of tensor {stored!r} is NaN or inf; download it again")
             return q
-        if self._packed and kind in FLOATS:
-            weight = raw.view(FLOATS[kind]).reshape(shape)
+        if self._packed and kind in GGML_FLOATS:
+            weight = raw.view(GGML_FLOATS[kind]).reshape(shape)
         else:
             weight = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[kind])
             weight = np.asarray(weight, np.float32).reshape(shape)
