@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 _PUBLIC = {
     "Conversion": "conversion",
-    "apply_search": "awq_search",
+    "apply_search": "formats.awq.search_results",
     "checkpoint": "conversion",
     "open_source": "registry",
-    "restore": "orbax_io",
-    "store": "orbax_io",
+    "restore": "formats.orbax",
+    "store": "formats.orbax",
     "write_checkpoint": "writing",
 }
 __all__ = ["Conversion", "apply_search", "checkpoint", "open_source", "restore", "store", "write_checkpoint"]
