@@ -107,7 +107,7 @@ def temporary(kind: str, layers: int, tokens: int) -> dict[str, int]:
 
     from awq_jax import kernels
     from awq_jax.bench import decoding, random_models
-    from awq_jax.models.decoder import init_cache
+    from awq_jax.models import init_cache
     from awq_jax.models.weights import params as model_params
     from awq_jax.serve.generate import Generator
 

@@ -18,9 +18,9 @@ from awq_jax import models, paths
 from awq_jax.convert import registry
 from awq_jax.errors import ConfigError, FormatError, UnsupportedModelError, WeightError
 from awq_jax.models.config import MLPConfig, MoEConfig, RopeConfig
-from awq_jax.models.layers import rope
+from awq_jax.models.layers import cache, rope
 from awq_jax.models.layers.delta_net import CHUNK, delta_rule
-from awq_jax.models.layers.routing import route
+from awq_jax.models.layers.moe import route
 from awq_jax.models.weights import params as model_params
 
 RNG = np.random.default_rng(0)
@@ -223,6 +223,24 @@ def test_a_prefill_without_a_cache_is_continued():
         return decoder.head(hidden)[:, 0], decoder(tokens)[jnp.arange(2), lengths]
 
     close(*run(params))
+
+
+@pytest.mark.parametrize("name", ["llama", "deepseek_v3", "gemma3", "qwen3_next"])
+def test_the_cache_grows_by_what_it_says(name):
+    """Every kind of it: keys and values, out of latents, under a window, and the state of a delta net."""
+    case = next(c for c in families.CASES if c.name == name)
+    config = models.config_from_hf({"model_type": case.family} | families.config_of(case))
+
+    def size(make):
+        return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(jax.eval_shape(make)))
+
+    def made():
+        return models.init_cache(config, 1, 8, jnp.bfloat16)
+
+    per_token = cache.bytes_per_token(config, 1)
+    assert size(lambda: models.init_cache(config, 1, 11, jnp.bfloat16)) == size(made) + 3 * per_token
+    assert size(lambda: made().grown(11)) == size(made) + 3 * per_token
+    assert cache.bytes_per_token(config, 7) == per_token  # heads that are not shared out
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,7 @@ def on_devices(source: Any, devices: int) -> dict[str, Any]:
 
     from awq_jax import models, paths
     from awq_jax.cli import quantizable
+    from awq_jax.models.layers import cache
     from awq_jax.models.mesh import sharded_loading, sharding
     from awq_jax.models.weights import params
 
@@ -117,13 +118,13 @@ def on_devices(source: Any, devices: int) -> dict[str, Any]:
         size = np.dtype(source.info(weights.names(params.EMBEDDING)[0]).dtype).itemsize
         leaves = sharded_loading.leaves_of(source, weights, shapes, size)
     cuts = sharding.rule(config, leaves, devices)
-    cache = sharding.cache_per_token(config, devices)
+    kept = cache.bytes_per_token(config, devices)
     text = sharding.explain(leaves, cuts, devices)
     return {
         "devices": devices,
         "bytes_per_device": sharding.per_device(leaves, cuts, devices),
-        "cache_bytes_per_token": cache,
-        "text": f"{text}\n  keys and values in 16 bits: {cache / 1e3:,.1f} kB for each token of each row",
+        "cache_bytes_per_token": kept,
+        "text": f"{text}\n  keys and values in 16 bits: {kept / 1e3:,.1f} kB for each token of each row",
     }
 
 

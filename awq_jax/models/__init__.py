@@ -9,8 +9,9 @@ from awq_jax.models.config import (
     NormConfig,
     RopeConfig,
 )
-from awq_jax.models.decoder import Cache, Decoder, init_cache
+from awq_jax.models.decoder import Decoder
 from awq_jax.models.hf.registry import config_from_hf, supported
+from awq_jax.models.layers.cache import Cache, init_cache
 from awq_jax.models.weights.naming import config_of
 
 __all__ = [

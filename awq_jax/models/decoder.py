@@ -6,8 +6,7 @@ module transform is used: split the state, call under `jax.jit`.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,8 +15,9 @@ from flax import nnx
 
 from awq_jax.models.config import AttentionConfig, DeltaConfig, LatentConfig, LayerConfig, ModelConfig, MoEConfig
 from awq_jax.models.layers import rope
-from awq_jax.models.layers.attention import Attention, Pair, Step
-from awq_jax.models.layers.delta_net import GatedDeltaNet, State
+from awq_jax.models.layers.attention import Attention, Step
+from awq_jax.models.layers.cache import Cache, LayerCache
+from awq_jax.models.layers.delta_net import GatedDeltaNet
 from awq_jax.models.layers.latent_attention import LatentAttention
 from awq_jax.models.layers.mlp import MLP
 from awq_jax.models.layers.moe import MoE
@@ -26,41 +26,12 @@ from awq_jax.models.vision import towers
 from awq_jax.nnx import Linear
 from awq_jax.qtensor import QuantizedTensor
 
-Kept = Pair | State
-MIXERS: dict[type, Any] = {AttentionConfig: Attention, LatentConfig: LatentAttention, DeltaConfig: GatedDeltaNet}
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Cache:
-    """What each layer keeps of the tokens seen so far.
-
-    Attention keeps keys and values ``[B, S, KV, head_dim]``: slot ``s`` of a row holds position ``s``;
-    slots beyond a row's length are garbage and never read. A gated delta net keeps a `State`, which
-    does not grow.
-
-    Attributes:
-      layers: of each layer.
-      shift: int32 ``[B]``: what a token's angles are ahead of its position, behind an image that takes
-        more or less room than it has tokens; None for nothing.
-    """
-
-    layers: tuple[Kept, ...]
-    shift: jax.Array | None = None
-
-    def grown(self, slots: int) -> Cache:
-        """The same with room for ``slots`` tokens in a row."""
-
-        def wider(a: jax.Array) -> jax.Array:
-            return jnp.pad(a, ((0, 0), (0, slots - a.shape[1]), *[(0, 0)] * (a.ndim - 2)))
-
-        return Cache(tuple(c if isinstance(c, State) else (wider(c[0]), wider(c[1])) for c in self.layers), self.shift)
-
-
-def init_cache(config: ModelConfig, batch: int, length: int, dtype: Any) -> Cache:
-    """An empty cache for ``batch`` rows of up to ``length`` tokens."""
-    mixers = (layer.attention for layer in config.layers)
-    return Cache(tuple(MIXERS[type(c)].empty(c, batch, length, dtype) for c in mixers))
+Mixer = Callable[..., tuple[jax.Array, LayerCache]]
+MIXERS: dict[type, Callable[[int, LayerConfig, nnx.Rngs], Mixer]] = {
+    AttentionConfig: Attention,
+    LatentConfig: LatentAttention,
+    DeltaConfig: GatedDeltaNet,
+}
 
 
 class Layer(nnx.Module):
@@ -83,7 +54,7 @@ class Layer(nnx.Module):
         self.mlp = MoE(size, layer.mlp, rngs) if isinstance(layer.mlp, MoEConfig) else MLP(size, layer.mlp, rngs)
         self.config = config
 
-    def __call__(self, x: jax.Array, step: Step, past: Any) -> tuple[jax.Array, Kept]:
+    def __call__(self, x: jax.Array, step: Step, past: LayerCache | None) -> tuple[jax.Array, LayerCache]:
         """``x [B, T, hidden]`` to the same shape, and what the layer keeps; ``past`` is what it kept, or None."""
         c = self.config
         pre, post = c.norms in ("pre", "sandwich"), c.norms in ("post", "sandwich")

@@ -17,8 +17,7 @@ from jax.sharding import PartitionSpec
 
 from awq_jax.errors import ConfigError, ShapeError
 from awq_jax.models.config import ModelConfig
-from awq_jax.models.decoder import Cache
-from awq_jax.models.mesh.sharding import cache_shardings
+from awq_jax.models.layers.cache import Cache
 from awq_jax.models.vision.inputs import of_images
 from awq_jax.placement import Placement
 from awq_jax.serve.sampling import Sampling, sample
@@ -72,7 +71,7 @@ class Generator:
         put, place = jax.lax.with_sharding_constraint, self.place
         if logits.shape[-1] % place.size == 0:  # made in parts, then gathered: else the head's weights would be
             logits = put(logits, place.sharding(PartitionSpec(None, place.axis)))
-        return put(logits, place.sharding(PartitionSpec())), put(cache, cache_shardings(cache, place))
+        return put(logits, place.sharding(PartitionSpec())), put(cache, cache.shardings(place))
 
     def run(
         self,

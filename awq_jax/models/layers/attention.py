@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +11,9 @@ from flax import nnx
 
 from awq_jax.models.config import AttentionConfig, LayerConfig, RopeConfig
 from awq_jax.models.layers import fused_columns, rope
+from awq_jax.models.layers.cache import KeyValues
 from awq_jax.models.layers.norm import Norm
 from awq_jax.nnx import Linear
-
-Pair = tuple[jax.Array, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +28,7 @@ class Step:
     """
 
     positions: jax.Array
-    angles: dict[RopeConfig, Pair]
+    angles: dict[RopeConfig, tuple[jax.Array, jax.Array]]
     decoding: bool = False
     blocks: jax.Array | None = None
 
@@ -55,14 +53,8 @@ class Attention(nnx.Module):
             self.sinks = nnx.Param(jnp.zeros(c.heads))
         self.layer, self.config = layer, c
 
-    @staticmethod
-    def empty(c: AttentionConfig, batch: int, length: int, dtype: Any) -> Pair:
-        """Keys and values of no tokens, with room for ``length``."""
-        shape = (batch, length, c.kv_heads, c.head_dim)
-        return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
-
-    def __call__(self, x: jax.Array, step: Step, past: Pair | None) -> tuple[jax.Array, Pair]:
-        """``x [B, T, hidden]`` -> the same shape, and this layer's keys and values ``[B, S, KV, head_dim]``."""
+    def __call__(self, x: jax.Array, step: Step, past: KeyValues | None) -> tuple[jax.Array, KeyValues]:
+        """``x [B, T, hidden]`` -> the same shape, and this layer's keys and values."""
         c, turn = self.config, self.layer.rope
         q, k, v, gate = self.project(x)
         if turn is not None:
@@ -74,13 +66,12 @@ class Attention(nnx.Module):
             beta, length = c.query_growth
             growth = 1 + beta * jnp.log1p((step.positions // length).astype(jnp.float32))
             q = q * growth[..., None, None].astype(q.dtype)
-        if past is not None:
-            k, v = (write(old, new, step.positions[:, 0]) for old, new in zip(past, (k, v), strict=True))
+        kept = KeyValues(k, v) if past is None else past.written(k, v, step.positions[:, 0])
         sinks = self.sinks.get_value() if c.sinks else None
-        out = attend(q, k, v, step.positions, c, self.layer.window, sinks, step.blocks)
+        out = attend(q, kept.keys, kept.values, step.positions, c, self.layer.window, sinks, step.blocks)
         if gate is not None:
             out = out * jax.nn.sigmoid(gate)
-        return self.o_proj(out.reshape(*x.shape[:-1], -1)), (k, v)
+        return self.o_proj(out.reshape(*x.shape[:-1], -1)), kept
 
     def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
         """Normalised queries, keys, values, and gate ``[B, T, heads, head_dim]``, not yet rotated."""
@@ -179,8 +170,3 @@ def alibi(heads: int, length: int, dtype: str, steepness: float = 8.0) -> jax.Ar
     slopes += [2 ** (-steepness * i / (2 * n)) for i in range(1, 2 * (heads - n), 2)]
     grid = jnp.asarray(slopes, dtype)[:, None] * jnp.arange(length).astype(dtype)
     return grid.astype(jnp.float32)
-
-
-def write(old: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
-    """Put ``new [B, T, ...]`` into ``old [B, S, ...]`` at each row's ``start [B]``."""
-    return jax.vmap(lambda o, n, s: jax.lax.dynamic_update_slice_in_dim(o, n, s, axis=0))(old, new, start)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -12,25 +9,12 @@ from jax.scipy.linalg import solve_triangular
 
 from awq_jax.models.config import DeltaConfig, LayerConfig, NormConfig
 from awq_jax.models.layers.attention import Step
+from awq_jax.models.layers.cache import Recurrent
 from awq_jax.models.layers.norm import Norm
 from awq_jax.nnx import Linear
 
 CHUNK = 64  # tokens whose updates are solved for together
 NORM_EPS = 1e-6
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class State:
-    """What is kept of the tokens seen.
-
-    Attributes:
-      inputs: the last ``window - 1`` inputs of the convolution, ``[B, window - 1, channels]``.
-      memory: float32 ``[B, value_heads, key_dim, value_dim]``.
-    """
-
-    inputs: jax.Array
-    memory: jax.Array
 
 
 class GatedDeltaNet(nnx.Module):
@@ -49,18 +33,11 @@ class GatedDeltaNet(nnx.Module):
         self.out_proj = Linear(values, size, use_bias=False, rngs=rngs)
         self.config = c
 
-    @staticmethod
-    def empty(c: DeltaConfig, batch: int, length: int, dtype: Any) -> State:
-        """The state before the first token, whatever the ``length`` to come."""
-        channels = 2 * c.key_heads * c.key_dim + c.value_heads * c.value_dim
-        memory = jnp.zeros((batch, c.value_heads, c.key_dim, c.value_dim))
-        return State(jnp.zeros((batch, c.window - 1, channels), dtype), memory)
-
-    def __call__(self, x: jax.Array, step: Step, past: State | None) -> tuple[jax.Array, State]:
+    def __call__(self, x: jax.Array, step: Step, past: Recurrent | None) -> tuple[jax.Array, Recurrent]:
         """``x [B, T, hidden]`` -> the same shape, and the state after the last token that is not padding."""
         c = self.config
         if past is None:
-            past = self.empty(c, x.shape[0], 0, x.dtype)
+            past = Recurrent.empty(c, x.shape[0], x.dtype)
         # Padding repeats a row's last position; the state must not see it.
         real = step.positions == step.positions[:, :1] + jnp.arange(x.shape[1])
         mixed, z, beta, log_decay = self.project(x)
@@ -68,7 +45,7 @@ class GatedDeltaNet(nnx.Module):
         beta, log_decay = (jnp.where(real[..., None], a, 0.0) for a in (beta, log_decay))
         out, memory = delta_rule(q, k, v, log_decay, beta, past.memory)
         out = self.norm(out.astype(x.dtype)) * jax.nn.silu(z.astype(jnp.float32))
-        return self.out_proj(out.astype(x.dtype).reshape(*x.shape[:-1], -1)), State(inputs, memory)
+        return self.out_proj(out.astype(x.dtype).reshape(*x.shape[:-1], -1)), Recurrent(inputs, memory)
 
     def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """What the convolution reads ``[B, T, channels]``; the gate of the output ``[B, T, value_heads, value_dim]``;

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from awq_jax.models.config import AttentionConfig, LatentConfig, LayerConfig, NormConfig
 from awq_jax.models.layers import rope
-from awq_jax.models.layers.attention import Pair, Step, attend, write
+from awq_jax.models.layers.attention import Step, attend
+from awq_jax.models.layers.cache import KeyValues
 from awq_jax.models.layers.norm import Norm
 from awq_jax.nnx import Linear
 
 
 class LatentAttention(nnx.Module):
-    """Attention as `LatentConfig` describes it.
-
-    The cache holds keys and values of every head rather than the latents: it is larger, but a step
-    reads it as it is, where latents would be multiplied by ``kv_b_proj`` again for every token seen.
-    """
+    """Attention as `LatentConfig` describes it."""
 
     def __init__(self, size: int, layer: LayerConfig, rngs: nnx.Rngs):
         c = layer.attention
@@ -39,19 +34,12 @@ class LatentAttention(nnx.Module):
         self.layer, self.config = layer, c
         self.scores = AttentionConfig(c.heads, c.heads, c.head_dim, scale=c.scale)
 
-    @staticmethod
-    def empty(c: LatentConfig, batch: int, length: int, dtype: Any) -> Pair:
-        """Keys and values of no tokens, with room for ``length``."""
-        shape = (batch, length, c.heads)
-        return jnp.zeros((*shape, c.head_dim), dtype), jnp.zeros((*shape, c.value_dim), dtype)
-
-    def __call__(self, x: jax.Array, step: Step, past: Pair | None) -> tuple[jax.Array, Pair]:
-        """``x [B, T, hidden]`` -> the same shape; keys ``[B, S, heads, head_dim]`` and values ``[..., value_dim]``."""
+    def __call__(self, x: jax.Array, step: Step, past: KeyValues | None) -> tuple[jax.Array, KeyValues]:
+        """``x [B, T, hidden]`` -> the same shape, and keys and values of every head."""
         q, k, v = self.project(x, step)
-        if past is not None:
-            k, v = (write(old, new, step.positions[:, 0]) for old, new in zip(past, (k, v), strict=True))
-        out = attend(q, k, v, step.positions, self.scores, self.layer.window)
-        return self.o_proj(out.reshape(*x.shape[:-1], -1)), (k, v)
+        kept = KeyValues(k, v) if past is None else past.written(k, v, step.positions[:, 0])
+        out = attend(q, kept.keys, kept.values, step.positions, self.scores, self.layer.window)
+        return self.o_proj(out.reshape(*x.shape[:-1], -1)), kept
 
     def project(self, x: jax.Array, step: Step) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries, keys and values of every head, rotated."""

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from awq_jax import paths
 from awq_jax.errors import ConfigError
@@ -236,21 +236,6 @@ def forecast_leaves(config: ModelConfig, group_size: int = 128, bits: int = 4) -
     return {path: leaf(path, tuple(x.shape)) for path, x in paths.flatten(abstract(config)[1]).items()}
 
 
-def cache_per_token(config: ModelConfig, devices: int, itemsize: int = 2) -> int:
-    """Bytes of keys and values that each device keeps of a token, of a row (windows are kept in full)."""
-    total = 0
-    for layer in config.layers:
-        c = layer.attention
-        if isinstance(c, AttentionConfig):
-            heads, width = c.kv_heads, 2 * c.head_dim
-        elif isinstance(c, LatentConfig):
-            heads, width = c.heads, c.head_dim + c.value_dim
-        else:
-            continue
-        total += heads * width * itemsize // (devices if heads % devices == 0 else 1)
-    return total
-
-
 def shardings(config: ModelConfig, params: Any, mesh: Mesh | int) -> Any:
     """The rule applied: ``params``, abstract or not, with a `NamedSharding` for each array.
 
@@ -268,20 +253,6 @@ def sharding(leaf: Any, cut: Cut, base: Placement) -> Any:
     if isinstance(leaf, QuantizedTensor):
         return dataclasses.replace(parallel.shardings(leaf, place), placement=place)
     return NamedSharding(base.mesh, float_spec(cut.dim, len(leaf.shape), base.axis))
-
-
-def cache_shardings(cache: Any, base: Placement) -> Any:
-    """Keys and values ``[B, S, KV, head_dim]`` by head, where the heads can be shared out; the rest everywhere."""
-
-    everywhere = base.sharding(PartitionSpec())
-    by_head = base.sharding(PartitionSpec(None, None, base.axis))
-    layers = tuple(
-        tuple(by_head if a.shape[2] % base.size == 0 else everywhere for a in kept)
-        if type(kept) is tuple
-        else jax.tree.map(lambda _: everywhere, kept)
-        for kept in cache.layers
-    )
-    return dataclasses.replace(cache, layers=layers, shift=None if cache.shift is None else everywhere)
 
 
 def per_device(leaves: Mapping[str, Leaf], cuts: Mapping[str, Cut], devices: int) -> int:
