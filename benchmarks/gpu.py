@@ -239,7 +239,7 @@ def everything(args: argparse.Namespace) -> None:
         raise SystemExit("no NVIDIA GPU here; --dry-run rehearses without one")
     reason = triton_matmul.unavailable()
     if chip is not None and reason is not None:
-        raise SystemExit(f"nothing to measure: {reason}; without a network see docs/kernels.md")
+        raise SystemExit(f"nothing to measure: {reason}; without a network see docs/guides/kernels.md")
     args.out.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = device() | {
         "seed": args.seed, "chip": dataclasses.asdict(chip) if chip else None, "triton": reason,

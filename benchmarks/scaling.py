@@ -1,4 +1,4 @@
-"""Plans for large models, and what a layer costs: the numbers of `docs/scaling.md`.
+"""Plans for large models, and what a layer costs: the numbers of `docs/guides/large-models.md`.
 
     python benchmarks/scaling.py plan 70b --devices 1 --out benchmarks/results/scaling_plan_70b.json
     python benchmarks/scaling.py plan 405b --devices 8 --out benchmarks/results/scaling_plan_405b.json

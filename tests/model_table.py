@@ -33,7 +33,7 @@ HEADER = """# Model families
 `awq-jax inspect HUB_OR_DIR` says of a checkpoint whether it is one of them and how it would be scaled. Of Llama,
 Mistral, Qwen2, Qwen3, SmolLM3, Gemma 1 to 3, Phi-3, StarCoder2, Granite, OLMo 2 and 3, and Command R, GGUF files are
 read too.
-[Adding a family](adding-a-family.md) takes one short function. Any other Flax model needs none:
+[Adding a family](extending/family.md) takes one short function. Any other Flax model needs none:
 `awq_jax.calibrate(apply_fn, params, batches)` and `awq_jax.quantize(params, calib)` take it as it is.
 
 Nobody wrote the groups below down: they are what `awq_jax.discover` finds in each family's forward pass, and a test

@@ -203,7 +203,7 @@ def test_old_buffers_and_a_tied_head_are_ignored():
         (
             {"model_type": "llama9"},
             errors.UnsupportedModelError,
-            r"'llama9'.*relative is 'llama'.*docs/adding-a-family\.md",
+            r"'llama9'.*relative is 'llama'.*docs/extending/family.md",
         ),
         ({"model_type": "qwen2_audio"}, errors.UnsupportedModelError, "relative is 'qwen2"),
         ({"model_type": None}, errors.UnsupportedModelError, "model_type None is not supported"),

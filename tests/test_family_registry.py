@@ -110,7 +110,7 @@ def test_an_unknown_decoder_is_told_its_nearest_relative(hf, near):
     text = refusal(**hf)
     assert text.startswith(f"model_type {hf['model_type']!r} is not supported")
     assert f"nearest supported relative is {near!r}" in text
-    assert "docs/adding-a-family.md" in text
+    assert "docs/extending/family.md" in text
     assert ("looks at images" in text) == ("vision_config" in hf)
 
 

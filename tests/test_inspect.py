@@ -332,7 +332,7 @@ def test_whether_it_is_supported_is_told_from_the_headers(
     assert "supported   no: model_type 'llama9'" in run("owner/name@v1")[1]
     code, text = run("owner/name@v1", "--plan")
     assert code == 2
-    assert "docs/adding-a-family.md" in text
+    assert "docs/extending/family.md" in text
 
 
 def test_a_config_alone_is_enough(tmp_path: Path) -> None:

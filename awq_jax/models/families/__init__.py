@@ -1,6 +1,6 @@
 """The model families: one function each, from ``config.json`` to `awq_jax.models.config.ModelConfig`.
 
-A family is a file that is called as its ``model_type``. To add one, see docs/adding-a-family.md.
+A family is a file that is called as its ``model_type``. To add one, see docs/extending/family.md.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def _refusal(hf: Mapping[str, Any], kind: Any) -> str:
     what = " (it looks at images or hears, and this one's parts are not known)" if _has_senses(hf) else ""
     return (
         f"{says}{what}; its nearest supported relative is {nearest(hf)!r} (all: {', '.join(FAMILIES)}). "
-        f"docs/adding-a-family.md says how to add a family. {ANY_MODEL}"
+        f"docs/extending/family.md says how to add a family. {ANY_MODEL}"
     )
 
 
