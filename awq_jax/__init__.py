@@ -47,14 +47,14 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    import awq_jax.convert as convert
-    import awq_jax.data as data
-    import awq_jax.errors as errors
-    import awq_jax.evaluate as evaluate
-    import awq_jax.kernels as kernels
-    import awq_jax.linen as linen
-    import awq_jax.models as models
-    import awq_jax.nnx as nnx
+    from awq_jax import convert as convert
+    from awq_jax import data as data
+    from awq_jax import errors as errors
+    from awq_jax import evaluate as evaluate
+    from awq_jax import kernels as kernels
+    from awq_jax import linen as linen
+    from awq_jax import models as models
+    from awq_jax import nnx as nnx
     from awq_jax.calibration.calibration import Calibration as Calibration
     from awq_jax.calibration.calibration import calibrate as calibrate
     from awq_jax.config import AwqConfig as AwqConfig
