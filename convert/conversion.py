@@ -15,8 +15,8 @@ from awq_jax.convert import pipeline, registry
 from awq_jax.convert.files import manifest
 from awq_jax.convert.files.shards import ShardWriter, install, write_json
 from awq_jax.convert.format import Encoder, Format, Record, Target
-from awq_jax.convert.source import Source
-from awq_jax.convert.writing import check_target, copy_companions, encoder_of, final_config, into_sink, refuse_source
+from awq_jax.convert.source import Source, copy_companions
+from awq_jax.convert.writing import check_target, encoder_of, final_config, into_sink, refuse_source
 from awq_jax.dtypes import FLOATS
 from awq_jax.errors import AwqError, CheckpointError, ConfigError
 

@@ -12,6 +12,7 @@ from awq_jax.convert.format import FloatEncoder, Format
 from awq_jax.convert.formats import compressed_tensors, float_weights, gptq, mlx, native, orbax, orbax_files
 from awq_jax.convert.formats.awq import gemm, gemv, gemv_fast, llm_awq, marlin
 from awq_jax.convert.formats.gguf import encoder
+from awq_jax.convert.formats.gguf.source import GgufSource
 from awq_jax.convert.source import Source, read_config
 from awq_jax.errors import CheckpointError, FormatError
 
@@ -82,8 +83,6 @@ def open_source(path: str | Path, packed: bool = False) -> Source:
     if local.is_file():
         if local.suffix.lower() != ".gguf":
             raise CheckpointError(f"{local} is not a .gguf file; for safetensors pass the directory they are in")
-        from awq_jax.convert.formats.gguf.source import GgufSource
-
         return GgufSource(local, packed)
     if not local.is_dir():
         raise CheckpointError(f"{local} does not exist; pass a checkpoint directory, a .gguf file or a hub id")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
+from awq_jax.convert import tokenizer
 from awq_jax.convert.files import slices
 from awq_jax.convert.files.safetensors import Entry, SafetensorsDir, read_json, refuse_outside
 from awq_jax.dtypes import FLOATS
@@ -43,6 +46,8 @@ COMPANIONS = (
 
 # Names of codes in one layout or another; a float tensor is never called so.
 MARKS = ("qweight", "weight_packed", "biases")
+# Buffers that old checkpoints store and every reader recomputes.
+IGNORED = re.compile(r"\.rotary_emb\.inv_freq$|(^|\.)(attn|attention)\.(masked_)?bias$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,8 +160,6 @@ class DirectorySource:
         return self.files.read_slice(name, index) if isinstance(self.files, SafetensorsDir) else None
 
     def tokenizer(self) -> Any:
-        from awq_jax.convert import tokenizer  # transformers takes seconds to import
-
         return tokenizer.from_directory(self.directory)
 
     def companions(self) -> list[Path]:
@@ -298,3 +301,16 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{directory} has no config.json; is it a Hugging Face checkpoint directory?")
     return read_json(path)
+
+
+def copy_companions(directory: Path, tokenizer: Any, extra: Source | None) -> None:
+    """Tokenizer files and generation config of ``extra`` into ``directory``, or else ``tokenizer`` saved there."""
+    files = [] if extra is None else [p for p in extra.companions() if p.name in COMPANIONS]
+    for path in files:
+        shutil.copyfile(path, directory / path.name)
+    if any(p.name.startswith(("tokenizer", "vocab")) for p in files):
+        return
+    if tokenizer is None and extra is not None:
+        tokenizer = extra.tokenizer()
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)

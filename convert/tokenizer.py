@@ -46,7 +46,7 @@ def from_directory(directory: Path) -> Any:
     """
     if not any((directory / name).is_file() for name in FILES):
         return None
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # takes seconds
 
     try:
         if (directory / "tokenizer.json").is_file() and _names_code(directory):
@@ -82,7 +82,7 @@ def from_gguf(metadata: Mapping[str, Any], path: Path | str = "GGUF file") -> An
     tokens = metadata.get(f"{KEY}tokens")
     if not isinstance(tokens, list) or not tokens or not all(isinstance(t, str) for t in tokens):
         raise CheckpointError(f"{path}: {KEY}tokens is missing or not a list of strings; download it again")
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast  # takes seconds
 
     try:
         backend = _bpe(metadata, tokens, path) if model == "gpt2" else _spm(metadata, tokens)

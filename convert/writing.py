@@ -18,7 +18,7 @@ from awq_jax.convert import pipeline, registry
 from awq_jax.convert.files.shards import ShardWriter, atomic_directory, install, refuse_existing, write_json
 from awq_jax.convert.format import Encoder, Format, Record, Target
 from awq_jax.convert.formats import joined_linears
-from awq_jax.convert.source import COMPANIONS, Source
+from awq_jax.convert.source import Source, copy_companions
 from awq_jax.errors import CheckpointError, ConfigError, FormatError
 from awq_jax.qtensor import QuantizedTensor
 
@@ -211,16 +211,3 @@ def with_rope_scaling(config: Mapping[str, Any]) -> dict[str, Any]:
     if rope.get("rope_type", "default") != "default":
         old["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
     return {**config, **{k: v for k, v in old.items() if config.get(k) is None}}
-
-
-def copy_companions(directory: Path, tokenizer: Any, extra: Source | None) -> None:
-    """Tokenizer files and generation config of ``extra`` into ``directory``, or else ``tokenizer`` saved there."""
-    files = [] if extra is None else [p for p in extra.companions() if p.name in COMPANIONS]
-    for path in files:
-        shutil.copyfile(path, directory / path.name)
-    if any(p.name.startswith(("tokenizer", "vocab")) for p in files):
-        return
-    if tokenizer is None and extra is not None:
-        tokenizer = extra.tokenizer()
-    if tokenizer is not None:
-        tokenizer.save_pretrained(directory)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import re
 
+from awq_jax.convert.source import IGNORED
+
 SUFFIXES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 
 DEFAULTS = {
@@ -12,9 +14,6 @@ DEFAULTS = {
     "embed_tokens": "model.embed_tokens",
     "norm": "model.norm",
 }
-
-# Buffers that old checkpoints store and every reader recomputes.
-IGNORED = re.compile(r"\.rotary_emb\.inv_freq$|(^|\.)(attn|attention)\.(masked_)?bias$")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ from awq_jax.convert.files.safetensors import INDEX
 from awq_jax.convert.files.shards import ShardWriter, part_name, write_file, write_json
 from awq_jax.convert.format import Record, Target
 from awq_jax.convert.formats import native
-from awq_jax.convert.source import Source
+from awq_jax.convert.source import Source, copy_companions
 from awq_jax.errors import FormatError
 from awq_jax.qtensor import QuantizedTensor
 
@@ -121,4 +121,4 @@ def _write(
     changes = encoder.config(records)
     writer.close()
     write_json(out / "config.json", writing.final_config(target.config, changes, records))
-    writing.copy_companions(out, None, source)
+    copy_companions(out, None, source)

@@ -64,7 +64,7 @@ def download(hub_id: str) -> Path:
       CheckpointError: if it cannot be fetched (offline, unknown, gated) and is not in the cache.
       FormatError: if the repository has no safetensors.
     """
-    import huggingface_hub
+    import huggingface_hub  # only where something is downloaded: it takes a while
 
     match = HUB_ID.fullmatch(hub_id)
     if not match:

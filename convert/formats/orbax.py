@@ -24,7 +24,7 @@ from awq_jax.convert.files.shards import atomic_directory, write_json
 from awq_jax.convert.format import Format, Record, Target, quant_method
 from awq_jax.convert.formats.native import VERSION, NativeEncoder, NativeSource
 from awq_jax.convert.formats.orbax_files import OrbaxFiles, Spool, nested, orbax
-from awq_jax.convert.source import Source
+from awq_jax.convert.source import Source, copy_companions
 from awq_jax.errors import CheckpointError
 from awq_jax.kernels.layout import to_canonical
 from awq_jax.qtensor import is_quantized
@@ -116,8 +116,6 @@ class OrbaxSink:
 
     def close(self, config: dict[str, Any]) -> Path:
         """See `awq_jax.convert.format.Sink`."""
-        from awq_jax.convert.writing import copy_companions  # imports the registry, which imports this
-
         self._spool.close()
         write_json(self._directory / "config.json", config)
         copy_companions(self._directory, None, self._source)

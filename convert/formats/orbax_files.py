@@ -97,7 +97,7 @@ class OrbaxFiles:
         """
         entry = self.entry(name)
         orbax()
-        import tensorstore
+        import tensorstore  # a part of Orbax
 
         store = {"driver": "file", "path": str(entry.file)}
         spec = {"driver": "zarr", "kvstore": store, "fill_missing_data_reads": False}
@@ -197,7 +197,7 @@ def orbax() -> Any:
       BackendError: if it is not installed.
     """
     try:
-        import orbax.checkpoint as ocp
+        import orbax.checkpoint as ocp  # optional, and takes seconds
     except ImportError as e:
         raise BackendError(f"Orbax checkpoints need a missing package: pip install orbax-checkpoint ({e})") from e
     return ocp

@@ -10,17 +10,15 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from awq_jax.convert.files.safetensors import SafetensorsDir
+from awq_jax.convert.source import PackedSource
 from awq_jax.dtypes import FLOATS
 from awq_jax.errors import CheckpointError, FormatError, WeightError
 from awq_jax.qtensor import QuantizedTensor
-
-if TYPE_CHECKING:
-    from awq_jax.convert.files.safetensors import SafetensorsDir
-    from awq_jax.convert.source import PackedSource
 
 STORED = re.compile(r"(?P<parent>.+)\.(act|gelu_impl)\.scales")
 BEHIND = ("dense_4h_to_h", "down_proj", "fc_out", "c_proj")

@@ -23,8 +23,8 @@ from awq_jax.convert.formats.gguf.config import ARCHITECTURES
 from awq_jax.convert.formats.gguf.metadata import GGUF_OF, architecture
 from awq_jax.convert.formats.gguf.names import permute, rotated, to_gguf_name
 from awq_jax.convert.formats.gguf.sink import GgufSink
+from awq_jax.convert.source import IGNORED
 from awq_jax.errors import FormatError
-from awq_jax.models.names import IGNORED
 from awq_jax.qtensor import QuantizedTensor
 
 

@@ -133,7 +133,7 @@ class GgufFile:
         return name, shape, r.scalar("I"), r.scalar("Q")
 
     def _nbytes(self, name: str, shape: tuple[int, ...], type_id: int) -> int:
-        import gguf
+        import gguf  # takes half a second where mistral_common is installed
 
         try:
             block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(type_id)]

@@ -73,7 +73,7 @@ class GgufSink:
         Raises:
           CheckpointError: for a name given twice.
         """
-        import gguf
+        import gguf  # as above
 
         for name, array in arrays.items():
             if name in self._writer.tensors[0]:

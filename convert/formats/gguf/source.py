@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from awq_jax.convert import tokenizer
 from awq_jax.convert.formats.gguf.blocks import BLOCK, KINDS, from_blocks
 from awq_jax.convert.formats.gguf.config import IN_CONFIG, READ, hf_config
 from awq_jax.convert.formats.gguf.file import GgufFile
@@ -38,7 +39,7 @@ class GgufSource:
     format = "gguf"
 
     def __init__(self, path: Path, packed: bool = False) -> None:
-        import gguf
+        import gguf  # takes half a second where mistral_common is installed
 
         self.file = GgufFile(path)
         self.config: dict[str, Any] = hf_config(self.file)
@@ -86,7 +87,7 @@ class GgufSource:
           CheckpointError: if it is absent or the file was cut meanwhile.
           WeightError: if a packed one has a scale that is NaN or inf.
         """
-        import gguf
+        import gguf  # takes half a second where mistral_common is installed
 
         stored, kind = self._stored(name)
         shape = self.file.tensors[stored].shape
@@ -109,8 +110,6 @@ class GgufSource:
 
     def tokenizer(self) -> Any:
         """A transformers ``PreTrainedTokenizerFast`` built from the metadata; None if it has no vocabulary."""
-        from awq_jax.convert import tokenizer  # transformers takes seconds to import
-
         return tokenizer.from_gguf(self.file.metadata, self.file.path)
 
     def companions(self) -> list[Path]:
