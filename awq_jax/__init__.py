@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from awq_jax._version import __version__ as __version__
 
@@ -21,7 +21,8 @@ _PUBLIC = {
     "quantize": "quantizer.quantize",
     "quantize_checkpoint": "stream.run",
 }
-_MODULES = ("convert", "data", "errors", "evaluate", "kernels", "linen", "models", "nnx")
+_MODULES = ("convert", "data", "errors", "evaluate", "kernels", "linen", "models", "nnx", "trainable")
+_ALIASES = {"partition": "trainable"}  # former names
 
 __all__ = [
     "AwqConfig",
@@ -44,6 +45,7 @@ __all__ = [
     "nnx",
     "quantize",
     "quantize_checkpoint",
+    "trainable",
 ]
 
 if TYPE_CHECKING:
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
     from awq_jax import linen as linen
     from awq_jax import models as models
     from awq_jax import nnx as nnx
+    from awq_jax import trainable as trainable
     from awq_jax.calibration.calibration import Calibration as Calibration
     from awq_jax.calibration.calibration import calibrate as calibrate
     from awq_jax.config import AwqConfig as AwqConfig
@@ -68,13 +71,16 @@ if TYPE_CHECKING:
     from awq_jax.serve.model import load as load
     from awq_jax.stream.run import quantize_checkpoint as quantize_checkpoint
 
+    partition = trainable
 
-def __getattr__(name: str) -> Any:
+
+def __getattr__(name: str) -> object:
     # PEP 562: `import awq_jax` stays cheap; JAX is imported with the first name that needs it.
     # No public function shares its name with a submodule, which would shadow it once imported.
     if name in _PUBLIC:
         module = importlib.import_module(f"awq_jax.{_PUBLIC[name]}")
         return getattr(module, name)
+    name = _ALIASES.get(name, name)
     if name in _MODULES:
         return importlib.import_module(f"awq_jax.{name}")
     raise AttributeError(f"module 'awq_jax' has no attribute {name!r}")

@@ -17,8 +17,8 @@ def split(params: Any) -> tuple[Any, Any]:
     `jax.grad` refuses integer leaves, and packed weights are made of them. Differentiate with
     respect to the first tree and put the parameters together inside the function::
 
-        floats, rest = partition.split(qparams)
-        grads = jax.grad(lambda f: loss(partition.merge(f, rest)))(floats)
+        floats, rest = awq_jax.trainable.split(qparams)
+        grads = jax.grad(lambda f: loss(awq_jax.trainable.merge(f, rest)))(floats)
 
     (``jax.grad(..., allow_int=True)`` on the whole tree works too; it gives ``float0`` for the
     integer arrays, and gradients for the scales as well.)

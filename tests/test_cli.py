@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import awq_jax
-from awq_jax import cli
+from awq_jax import cli, dtypes
 from awq_jax.cli import common
 from awq_jax.cli import quantize as quantize_command
 from awq_jax.errors import CheckpointError, ConfigError
@@ -70,6 +70,10 @@ def test_help_is_fast_and_does_not_import_jax():
     assert done.stdout.strip() == "[]"
     after = os.times()  # processor time, which other programs do not lengthen
     assert after.children_user + after.children_system - before.children_user - before.children_system < 1.0
+
+
+def test_dtypes_offered_are_those_of_the_library():
+    assert tuple(dtypes.FLOATS) == common.FLOATS
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -35,6 +35,10 @@ def test_importing_the_package_does_not_import_jax(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
 
 
+def test_partition_is_the_former_name_of_trainable() -> None:
+    assert awq_jax.partition is awq_jax.trainable
+
+
 @pytest.mark.parametrize("name", awq_jax.__all__)
 def test_public_names_resolve_and_are_documented(name: str) -> None:
     value = getattr(awq_jax, name)

@@ -13,8 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from awq_jax.dtypes import FLOATS
 from awq_jax.errors import CheckpointError, ConfigError
+
+# `awq_jax.dtypes` has the same table, but imports NumPy, for which --help must not wait.
+FLOATS = ("float32", "bfloat16", "float16")
 
 
 def parser(

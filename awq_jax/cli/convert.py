@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from awq_jax.cli import common
-from awq_jax.dtypes import FLOATS
 from awq_jax.errors import ConfigError
 
 _EXAMPLES = """
@@ -40,7 +39,7 @@ def add(subparsers: Any) -> None:
     p.add_argument("--list", action="store_true", help="formats, what they hold, and which conversions are exact")
     p.add_argument("--allow-lossy", action="store_true", help="accept weights that move by a fraction of a step")
     p.add_argument(
-        "--dtype", choices=FLOATS, help="of float tensors (default: as stored; dequantized weights: float32)"
+        "--dtype", choices=common.FLOATS, help="of float tensors (default: as stored; dequantized weights: float32)"
     )
     p.add_argument(
         "--search", type=Path, metavar="FILE.pt", help="fold llm-awq's search result into the float checkpoint SRC"

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from awq_jax.cli import common
-from awq_jax.dtypes import FLOATS
 from awq_jax.errors import AwqError, ConfigError, FormatError, ProcessError
 
 if TYPE_CHECKING:
@@ -93,7 +92,9 @@ def add(subparsers: Any) -> None:
     r.add_argument("--hidden", default="memory", choices=("memory", "disk"),
                    help="where hidden states are between blocks; from disk a run continues at once (default: "
                    "%(default)s)")  # fmt: skip
-    r.add_argument("--hidden-dtype", choices=FLOATS, help="of hidden states between blocks (default: the model's)")
+    r.add_argument(
+        "--hidden-dtype", choices=common.FLOATS, help="of hidden states between blocks (default: the model's)"
+    )
     d = p.add_argument_group(
         "devices",
         "They share the work, and the bits of the result do not depend on their number. Several processes\n  run the "

@@ -5,46 +5,66 @@ Images change more than what the next layer reads, so `awq_jax.stream.session` d
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
-from awq_jax import calibrate
-from awq_jax import quantize as quantize_params
+from awq_jax import paths
+from awq_jax.calibration.calibration import calibrate
 from awq_jax.config import AwqConfig
 from awq_jax.errors import CalibrationError
 from awq_jax.models.config import ModelConfig
-from awq_jax.models.plans import plan as plan_of
 from awq_jax.models.vision import inputs as vision
+from awq_jax.models.vision.config import TOWER
+from awq_jax.plan.discover import discover
+from awq_jax.plan.plan import Plan
 from awq_jax.plan.verify import verify
+from awq_jax.quantizer import quantize as quantizer
 from awq_jax.report import Report
 from awq_jax.serve.generate import check_tokens
 
 
 def quantize(
     apply: Callable[..., jax.Array],
-    params: Any,
+    params: nnx.State,
     architecture: ModelConfig,
-    batches: list[Any],
+    batches: Sequence[Mapping[str, Any]],
     config: AwqConfig,
     progress: bool,
-) -> tuple[Any, Report]:
+) -> tuple[nnx.State, Report]:
     """Quantize ``params`` with the statistics of ``batches`` (see `unpadded`).
 
     Returns:
       (parameters with packed weights, what was done).
     """
     start = time.perf_counter()
-    plan = verify(plan_of(apply, params, architecture), apply, params, **batches[0])
+    found = verify(plan(apply, params, architecture), apply, params, **batches[0])
     head = config.quantize_head
-    calibration = calibrate(apply, params, batches, plan=plan, verified=True, include_head=head, progress=progress)
+    calibration = calibrate(apply, params, batches, plan=found, verified=True, include_head=head, progress=progress)
     calibrated = time.perf_counter() - start
-    params, report = quantize_params(params, calibration, config, progress=progress, return_report=True)
+    params, report = quantizer.quantize(params, calibration, config, progress=progress, return_report=True)
     report.seconds["calibrate"] = calibrated
     return params, report
+
+
+def plan(apply: Callable[..., jax.Array], params: nnx.State, architecture: ModelConfig) -> Plan:
+    """What `awq_jax.discover` finds in the decoder, with the linears that look at images left float.
+
+    Args:
+      apply: ``apply(params, tokens)``.
+      params: the state, or its shapes.
+      architecture: of the model.
+    """
+    example = jax.ShapeDtypeStruct((1, min(8, architecture.max_length)), jnp.int32)
+    found = discover(apply, params, example)
+    towers = {p: TOWER for p in paths.flatten(params) if p.startswith("vision/") and p.endswith("/kernel")}
+    return dataclasses.replace(found, skipped={**found.skipped, **towers})
 
 
 def unpadded(architecture: ModelConfig, batch: Mapping[str, Any], number: int) -> dict[str, np.ndarray]:

@@ -17,7 +17,7 @@ from awq_jax.models.config import LayerConfig
 from awq_jax.models.decoder import Layer
 from awq_jax.models.layers import rope
 from awq_jax.models.layers.attention import Step
-from awq_jax.models.plans import TOWER
+from awq_jax.models.vision.config import TOWER
 from awq_jax.models.weights import params as model_params
 from awq_jax.plan.discover import discover
 from awq_jax.plan.plan import Group, Plan

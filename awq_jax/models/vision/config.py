@@ -93,7 +93,7 @@ class QwenVision:
       full: layers without window.
       positions: side of a learned square of position embeddings that is stretched over each image;
         None for none.
-      deepstack: layers behind which features are taken that are added to what the first layers of the
+      deepstack: layers after which features are taken that are added to what the first layers of the
         decoder make (arXiv 2406.04334).
     """
 
@@ -117,3 +117,5 @@ class QwenVision:
 
 
 VisionConfig = LlavaVision | Gemma3Vision | QwenVision
+
+TOWER = "looks at images: towers and projectors stay float"  # why a plan skips a linear of `VisionConfig`'s
