@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
-from typing import Any
 
-from awq_jax.models.config import ModelConfig
+from awq_jax.models.hf.config import Family
 
 # Files whose ``model_type`` is another word, as published before transformers had the family.
 ALIASES = {"refined_web": ("RefinedWeb", "RefinedWebModel"), "yi": ("Yi",)}
 
-FAMILIES: dict[str, Callable[[Mapping[str, Any]], ModelConfig]] = {
+FAMILIES: dict[str, Family] = {
     model_type: importlib.import_module(f"{__name__}.{file.name}").config
     for file in pkgutil.iter_modules(__path__)
     for model_type in ALIASES.get(file.name, (file.name,))

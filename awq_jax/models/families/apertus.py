@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig, NormConfig
 from awq_jax.models.hf.config import base, get
 from awq_jax.models.hf.rope import rope_config
@@ -15,7 +13,7 @@ ROPE = {"rope_type": "llama3", "rope_theta": 12e6, "factor": 8.0, "original_max_
 ROPE |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
-def config(hf: Mapping[str, Any]) -> ModelConfig:
+def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "apertus"."""
     bias = bool(hf.get("attention_bias", False))
     eps = float(get(hf, "norm_eps", 1e-5))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.hf.config import base, required
 from awq_jax.models.hf.rope import rope_config
@@ -13,7 +11,7 @@ from awq_jax.models.names import names
 NAMES = names({"self_attn.qkv_proj": "self_attn.W_pack"})
 
 
-def config(hf: Mapping[str, Any]) -> ModelConfig:
+def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "baichuan": all sizes and versions share it, and no key tells them apart.
 
     7B (hidden size 4096) rotates, 13B (5120) does not; of other sizes those that rotate call their length

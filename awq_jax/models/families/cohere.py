@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig, NormConfig
 from awq_jax.models.hf.config import base, get
 from awq_jax.models.hf.rope import rope_config
 
 
-def config(hf: Mapping[str, Any]) -> ModelConfig:
+def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "cohere"."""
     bias = bool(hf.get("attention_bias", False))
     norm = NormConfig("layer", eps=float(get(hf, "norm_eps", 1e-5)))

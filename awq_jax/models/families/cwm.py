@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.hf.config import base, get, layer_types, required, windows
 from awq_jax.models.hf.rope import rope_config
@@ -13,7 +11,7 @@ ROPE = {"rope_type": "llama3", "rope_theta": 1e6, "factor": 16.0, "original_max_
 ROPE |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
-def config(hf: Mapping[str, Any]) -> ModelConfig:
+def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "cwm"."""
     count = required(hf, "num_hidden_layers")
     types = layer_types(hf, ["sliding_attention" if i % 4 else "full_attention" for i in range(count)])

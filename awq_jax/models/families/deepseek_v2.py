@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
+from awq_jax.convert.config_json import HfConfig
 from awq_jax.errors import UnsupportedModelError
 from awq_jax.models.config import LatentConfig, ModelConfig
 from awq_jax.models.families.qwen2_moe import EXPERTS
@@ -17,7 +17,7 @@ from awq_jax.models.names import names
 NAMES = names(EXPERTS | {"mlp.shared_expert": "mlp.shared_experts"})
 
 
-def config(hf: Mapping[str, Any]) -> ModelConfig:
+def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "deepseek_v2".
 
     Raises:
@@ -39,7 +39,7 @@ def config(hf: Mapping[str, Any]) -> ModelConfig:
     return latent_base(hf, mlps=after_dense(hf, moe), names=NAMES)
 
 
-def latent_base(hf: Mapping[str, Any], interleaved: bool = True, **changes: Any) -> ModelConfig:
+def latent_base(hf: HfConfig, interleaved: bool = True, **changes: Any) -> ModelConfig:
     """A model with latent attention.
 
     Args:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from awq_jax.convert.config_json import HfConfig
 from awq_jax.errors import UnsupportedModelError
 from awq_jax.models.config import ModelConfig, MoEConfig
 from awq_jax.models.families.deepseek_v2 import latent_base
@@ -16,7 +14,7 @@ from awq_jax.models.names import names
 NAMES = EXPERTS | {"mlp.shared_expert": "mlp.shared_experts", "mlp.correction": "mlp.gate.e_score_correction_bias"}
 
 
-def sigmoid_experts(hf: Mapping[str, Any]) -> MoEConfig:
+def sigmoid_experts(hf: HfConfig) -> MoEConfig:
     """Experts as DeepSeek-V3 chooses them.
 
     Raises:
@@ -39,7 +37,7 @@ def sigmoid_experts(hf: Mapping[str, Any]) -> MoEConfig:
     )
 
 
-def config(hf: Mapping[str, Any]) -> ModelConfig:
+def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "deepseek_v3"."""
     beyond = rf"^model\.layers\.{required(hf, 'num_hidden_layers')}\."  # predicts the token after the next
     interleaved = bool(hf.get("rope_interleave", True))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig, NormConfig
 from awq_jax.models.families.deepseek_v3 import NAMES, sigmoid_experts
 from awq_jax.models.hf.config import base, get, layer_types, required, windows
@@ -12,7 +10,7 @@ from awq_jax.models.hf.moe import after_dense
 from awq_jax.models.names import names
 
 
-def config(hf: Mapping[str, Any]) -> ModelConfig:
+def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "dots1"."""
     hf = {"norm_topk_prob": False} | dict(hf)
     bias = bool(hf.get("attention_bias", False))

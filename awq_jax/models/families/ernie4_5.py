@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
+from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.hf.config import base, get
 from awq_jax.models.hf.rope import rope_config
 
 
-def ernie_base(hf: Mapping[str, Any], **changes: Any) -> ModelConfig:
+def ernie_base(hf: HfConfig, **changes: Any) -> ModelConfig:
     """What both kinds share; ``changes`` as `awq_jax.models.hf.config.base` takes them."""
     bias = bool(hf.get("use_bias", False))
     return base(
@@ -22,6 +22,6 @@ def ernie_base(hf: Mapping[str, Any], **changes: Any) -> ModelConfig:
     )
 
 
-def config(hf: Mapping[str, Any]) -> ModelConfig:
+def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "ernie4_5"."""
     return ernie_base({"head_dim": 128} | dict(hf), mlp={"bias": bool(hf.get("use_bias", False))})

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.families.ernie4_5 import ernie_base
 from awq_jax.models.families.qwen2_moe import EXPERTS
@@ -23,7 +21,7 @@ NAMES = names(
 KEYS = {"num_experts": "moe_num_experts", "num_experts_per_tok": "moe_k", "n_shared_experts": "moe_num_shared_experts"}
 
 
-def config(hf: Mapping[str, Any]) -> ModelConfig:
+def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "ernie4_5_moe"."""
     hf = {ours: hf[theirs] for ours, theirs in KEYS.items() if theirs in hf} | dict(hf)
     bias = bool(hf.get("use_bias", False))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from awq_jax.convert.config_json import HfConfig
 from awq_jax.errors import ConfigError
 from awq_jax.models.config import ModelConfig, NormConfig
 from awq_jax.models.families.olmo2 import NAMES
@@ -12,7 +10,7 @@ from awq_jax.models.hf.config import base, get, layer_types, required, windows
 from awq_jax.models.hf.rope import rope_config
 
 
-def config(hf: Mapping[str, Any]) -> ModelConfig:
+def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "exaone4".
 
     Raises:

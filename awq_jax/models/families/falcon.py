@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
+from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.hf.config import base, get, required
 from awq_jax.models.names import names
@@ -22,7 +22,7 @@ NAMES = names(ENTRIES)
 TWO_NORMS = names(ENTRIES | {"input_layernorm": "ln_attn", "post_attention_layernorm": "ln_mlp"})
 
 
-def config(hf: Mapping[str, Any]) -> ModelConfig:
+def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "falcon"."""
     heads, new = required(hf, "num_attention_heads"), bool(hf.get("new_decoder_architecture", False))
     several = new or not hf.get("multi_query", True)

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.hf.config import base
 
 
-def gemma_base(hf: Mapping[str, Any], attention: Mapping[str, Any] | None = None, **changes: Any) -> ModelConfig:
+def gemma_base(hf: HfConfig, attention: Mapping[str, object] | None = None, **changes: Any) -> ModelConfig:
     """What all Gemmas share."""
     activation = hf.get("hidden_activation") or hf.get("hidden_act") or "gelu"
     if activation == "gelu":  # the first release's configs mean the approximation by it
         activation = "gelu_pytorch_tanh"
     bias = bool(hf.get("attention_bias", False))
-    fields = {"head_dim": hf.get("head_dim") or 256, "qkv_bias": bias, "o_bias": bias}
+    fields: dict[str, object] = {"head_dim": hf.get("head_dim") or 256, "qkv_bias": bias, "o_bias": bias}
     return base(
         hf,
         attention=fields | dict(attention or {}),
@@ -26,6 +27,6 @@ def gemma_base(hf: Mapping[str, Any], attention: Mapping[str, Any] | None = None
     )
 
 
-def config(hf: Mapping[str, Any]) -> ModelConfig:
+def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "gemma"."""
     return gemma_base(hf)

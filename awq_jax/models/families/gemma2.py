@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
+from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.families.gemma import gemma_base
 from awq_jax.models.hf.config import layer_types, required, windows
@@ -19,7 +19,7 @@ NAMES = names(
 )
 
 
-def config(hf: Mapping[str, Any], **changes: Any) -> ModelConfig:
+def config(hf: HfConfig, **changes: Any) -> ModelConfig:
     """``model_type`` "gemma2"; ``changes`` are arguments of `base` that differ in its relatives."""
     count = required(hf, "num_hidden_layers")
     types = layer_types(hf, ["full_attention" if i % 2 else "sliding_attention" for i in range(count)])

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from awq_jax.convert.config_json import HfConfig
 from awq_jax.errors import UnsupportedModelError
 from awq_jax.models.config import ModelConfig, NormConfig
 from awq_jax.models.families.gemma import gemma_base
@@ -13,7 +11,7 @@ from awq_jax.models.hf.config import get, layer_types, required, windows
 from awq_jax.models.hf.rope import rope_config
 
 
-def config(hf: Mapping[str, Any]) -> ModelConfig:
+def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "gemma3_text".
 
     Raises:

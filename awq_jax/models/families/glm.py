@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
+from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.hf.config import base, get
 from awq_jax.models.hf.rope import rope_config
 
 
-def config(hf: Mapping[str, Any], **fields: Any) -> ModelConfig:
+def config(hf: HfConfig, **fields: Any) -> ModelConfig:
     """``model_type`` "glm"; ``fields`` of `ModelConfig` that differ in its relatives."""
     hf = {"head_dim": 128, "num_key_value_heads": 2} | dict(hf)
     return base(

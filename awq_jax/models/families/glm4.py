@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.families import glm
 from awq_jax.models.names import names
@@ -17,6 +15,6 @@ NAMES = names(
 )
 
 
-def config(hf: Mapping[str, Any]) -> ModelConfig:
+def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "glm4"."""
     return glm.config(hf, norms="sandwich", names=NAMES)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig, NormConfig
 from awq_jax.models.families.deepseek_v3 import NAMES, sigmoid_experts
 from awq_jax.models.hf.config import base, get, required
@@ -13,7 +11,7 @@ from awq_jax.models.hf.rope import rope_config
 from awq_jax.models.names import names
 
 
-def config(hf: Mapping[str, Any]) -> ModelConfig:
+def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "glm4_moe"."""
     eps = float(get(hf, "norm_eps", 1e-5))
     return base(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.families.deepseek_v2 import latent_base
 from awq_jax.models.families.deepseek_v3 import NAMES, sigmoid_experts
@@ -13,7 +11,7 @@ from awq_jax.models.hf.moe import after_dense
 from awq_jax.models.names import names
 
 
-def config(hf: Mapping[str, Any]) -> ModelConfig:
+def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "glm4_moe_lite"."""
     count = required(hf, "num_hidden_layers")
     moe, dense = sigmoid_experts(hf), mlp_config(hf)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.families.gpt2 import ENTRIES
 from awq_jax.models.hf.config import base, get, required
@@ -13,7 +11,7 @@ from awq_jax.models.names import names
 NAMES = names(ENTRIES)  # its linears are stored [out, in]
 
 
-def config(hf: Mapping[str, Any]) -> ModelConfig:
+def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "gpt_bigcode"."""
     one = bool(hf.get("multi_query", True))
     return base(

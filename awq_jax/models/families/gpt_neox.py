@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.hf.config import base, get, required
 from awq_jax.models.hf.rope import rope_config
@@ -25,7 +23,7 @@ NAMES = names(
 )
 
 
-def config(hf: Mapping[str, Any]) -> ModelConfig:
+def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "gpt_neox"."""
     bias = bool(hf.get("attention_bias", True))
     rope = rope_config(hf, theta=hf.get("rotary_emb_base") or 10000.0, fraction=hf.get("rotary_pct") or 0.25)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.hf.config import base, get, layer_types, mlp_config, required, windows
 from awq_jax.models.hf.moe import moe_config
@@ -28,7 +26,7 @@ NAMES = names(
 )
 
 
-def config(hf: Mapping[str, Any]) -> ModelConfig:
+def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "gpt_oss"; as floats (the published MXFP4 is to be made float first)."""
     count = required(hf, "num_hidden_layers")
     types = layer_types(hf, ["full_attention" if i % 2 else "sliding_attention" for i in range(count)])

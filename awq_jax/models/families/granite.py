@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
+from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.hf.config import base
 
 
-def granite_base(hf: Mapping[str, Any], **changes: Any) -> ModelConfig:
+def granite_base(hf: HfConfig, **changes: Any) -> ModelConfig:
     """What all Granite models share; ``changes`` as `awq_jax.models.hf.config.base` takes them."""
     bias = bool(hf.get("attention_bias", False))
     return base(
@@ -23,6 +23,6 @@ def granite_base(hf: Mapping[str, Any], **changes: Any) -> ModelConfig:
     )
 
 
-def config(hf: Mapping[str, Any]) -> ModelConfig:
+def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "granite"."""
     return granite_base(hf)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.families.granite import granite_base
 from awq_jax.models.hf.config import required
@@ -27,7 +25,7 @@ NAMES = names(
 )
 
 
-def config(hf: Mapping[str, Any]) -> ModelConfig:
+def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "granitemoe"."""
     moe = moe_config(hf, normalize=True)
     return granite_base(hf, mlps=[moe] * required(hf, "num_hidden_layers"), names=NAMES)

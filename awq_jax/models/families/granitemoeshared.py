@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.families import granitemoe
 from awq_jax.models.families.granite import granite_base
@@ -22,7 +20,7 @@ NAMES = names(
 )
 
 
-def config(hf: Mapping[str, Any]) -> ModelConfig:
+def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "granitemoeshared"."""
     size = hf.get("shared_intermediate_size")
     shared = mlp_config(hf, size=required(hf, "shared_intermediate_size"), fused=True) if size else None

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig, NormConfig, RopeConfig
 from awq_jax.models.hf.config import base, get
 from awq_jax.models.hf.rope import rope_config
@@ -13,7 +11,7 @@ from awq_jax.models.names import names
 NAMES = names({"self_attn.q_norm": "self_attn.query_layernorm", "self_attn.k_norm": "self_attn.key_layernorm"})
 
 
-def config(hf: Mapping[str, Any]) -> ModelConfig:
+def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "hunyuan_v1_dense"."""
     bias = bool(hf.get("attention_bias", False))
     eps = float(get(hf, "norm_eps", 1e-5))
@@ -26,7 +24,7 @@ def config(hf: Mapping[str, Any]) -> ModelConfig:
     )
 
 
-def _rope(hf: Mapping[str, Any]) -> RopeConfig:
+def _rope(hf: HfConfig) -> RopeConfig:
     """A scaling that is called dynamic but has an ``alpha`` stretches the base alike for all lengths."""
     data = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
     if data.get("rope_type", data.get("type")) != "dynamic" or not data.get("alpha"):

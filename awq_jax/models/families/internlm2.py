@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.hf.config import base
 from awq_jax.models.names import names
@@ -24,7 +22,7 @@ NAMES = names(
 )
 
 
-def config(hf: Mapping[str, Any]) -> ModelConfig:
+def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "internlm2"."""
     bias = bool(hf.get("bias", True))
     return base(hf, attention={"fused": "grouped", "qkv_bias": bias, "o_bias": bias}, names=NAMES)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
+from awq_jax.convert.config_json import HfConfig
 from awq_jax.errors import ConfigError, UnsupportedModelError
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.families import llama, mistral, qwen2
@@ -16,7 +15,7 @@ TEXTS = {"llama": llama.config, "mistral": mistral.config, "qwen2": qwen2.config
 OTHERS = {"vision.projector": "multi_modal_projector", "vision.image_newline": "image_newline"}
 
 
-def config(hf: Mapping[str, Any], tiles: tuple[tuple[int, int], ...] = ()) -> ModelConfig:
+def config(hf: HfConfig, tiles: tuple[tuple[int, int], ...] = ()) -> ModelConfig:
     """``model_type`` "llava".
 
     Raises:

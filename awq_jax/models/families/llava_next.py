@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from awq_jax.convert.config_json import HfConfig
 from awq_jax.errors import ConfigError
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.families import llava
@@ -12,7 +10,7 @@ from awq_jax.models.families import llava
 TILES = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 
 
-def config(hf: Mapping[str, Any]) -> ModelConfig:
+def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "llava_next".
 
     Raises:

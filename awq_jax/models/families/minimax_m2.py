@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig, NormConfig
 from awq_jax.models.families.mixtral import NAMES as MIXTRAL
 from awq_jax.models.hf.config import base, get, required
@@ -18,7 +16,7 @@ NAMES = names(
 )
 
 
-def config(hf: Mapping[str, Any]) -> ModelConfig:
+def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "minimax_m2"."""
     hf = {"head_dim": 128} | dict(hf)
     fraction = hf["rotary_dim"] / hf["head_dim"] if hf.get("rotary_dim") else 1.0

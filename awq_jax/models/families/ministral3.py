@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.hf.config import base, required
 
 
-def config(hf: Mapping[str, Any]) -> ModelConfig:
+def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "ministral3"."""
     data = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
     beta, length = data.get("llama_4_scaling_beta"), data.get("original_max_position_embeddings")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig, MoEConfig
 from awq_jax.models.hf.config import base, mlp_config, required
 from awq_jax.models.hf.rope import rope_config
@@ -20,7 +18,7 @@ NAMES = names(
 )
 
 
-def config(hf: Mapping[str, Any]) -> ModelConfig:
+def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "mixtral"."""
     count = required(hf, "num_hidden_layers")
     moe = MoEConfig(required(hf, "num_local_experts"), required(hf, "num_experts_per_tok"), mlp_config(hf))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from awq_jax.convert.config_json import HfConfig
 from awq_jax.errors import UnsupportedModelError
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.hf.config import base, get, required
@@ -27,7 +25,7 @@ ONLY = {"no_bias": True, "logit_scale": None}
 ONLY_ATTENTION = {"attn_type": "multihead_attention", "alibi": True, "qk_ln": False, "prefix_lm": False}
 
 
-def config(hf: Mapping[str, Any]) -> ModelConfig:
+def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "mpt".
 
     Raises:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
+from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig, NormConfig
 from awq_jax.models.hf.config import base, get
 from awq_jax.models.names import names
@@ -17,7 +17,7 @@ NAMES = names(
 )
 
 
-def config(hf: Mapping[str, Any], **changes: Any) -> ModelConfig:
+def config(hf: HfConfig, **changes: Any) -> ModelConfig:
     """``model_type`` "olmo2"; ``changes`` are arguments of `base` that differ in its relatives."""
     bias = bool(hf.get("attention_bias", False))
     eps = float(get(hf, "norm_eps", 1e-5))

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig, NormConfig
 from awq_jax.models.families.qwen2_moe import NAMES
 from awq_jax.models.hf.config import base, get, required
 from awq_jax.models.hf.moe import moe_config
 
 
-def config(hf: Mapping[str, Any]) -> ModelConfig:
+def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "olmoe"."""
     bias, eps = bool(hf.get("attention_bias", False)), float(get(hf, "norm_eps", 1e-5))
     clip = hf.get("clip_qkv")

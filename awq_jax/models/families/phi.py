@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig, NormConfig
 from awq_jax.models.hf.config import base, get
 from awq_jax.models.hf.rope import rope_config
@@ -22,7 +20,7 @@ NAMES = names(
 )
 
 
-def config(hf: Mapping[str, Any]) -> ModelConfig:
+def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "phi"."""
     norm = NormConfig("layer", eps=float(get(hf, "norm_eps", 1e-5)), bias=True)
     return base(

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.hf.config import base, required
 from awq_jax.models.hf.rope import rope_config
 
 
-def config(hf: Mapping[str, Any]) -> ModelConfig:
+def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "phi3"."""
     data = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
     if data.get("rope_type", data.get("type")) == "yarn":  # the first release's name for it

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from awq_jax.convert.config_json import HfConfig
 from awq_jax.errors import ConfigError, UnsupportedModelError
 from awq_jax.models.config import ModelConfig, RopeConfig
 from awq_jax.models.families.mixtral import NAMES
@@ -13,7 +11,7 @@ from awq_jax.models.hf.moe import moe_config
 from awq_jax.models.hf.rope import rope_config
 
 
-def config(hf: Mapping[str, Any]) -> ModelConfig:
+def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "phimoe".
 
     Raises:
@@ -37,7 +35,7 @@ def config(hf: Mapping[str, Any]) -> ModelConfig:
     )
 
 
-def _rope(hf: Mapping[str, Any]) -> RopeConfig:
+def _rope(hf: HfConfig) -> RopeConfig:
     """Long-context rope whose attention factors are given instead of computed."""
     data = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
     if data.get("rope_type", data.get("type", "default")) == "default":

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.hf.config import base, layer_types, required, windows
 
 
-def qwen_windows(hf: Mapping[str, Any]) -> list[int | None]:
+def qwen_windows(hf: HfConfig) -> list[int | None]:
     """The window applies only if ``use_sliding_window`` is set."""
     window = hf.get("sliding_window", 4096) if hf.get("use_sliding_window", False) else None
     first = hf.get("max_window_layers", 28)
@@ -20,6 +18,6 @@ def qwen_windows(hf: Mapping[str, Any]) -> list[int | None]:
     return windows(layer_types(hf, default), window)
 
 
-def config(hf: Mapping[str, Any]) -> ModelConfig:
+def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "qwen2"."""
     return base(hf, windows=qwen_windows(hf), attention={"qkv_bias": True})

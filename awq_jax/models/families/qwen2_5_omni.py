@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
+from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.families import qwen2_vl
 from awq_jax.models.vision import hf as nested
@@ -13,7 +12,7 @@ from awq_jax.models.vision import hf as nested
 CARRIED = r"^(thinker\.(model\.)?(visual|audio_tower)|talker|token2wav)\."
 
 
-def config(hf: Mapping[str, Any]) -> ModelConfig:
+def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "qwen2_5_omni"."""
     thinker = nested.part(hf, "thinker_config")
     found = qwen2_vl.decoder({**thinker, "model_type": hf["model_type"]}, nested.part(thinker, "text_config"))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
+from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.families import qwen2_vl
 from awq_jax.models.hf.config import required
@@ -16,7 +16,7 @@ DEFAULTS |= {"num_heads": 16, "in_channels": 3, "patch_size": 14, "spatial_merge
 DEFAULTS |= {"window_size": 112, "fullatt_block_indexes": (7, 15, 23, 31)}
 
 
-def config(hf: Mapping[str, Any]) -> ModelConfig:
+def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "qwen2_5_vl"."""
     text = qwen2_vl.decoder(hf, qwen2_vl.text_part(hf))
     v = DEFAULTS | nested.part(hf, "vision_config")

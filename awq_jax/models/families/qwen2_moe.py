@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import MLPConfig, ModelConfig, MoEConfig
 from awq_jax.models.families.qwen2 import qwen_windows
 from awq_jax.models.hf.config import base, mlp_config, required
@@ -18,13 +16,13 @@ EXPERTS = {
 NAMES = names(EXPERTS)
 
 
-def qwen_mlps(hf: Mapping[str, Any], moe: MoEConfig) -> list[MLPConfig | MoEConfig]:
+def qwen_mlps(hf: HfConfig, moe: MoEConfig) -> list[MLPConfig | MoEConfig]:
     """Experts in every ``decoder_sparse_step``-th layer that is not in ``mlp_only_layers``."""
     dense, step = hf.get("mlp_only_layers") or (), hf.get("decoder_sparse_step") or 1
     return [mlp_config(hf) if i in dense or (i + 1) % step else moe for i in range(required(hf, "num_hidden_layers"))]
 
 
-def config(hf: Mapping[str, Any]) -> ModelConfig:
+def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "qwen2_moe"."""
     moe = MoEConfig(
         required(hf, "num_experts"),

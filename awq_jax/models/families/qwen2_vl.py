@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from awq_jax.convert.config_json import HfConfig
 from awq_jax.errors import ConfigError, UnsupportedModelError
 from awq_jax.models.config import ModelConfig, RopeConfig
 from awq_jax.models.families import qwen2
@@ -18,21 +19,19 @@ MERGER = {"norm": "ln_q", "fc1": "mlp.0", "fc2": "mlp.2"}
 TEXT_KEYS = {"model_type", "vision_config", "text_config", "quantization_config"}
 
 
-def text_part(hf: Mapping[str, Any]) -> dict[str, Any]:
+def text_part(hf: HfConfig) -> dict[str, Any]:
     """The decoder's settings, which stand beside the tower's in the first releases."""
     return nested.part(hf, "text_config", needed=False) or {k: v for k, v in hf.items() if k not in TEXT_KEYS}
 
 
-def decoder(hf: Mapping[str, Any], text: Mapping[str, Any]) -> ModelConfig:
+def decoder(hf: HfConfig, text: HfConfig) -> ModelConfig:
     """Qwen2 whose tokens turn by frame, row and column."""
     text = {"rope_theta": 1e6, "model_type": None} | dict(text)
     found = nested.text_config(hf, text | {"model_type": "qwen2"}, {"qwen2": qwen2.config}, "qwen2")
     return with_sections(found, text, [16, 24, 24])
 
 
-def with_sections(
-    found: ModelConfig, text: Mapping[str, Any], default: list[int], alternating: bool = False
-) -> ModelConfig:
+def with_sections(found: ModelConfig, text: HfConfig, default: list[int], alternating: bool = False) -> ModelConfig:
     """``found`` with the sections of its rope.
 
     Raises:
@@ -53,7 +52,7 @@ def with_sections(
     return dataclasses.replace(found, layers=tuple(layers))
 
 
-def tower(hf: Mapping[str, Any], v: Mapping[str, Any], **fields: Any) -> QwenVision:
+def tower(hf: HfConfig, v: HfConfig, **fields: Any) -> QwenVision:
     """What the towers share.
 
     Args:
@@ -91,7 +90,7 @@ def places(layers: int, merger: Mapping[str, str], mlp: Mapping[str, str]) -> li
     return out
 
 
-def config(hf: Mapping[str, Any]) -> ModelConfig:
+def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "qwen2_vl"."""
     text = decoder(hf, text_part(hf))
     defaults: dict[str, Any] = {"depth": 32, "embed_dim": 1280, "hidden_act": "quick_gelu", "mlp_ratio": 4}

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig, NormConfig
 from awq_jax.models.families.qwen2 import qwen_windows
 from awq_jax.models.hf.config import base, get
 
 
-def attention(hf: Mapping[str, Any]) -> dict[str, Any]:
+def attention(hf: HfConfig) -> dict[str, object]:
     """Fields of the attention of all Qwen3 models."""
     bias = bool(hf.get("attention_bias", False))
     norm = NormConfig(eps=float(get(hf, "norm_eps", 1e-6)))
     return {"head_dim": hf.get("head_dim") or 128, "qkv_bias": bias, "o_bias": bias, "norm": norm}
 
 
-def config(hf: Mapping[str, Any]) -> ModelConfig:
+def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "qwen3"."""
     return base(hf, windows=qwen_windows(hf), attention=attention(hf))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.families.qwen2_moe import NAMES, qwen_mlps
 from awq_jax.models.families.qwen3 import attention
@@ -12,7 +10,7 @@ from awq_jax.models.hf.config import base, required
 from awq_jax.models.hf.moe import moe_config
 
 
-def config(hf: Mapping[str, Any]) -> ModelConfig:
+def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "qwen3_moe"."""
     window = hf.get("sliding_window") if hf.get("use_sliding_window", False) else None
     return base(

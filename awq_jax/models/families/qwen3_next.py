@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from awq_jax.convert.config_json import HfConfig
 from awq_jax.errors import UnsupportedModelError
 from awq_jax.models.config import DeltaConfig, ModelConfig, NormConfig
 from awq_jax.models.families.qwen2_moe import EXPERTS, qwen_mlps
@@ -22,7 +20,7 @@ NAMES = names(
 )
 
 
-def config(hf: Mapping[str, Any]) -> ModelConfig:
+def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "qwen3_next".
 
     Raises:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any
 
+from awq_jax.convert.config_json import HfConfig
 from awq_jax.errors import ConfigError
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.families import qwen2_vl, qwen3
@@ -24,7 +24,7 @@ MERGER = {"fc1": "linear_fc1", "fc2": "linear_fc2"}
 MLP = {"mlp.up_proj": "mlp.linear_fc1", "mlp.down_proj": "mlp.linear_fc2"}
 
 
-def config(hf: Mapping[str, Any]) -> ModelConfig:
+def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "qwen3_vl".
 
     Raises:

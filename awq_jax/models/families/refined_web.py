@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.families import falcon
 
 
-def config(hf: Mapping[str, Any]) -> ModelConfig:
+def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "RefinedWeb" (40B) and "RefinedWebModel" (7B, RW); today's releases say "falcon"."""
     large = hf["model_type"] == "RefinedWeb"
     return falcon.config({"num_kv_heads": hf.get("n_head_kv")} | dict(hf) | {"new_decoder_architecture": large})

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.families.deepseek_v3 import NAMES, sigmoid_experts
 from awq_jax.models.hf.config import base, get, required
@@ -12,7 +10,7 @@ from awq_jax.models.hf.rope import rope_config
 from awq_jax.models.names import names
 
 
-def config(hf: Mapping[str, Any]) -> ModelConfig:
+def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "solar_open"."""
     return base(
         {"head_dim": 128} | dict(hf),

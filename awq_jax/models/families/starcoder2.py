@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.hf.config import base, get, required
 from awq_jax.models.names import names
@@ -12,7 +10,7 @@ from awq_jax.models.names import names
 NAMES = names({"mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj"})
 
 
-def config(hf: Mapping[str, Any]) -> ModelConfig:
+def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "starcoder2"."""
     bias = bool(hf.get("use_bias", True))
     return base(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.families import gemma2
 from awq_jax.models.names import names
@@ -12,6 +10,6 @@ from awq_jax.models.names import names
 NAMES = names({"post_attention_layernorm": "pre_feedforward_layernorm"})
 
 
-def config(hf: Mapping[str, Any]) -> ModelConfig:
+def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "vaultgemma"."""
     return gemma2.config(hf, norms="pre", names=NAMES)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from awq_jax.convert.config_json import is_tied
+from awq_jax.convert.config_json import HfConfig, is_tied
 from awq_jax.errors import ConfigError, UnsupportedModelError
 from awq_jax.models.config import (
     AttentionConfig,
@@ -34,11 +33,12 @@ SPELLINGS = {
     "norm_eps": ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon"),
 }
 
-
 LARGEST = {"num_hidden_layers": 4096}  # a plausible bound, before lists of that length are made
 
+Family = Callable[[HfConfig], ModelConfig]
 
-def get(hf: Mapping[str, Any], key: str, default: Any = None) -> Any:
+
+def get(hf: HfConfig, key: str, default: object = None) -> Any:
     """A value of the config under any of its `SPELLINGS`; ``default`` if it is absent or null."""
     for name in (key, *SPELLINGS.get(key, ())):
         if hf.get(name) is not None:
@@ -46,7 +46,7 @@ def get(hf: Mapping[str, Any], key: str, default: Any = None) -> Any:
     return default
 
 
-def required(hf: Mapping[str, Any], key: str) -> int:
+def required(hf: HfConfig, key: str) -> int:
     """A positive whole number from the config.
 
     Raises:
@@ -59,16 +59,16 @@ def required(hf: Mapping[str, Any], key: str) -> int:
 
 
 def base(
-    hf: Mapping[str, Any],
+    hf: HfConfig,
     *,
-    attention: Mapping[str, Any] | None = None,
-    mlp: Mapping[str, Any] | None = None,
-    norm: Mapping[str, Any] | None = None,
+    attention: Mapping[str, object] | None = None,
+    mlp: Mapping[str, object] | None = None,
+    norm: Mapping[str, object] | None = None,
     mlps: Sequence[MLPConfig | MoEConfig] | None = None,
     mixers: Sequence[AttentionConfig | LatentConfig | DeltaConfig] | None = None,
     ropes: RopeConfig | Sequence[RopeConfig | None] | Literal["llama"] | None = "llama",
     windows: Sequence[int | None] | None = None,
-    **fields: Any,
+    **fields: object,
 ) -> ModelConfig:
     """A Llama with changes.
 
@@ -95,18 +95,22 @@ def base(
     layers = [LayerConfig(*t) for t in zip(each_mixer, per_mlp, each, per_window, strict=True)]
     length = required(hf, "max_position_embeddings")
     stretch = each[0].factor if each[0] is not None and each[0].kind == "dynamic" else 1
+    norms: dict[str, Any] = {"eps": float(get(hf, "norm_eps", 1e-6))}
+    norms.update(norm or {})
     known: dict[str, Any] = {
         "family": hf["model_type"],
         "vocab_size": required(hf, "vocab_size"),
         "hidden_size": required(hf, "hidden_size"),
         "max_length": int(length * stretch),
-        "norm": dataclasses.replace(NormConfig(eps=float(get(hf, "norm_eps", 1e-6))), **(norm or {})),
+        "norm": NormConfig(**norms),
         "tied": is_tied(hf),
+        "layers": tuple(layers),
     }
-    return ModelConfig(**(known | {"layers": tuple(layers)} | fields))
+    known.update(fields)
+    return ModelConfig(**known)
 
 
-def attention_config(hf: Mapping[str, Any], **changes: Any) -> AttentionConfig:
+def attention_config(hf: HfConfig, **changes: object) -> AttentionConfig:
     """Llama's attention with changes.
 
     Raises:
@@ -119,7 +123,8 @@ def attention_config(hf: Mapping[str, Any], **changes: Any) -> AttentionConfig:
         "kv_heads": hf.get("num_key_value_heads") or heads,
         "head_dim": hf.get("head_dim") or size // heads,
     }
-    config = AttentionConfig(**(known | changes))
+    known.update(changes)
+    config = AttentionConfig(**known)
     whole = all(type(v) is int and v > 0 for v in (config.heads, config.kv_heads, config.head_dim))
     if not whole or config.heads % config.kv_heads or config.head_dim % 2:
         raise ConfigError(
@@ -129,25 +134,26 @@ def attention_config(hf: Mapping[str, Any], **changes: Any) -> AttentionConfig:
     return config
 
 
-def mlp_config(hf: Mapping[str, Any], **changes: Any) -> MLPConfig:
+def mlp_config(hf: HfConfig, **changes: object) -> MLPConfig:
     """Llama's MLP with changes.
 
     Raises:
       UnsupportedModelError: for an activation the decoder does not have.
     """
-    if "size" not in changes:
-        changes["size"] = required(hf, "intermediate_size")
-    if "activation" not in changes:
-        changes["activation"] = get(hf, "hidden_act", "silu")
-    known = (*ACTIVATIONS, *(() if changes.get("gated", True) else LEARNED))
-    if changes["activation"] not in known:
+    fields: dict[str, Any] = dict(changes)
+    if "size" not in fields:
+        fields["size"] = required(hf, "intermediate_size")
+    if "activation" not in fields:
+        fields["activation"] = get(hf, "hidden_act", "silu")
+    known = (*ACTIVATIONS, *(() if fields.get("gated", True) else LEARNED))
+    if fields["activation"] not in known:
         raise UnsupportedModelError(
-            f"hidden_act {changes['activation']!r} is not supported; the decoder has {', '.join(sorted(known))}"
+            f"hidden_act {fields['activation']!r} is not supported; the decoder has {', '.join(sorted(known))}"
         )
-    return MLPConfig(**changes)
+    return MLPConfig(**fields)
 
 
-def layer_types(hf: Mapping[str, Any], default: Sequence[str] | None = None) -> list[str]:
+def layer_types(hf: HfConfig, default: Sequence[str] | None = None) -> list[str]:
     """``sliding_attention`` or ``full_attention`` for each layer.
 
     Args:

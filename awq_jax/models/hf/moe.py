@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
+from awq_jax.convert.config_json import HfConfig
 from awq_jax.errors import ConfigError
 from awq_jax.models.config import MLPConfig, MoEConfig
 from awq_jax.models.hf.config import mlp_config, required
 
 
-def moe_config(hf: Mapping[str, Any], **changes: Any) -> MoEConfig:
+def moe_config(hf: HfConfig, **changes: object) -> MoEConfig:
     """Experts of ``moe_intermediate_size`` (or ``intermediate_size``) behind a softmax, with changes.
 
     Args:
@@ -29,7 +29,8 @@ def moe_config(hf: Mapping[str, Any], **changes: Any) -> MoEConfig:
     if "expert" not in changes:
         size = "moe_intermediate_size" if hf.get("moe_intermediate_size") else "intermediate_size"
         known["expert"] = mlp_config(hf, size=required(hf, size))
-    c = MoEConfig(**(known | changes))
+    known.update(changes)
+    c = MoEConfig(**known)
     if c.experts % c.groups or c.top_groups > c.groups or c.group_best > c.experts // c.groups:
         raise ConfigError(
             f"config.json: {c.experts} experts in {c.groups} groups, {c.top_groups} of them chosen: groups must "
@@ -42,14 +43,14 @@ def moe_config(hf: Mapping[str, Any], **changes: Any) -> MoEConfig:
     return c
 
 
-def after_dense(hf: Mapping[str, Any], moe: MoEConfig) -> list[MLPConfig | MoEConfig]:
+def after_dense(hf: HfConfig, moe: MoEConfig) -> list[MLPConfig | MoEConfig]:
     """Experts in all layers but the first ``first_k_dense_replace``."""
     dense = mlp_config(hf, bias=bool(hf.get("mlp_bias", False)))
     first = hf.get("first_k_dense_replace") or 0
     return [dense if i < first else moe for i in range(required(hf, "num_hidden_layers"))]
 
 
-def shared_experts(hf: Mapping[str, Any]) -> dict[str, Any]:
+def shared_experts(hf: HfConfig) -> dict[str, MLPConfig]:
     """Fields of `MoEConfig`: the ``n_shared_experts`` that all tokens go through are one wide one."""
     count = hf.get("n_shared_experts")
     if not count:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
-from typing import Any
 
+from awq_jax.convert.config_json import HfConfig
 from awq_jax.errors import AwqError, ConfigError, UnsupportedModelError
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.families import FAMILIES
@@ -23,7 +23,7 @@ def supported() -> tuple[str, ...]:
     return tuple(FAMILIES)
 
 
-def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
+def config_from_hf(hf: HfConfig) -> ModelConfig:
     """Content of a Hugging Face ``config.json`` to a `ModelConfig`.
 
     Raises:
@@ -42,7 +42,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         raise ConfigError(f"config.json: a value is not what a {kind} model has there: {type(e).__name__}: {e}") from e
 
 
-def nearest(hf: Mapping[str, Any]) -> str:
+def nearest(hf: HfConfig) -> str:
     """The supported family whose name is most like the model's type, its class, or its text part's type."""
     text = hf.get("text_config")
     if isinstance(text, Mapping) and text.get("model_type") in FAMILIES:
@@ -61,7 +61,7 @@ def nearest(hf: Mapping[str, Any]) -> str:
     return max(FAMILIES, key=likeness)
 
 
-def _refusal(hf: Mapping[str, Any], kind: Any) -> str:
+def _refusal(hf: HfConfig, kind: object) -> str:
     """Why a model is not run, for the user to read."""
     says = f"model_type {kind!r:.100} is not supported"
     name = kind if isinstance(kind, str) else ""
@@ -78,5 +78,5 @@ def _refusal(hf: Mapping[str, Any], kind: Any) -> str:
     )
 
 
-def _has_senses(hf: Mapping[str, Any]) -> bool:
+def _has_senses(hf: HfConfig) -> bool:
     return any(key in hf for key in ("vision_config", "audio_config", "visual", "img_processor"))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
+from awq_jax.convert.config_json import HfConfig
 from awq_jax.errors import ConfigError, UnsupportedModelError
 from awq_jax.models.config import RopeConfig, RopeKind
 
@@ -13,11 +13,11 @@ OLD_KINDS = {"su": "longrope", "mrope": "default"}
 
 
 def rope_config(
-    hf: Mapping[str, Any],
+    hf: HfConfig,
     theta: float = 10000.0,
     fraction: float = 1.0,
-    data: Mapping[str, Any] | None = None,
-    **changes: Any,
+    data: HfConfig | None = None,
+    **changes: object,
 ) -> RopeConfig:
     """Rope constants, from ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling``.
 
@@ -41,17 +41,17 @@ def rope_config(
     if fraction != 1.0:
         size = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
         fields["dims"] = int(size * fraction)
-    if kind == "default":
-        return RopeConfig(**(fields | changes))
     if kind not in get_args(RopeKind):
         raise UnsupportedModelError(
             f"rope scaling {kind!r} is not supported; the decoder has {', '.join(get_args(RopeKind))}"
         )
-    fields["kind"] = cast(RopeKind, kind)
-    return RopeConfig(**(fields | _scaling(hf, data, kind) | changes))
+    if kind != "default":
+        fields |= {"kind": kind} | _scaling(hf, data, kind)
+    fields.update(changes)
+    return RopeConfig(**fields)
 
 
-def _scaling(hf: Mapping[str, Any], data: Mapping[str, Any], kind: str) -> dict[str, Any]:
+def _scaling(hf: HfConfig, data: HfConfig, kind: str) -> dict[str, object]:
     """The constants of one kind of scaling."""
     length = hf.get("max_position_embeddings")
     if not isinstance(length, int) or length <= 0:
@@ -64,7 +64,7 @@ def _scaling(hf: Mapping[str, Any], data: Mapping[str, Any], kind: str) -> dict[
         factor = length / original
     if factor is None:
         raise ConfigError(f"config.json: rope scaling {kind!r} needs a factor")
-    extra: dict[str, Any] = {"factor": float(factor), "original_length": int(original)}
+    extra: dict[str, object] = {"factor": float(factor), "original_length": int(original)}
     wanted = {"llama3": ("low_freq_factor", "high_freq_factor"), "longrope": ("short_factor", "long_factor")}
     missing = set(wanted.get(kind, ())) - set(data)
     if missing:
@@ -87,14 +87,14 @@ def _scaling(hf: Mapping[str, Any], data: Mapping[str, Any], kind: str) -> dict[
     return extra
 
 
-def _longrope_attention(data: Mapping[str, Any], factor: float, original: int) -> float:
+def _longrope_attention(data: HfConfig, factor: float, original: int) -> float:
     """Temperature of the attention, folded into cosines and sines (arXiv 2402.13753)."""
     if data.get("attention_factor") is not None:
         return float(data["attention_factor"])
     return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
 
 
-def _yarn_attention(data: Mapping[str, Any], factor: float) -> float:
+def _yarn_attention(data: HfConfig, factor: float) -> float:
     """Temperature of the attention, folded into cosines and sines (arXiv 2309.00071, section 3.4)."""
     if data.get("attention_factor") is not None:
         return float(data["attention_factor"])

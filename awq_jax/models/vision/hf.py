@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
 
-from awq_jax.convert.config_json import TIED, is_tied
+from awq_jax.convert.config_json import TIED, HfConfig, is_tied
 from awq_jax.errors import ConfigError, UnsupportedModelError
 from awq_jax.models.config import ModelConfig
-from awq_jax.models.hf.config import required
+from awq_jax.models.hf.config import Family, required
 from awq_jax.models.layers.mlp import ACTIVATIONS
 from awq_jax.models.names import Names
 from awq_jax.models.vision.config import ViTConfig
-
-Family = Callable[[Mapping[str, Any]], ModelConfig]
 
 # What transformers takes where a nested config is silent, which many published ones are.
 TEXT: dict[str, dict[str, Any]] = {
@@ -40,7 +38,14 @@ MLP = {"mlp.up_proj": "mlp.fc1", "mlp.down_proj": "mlp.fc2"}  # ours: theirs, in
 UNUSED = r"(^|\.)vision_tower\.(vision_model\.)?(head\.|embeddings\.position_ids$)"
 
 
-def part(hf: Mapping[str, Any], key: str, needed: bool = True) -> dict[str, Any]:
+class Layouts(TypedDict):
+    """Fields of `ModelConfig`."""
+
+    names: Names
+    layouts: tuple[Names, ...]
+
+
+def part(hf: HfConfig, key: str, needed: bool = True) -> dict[str, Any]:
     """A nested config; empty if it is absent and not ``needed``.
 
     Raises:
@@ -54,9 +59,7 @@ def part(hf: Mapping[str, Any], key: str, needed: bool = True) -> dict[str, Any]
     return dict(value)
 
 
-def text_config(
-    hf: Mapping[str, Any], text: Mapping[str, Any], families: Mapping[str, Family], default: str
-) -> ModelConfig:
+def text_config(hf: HfConfig, text: HfConfig, families: Mapping[str, Family], default: str) -> ModelConfig:
     """The decoder of a nested config, under the whole model's name.
 
     Args:
@@ -79,7 +82,7 @@ def text_config(
     return dataclasses.replace(families[kind](whole), family=hf["model_type"])
 
 
-def vit_config(hf: Mapping[str, Any]) -> ViTConfig:
+def vit_config(hf: HfConfig) -> ViTConfig:
     """``vision_config`` of a CLIP or SigLIP tower.
 
     Raises:
@@ -113,7 +116,7 @@ def vit_config(hf: Mapping[str, Any]) -> ViTConfig:
     return config
 
 
-def activation(name: Any) -> str:
+def activation(name: object) -> str:
     """A tower's or projector's activation.
 
     Raises:
@@ -124,7 +127,7 @@ def activation(name: Any) -> str:
     return str(name)
 
 
-def image_token(hf: Mapping[str, Any], default: int) -> int:
+def image_token(hf: HfConfig, default: int) -> int:
     """Id of the token that stands for a feature of an image.
 
     Raises:
@@ -136,8 +139,8 @@ def image_token(hf: Mapping[str, Any], default: int) -> int:
     return value
 
 
-def layouts(text: Names, places: Sequence[tuple[str, str, Mapping[str, str]]], carried: str = "") -> dict[str, Any]:
-    """Fields of `ModelConfig`: the names of all tensors, for each way of nesting them, the usual one first.
+def layouts(text: Names, places: Sequence[tuple[str, str, Mapping[str, str]]], carried: str = "") -> Layouts:
+    """The names of all tensors, for each way of nesting them, the usual one first.
 
     Args:
       text: names of the decoder as a model of its own.
@@ -154,7 +157,7 @@ def layouts(text: Names, places: Sequence[tuple[str, str, Mapping[str, str]]], c
         )
         for decoder, head, others in places
     ]
-    return {"names": all_names[0], "layouts": tuple(all_names[1:])}
+    return Layouts(names=all_names[0], layouts=tuple(all_names[1:]))
 
 
 def vit_places(layers: int, others: Mapping[str, str]) -> list[tuple[str, str, dict[str, str]]]:
