@@ -1,7 +1,7 @@
 """Compiles the quantizer's programs for devices that are not here, and reads off what memory they take.
 
 Nothing runs and nothing is allocated: arguments are shapes. For CUDA the plugin's wheels are needed and a private
-way into them (``tests/cuda_hlo.py`` has the description of the GPU); without them it is XLA's CPU compiler that
+way into them (``tests/helpers/cuda_hlo.py`` has the description of the GPU); without them it is XLA's CPU compiler that
 answers, which is another compiler: the result says which it was.
 """
 
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-TESTS = Path(__file__).parents[1] / "tests"
+TESTS = Path(__file__).parents[1] / "tests" / "helpers"
 
 
 @dataclasses.dataclass(frozen=True)

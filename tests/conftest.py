@@ -15,6 +15,9 @@ from typing import Any
 
 import pytest
 
+ROOT = Path(__file__).parents[1]
+HELPERS = [ROOT / folder for folder in ("tests/helpers", "tests/convert/fuzz", "docs/_build")]
+
 
 def pytest_configure(config: pytest.Config) -> None:
     # Torch's threads would wait for one another on the cores that the other worker needs.
@@ -49,5 +52,5 @@ def _needs_torch(file: Path) -> bool:
     if not file.is_file():
         return False
     names = re.findall(r"^(?:import|from) (\w+)", file.read_text(), re.MULTILINE)
-    folders = {file.parent, Path(__file__).parent}
+    folders = (file.parent, *HELPERS)
     return "torch" in names or any(_needs_torch(d / f"{name}.py") for name in names for d in folders)

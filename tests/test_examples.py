@@ -20,7 +20,7 @@ def example(name: str):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    tiny = pytest.importorskip("tiny", reason="makes checkpoints with torch", exc_type=ImportError)
+    tiny = pytest.importorskip("tiny_checkpoints", reason="makes checkpoints with torch", exc_type=ImportError)
     path = tmp_path_factory.mktemp("source")
     tiny.checkpoint(path)
     return path

@@ -18,16 +18,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # when run as a program
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))  # when run as a program
 
-import families
+import family_cases
 import jax.numpy as jnp
 import multimodal
 import numpy as np
 import peers
-import references
-import tiny
+import tiny_checkpoints
 import torch
+import torch_references
 
 import awq_jax
 from awq_jax import paths
@@ -131,8 +131,8 @@ REFUSED: dict[tuple[str, str], str] = {
 # Read whole, and computed otherwise: GPTQModel's loader puts the outputs of an expert's gate and up side by side for a
 # function of transformers that takes them alternately.
 DIFFERS = {("gpt_oss", LOADER)}
-CASES: dict[str, families.Case | multimodal.Case] = {
-    c.family: c for c in reversed((*families.CASES, *multimodal.CASES))
+CASES: dict[str, family_cases.Case | multimodal.Case] = {
+    c.family: c for c in reversed((*family_cases.CASES, *multimodal.CASES))
 }
 NAMES = tuple(sorted(CASES))
 
@@ -161,8 +161,8 @@ def float_checkpoint(family: str, directory: Path) -> Path:
                 config["vision_config"] = vision = vision | {key: SIZES["hidden_size"]}
         model = multimodal.model(dataclasses.replace(case, config=config))
     else:
-        model = tiny.randomized(case.family, grown(families.config_of(case)), case.attention)
-    if isinstance(case, multimodal.Case) or case.family in references.MODELS:  # drawn for a narrower model
+        model = tiny_checkpoints.randomized(case.family, grown(family_cases.config_of(case)), case.attention)
+    if isinstance(case, multimodal.Case) or case.family in torch_references.MODELS:  # drawn for a narrower model
         inner = model if isinstance(model, torch.nn.Module) else getattr(model, "model", None)
         weights = model.weights if inner is None else dict(inner.named_parameters())
         with torch.no_grad():
