@@ -228,8 +228,8 @@ def test_a_prefill_without_a_cache_is_continued():
 @pytest.mark.parametrize("name", ["llama", "deepseek_v3", "gemma3", "qwen3_next"])
 def test_the_cache_grows_by_what_it_says(name):
     """Every kind of it: keys and values, out of latents, under a window, and the state of a delta net."""
-    case = next(c for c in families.CASES if c.name == name)
-    config = models.config_from_hf({"model_type": case.family} | families.config_of(case))
+    case = next(c for c in family_cases.CASES if c.name == name)
+    config = models.config_from_hf({"model_type": case.family} | family_cases.config_of(case))
 
     def size(make):
         return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(jax.eval_shape(make)))
