@@ -2,9 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import NamedTuple
+
+
+class Setting(NamedTuple):
+    """A setting that a text recommends; as text it is what one passes in Python: ``group_size=-1``."""
+
+    name: str
+    value: bool | int | str
+
+    def __str__(self) -> str:
+        return f'{self.name}="{self.value}"' if isinstance(self.value, str) else f"{self.name}={self.value}"
+
+    @property
+    def option(self) -> str:
+        """What one types on the command line: ``--group-size -1``, ``--overwrite``."""
+        flag = f"--{self.name.replace('_', '-')}"
+        return flag if self.value is True else f"{flag} {self.value}"
+
 
 class AwqError(Exception):
-    """Base class: catch this to catch everything the library raises on purpose."""
+    """Base class: catch this to catch everything the library raises on purpose.
+
+    Args:
+      message: names the culprit and the remedy.
+      settings: those that the message recommends.
+    """
+
+    def __init__(self, message: str = "", *settings: Setting):
+        super().__init__(message)
+        self.settings = settings
 
 
 class ConfigError(AwqError, ValueError):
@@ -45,3 +73,10 @@ class BackendError(AwqError, RuntimeError):
 
 class ProcessError(AwqError, RuntimeError):
     """Another process of the same run has ended, so that this one cannot go on."""
+
+
+def as_options(text: str, settings: Iterable[Setting]) -> str:
+    """``text`` for someone at the command line: ``settings`` are named by their options."""
+    for setting in settings:
+        text = text.replace(str(setting), setting.option)
+    return text

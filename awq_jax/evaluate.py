@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from awq_jax import data
-from awq_jax.errors import CalibrationError, ConfigError, WeightError
+from awq_jax.errors import CalibrationError, ConfigError, Setting, WeightError
 
 # Logits of one forward pass are kept below this many bytes (float32) unless a batch size is given.
 LOGIT_BYTES = 256 * 2**20
@@ -238,7 +238,8 @@ def _check_settings(
         raise ConfigError(f"context must be at least 1; got {context}")
     limit = getattr(getattr(model, "config", None), "max_length", None)
     if limit is not None and context > limit:
-        raise ConfigError(f"context {context} is more than the model's {limit} positions; use --context {limit}")
+        most = Setting("context", limit)
+        raise ConfigError(f"context {context} is more than the model's {limit} positions; use {most}", most)
     if stride is not None and not 1 <= stride <= context:
         raise ConfigError(f"stride must be 1 ... context ({context}), or tokens would be left out; got {stride}")
     if max_tokens is not None and max_tokens < 1:

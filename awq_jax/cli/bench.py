@@ -79,7 +79,7 @@ def _check_shapes(args: argparse.Namespace) -> None:
     unit = args.group_size
     for k, n in args.shapes or ():
         if k % unit or k % 32:
-            raise ConfigError(f"{k}x{n}: group_size={unit} does not divide {k} inputs, or 32 does not")
+            raise ConfigError(f"{k}x{n}: --group-size {unit} does not divide {k} inputs, or 32 does not")
 
 
 def device() -> dict[str, Any]:

@@ -6,14 +6,13 @@ import argparse
 import json
 import math
 import os
-import re
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from awq_jax.errors import CheckpointError, ConfigError
+from awq_jax.errors import AwqError, CheckpointError, ConfigError, as_options
 
 # `awq_jax.dtypes` has the same table, but imports NumPy, for which --help must not wait.
 FLOATS = ("float32", "bfloat16", "float16")
@@ -65,12 +64,9 @@ def say(message: str, quiet: bool = False) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
-def as_options(message: str) -> str:
-    """Python's spelling of a remedy, ``group_size=-1``, as the option the user can type."""
-    flags = "quantize_head|overwrite|restart|resume"
-    message = re.sub(rf"\b({flags})=True", lambda m: "--" + m[1].replace("_", "-"), message)
-    names = "group_size|on_indivisible|max_tokens|batch_size|max_new_tokens|dtype|stride|context|method"
-    return re.sub(rf'\b({names})="?([\w+-]+)"?', lambda m: f"--{m[1].replace('_', '-')} {m[2]}", message)
+def error(e: AwqError | OSError) -> str:
+    """The line that ends a command, with remedies as options that one can type."""
+    return f"awq-jax: error: {as_options(str(e), e.settings if isinstance(e, AwqError) else ())}"
 
 
 def check_new_directory(path: Path, overwrite: bool) -> None:

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (AwqError, OSError) as e:
         if args.debug:
             raise
-        print(f"awq-jax: error: {common.as_options(str(e))}", file=sys.stderr)
+        print(common.error(e), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("awq-jax: interrupted", file=sys.stderr)

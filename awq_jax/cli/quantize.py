@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from awq_jax.cli import common
-from awq_jax.errors import AwqError, ConfigError, FormatError, ProcessError
+from awq_jax.errors import AwqError, ConfigError, FormatError, ProcessError, as_options
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -129,7 +129,7 @@ def run(args: argparse.Namespace) -> None:
         if args.debug:
             traceback.print_exc()
         code = processes.EXIT if isinstance(e, ProcessError) else 2
-        common.say(f"awq-jax: error: {common.as_options(str(e))}")
+        common.say(common.error(e))
         sys.stdout.flush()
         os._exit(code)  # JAX would wait at exit for the processes that have ended
 
@@ -151,6 +151,7 @@ def _run(args: argparse.Namespace) -> None:
 
 def _quantize(args: argparse.Namespace, config: AwqConfig, pool: Pool) -> None:
     from awq_jax.cli import tables
+    from awq_jax.quantizer.targets import QUANTIZE_HEAD
     from awq_jax.stream import job as stream_job
     from awq_jax.stream import run as stream
 
@@ -189,7 +190,7 @@ def _quantize(args: argparse.Namespace, config: AwqConfig, pool: Pool) -> None:
         extra = {"format": done.format, "calibration": job.description, "resumed": done.resumed}
         print(common.to_json(report.to_dict() | extra))
     else:
-        print(common.as_options(tables.table(report)))
+        print(as_options(tables.table(report), [QUANTIZE_HEAD]))
         print(f"\nwrote {args.dst} ({done.format})" + (f" and {args.report}" if args.report else ""))
 
 

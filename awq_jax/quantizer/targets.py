@@ -6,9 +6,11 @@ import dataclasses
 import math
 
 from awq_jax.config import AwqConfig, LeafConfig
-from awq_jax.errors import ShapeError
+from awq_jax.errors import Setting, ShapeError
 from awq_jax.plan.plan import Group, Plan, Site
 from awq_jax.qtensor import split_shape
+
+QUANTIZE_HEAD = Setting("quantize_head", True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +52,7 @@ def select(plan: Plan, config: AwqConfig) -> tuple[dict[str, Target], dict[str, 
         if leaf is None:
             skipped[site.path] = "matched a skip pattern"
         elif site.head and not config.quantize_head:
-            skipped[site.path] = "makes the model's output (quantize_head=True quantizes it)"
+            skipped[site.path] = f"makes the model's output ({QUANTIZE_HEAD} quantizes it)"
         elif site.router and not site.head:
             skipped[site.path] = "routes tokens to experts"
         elif math.prod(site.shape) == k:
@@ -65,18 +67,21 @@ def select(plan: Plan, config: AwqConfig) -> tuple[dict[str, Target], dict[str, 
         else:
             targets[site.path] = Target(site, group, leaf, k)
     if bad:
-        raise ShapeError(_indivisible(bad))
+        raise _indivisible(bad)
     return targets, skipped
 
 
-def _indivisible(bad: list[tuple[str, int, int]]) -> str:
+def _indivisible(bad: list[tuple[str, int, int]]) -> ShapeError:
     lines = [f"  {path}: {k} rows, group size {g}" for path, k, g in bad]
     common = math.gcd(*(k for _, k, _ in bad))
     fits = [g for g in range(16, 257, 16) if common % g == 0]
-    first = f"group_size={max(fits)} divides all of them; or " if fits else ""
-    return (
+    fitting = Setting("group_size", max(fits, default=0))
+    column, pad, leave = Setting("group_size", -1), Setting("on_indivisible", "pad"), Setting("on_indivisible", "float")
+    return ShapeError(
         f"the group size does not divide {len(bad)} weights:\n"
         + "\n".join(lines)
-        + f'\n{first}group_size=-1 (one scale per column), on_indivisible="pad" (zero rows; not every checkpoint '
-        'format can hold it), on_indivisible="float" (leave them float), or an override for these paths'
+        + (f"\n{fitting} divides all of them; or " if fits else "\n")
+        + f"{column} (one scale per column), {pad} (zero rows; not every checkpoint format can hold it), "
+        f"{leave} (leave them float), or an override for these paths",
+        *(fitting, column, pad, leave),
     )

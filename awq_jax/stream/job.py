@@ -23,7 +23,7 @@ from awq_jax.convert.files.shards import refuse_existing
 from awq_jax.convert.source import Source
 from awq_jax.devices.pool import HERE, Pool
 from awq_jax.dtypes import FLOATS
-from awq_jax.errors import CheckpointError, ConfigError, FormatError
+from awq_jax.errors import CheckpointError, ConfigError, FormatError, Setting
 from awq_jax.models.weights.params import Weights
 from awq_jax.qtensor import QuantizedTensor
 from awq_jax.stream.decoder_blocks import Block
@@ -109,9 +109,11 @@ class Job:
         before, now = _identity(left), self.identity
         changed = [what for what, value in now.items() if before.get(what) != value]
         if changed:
+            discard = Setting("restart", True)
             raise CheckpointError(
                 f"an unfinished run in {self.work} had other {' and other '.join(changed)}; to continue it, give what "
-                "it was given; to discard it, pass restart=True"
+                f"it was given; to discard it, pass {discard}",
+                discard,
             )
         return True
 

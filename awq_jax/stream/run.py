@@ -28,7 +28,7 @@ from awq_jax.convert.source import Source
 from awq_jax.devices import host_memory
 from awq_jax.devices.pool import pool_of
 from awq_jax.devices.team import team
-from awq_jax.errors import CheckpointError, ConfigError, FormatError
+from awq_jax.errors import CheckpointError, ConfigError, FormatError, Setting
 from awq_jax.models.weights import naming
 from awq_jax.models.weights import params as model_params
 from awq_jax.report import LayerReport, Report
@@ -131,7 +131,8 @@ def run(job: Job, *, resume: bool = False, restart: bool = False, progress: bool
         if restart:
             _tidy(job)
         if not job.unfinished() and resume:
-            raise CheckpointError(f"there is no unfinished run of {job.path} to continue; leave resume=True out")
+            given = Setting("resume", True)
+            raise CheckpointError(f"there is no unfinished run of {job.path} to continue; leave {given} out", given)
         job.check_space()
     try:
         with writers.opened(pool, job) as done:

@@ -17,7 +17,7 @@ from typing import IO, Any
 import numpy as np
 
 from awq_jax.convert.files.safetensors import DTYPES, INDEX, SINGLE, read_header
-from awq_jax.errors import CheckpointError, ConfigError
+from awq_jax.errors import CheckpointError, ConfigError, Setting
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SPOOL = "spool.bin"
@@ -228,7 +228,8 @@ def refuse_existing(dst: Path, overwrite: bool, file: bool = False) -> None:
     if not os.path.lexists(dst):
         return
     if not overwrite:
-        raise CheckpointError(f"{dst} exists; choose another target or pass overwrite=True")
+        replace = Setting("overwrite", True)
+        raise CheckpointError(f"{dst} exists; choose another target or pass {replace}", replace)
     if file:
         if dst.is_symlink() or not dst.is_file():
             raise CheckpointError(f"{dst} exists and is not a file, so it stays; choose another target")

@@ -1,5 +1,6 @@
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import awq_jax
 from awq_jax import cli, dtypes
 from awq_jax.cli import common
 from awq_jax.cli import quantize as quantize_command
-from awq_jax.errors import CheckpointError, ConfigError
+from awq_jax.errors import CheckpointError, ConfigError, Setting
 
 TEXT = "It is a truth universally acknowledged, that a test must be able to fail.\n" * 40
 COMMANDS = ("quantize", "convert", "eval", "generate", "inspect", "demo")
@@ -378,3 +379,12 @@ def test_sizes():
     from awq_jax.cli.convert import size
 
     assert [size(t) for t in ("10", "2k", "500MB", "1.5GiB", "3 KiB")] == [10, 2000, 500_000_000, 3 << 29, 3072]
+
+
+def test_remedies_are_spelled_for_whoever_reads_them():
+    settings = (Setting("group_size", -1), Setting("on_indivisible", "pad"), Setting("quantize_head", True))
+    error = ConfigError(f"pass {settings[0]}, {settings[1]} or {settings[2]}", *settings)
+    assert str(error) == 'pass group_size=-1, on_indivisible="pad" or quantize_head=True'
+    assert common.error(error) == "awq-jax: error: pass --group-size -1, --on-indivisible pad or --quantize-head"
+    assert common.error(OSError("disk full")) == "awq-jax: error: disk full"
+    assert pickle.loads(pickle.dumps(error)).settings == settings
