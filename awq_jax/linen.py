@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -34,7 +32,8 @@ class Dense(nn.Dense):
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """``inputs [..., K]`` to ``[..., features]``."""
         kernels.check_impl(self.impl)
-        kernel = self._existing("kernel")
+        # Not `self.param`, which compares shapes leaf by leaf; a packed kernel cannot pass that.
+        kernel = meta.unbox(self.get_variable("params", "kernel"))
         if not isinstance(kernel, QuantizedTensor):
             return super().__call__(inputs)
         if kernel.n != self.features:
@@ -42,12 +41,8 @@ class Dense(nn.Dense):
                 f"{'/'.join((*self.path, 'kernel'))}: a packed kernel of shape {kernel.shape} in a Dense of "
                 f"{self.features} features; these parameters belong to another model"
             )
-        bias = self._existing("bias") if self.use_bias else None
+        bias = meta.unbox(self.get_variable("params", "bias")) if self.use_bias else None
         stand_in = jnp.zeros((), kernel.dtype)  # takes part in the choice of dtype as the float kernel would
         x, _, bias = self.promote_dtype(inputs, stand_in, bias, dtype=self.dtype)
         y = kernels.matmul(x, kernel, impl=self.impl)
         return y if bias is None else y + bias
-
-    def _existing(self, name: str) -> Any:
-        # `self.param` compares shapes leaf by leaf, which a packed kernel cannot pass.
-        return meta.unbox(self.get_variable("params", name))

@@ -67,9 +67,11 @@ def functional(model: nnx.Module, method: str = "__call__") -> tuple[Callable[..
     Returns:
       ``apply_fn(params, *args, **kwargs)`` and the ``nnx.State`` of the model's parameters.
     """
-    graphdef, params, rest = cast(tuple[Any, Any, Any], nnx.split(model, nnx.Param, ...))
+    graphdef, params, rest = cast(
+        tuple[nnx.GraphDef[nnx.Module], nnx.State, nnx.State], nnx.split(model, nnx.Param, ...)
+    )
 
-    def apply_fn(params: Any, *args: Any, **kwargs: Any) -> Any:
+    def apply_fn(params: nnx.State, *args: Any, **kwargs: Any) -> Any:
         # Copies, so that the call neither changes the caller's variables nor carries theirs into another trace.
         return getattr(nnx.merge(graphdef, params, rest, copy=True), method)(*args, **kwargs)
 

@@ -17,7 +17,9 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+Array = jax.Array | np.ndarray  # as models hold it, or as it was read from a file
 PLANE = 32  # rows that one bit field of 32 consecutive halfwords holds
 
 
@@ -32,7 +34,7 @@ def _period(bits: int) -> tuple[int, int]:
     return n // bits, n // 32
 
 
-def pack(codes: jax.Array, bits: int) -> jax.Array:
+def pack(codes: Array, bits: int) -> jax.Array:
     """Pack ``codes [..., K, N]`` (any integer dtype, ``0 <= code < 2**bits``) to uint32 words.
 
     Returns:
@@ -54,7 +56,7 @@ def pack(codes: jax.Array, bits: int) -> jax.Array:
     return jnp.stack(out, axis=-2).reshape(*lead, blocks * wide, n)[..., : words(k, bits), :]
 
 
-def unpack(qweight: jax.Array, bits: int, rows: int) -> jax.Array:
+def unpack(qweight: Array, bits: int, rows: int) -> jax.Array:
     """Inverse of `pack`: uint32 ``[..., W, N]`` to uint8 codes ``[..., rows, N]``."""
     *lead, w, n = qweight.shape
     mask = jnp.uint32(2**bits - 1)
@@ -86,7 +88,7 @@ def halfwords(rows: int, bits: int) -> int:
     return -(-rows // (PLANE * planes(bits))) * PLANE
 
 
-def pack_cuda(codes: jax.Array, bits: int) -> jax.Array:
+def pack_cuda(codes: Array, bits: int) -> jax.Array:
     """Pack uint8 ``codes [*B, K, N]`` of 4 or 8 bits to uint16 ``[*B, N, W]``; rows beyond K are zero."""
     *lead, rows, n = codes.shape
     w, count = halfwords(rows, bits), planes(bits)
@@ -97,7 +99,7 @@ def pack_cuda(codes: jax.Array, bits: int) -> jax.Array:
     return fields.sum(-2, dtype=jnp.uint16).reshape(*lead, n, w)
 
 
-def unpack_cuda(qweight: jax.Array, bits: int, rows: int, parts: int = 1) -> jax.Array:
+def unpack_cuda(qweight: Array, bits: int, rows: int, parts: int = 1) -> jax.Array:
     """Inverse of `pack_cuda`: uint16 ``[*B, N, W]`` to uint8 codes ``[*B, rows, N]``.
 
     ``parts``: the rows were cut into so many equal parts, each packed on its own (one for each device of a mesh).

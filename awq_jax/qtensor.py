@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import TypeGuard
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from awq_jax import pack
 from awq_jax.errors import ShapeError
+from awq_jax.pack import Array
 from awq_jax.placement import Placement
-
-# Files are read into NumPy arrays, models hold JAX arrays; typed as the one that both can stand for.
-Array = Any
 
 
 @jax.tree_util.register_dataclass
@@ -125,7 +124,7 @@ class QuantizedTensor:
             return pack.unpack_cuda(self.qweight, self.bits, rows, parts)
         return pack.unpack(self.qweight, self.bits, rows)
 
-    def dequantize_canonical(self, dtype: Any = None) -> jax.Array:
+    def dequantize_canonical(self, dtype: DTypeLike | None = None) -> jax.Array:
         """The weight as packed, ``[*B, K, N]``: *without* ``inv_scale``, rows in packed order.
 
         Args:
@@ -143,7 +142,7 @@ class QuantizedTensor:
             w = (codes - zeros) * scales
         return w.reshape(*lead, kp, n)[..., : self.k, :].astype(dtype or self.dtype)
 
-    def dequantize(self, dtype: Any = None) -> jax.Array:
+    def dequantize(self, dtype: DTypeLike | None = None) -> jax.Array:
         """The float leaf this stands for: rows in the order of the inputs, ``inv_scale`` applied."""
         w = self.dequantize_canonical(jnp.float32)
         if self.perm is not None:
@@ -153,7 +152,7 @@ class QuantizedTensor:
         return self.canonical_to_leaf(w).astype(dtype or self.dtype)
 
 
-def is_quantized(x: Any) -> bool:
+def is_quantized(x: object) -> TypeGuard[QuantizedTensor]:
     """True for a `QuantizedTensor` (use as ``is_leaf=``)."""
     return isinstance(x, QuantizedTensor)
 

@@ -111,7 +111,7 @@ def steps(name: str, q: QuantizedTensor, fitted: QuantizedTensor) -> float:
     return max(_ratio(*block) for block in _blocks(q, fitted))
 
 
-def _equal(a: np.ndarray | None, b: np.ndarray | None) -> bool:
+def _equal(a: pack.Array | None, b: pack.Array | None) -> bool:
     return a is b or (a is not None and b is not None and np.array_equal(a, b))
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 
@@ -17,6 +17,7 @@ from awq_jax.kernels import parallel
 from awq_jax.qtensor import QuantizedTensor, is_quantized
 
 T = TypeVar("T")
+Leaf = TypeVar("Leaf")
 
 
 def obstacle(q: QuantizedTensor) -> str | None:
@@ -71,7 +72,7 @@ def prepare(tree: T, platform: str | None = None) -> T:
     platform = platform or jax.default_backend()
     cuda = platform in ("cuda", "gpu")
 
-    def place(q: Any) -> Any:
+    def place(q: Leaf) -> Leaf | QuantizedTensor:
         if not is_quantized(q):
             return q
         if not cuda:

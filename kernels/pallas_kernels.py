@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
+from awq_jax.pack import Array
 from awq_jax.qtensor import QuantizedTensor
 
 Index = jax.Array | int  # of a block, in an index map
@@ -172,7 +173,7 @@ def _signed(words: jax.Array, bits: int) -> jax.Array:
     return pltpu.bitcast(words ^ jnp.uint32(flip), narrow)
 
 
-def _readable(table: jax.Array) -> jax.Array:
+def _readable(table: Array) -> Array:
     """A table as the kernel reads it: float16, which Mosaic does not have, as its bits."""
     return lax.bitcast_convert_type(table, jnp.uint16) if table.dtype == jnp.float16 else table
 

@@ -166,12 +166,12 @@ def _batched(out_dtype: DTypeLike, interpret: Interpret, x: jax.Array, q: Quanti
 
 def _batched_forward(
     out_dtype: DTypeLike, interpret: Interpret, x: jax.Array, q: QuantizedTensor
-) -> tuple[jax.Array, tuple[jax.Array, QuantizedTensor]]:
+) -> tuple[jax.Array, xla.Saved]:
     return _batched(out_dtype, interpret, x, q), (x, q)
 
 
 def _batched_backward(
-    out_dtype: DTypeLike, interpret: Interpret, saved: tuple[jax.Array, QuantizedTensor], dy: jax.Array
+    out_dtype: DTypeLike, interpret: Interpret, saved: xla.Saved, dy: jax.Array
 ) -> tuple[jax.Array, QuantizedTensor]:
     # Many rows and no decode: XLA's dense product of the dequantized weight is as good.
     x, q = saved

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
+from jax.tree_util import KeyPath
 from jax.typing import DTypeLike
 
 from awq_jax.placement import TABLES, Placement
@@ -99,20 +100,20 @@ def on_each(f: Callable[[QuantizedTensor], QuantizedTensor], q: QuantizedTensor)
     after = jax.eval_shape(f, dataclasses.replace(q, placement=None))  # for what arrays there are
     leaves = jax.tree.leaves(specs(after, place), is_leaf=lambda s: isinstance(s, P))
 
-    def own(q: QuantizedTensor) -> list[Any]:
+    def own(q: QuantizedTensor) -> list[jax.Array]:
         return jax.tree.leaves(f(local(q)))
 
     arrays = jax.shard_map(own, mesh=place.mesh, in_specs=(specs(q, place),), out_specs=leaves)(q)
     return dataclasses.replace(jax.tree.unflatten(jax.tree.structure(after), arrays), placement=place)
 
 
-def varying(a: jax.Array) -> frozenset[Any]:
+def varying(a: jax.Array) -> frozenset[str]:
     """The mesh axes of the enclosing shard_map along which ``a`` differs."""
     kind: Any = jax.typeof(a)
     return kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma
 
 
-def vary_as(y: jax.Array, *arrays: Any) -> jax.Array:
+def vary_as(y: jax.Array, *arrays: object) -> jax.Array:
     """``y``, which inside shard_map does not say that it differs along the mesh axes of ``arrays``, says so."""
     axes = frozenset().union(*(varying(a) for a in arrays if isinstance(a, jax.Array)))
     missing = tuple(axes - varying(y))
@@ -126,7 +127,7 @@ def sum_as(dx: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def summed(
-    run: Callable[..., jax.Array], params: T, cut: Callable[[Any, Any], P], place: Placement, *args: jax.Array
+    run: Callable[..., jax.Array], params: T, cut: Callable[[KeyPath, jax.Array], P], place: Placement, *args: jax.Array
 ) -> jax.Array:
     """``run(params, *args)`` on every device with its part of ``params``, and the sum of what they give.
 
@@ -142,8 +143,11 @@ def summed(
         y = run(jax.tree.map(lambda q: local(q) if is_quantized(q) else q, params, is_leaf=is_quantized), *args)
         return lax.psum(y, place.axis) if place.dim else y
 
-    def spec(path: Any, leaf: Any) -> Any:
-        return specs(leaf, leaf.placement) if is_quantized(leaf) else cut(path, leaf)
+    def spec(path: KeyPath, leaf: jax.Array | QuantizedTensor) -> P | QuantizedTensor:
+        if not isinstance(leaf, QuantizedTensor):
+            return cut(path, leaf)
+        assert leaf.placement is not None
+        return specs(leaf, leaf.placement)
 
     in_specs = jax.tree_util.tree_map_with_path(spec, params, is_leaf=is_quantized)
     # Unchecked: the branches of a scan over tiles of rows differ in what they vary over.

@@ -7,6 +7,9 @@ mantissa of a power of two it *is* that power plus the code (bfloat16: 128, floa
 subtracting the same power plus the zero point is exact.
 """
 
+# Triton reads the annotations of its programs, which are for what is known when they are compiled:
+# mypy: disallow-untyped-defs=False
+
 from __future__ import annotations
 
 import triton

@@ -12,7 +12,9 @@ import functools
 import importlib
 import math
 import os
-from typing import Any
+from collections.abc import Callable
+from types import ModuleType
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +25,7 @@ from jax.typing import DTypeLike
 from awq_jax.kernels import layout, tuned, xla
 from awq_jax.kernels.backend import Backend, Request
 from awq_jax.kernels.parallel import sum_as, vary_as
-from awq_jax.pack import PLANE, planes
+from awq_jax.pack import PLANE, Array, planes
 from awq_jax.qtensor import QuantizedTensor
 
 OLDEST = 80  # compute capability times ten: asynchronous copies, bfloat16 in tensor cores
@@ -125,8 +127,8 @@ def matmul(
     # An offset that is no multiple of the scale: the codes are multiplied as if symmetric, and what
     # is missing, (h s + o) per group and column, meets the sums of x over the groups.
     own = spec if q.offsets is None else dataclasses.replace(spec, out_dtype="float32")
-    flat = [None if a is None else a.reshape(-1, *a.shape[-2:]) for a in (x, q.qweight, q.scales, q.zeros)]
-    y = _product(own, *flat, bias).reshape(*lead, m, n)
+    arrays = jax.tree.map(lambda a: a.reshape(-1, *a.shape[-2:]), _Operands(x, q.qweight, q.scales, q.zeros, None))
+    y = _product(own, arrays._replace(bias=bias)).reshape(*lead, m, n)
     if q.offsets is not None:
         groups = q.scales.shape[-2]
         rows = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, groups * q.group_size - k)])
@@ -136,82 +138,98 @@ def matmul(
     return y.astype(out_dtype)
 
 
+class _Operands(NamedTuple):
+    """``x [B, m, K]``, the arrays of a weight in the CUDA layout with one batch axis B, and ``bias [N]`` or None."""
+
+    x: jax.Array
+    qweight: Array
+    scales: Array
+    zeros: Array | None
+    bias: jax.Array | None
+
+    def weight(self, spec: Spec) -> QuantizedTensor:
+        k, n = self.x.shape[-1], self.qweight.shape[-2]
+        return QuantizedTensor(
+            self.qweight, self.scales, self.zeros, None, spec.bits, spec.group_size, "bkn", (k,), (n,),
+            self.x.dtype.name, layout="cuda",
+        )  # fmt: skip
+
+    def pointers(self) -> tuple[Array, Array, Array]:
+        """Of the weight, as the kernels take it; an array that is not there is any other."""
+        scales = self.scales.astype(jnp.float32) if self.scales.dtype.itemsize > 4 else self.scales
+        return self.qweight, scales, self.qweight if self.zeros is None else self.zeros
+
+    def constants(self, spec: Spec) -> dict[str, int]:
+        """What the kernels are compiled for."""
+        return {
+            "N": self.qweight.shape[1],
+            "K": self.x.shape[2],
+            "GROUPS": self.scales.shape[1],
+            "GROUP_PLANES": spec.group_size // PLANE,
+            "BITS": spec.bits,
+            "ZEROS": self.zeros is not None,
+            "ASM": True,
+        }
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(spec, x, qweight, scales, zeros, bias):
-    """``x [B, m, K]`` times ``qweight [B, N, W]``, plus ``bias [N]`` or None, as ``[B, m, N]``."""
-    return _vmappable(spec)(x, qweight, scales, zeros, bias)
+def _product(spec: Spec, a: _Operands) -> jax.Array:
+    """``x`` times the weight, plus the bias, as ``[B, m, N]``."""
+    return _vmappable(spec)(a)
 
 
-def _forward(spec, *arrays):
-    return _product(spec, *arrays), arrays
+def _forward(spec: Spec, a: _Operands) -> tuple[jax.Array, _Operands]:
+    return _product(spec, a), a
 
 
-def _backward(spec, arrays, dy):
-    x, qweight, scales, zeros, bias = arrays
-    q = _tensor(spec, x, qweight, scales, zeros)
-    dx, ds = xla.gradient(x, q, dy, "cuda"), xla.weight_gradient(x, q, dy, "cuda").scales
-    db = None if bias is None else sum_as(dy.sum((0, 1), dtype=jnp.float32).astype(bias.dtype), bias)
-    return dx, None, ds, None, db
+def _backward(spec: Spec, a: _Operands, dy: jax.Array) -> tuple[_Operands]:
+    q = a.weight(spec)
+    dx, dq = xla.gradient(a.x, q, dy, "cuda"), xla.weight_gradient(a.x, q, dy, "cuda")
+    db = None if a.bias is None else sum_as(dy.sum((0, 1), dtype=jnp.float32).astype(a.bias.dtype), a.bias)
+    return (_Operands(dx, dq.qweight, dq.scales, dq.zeros, db),)
 
 
 _product.defvjp(_forward, _backward)
 
 
 @functools.cache
-def _vmappable(spec: Spec):
+def _vmappable(spec: Spec) -> Callable[[_Operands], jax.Array]:
     @custom_vmap
-    def product(x, qweight, scales, zeros, bias):
-        choice = spec.config or tuned.choose(spec.chip, spec.bits, x.shape[1], x.shape[2], qweight.shape[1])
+    def product(a: _Operands) -> jax.Array:
+        choice = spec.config or tuned.choose(spec.chip, spec.bits, *a.x.shape[1:], a.qweight.shape[1])
         launch = _launch_dense if choice.kernel == "dequantize" else _launch
         return lax.platform_dependent(
-            x,
-            qweight,
-            scales,
-            zeros,
-            bias,
-            cuda=functools.partial(launch, spec, choice),
-            default=functools.partial(_dense, spec),
+            a, cuda=functools.partial(launch, spec, choice), default=functools.partial(_dense, spec)
         )
 
     @product.def_vmap
-    def rule(size, batched, *arrays):
-        x, *weight, bias = arrays
-        batched_x, *batched_weight, batched_bias = batched
-        if not any(batched_weight) and not batched_bias:  # more rows for the same weights
-            _, b, m, k = x.shape
-            y = _product(spec, jnp.moveaxis(x, 0, 1).reshape(b, size * m, k), *weight, bias)
+    def rule(size: int, batched: tuple[_Operands], a: _Operands) -> tuple[jax.Array, bool]:
+        (has,) = batched
+        if not any(has[1:]):  # more rows for the same weights
+            _, b, m, k = a.x.shape
+            y = _product(spec, a._replace(x=jnp.moveaxis(a.x, 0, 1).reshape(b, size * m, k)))
             return jnp.moveaxis(y.reshape(b, size, m, -1), 1, 0), True
 
-        def every(a, is_batched):
-            if a is None:
-                return None
-            a = a if is_batched else jnp.broadcast_to(a, (size, *a.shape))
-            return a.reshape(-1, *a.shape[2:])
+        def joined(array: jax.Array, is_batched: bool) -> jax.Array:
+            array = array if is_batched else jnp.broadcast_to(array, (size, *array.shape))
+            return array.reshape(-1, *array.shape[2:])
 
-        joined = [every(a, f) for a, f in zip((x, *weight), (batched_x, *batched_weight), strict=True)]
-        each_bias = None if batched_bias else bias
-        y = _product(spec, *joined, each_bias)
+        each_bias = None if has.bias else a.bias
+        arrays = jax.tree.map(joined, a._replace(bias=None), has._replace(bias=None))
+        y = _product(spec, arrays._replace(bias=each_bias))
         y = y.reshape(size, -1, *y.shape[1:])
-        return (y + bias[:, None, None].astype(y.dtype) if batched_bias else y), True
+        return (y + a.bias[:, None, None].astype(y.dtype) if a.bias is not None and has.bias else y), True
 
     return product
 
 
-def _dense(spec, x, qweight, scales, zeros, bias):
-    y = xla.dequantize(x, _tensor(spec, x, qweight, scales, zeros), spec.out_dtype)
-    return y if bias is None else y + bias.astype(y.dtype)
+def _dense(spec: Spec, a: _Operands) -> jax.Array:
+    y = xla.dequantize(a.x, a.weight(spec), spec.out_dtype)
+    return y if a.bias is None else y + a.bias.astype(y.dtype)
 
 
-def _tensor(spec, x, qweight, scales, zeros) -> QuantizedTensor:
-    return QuantizedTensor(
-        qweight, scales, zeros, None, spec.bits, spec.group_size, "bkn", (x.shape[-1],), (qweight.shape[-2],),
-        x.dtype.name, layout="cuda",
-    )  # fmt: skip
-
-
-def _launch(spec: Spec, choice: tuned.Config, x, qweight, scales, zeros, bias) -> jax.Array:
-    b, m, k = x.shape
-    n = qweight.shape[1]
+def _launch(spec: Spec, choice: tuned.Config, a: _Operands) -> jax.Array:
+    (b, m, k), n, bias = a.x.shape, a.qweight.shape[1], a.bias
     split = choice.splits(spec.chip, b, m, k, n, spec.bits)
     constants = {"BIAS": bias is not None and split == 1, "SPLIT": split, "BN": choice.block_n}
     rows = 1
@@ -222,10 +240,10 @@ def _launch(spec: Spec, choice: tuned.Config, x, qweight, scales, zeros, bias) -
     y = _call(
         spec,
         choice,
-        (x, *_weight(qweight, scales, zeros), x if bias is None else bias, m),
+        (a.x, *a.pointers(), a.x if bias is None else bias, m),
         (-(-m // rows), -(-n // choice.block_n), b * split),
         jax.ShapeDtypeStruct((b * split, m, n), out_dtype if split == 1 else jnp.float32),
-        _constants(spec, k, qweight, scales, zeros) | constants,
+        a.constants(spec) | constants,
     )
     if split > 1:
         y = y.reshape(b, split, m, n).sum(1)
@@ -233,19 +251,20 @@ def _launch(spec: Spec, choice: tuned.Config, x, qweight, scales, zeros, bias) -
     return y.astype(out_dtype)
 
 
-def _launch_dense(spec: Spec, choice: tuned.Config, x, qweight, scales, zeros, bias) -> jax.Array:
+def _launch_dense(spec: Spec, choice: tuned.Config, a: _Operands) -> jax.Array:
     """Write the weight out, transposed as its codes lie, and let XLA multiply."""
     # Otherwise the weights, which depend on nothing, may all be dequantized at the start of the program.
-    x, qweight = lax.optimization_barrier((x, qweight))
-    (b, _, k), n = x.shape, qweight.shape[1]
+    x, qweight = lax.optimization_barrier((a.x, a.qweight))
+    a = a._replace(x=x, qweight=qweight)
+    (b, _, k), n, bias = x.shape, qweight.shape[1], a.bias
     runs = -(-k // (PLANE * planes(spec.bits)))
     w = _call(
         spec,
         choice,
-        _weight(qweight, scales, zeros),
+        a.pointers(),
         (-(-n // DENSE_COLUMNS), -(-runs // DENSE_RUNS), b),
         jax.ShapeDtypeStruct((b, n, k), x.dtype),
-        _constants(spec, k, qweight, scales, zeros) | {"PER": DENSE_RUNS, "BN": DENSE_COLUMNS},
+        a.constants(spec) | {"PER": DENSE_RUNS, "BN": DENSE_COLUMNS},
     )
     # Tensor cores sum in float32 whatever they return.
     exact = bias is not None or jnp.dtype(spec.out_dtype) != x.dtype
@@ -255,25 +274,14 @@ def _launch_dense(spec: Spec, choice: tuned.Config, x, qweight, scales, zeros, b
     return (y if bias is None else y + bias.astype(y.dtype)).astype(spec.out_dtype)
 
 
-def _weight(qweight, scales, zeros) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The pointers of a weight; one that is not there is any other."""
-    scales = scales.astype(jnp.float32) if scales.dtype.itemsize > 4 else scales
-    return qweight, scales, qweight if zeros is None else zeros
-
-
-def _constants(spec: Spec, k: int, qweight, scales, zeros) -> dict[str, Any]:
-    return {
-        "N": qweight.shape[1],
-        "K": k,
-        "GROUPS": scales.shape[1],
-        "GROUP_PLANES": spec.group_size // PLANE,
-        "BITS": spec.bits,
-        "ZEROS": zeros is not None,
-        "ASM": True,
-    }
-
-
-def _call(spec: Spec, choice: tuned.Config, arguments, grid, result, constants) -> jax.Array:
+def _call(
+    spec: Spec,
+    choice: tuned.Config,
+    arguments: tuple[Array | int, ...],
+    grid: tuple[int, ...],
+    result: jax.ShapeDtypeStruct,
+    constants: dict[str, int],
+) -> jax.Array:
     """Start the kernel ``choice.kernel``."""
     jt, kernels, out_keyword = _modules()
     y = jt.triton_call(
@@ -291,7 +299,7 @@ def _call(spec: Spec, choice: tuned.Config, arguments, grid, result, constants) 
 
 
 @functools.cache
-def _modules() -> tuple[Any, Any, str]:
+def _modules() -> tuple[ModuleType, ModuleType, str]:
     """jax-triton, the kernels, and what this jax-triton calls the description of the result."""
     cache = os.environ.get("TRITON_CACHE_DIR")
     jt = importlib.import_module("jax_triton")

@@ -15,7 +15,10 @@ from jax.typing import DTypeLike
 
 from awq_jax.kernels.backend import Backend
 from awq_jax.kernels.parallel import sum_as, vary_as
+from awq_jax.pack import Array
 from awq_jax.qtensor import QuantizedTensor
+
+Saved = tuple[jax.Array, QuantizedTensor]  # for the gradient: the operands
 
 GROUPED_ROWS = 64  # above this the [m, groups, N] partial sums cost more than the dequantized weight
 MMA_ROWS = 16  # rows of the smallest tensor-core tile; XLA turns fewer rows into a materialised weight
@@ -47,11 +50,11 @@ def matmul(x: jax.Array, q: QuantizedTensor, out_dtype: DTypeLike, platform: str
     return tiled(x, q, jnp.dtype(out_dtype), tile_size(platform))
 
 
-def _forward(x: jax.Array, q: QuantizedTensor, out_dtype: DTypeLike, platform: str) -> Any:
+def _forward(x: jax.Array, q: QuantizedTensor, out_dtype: DTypeLike, platform: str) -> tuple[jax.Array, Saved]:
     return matmul(x, q, out_dtype, platform), (x, q)
 
 
-def _backward(out_dtype: DTypeLike, platform: str, saved: Any, dy: jax.Array) -> Any:
+def _backward(out_dtype: DTypeLike, platform: str, saved: Saved, dy: jax.Array) -> tuple[jax.Array, QuantizedTensor]:
     x, q = saved
     return gradient(x, q, dy, platform), weight_gradient(x, q, dy, platform)
 
@@ -69,7 +72,7 @@ def gradient(x: jax.Array, q: QuantizedTensor, dy: jax.Array, platform: str) -> 
 def weight_gradient(x: jax.Array, q: QuantizedTensor, dy: jax.Array, platform: str) -> QuantizedTensor:
     """The cotangent of ``q``: of its scales and offsets, tile by tile; nothing else in it can change a little."""
 
-    def nothing(a: jax.Array) -> Any:
+    def nothing(a: jax.Array) -> Array:
         return jnp.zeros_like(a) if jnp.issubdtype(a.dtype, jnp.floating) else np.zeros(a.shape, jax.dtypes.float0)
 
     found = _table_gradients(x, q, dy, tile_size(platform))
@@ -182,13 +185,12 @@ class _Tiles(NamedTuple):
 def _columns(q: QuantizedTensor, start: jax.Array, width: int) -> QuantizedTensor:
     """``width`` columns of ``q`` from ``start``."""
 
-    def cut(a: jax.Array | None, axis: int = -1) -> jax.Array | None:
-        return None if a is None else lax.dynamic_slice_in_dim(a, start, width, axis)
-
-    return dataclasses.replace(
-        q, qweight=cut(q.qweight, -2 if q.layout == "cuda" else -1), scales=cut(q.scales), zeros=cut(q.zeros),
-        offsets=cut(q.offsets), axes="b" * len(q.batch) + "kn", k_dims=(q.k,), n_dims=(width,),
-    )  # fmt: skip
+    tables: dict[str, Any] = {
+        field: lax.dynamic_slice_in_dim(a, start, width, -2 if field == "qweight" and q.layout == "cuda" else -1)
+        for field in ("qweight", "scales", "zeros", "offsets")
+        if (a := getattr(q, field)) is not None
+    }
+    return dataclasses.replace(q, **tables, axes="b" * len(q.batch) + "kn", k_dims=(q.k,), n_dims=(width,))
 
 
 def grouped(x: jax.Array, q: QuantizedTensor, out_dtype: DTypeLike) -> jax.Array:

@@ -14,6 +14,7 @@ import numpy as np
 from awq_jax import kernels
 from awq_jax.bench import peers, random_models, timing
 from awq_jax.kernels import dispatch, layout, triton_matmul, tuned
+from awq_jax.pack import Array
 from awq_jax.qtensor import QuantizedTensor
 
 # What the targets are about, what Llama-3-8B decodes with (q/k/v and gate/up merged), and a larger one.
@@ -69,7 +70,7 @@ def expected(x: np.ndarray, q: QuantizedTensor, columns: np.ndarray) -> np.ndarr
     codes = ((words[:, None] >> shifts) & np.uint32(2**q.bits - 1)).reshape(-1, len(columns))[: q.k]
     spread = functools.partial(np.repeat, repeats=q.group_size, axis=0)
 
-    def table(a: jax.Array) -> np.ndarray:
+    def table(a: Array) -> np.ndarray:
         return spread(np.asarray(a.astype(jnp.float32))[:, columns].astype(np.float64))
 
     w = codes.astype(np.float64) * table(q.scales)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
 
 from awq_jax import kernels
 from awq_jax.errors import ShapeError
 from awq_jax.qtensor import QuantizedTensor
 
 
-def dot(x: Any, w: jax.Array | QuantizedTensor, *, impl: str = "auto", preferred_element_type: Any = None) -> jax.Array:
+def dot(
+    x: ArrayLike,
+    w: ArrayLike | QuantizedTensor,
+    *,
+    impl: str = "auto",
+    preferred_element_type: DTypeLike | None = None,
+) -> jax.Array:
     """``x @ w`` for a float or a packed weight.
 
     Has a gradient with respect to ``x`` (reverse mode); pure, so it works under jit, vmap, scan and remat. Sums

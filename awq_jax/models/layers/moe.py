@@ -21,6 +21,7 @@ from awq_jax.kernels import grouped, parallel
 from awq_jax.models.config import MoEConfig
 from awq_jax.models.layers.mlp import MLP, gated
 from awq_jax.nnx import Linear
+from awq_jax.pack import Array
 from awq_jax.paths import path_str
 from awq_jax.placement import float_spec
 from awq_jax.qtensor import QuantizedTensor
@@ -86,7 +87,7 @@ def by_expert(w: Any) -> Any:
     def columns(a: jax.Array) -> jax.Array:  # [R, E * N] -> [E, R, N]
         return jnp.moveaxis(a.reshape(*a.shape[:-1], experts, n), -2, 0)
 
-    def rows(a: jax.Array | None) -> jax.Array | None:  # [K] -> [E, K]
+    def rows(a: Array | None) -> jax.Array | None:  # [K] -> [E, K]
         return None if a is None else jnp.broadcast_to(a, (experts, *a.shape))
 
     tables: dict[str, Any] = {
