@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TypeGuard
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,9 @@ from awq_jax import pack
 from awq_jax.errors import ShapeError
 from awq_jax.pack import Array
 from awq_jax.placement import Placement
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 
 @jax.tree_util.register_dataclass
@@ -152,7 +155,7 @@ class QuantizedTensor:
         return self.canonical_to_leaf(w).astype(dtype or self.dtype)
 
 
-def is_quantized(x: object) -> TypeGuard[QuantizedTensor]:
+def is_quantized(x: object) -> TypeIs[QuantizedTensor]:
     """True for a `QuantizedTensor` (use as ``is_leaf=``)."""
     return isinstance(x, QuantizedTensor)
 

@@ -95,9 +95,10 @@ def tiles(expert: jax.Array, experts: int, rows: int) -> tuple[jax.Array, jax.Ar
 
     Returns:
       Slots int32 ``[T]``, all different: row t of ``x`` is row ``slots[t] % R`` of tile ``slots[t] // R``; and
-      the expert of each tile, -1 behind the last. There are as many tiles as the worst routing takes.
+      the expert of each tile, -1 after the last. There are as many tiles as the worst routing takes.
     """
     total = len(expert)
+    # An expert that has rows leaves at most ``rows - 1`` places of its last tile empty.
     most = (total + (rows - 1) * min(experts, total)) // rows
     counts = jnp.zeros(experts, jnp.int32).at[expert].add(1)
     ends = jnp.cumsum(-(-counts // rows))  # in tiles

@@ -169,6 +169,7 @@ def _inside(table: jax.Array, rows: Index) -> jax.Array:
 
 def _signed(words: jax.Array, bits: int) -> jax.Array:
     """uint32 ``[R, N]`` to signed codes ``q - 2**(bits-1)`` as int4 or int8 ``[R * 32 / bits, N]``."""
+    # In two's complement the difference is the code with its top bit flipped.
     flip, narrow = (0x88888888, jnp.int4) if bits == 4 else (0x80808080, jnp.int8)
     return pltpu.bitcast(words ^ jnp.uint32(flip), narrow)
 
@@ -184,6 +185,7 @@ def _float(table: jax.Array) -> jax.Array:
         return table.astype(jnp.int32).astype(jnp.float32)
     if table.dtype != jnp.uint16:
         return table.astype(jnp.float32)
+    # From the bits of float16 (bias 15): moved to float32's places (bias 127) they are 2**112 times too small.
     bits = table.astype(jnp.int32)
     exponent, mantissa = (bits >> 10) & 31, (bits & 1023).astype(jnp.float32)
     normal = lax.bitcast_convert_type((bits & 0x7FFF) << 13, jnp.float32) * 2.0**112

@@ -79,6 +79,7 @@ def tile(rows: int, q: QuantizedTensor, dtype: DTypeLike) -> Tile:
     high = min(most, max(FEWEST_ROWS, 1 << (rows - 1).bit_length()))
     few = high <= SUMS_ROWS
     wide = BLOCK_N if few else PREFILL_N
+    # A block has at least 8 rows of scales; sums of a group are products of their own, so it must fill the matrix unit.
     deep = BLOCK_K if groups == 1 else max(BLOCK_K, 8 * g)
     return Tile(high, min(deep, groups * g), min(wide, q.n // LANES * LANES), few and g >= LANES)
 

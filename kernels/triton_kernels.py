@@ -1,7 +1,7 @@
 """The Triton programs. Importing this needs ``triton``; `awq_jax.kernels.triton_matmul` does so only when it
 runs one.
 
-All read the ``"cuda"`` layout (`awq_jax.pack`): uint16 ``[B, N, W]``, 32 of them = one run of
+All read the ``"cuda"`` layout (`awq_jax.pack`): uint16 ``[B, N, W]``, of which 32 are one run of
 ``PLANES`` planes of 32 rows. A code becomes a float without an integer conversion: or-ed into the
 mantissa of a power of two it *is* that power plus the code (bfloat16: 128, float16: 1024), and
 subtracting the same power plus the zero point is exact.
@@ -128,6 +128,7 @@ def _zero(z_at, mask, FULL: tl.constexpr, BITS: tl.constexpr, ZEROS: tl.constexp
 def _zero_fp32(z_at, mask, FULL: tl.constexpr, BITS: tl.constexpr, ZEROS: tl.constexpr):
     """As `_zero`, for float32 planes."""
     z = _byte(_load(z_at, mask, FULL)) if ZEROS else _byte(tl.full(z_at.shape, 2 ** (BITS - 1), tl.uint8))
+    # 4 bits: 2**23 + z less 2**23 - 128 is 128 + z, the power of `_nibble`.
     return (z - 8388480.0)[:, None] if BITS == 4 else z[:, None]
 
 

@@ -82,8 +82,8 @@ class Config:
     def splits(self, chip: Chip, batch: int, m: int, k: int, n: int, bits: int) -> int:
         """Parts of K: as given, or the fewest that keep nine tenths of the chip busy.
 
-        A part is at least four runs of K, and the partial sums (written and read again in float32)
-        are at most half of the weight's bytes.
+        A part is at least four runs of K, and the partial sums, written and read again in float32, are at most
+        half of the weight's bytes: ``8 * split * m * n <= k * n * bits / 16``.
         """
         runs = -(-k // (PLANE * planes(bits)))
         if self.split:

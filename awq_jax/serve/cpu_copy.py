@@ -10,25 +10,29 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from awq_jax.qtensor import QuantizedTensor, is_quantized
+
+T = TypeVar("T")
+Leaf = jax.Array | QuantizedTensor
 
 DTYPE = jnp.dtype(jnp.float32)  # CPUs have no fast product of 16-bit floats in XLA
 SHARE = 0.5  # of the free memory that a copy may take unasked
 
 
-def resident(tree: Any) -> Any:
+def resident(tree: T) -> T:
     """``tree`` with every packed leaf dequantized, and every floating-point one as float32.
 
     Leaves that are float32 already are the same arrays. The copy of a leaf is as large as its float32
     form; see `nbytes`.
     """
 
-    def copy(leaf: Any) -> Any:
+    def copy(leaf: Leaf) -> jax.Array:
         if is_quantized(leaf):
             return _dequantize(leaf)
         return leaf.astype(DTYPE) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
@@ -36,10 +40,10 @@ def resident(tree: Any) -> Any:
     return jax.tree.map(copy, tree, is_leaf=is_quantized)
 
 
-def widened(tree: Any) -> Any:
+def widened(tree: T) -> T:
     """``tree`` with 16-bit floats as float32; packed leaves stay, and multiply activations of that dtype."""
 
-    def wide(leaf: Any) -> Any:
+    def wide(leaf: Leaf) -> Leaf:
         if not _narrow(leaf.dtype):
             return leaf
         return dataclasses.replace(leaf, dtype=DTYPE.name) if is_quantized(leaf) else leaf.astype(DTYPE)
@@ -47,26 +51,26 @@ def widened(tree: Any) -> Any:
     return jax.tree.map(wide, tree, is_leaf=is_quantized)
 
 
-def widening(tree: Any) -> int:
+def widening(tree: object) -> int:
     """Bytes that `widened` adds."""
     floats = [a for a in jax.tree.leaves(tree, is_leaf=is_quantized) if not is_quantized(a) and _narrow(a.dtype)]
     return sum(math.prod(a.shape) * (DTYPE.itemsize - a.dtype.itemsize) for a in floats)
 
 
-def _narrow(dtype: Any) -> bool:
+def _narrow(dtype: DTypeLike) -> bool:
     dtype = jnp.dtype(dtype)
     return jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < DTYPE.itemsize
 
 
-def narrowed(leaf: Any, dtype: Any) -> Any:
+def narrowed(leaf: Leaf, dtype: DTypeLike) -> Leaf:
     """A leaf of `widened` as it was, with its former ``dtype``: exact."""
     return dataclasses.replace(leaf, dtype=jnp.dtype(dtype).name) if is_quantized(leaf) else leaf.astype(dtype)
 
 
-def nbytes(tree: Any) -> int:
+def nbytes(tree: object) -> int:
     """Bytes that `resident` would add."""
 
-    def added(leaf: Any) -> int:
+    def added(leaf: Leaf) -> int:
         new = is_quantized(leaf) or (jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype != DTYPE)
         return math.prod(leaf.shape) * DTYPE.itemsize if new else 0
 
