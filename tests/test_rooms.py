@@ -5,6 +5,7 @@ climb or a circle; those under ``TYPE_CHECKING`` count too.
 """
 
 import ast
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -153,3 +154,10 @@ def test_a_circle_is_named() -> None:
     chain = [("a", "b"), ("b", "c"), ("c", "a"), ("c", "d")]
     (found,) = circles(Import(f"awq_jax.{x}", f"awq_jax.{y}", f"awq_jax.{x}:1") for x, y in chain)
     assert found == "awq_jax.c:1 closes awq_jax.a -> awq_jax.b -> awq_jax.c -> awq_jax.a"
+
+
+def test_no_test_imports_a_test() -> None:
+    tests = sorted((ROOT / "tests").rglob("test_*.py"))
+    assert [
+        f.name for f in tests if re.search(r"^\s*(import|from) (test_|conftest)", f.read_text(), re.MULTILINE)
+    ] == []

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_rounding import correlated, gram_of, plain
+from numpy_rounding import correlated, gram_of, plain
 
 from awq_jax.config import LeafConfig
 from awq_jax.quantizer import column_pieces, scale_search

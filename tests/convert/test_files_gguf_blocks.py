@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import gguf_files
 import numpy as np
 import pytest
-import test_files_gguf as files
 from safetensors.numpy import load_file
 
 from awq_jax import QuantizedTensor
@@ -69,7 +69,7 @@ def test_blocks_there_and_back(kind: str) -> None:
     for seed in range(25):
         rng = np.random.default_rng(seed)
         n, blocks = int(rng.integers(1, 70)), int(rng.integers(1, 9))
-        raw = files.random_blocks(T[kind], n, blocks, seed)  # all codes, also -128, and scales of both signs
+        raw = gguf_files.random_blocks(T[kind], n, blocks, seed)  # all codes, also -128, and scales of both signs
         q = from_blocks(raw, kind, n, blocks * block)
         assert (q.shape, q.bits, q.group_size, q.zeros) == ((n, blocks * block), KINDS[kind].bits, 32, None)
         np.testing.assert_array_equal(dense(q), gguf.quants.dequantize(raw, T[kind]))
@@ -79,7 +79,7 @@ def test_blocks_there_and_back(kind: str) -> None:
 
 
 def test_large_blocks_go_by_strips() -> None:
-    raw = files.random_blocks(T.Q4_1, 300, 128, 0)
+    raw = gguf_files.random_blocks(T.Q4_1, 300, 128, 0)
     q = from_blocks(raw, "Q4_1", 300, 4096)
     np.testing.assert_array_equal(dense(q)[::37], gguf.quants.dequantize(raw[::37], T.Q4_1))
     assert to_blocks(q, "Q4_1").tobytes() == raw.tobytes()
@@ -88,7 +88,7 @@ def test_large_blocks_go_by_strips() -> None:
 def packed_file(path: Path, kind: T = T.Q4_1) -> Path:
     """A whole model whose matrices are random blocks, except where a name asks for another type."""
     other = {"token_embd.weight": T.Q8_0, "output.weight": T.F16, "blk.0.attn_v.weight": T.Q5_0}
-    weights = files.to_gguf(files.hf_weights(biases=True), gguf.MODEL_ARCH.LLAMA, True)
+    weights = gguf_files.to_gguf(gguf_files.hf_weights(biases=True), gguf.MODEL_ARCH.LLAMA, True)
     tensors: dict[str, Any] = {}
     for i, (name, w) in enumerate(weights.items()):
         use = other.get(name, kind)
@@ -97,8 +97,8 @@ def packed_file(path: Path, kind: T = T.Q4_1) -> Path:
         elif use == T.F16:
             tensors[name] = w.astype(np.float16)
         else:
-            tensors[name] = (files.random_blocks(use, w.shape[0], w.shape[1] // 32, i), use)
-    return files.write(path, tensors)
+            tensors[name] = (gguf_files.random_blocks(use, w.shape[0], w.shape[1] // 32, i), use)
+    return gguf_files.write(path, tensors)
 
 
 def test_packed_reading_is_the_dequantized_one(tmp_path: Path) -> None:
@@ -131,9 +131,9 @@ def test_packed_reading_is_the_dequantized_one(tmp_path: Path) -> None:
 
 
 def test_a_scale_that_is_not_a_number_is_named(tmp_path: Path) -> None:
-    blocks = files.random_blocks(T.Q4_1, 40, 2, 0)
+    blocks = gguf_files.random_blocks(T.Q4_1, 40, 2, 0)
     blocks[3, 2:4] = np.array([np.inf], np.float16).view(np.uint8)
-    path = files.write(tmp_path / "m.gguf", {"token_embd.weight": (blocks, T.Q4_1)})
+    path = gguf_files.write(tmp_path / "m.gguf", {"token_embd.weight": (blocks, T.Q4_1)})
     with pytest.raises(WeightError, match=r"m\.gguf: a scale of tensor 'token_embd\.weight' is NaN or inf"):
         registry.open_source(path, packed=True).read("model.embed_tokens.weight")
 

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import bpe_tokenizers
 import numpy as np
 import pytest
-import test_files_tokenizer as files
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -22,18 +22,22 @@ TEKKEN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
     r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-TEXTS = [*files.TEXTS, "McDonald's HTTPServer iPhone/7 e\u0301t\u00e9 ŽLUŤOUČKÝ", files.CORPUS[-2][:3000]]
+TEXTS = [
+    *bpe_tokenizers.TEXTS,
+    "McDonald's HTTPServer iPhone/7 e\u0301t\u00e9 ŽLUŤOUČKÝ",
+    bpe_tokenizers.CORPUS[-2][:3000],
+]
 
 
 def wrap(t: Tokenizer, **more: Any) -> PreTrainedTokenizerFast:
     special = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
-    return PreTrainedTokenizerFast(tokenizer_object=t, chat_template=files.CHAT, **(special | more))
+    return PreTrainedTokenizerFast(tokenizer_object=t, chat_template=bpe_tokenizers.CHAT, **(special | more))
 
 
 def byte_level(pre: str) -> Tokenizer:
     """As the published models of that kind are built."""
     base = {"gpt-2": "default", "smaug-bpe": "llama-bpe", "tekken": "llama-bpe"}.get(pre, pre)
-    t = files.byte_level(base)
+    t = bpe_tokenizers.byte_level(base)
     if pre == "smaug-bpe":
         t.model.ignore_merges = False
     if pre == "tekken":
@@ -67,13 +71,13 @@ def test_byte_level_kinds(pre: str) -> None:
     for text in [*TEXTS, "<|im_start|>user\nhi there<|im_end|>"]:
         assert got(text).input_ids == t(text).input_ids
     assert (got.bos_token, got.eos_token, got.pad_token) == ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
-    assert got.chat_template == files.CHAT
+    assert got.chat_template == bpe_tokenizers.CHAT
 
 
 def test_what_we_read_is_written_alike() -> None:
     """Metadata as llama.cpp's converter writes them, read and written again."""
     for pre in ("smollm", "llama-bpe", "qwen2"):
-        meta = files.metadata_of(byte_level(pre), pre, add_bos_token=True, add_eos_token=False)
+        meta = bpe_tokenizers.metadata_of(byte_level(pre), pre, add_bos_token=True, add_eos_token=False)
         again = gguf_tokenizer.metadata(tokenizer.from_gguf(meta), {"vocab_size": len(meta[K + "tokens"])})
         assert set(again) == {k for k in meta if k.startswith("tokenizer.")}
         for key, value in again.items():
@@ -116,7 +120,7 @@ def test_ends_of_text() -> None:
 
 @pytest.fixture(scope="module")
 def spm() -> Any:
-    return tokenizer.from_directory(files.FIXTURE)
+    return tokenizer.from_directory(bpe_tokenizers.FIXTURE)
 
 
 def test_sentencepiece(spm: Any) -> None:
@@ -127,7 +131,7 @@ def test_sentencepiece(spm: Any) -> None:
     for text in [*TEXTS, "Once upon a time", "<s>x</s>"]:
         assert got(text).input_ids == spm(text).input_ids
     # The scores rank the pieces as SentencePiece's own do.
-    own = files.spm_metadata()[K + "scores"]
+    own = bpe_tokenizers.spm_metadata()[K + "scores"]
     normal = [i for i, k in enumerate(meta[K + "token_type"][: len(own)]) if k == 1 and meta[K + "scores"][i] > -165]
     ranked = sorted(normal, key=lambda i: -meta[K + "scores"][i])
     assert ranked == sorted(normal, key=lambda i: -own[i])

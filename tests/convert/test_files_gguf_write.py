@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import gguf_files
 import ml_dtypes
 import numpy as np
 import pytest
-import test_files_gguf as files
 import tiny_checkpoints
 import torch
 import transformers
@@ -42,12 +42,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def config(kind: str = "llama", **changes: Any) -> dict[str, Any]:
     return {
         "model_type": kind,
-        "hidden_size": files.HIDDEN,
-        "intermediate_size": files.FFN,
-        "num_hidden_layers": files.LAYERS,
-        "num_attention_heads": files.HEADS,
-        "num_key_value_heads": files.KV,
-        "vocab_size": files.VOCAB,
+        "hidden_size": gguf_files.HIDDEN,
+        "intermediate_size": gguf_files.FFN,
+        "num_hidden_layers": gguf_files.LAYERS,
+        "num_attention_heads": gguf_files.HEADS,
+        "num_key_value_heads": gguf_files.KV,
+        "vocab_size": gguf_files.VOCAB,
         "max_position_embeddings": 128,
         "rms_norm_eps": 1e-5,
         "rope_theta": 50000.0,
@@ -81,14 +81,14 @@ def dense(x: Any) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", ARCHS)
 def test_names_rows_and_metadata_of_every_architecture(tmp_path: Path, kind: str) -> None:
-    tensors = packed(files.hf_weights(**OPTIONS.get(kind, {})))
+    tensors = packed(gguf_files.hf_weights(**OPTIONS.get(kind, {})))
     out = tmp_path / "out.gguf"
     convert.checkpoint(source(tmp_path / "model", tensors, config(kind)), out, "gguf-q8_0")
     arch, permuted = ARCHS[kind], ARCHS[kind] in ("llama", "smollm3")
     reader = gguf.GGUFReader(out)
     model = {v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}[arch]
     # llama.cpp's own table of names, and its converter's order of rows.
-    want = files.to_gguf({n: dense(v) for n, v in tensors.items()}, model, permuted)
+    want = gguf_files.to_gguf({n: dense(v) for n, v in tensors.items()}, model, permuted)
     assert {t.name for t in reader.tensors} == set(want)
     for t in reader.tensors:
         value = np.asarray(gguf.quants.dequantize(t.data, t.tensor_type), np.float32)
@@ -102,16 +102,16 @@ def test_names_rows_and_metadata_of_every_architecture(tmp_path: Path, kind: str
     numbers = {k.removeprefix(f"{arch}."): v for k, v in fields.items() if k.startswith(f"{arch}.")}
     assert numbers.pop("attention.layer_norm_rms_epsilon") == pytest.approx(1e-5)
     assert numbers == {
-        "vocab_size": files.VOCAB,
+        "vocab_size": gguf_files.VOCAB,
         "context_length": 128,
-        "embedding_length": files.HIDDEN,
-        "block_count": files.LAYERS,
-        "feed_forward_length": files.FFN,
-        "attention.head_count": files.HEADS,
-        "attention.head_count_kv": files.KV,
-        "attention.key_length": files.HEAD_DIM,
-        "attention.value_length": files.HEAD_DIM,
-        "rope.dimension_count": files.HEAD_DIM,
+        "embedding_length": gguf_files.HIDDEN,
+        "block_count": gguf_files.LAYERS,
+        "feed_forward_length": gguf_files.FFN,
+        "attention.head_count": gguf_files.HEADS,
+        "attention.head_count_kv": gguf_files.KV,
+        "attention.key_length": gguf_files.HEAD_DIM,
+        "attention.value_length": gguf_files.HEAD_DIM,
+        "rope.dimension_count": gguf_files.HEAD_DIM,
         "rope.freq_base": 50000.0,
     }
     ours = registry.open_source(out, packed=True)
@@ -123,7 +123,7 @@ def test_names_rows_and_metadata_of_every_architecture(tmp_path: Path, kind: str
 
 @pytest.mark.parametrize("kind", ["q4_0", "q4_1", "q8_0"])
 def test_a_file_read_and_written_again_is_the_same(tmp_path: Path, kind: str) -> None:
-    tensors = packed(files.hf_weights(), zeros=False)
+    tensors = packed(gguf_files.hf_weights(), zeros=False)
     tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].astype(np.float16)
     src = source(tmp_path / "model", tensors, config())
     to = f"gguf-{kind}"
@@ -155,7 +155,7 @@ def test_transformers_computes_the_same(tmp_path: Path, name: str) -> None:
 
 
 def test_types_of_float_tensors(tmp_path: Path) -> None:
-    weights = files.hf_weights()
+    weights = gguf_files.hf_weights()
     single = weights["model.embed_tokens.weight"]
     wide = (single * 2.0**20).astype(ml_dtypes.bfloat16)  # beyond float16
     brain = single.astype(ml_dtypes.bfloat16)  # within it, also in precision
@@ -164,7 +164,7 @@ def test_types_of_float_tensors(tmp_path: Path) -> None:
         "lm_head.weight": np.clip(brain, -4, 4),
         "model.norm.weight": weights["model.norm.weight"].astype(np.float16),
         "model.layers.0.self_attn.q_proj.weight": weights["model.layers.0.self_attn.q_proj.weight"].astype(np.float16),
-        "model.layers.0.mlp.up_proj.weight": wide[:1].repeat(files.FFN, 0).astype(np.float32),
+        "model.layers.0.mlp.up_proj.weight": wide[:1].repeat(gguf_files.FFN, 0).astype(np.float32),
     }
     small = np.abs(changes["lm_head.weight"].astype(np.float32)) < 2.0**-14
     changes["lm_head.weight"][small] = 0
@@ -181,7 +181,7 @@ def test_types_of_float_tensors(tmp_path: Path) -> None:
 
 
 def test_tied_heads_and_recomputed_buffers_are_left_out(tmp_path: Path) -> None:
-    tensors = packed(files.hf_weights())
+    tensors = packed(gguf_files.hf_weights())
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(8, np.float32)
     src = source(tmp_path / "model", tensors, config(tie_word_embeddings=True))
     convert.checkpoint(src, tmp_path / "m.gguf", "gguf-q8_0")
@@ -196,7 +196,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 
 def rope_of(tmp_path: Path, settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """What our reader makes of the file, and the file's keys."""
-    src = source(tmp_path / "model", packed(files.hf_weights()), settings)
+    src = source(tmp_path / "model", packed(gguf_files.hf_weights()), settings)
     convert.checkpoint(src, tmp_path / "m.gguf", "gguf-q8_0", overwrite=True)
     fields = {k: f.contents() for k, f in gguf.GGUFReader(tmp_path / "m.gguf").fields.items()}
     return registry.open_source(tmp_path / "m.gguf").config, fields
@@ -208,10 +208,10 @@ def test_llama3_scaling(tmp_path: Path, original: int) -> None:
     got, _ = rope_of(tmp_path, config(rope_scaling=rope))
     assert got["rope_scaling"] == rope
     factors = next(t for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors if t.name == "rope_freqs.weight")
-    sizes: dict[str, Any] = {"hidden_size": files.HIDDEN, "num_attention_heads": files.HEADS}
+    sizes: dict[str, Any] = {"hidden_size": gguf_files.HIDDEN, "num_attention_heads": gguf_files.HEADS}
     theirs = LlamaConfig(rope_parameters=rope | {"rope_theta": 50000.0}, max_position_embeddings=1 << 17, **sizes)
     scaled = ROPE_INIT_FUNCTIONS["llama3"](theirs, "cpu")[0].numpy()
-    plain = 50000.0 ** -(np.arange(0, files.HEAD_DIM, 2) / files.HEAD_DIM)
+    plain = 50000.0 ** -(np.arange(0, gguf_files.HEAD_DIM, 2) / gguf_files.HEAD_DIM)
     np.testing.assert_allclose(factors.data, plain / scaled, rtol=1e-5)
     assert factors.data.max() == 8
     assert factors.data.min() < 8
@@ -279,27 +279,32 @@ def test_configs_that_llama_cpp_would_compute_otherwise(case: str) -> None:
 
 
 def without(name: str) -> dict[str, np.ndarray]:
-    return {k: v for k, v in files.hf_weights().items() if k != name}
+    return {k: v for k, v in gguf_files.hf_weights().items() if k != name}
 
 
 TENSOR_REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], type[AwqError], str]] = {
     "missing": (without("model.layers.1.mlp.up_proj.weight"), {}, CheckpointError, r"no tensor for blk\.1\.ffn_up\."),
     "no head": (without("lm_head.weight"), {}, CheckpointError, r"no tensor for output\.weight"),
-    "layers": (files.hf_weights(), {"num_hidden_layers": 1}, FormatError, r"blk\.1\.\S+ is not a tensor that llama"),
-    "shape": (files.hf_weights(), {"intermediate_size": 64}, CheckpointError, r"implies \(64, 64\)"),
+    "layers": (
+        gguf_files.hf_weights(),
+        {"num_hidden_layers": 1},
+        FormatError,
+        r"blk\.1\.\S+ is not a tensor that llama",
+    ),
+    "shape": (gguf_files.hf_weights(), {"intermediate_size": 64}, CheckpointError, r"implies \(64, 64\)"),
     "unknown": (
-        files.hf_weights() | {"model.layers.0.mlp.gate.weight": np.ones((2, 64), np.float32)},
+        gguf_files.hf_weights() | {"model.layers.0.mlp.gate.weight": np.ones((2, 64), np.float32)},
         {},
         FormatError,
         r"mlp\.gate\.weight has no place in a GGUF file",
     ),
     "biases": (
-        files.hf_weights(biases=True, head_norms=True),
+        gguf_files.hf_weights(biases=True, head_norms=True),
         {"model_type": "qwen3"},
         FormatError,
         r"attn_\w\.bias is not a tensor",
     ),
-    "heads": (files.hf_weights(), {"num_attention_heads": 3, "head_dim": 16}, CheckpointError, "not 3 heads"),
+    "heads": (gguf_files.hf_weights(), {"num_attention_heads": 3, "head_dim": 16}, CheckpointError, "not 3 heads"),
 }
 
 
@@ -314,7 +319,7 @@ def test_models_that_are_not_whole(tmp_path: Path, case: str) -> None:
 
 
 def test_the_target_is_one_file(tmp_path: Path) -> None:
-    src = source(tmp_path / "model", packed(files.hf_weights()), config())
+    src = source(tmp_path / "model", packed(gguf_files.hf_weights()), config())
     with pytest.raises(ConfigError, match=r"gguf-q8_0 is a single file; give a target like .*out\.gguf"):
         convert.checkpoint(src, tmp_path / "out", "gguf-q8_0")
 

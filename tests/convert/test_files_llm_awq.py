@@ -18,15 +18,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from awq_files import fast_words, make, read, same, save, write
 from safetensors.numpy import load_file, save_file
-from test_files_autoawq import fast_words, make, read, same, save, write
 from transformers import AwqConfig as TransformersConfig
 
 import awq_jax
 from awq_jax import convert
 from awq_jax.convert import pipeline, registry
 from awq_jax.convert.arrays import codes
-from awq_jax.convert.files import torch_zip
+from awq_jax.convert.files import manifest, torch_zip
 from awq_jax.convert.formats.awq import search_results
 from awq_jax.errors import AwqError, CheckpointError, FormatError, WeightError
 
@@ -287,7 +287,7 @@ def test_a_resumed_conversion_knows_its_search(tmp_path: Path) -> None:
         search["clip"] = search["clip"][i:]
         torch.save(search, tmp_path / f"{i}.pt")
         sources.append(convert.apply_search(sources[0], tmp_path / f"{i}.pt"))
-    assert len({convert.manifest.fingerprint(s, to="float") for s in sources}) == 3
+    assert len({manifest.fingerprint(s, to="float") for s in sources}) == 3
 
 
 def with_entry(part: str, entry: Any) -> dict[str, Any]:
@@ -542,5 +542,7 @@ def test_mutated_files(tmp_path: Path) -> None:
 
 
 def test_torch_is_not_imported() -> None:
-    code = "import sys; from awq_jax.convert import awq_search, torch_zip; assert 'torch' not in sys.modules"
+    modules = ("convert.files.torch_zip", "convert.formats.awq.search_results")
+    imports = "; ".join(f"import awq_jax.{m}" for m in modules)
+    code = f"import sys; {imports}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

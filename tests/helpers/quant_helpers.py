@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from awq_jax import pack
 from awq_jax.qtensor import QuantizedTensor, is_quantized
 
 
@@ -97,3 +98,21 @@ def assert_bitwise(a: object, b: object) -> None:
 def error(y: jax.Array, want: np.ndarray) -> float:
     """Largest deviation relative to the largest expected value."""
     return float(np.abs(np.asarray(y, np.float64) - want).max() / np.abs(want).max())
+
+
+def random_tensor(
+    k: int, n: int, g: int, bits: int, batch: tuple[int, ...] = (), offsets: bool = False, seed: int = 0
+) -> tuple[QuantizedTensor, np.ndarray]:
+    """A packed weight made by the library's `pack`, and its codes ``[*batch, K, N]``, padded to whole groups."""
+    rng = np.random.default_rng(seed)
+    g = k if g == -1 else g
+    groups = -(-k // g)
+    codes = rng.integers(0, 2**bits, (*batch, groups * g, n)).astype(np.uint8)
+    scales = (rng.random((*batch, groups, n)) * 0.02 + 0.005).astype(np.float32)
+    zeros = rng.integers(0, 2**bits, (*batch, groups, n)).astype(np.uint8)
+    q = QuantizedTensor(
+        pack.pack(jnp.asarray(codes), bits), jnp.asarray(scales), None if offsets else jnp.asarray(zeros), None,
+        bits, g, "b" * len(batch) + "kn", (k,), (n,), "float32",
+        offsets=jnp.asarray(-scales * zeros) if offsets else None,
+    )  # fmt: skip
+    return q, codes

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from quant_helpers import dense, error, random_packed
-from test_merge import MOE, TOKENS, decoder
+from random_decoders import MOE, TOKENS, decoder
 
 from awq_jax.errors import BackendError, ShapeError
 from awq_jax.kernels import dispatch, grouped, pallas_tpu

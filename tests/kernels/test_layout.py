@@ -6,27 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quant_helpers import random_tensor
 
-from awq_jax import kernels, pack
+from awq_jax import kernels
 from awq_jax.errors import ShapeError
 from awq_jax.kernels import layout
-from awq_jax.qtensor import QuantizedTensor
-
-
-def random_tensor(k, n, g, bits, batch=(), offsets=False, seed=0):
-    rng = np.random.default_rng(seed)
-    g = k if g == -1 else g
-    groups = -(-k // g)
-    codes = rng.integers(0, 2**bits, (*batch, groups * g, n)).astype(np.uint8)
-    scales = (rng.random((*batch, groups, n)) * 0.02 + 0.005).astype(np.float32)
-    zeros = rng.integers(0, 2**bits, (*batch, groups, n)).astype(np.uint8)
-    q = QuantizedTensor(
-        pack.pack(jnp.asarray(codes), bits), jnp.asarray(scales), None if offsets else jnp.asarray(zeros), None,
-        bits, g, "b" * len(batch) + "kn", (k,), (n,), "float32",
-        offsets=jnp.asarray(-scales * zeros) if offsets else None,
-    )  # fmt: skip
-    return q, codes
-
 
 CASES = [(256, 40, 128, 4, ()), (160, 8, 32, 4, ()), (96, 24, -1, 4, (2,)), (192, 8, 64, 8, ()), (64, 4, 32, 8, (2, 3))]
 

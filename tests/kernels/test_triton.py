@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from quant_helpers import random_tensor
 
 from awq_jax import dot, kernels, pack
 from awq_jax.errors import BackendError, ConfigError, ShapeError
@@ -288,7 +289,6 @@ def fake(monkeypatch):
 
 
 def random_cuda(k, n, g=64, bits=4, batch=(), offsets=False, zeros=True, seed=0):
-    from test_layout import random_tensor
 
     q, _ = random_tensor(k, n, g, bits, batch, offsets, seed)
     q = dataclasses.replace(q, dtype="bfloat16", zeros=q.zeros if zeros else None)

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import family_cases
+import gguf_files
 import jax
 import multimodal
 import numpy as np
 import pytest
-import test_files_gguf as ggufs
 import tiny_checkpoints
 from gguf import MODEL_ARCH
 from safetensors.numpy import load_file, save_file
@@ -61,7 +61,9 @@ def test_shards_whose_blocks_lie_in_several_files(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 def test_gguf(tmp_path, tied):
-    source = ggufs.write(tmp_path / "m.gguf", ggufs.to_gguf(ggufs.hf_weights(tied=tied), MODEL_ARCH.LLAMA, True))
+    source = gguf_files.write(
+        tmp_path / "m.gguf", gguf_files.to_gguf(gguf_files.hf_weights(tied=tied), MODEL_ARCH.LLAMA, True)
+    )
     same_as_whole(source, tmp_path)
 
 
