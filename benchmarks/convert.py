@@ -1,131 +1,108 @@
 """Speed and memory of converting checkpoints, on a synthetic AutoAWQ checkpoint with layers of Llama-2-7B's shapes.
 
-    python benchmarks/convert.py WORKDIR --to compressed-tensors gptq mlx float --out benchmarks/results/convert.json
-    python benchmarks/convert.py WORKDIR --to compressed-tensors --peer PYTHON_OF_COMPRESSED_TENSORS
+    python benchmarks/convert.py WORKDIR --to compressed-tensors gptq-v2 mlx --out benchmarks/results/convert.json
+    python benchmarks/convert.py WORKDIR --to compressed-tensors --envs ENVS
 
-Every conversion is a process of its own on one worker thread (``--workers``), reading files that were just written.
-``--peer`` also times compressed-tensors' own AutoAWQ converter on the same checkpoint, in the same run
-(``convert_peer_driver.py``).
+Every conversion is a process of its own on one worker thread (``--workers``), reading files that were just written; its
+seconds are those of the conversion, without the start of Python. Where ``--envs`` has compressed-tensors
+(``tests/interop/make_envs.sh ENVS compressed``), its own AutoAWQ converter is timed on the same checkpoint.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
 import shutil
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from shared import checkpoints, peers, running
 
 from awq_jax import convert
 from awq_jax.convert import registry
 from awq_jax.convert.arrays import linear
+from awq_jax.qtensor import QuantizedTensor
 
-WIDTH, INNER, VOCAB, GROUP = 4096, 11008, 32000, 128
-
-
-def packed(rng: np.random.Generator, k: int, n: int) -> Any:
-    """A random weight, every zero point and code possible."""
-    return linear.build(
-        rng.integers(0, 2**32, (k // 8, n), dtype=np.uint32),
-        rng.uniform(0.002, 0.02, (k // GROUP, n)).astype(np.float16),
-        rng.integers(0, 16, (k // GROUP, n)).astype(np.uint8),
-        4, GROUP, k, n, "float32",
-    )  # fmt: skip
+SHAPE = (4096, 11008, 32000)  # hidden, inner, vocabulary
 
 
-def tensors(layers: int) -> Iterator[tuple[str, Any]]:
+def tensors(
+    layers: int, hidden: int, inner: int, vocab: int, g: int
+) -> Iterator[tuple[str, np.ndarray | QuantizedTensor]]:
+    """Random weights in groups of ``g``, every zero point and code possible."""
     rng = np.random.default_rng(0)
-    yield "model.embed_tokens.weight", rng.normal(size=(VOCAB, WIDTH)).astype(np.float16)
+
+    def packed(n: int, k: int) -> QuantizedTensor:
+        return linear.build(
+            rng.integers(0, 2**32, (k // 8, n), dtype=np.uint32),
+            rng.uniform(0.002, 0.02, (k // g, n)).astype(np.float16),
+            rng.integers(0, 16, (k // g, n)).astype(np.uint8),
+            4, g, k, n, "float32",
+        )  # fmt: skip
+
+    yield "model.embed_tokens.weight", rng.normal(size=(vocab, hidden)).astype(np.float16)
     for i in range(layers):
-        prefix = f"model.layers.{i}"
-        for name in ("q", "k", "v", "o"):
-            yield f"{prefix}.self_attn.{name}_proj.weight", packed(rng, WIDTH, WIDTH)
-        for name, k, n in (("gate", WIDTH, INNER), ("up", WIDTH, INNER), ("down", INNER, WIDTH)):
-            yield f"{prefix}.mlp.{name}_proj.weight", packed(rng, k, n)
+        for name, n, k in checkpoints.linears(hidden, inner):
+            yield f"model.layers.{i}.{name}.weight", packed(n, k)
         for name in ("input", "post_attention"):
-            yield f"{prefix}.{name}_layernorm.weight", np.ones(WIDTH, np.float16)
-    yield "model.norm.weight", np.ones(WIDTH, np.float16)
-    yield "lm_head.weight", rng.normal(size=(VOCAB, WIDTH)).astype(np.float16)
+            yield f"model.layers.{i}.{name}_layernorm.weight", np.ones(hidden, np.float16)
+    yield "model.norm.weight", np.ones(hidden, np.float16)
+    yield "lm_head.weight", rng.normal(size=(vocab, hidden)).astype(np.float16)
 
 
-def config(layers: int) -> dict[str, Any]:
-    return {
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": WIDTH, "intermediate_size": INNER,
-        "num_attention_heads": 32, "num_key_value_heads": 32, "num_hidden_layers": layers, "vocab_size": VOCAB,
-        "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "hidden_act": "silu", "tie_word_embeddings": False,
-    }  # fmt: skip
-
-
-def work(args: argparse.Namespace) -> None:
-    """One measured process: prints one JSON line."""
-    start, cpu = time.perf_counter(), time.process_time()
-    suffix = registry.FORMATS[args.to[0]].suffix
-    dst = Path(args.workdir) / f"out{suffix}"
-    result = convert.checkpoint(
-        Path(args.workdir) / "source", dst, args.to[0], workers=args.workers, allow_lossy=True, overwrite=True
+def work(source: Path, dst: Path, to: str, workers: int) -> running.Row:
+    """One conversion."""
+    result, cost = running.measured(
+        convert.checkpoint, source, dst, to, workers=workers, allow_lossy=True, overwrite=True
     )
-    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-    status = Path("/proc/self/status").read_text()  # getrusage would give the parent's peak, kept across exec
-    peak = int(status.split("VmHWM:")[1].split()[0])
-    row = {
-        "to": args.to[0], "workers": args.workers, "output_mb": round(result.nbytes / 1e6),
-        "seconds": round(seconds, 2), "cpu_seconds": round(cpu, 2),
-        "mb_per_second": round(result.nbytes / 1e6 / seconds),
-        "mb_per_cpu_second": round(result.nbytes / 1e6 / cpu), "peak_rss_mb": peak // 1024,
+    megabytes = result.nbytes / 1e6
+    return {
+        "to": to, "workers": workers, "output_mb": round(megabytes), "seconds": round(cost.wall, 2),
+        "cpu_seconds": round(cost.cpu, 2), "mb_per_second": round(megabytes / cost.wall),
+        "mb_per_cpu_second": round(megabytes / cost.cpu), "peak_rss_mb": cost.peak_mb,
         "largest_deviation_steps": max((r.deviation for r in result.inexact), default=0.0),
     }  # fmt: skip
-    print(json.dumps(row))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(arguments: Sequence[str] | None = None) -> running.Row:
+    parser = running.parser(__doc__)
     parser.add_argument("workdir", type=Path)
     parser.add_argument("--to", nargs="+", default=["compressed-tensors"])
     parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--shape", type=int, nargs=3, metavar="N", default=SHAPE, help="hidden, inner, vocabulary")
+    parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--peer", help="a Python with compressed-tensors, to time its converter too")
-    parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    if args.work:
-        return work(args)
-    source = args.workdir / "source"
+    peers.add_envs(parser)
+    args = parser.parse_args(arguments)
+    source, theirs = args.workdir / "source", args.workdir / "peer"
+    hidden, inner, vocab = args.shape
     if not source.exists():
-        convert.write_checkpoint(source, tensors(args.layers), config(args.layers), "gemm", max_shard_bytes=1 << 30)
-    rows: list[dict[str, Any]] = []
+        config = checkpoints.config(args.layers, hidden, inner, vocab, heads=32)
+        made = tensors(args.layers, hidden, inner, vocab, args.group_size)
+        convert.write_checkpoint(source, made, config, "gemm", max_shard_bytes=1 << 30)
+    peer = peers.COMPRESSED_TENSORS
+    missing = peer.missing(args.envs)
+    rows: list[running.Row] = []
     for repeat in range(args.repeats):
         for to in args.to:
-            command = [sys.executable, __file__, str(args.workdir), "--work", "--to", to]
-            command += ["--workers", str(args.workers)]
-            rows.append({"by": "awq_jax", "repeat": repeat, **_json(command)})
+            dst = args.workdir / f"out{registry.FORMATS[to].suffix}"
+            row, _ = running.apart(work, source, dst, to, args.workers)
+            rows.append({"by": "awq_jax", "repeat": repeat, **row})
             print(rows[-1], flush=True)
-        if args.peer:
-            shutil.rmtree(args.workdir / "peer", ignore_errors=True)
-            driver = Path(__file__).with_name("convert_peer_driver.py")
-            row = _json([args.peer, str(driver), str(source), str(args.workdir / "peer")])
-            rows.append({"by": "compressed-tensors", "repeat": repeat, **row})
+        if not missing:
+            shutil.rmtree(theirs, ignore_errors=True)
+            said = running.json_of(peer.command(args.envs, source, theirs))
+            rows.append({"by": peer.name, "repeat": repeat, **said})
             print(rows[-1], flush=True)
-    result = {
-        "layers": args.layers, "group_size": GROUP, "cores": os.cpu_count(), "machine": platform.machine(),
-        "numpy": np.__version__, "rows": rows,
-    }  # fmt: skip
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    result: running.Row = {"layers": args.layers, "group_size": args.group_size, **running.machine(), "rows": rows}
+    return running.finish(result | {"skipped": {peer.name: missing} if missing else {}}, args.out)
 
 
-def _json(command: list[str]) -> dict[str, Any]:
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+def smoke(directory: Path) -> Iterator[list[str]]:
+    tiny = ["--layers", "1", "--shape", "256", "256", "64", "--group-size", "64", "--repeats", "1"]
+    yield [str(directory), "--to", "mlx", *tiny, "--envs", str(directory), "--out", str(directory / "r.json")]
 
 
 if __name__ == "__main__":
-    main()
+    running.run(main, smoke)

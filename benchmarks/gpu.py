@@ -25,11 +25,25 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs room on the card too
+from shared import running
+
+if TYPE_CHECKING:
+    import jax
+
+    from awq_jax.kernels import tuned
+    from awq_jax.qtensor import QuantizedTensor
+
+# Torch needs room on the card too; JAX reads this when it is imported, which is why functions do that.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+Row = dict[str, Any]  # numbers and words, as they go into a JSON file
+Pieces = Iterable[None]  # work that yields after each piece
+Work = Callable[[], Pieces]
+Shapes = Sequence[tuple[int, int]]
 
 LONGEST = 120.0  # seconds for one piece: a model made, compiled and timed takes longest
 GRACE, OVER = 40.0, 54.0  # seconds after --minutes: no piece runs longer, and the process ends
@@ -43,7 +57,7 @@ WEIGHTS = (  # k, n, group size, bits, dtype
 )  # fmt: skip
 
 
-def correctness(seed: int, many: int | None) -> Any:
+def correctness(seed: int, many: int | None) -> Iterator[Row]:
     """Each kernel over groups, bits, dtypes and odd numbers of rows, against float64 in NumPy; then `FORMS`.
 
     Args:
@@ -59,7 +73,7 @@ def correctness(seed: int, many: int | None) -> Any:
     from awq_jax.kernels import triton_matmul, tuned, xla
 
     chip = tuned.local_chip()
-    cases: list[tuple[Any, ...]] = []
+    cases: list[tuple[int, int, int, int, int, str, tuned.Config | None]] = []
     for kernel, rows in KERNELS:
         for m in rows:
             tile = 8 if m <= 8 else 16 if m <= 16 else 64
@@ -67,7 +81,9 @@ def correctness(seed: int, many: int | None) -> Any:
             cases += [(m, *weight, own) for weight in WEIGHTS]
     cases += [(m, 1024, 1024, 128, 4, "bfloat16", None) for m in tuned.BUCKETS[: None if chip else 4]]
 
-    def product(x: Any, q: Any, config: Any, bias: Any = None) -> Any:
+    def product(
+        x: jax.Array, q: QuantizedTensor, bias: jax.Array | None = None, *, config: tuned.Config | None
+    ) -> jax.Array:
         if chip is None:
             y = xla.dequantize(x, q, x.dtype)
             return y if bias is None else y + bias.astype(y.dtype)
@@ -91,7 +107,7 @@ def correctness(seed: int, many: int | None) -> Any:
 FORMS = ("symmetric", "offsets", "bias", "two weights", "gradient")
 
 
-def form_error(product: Callable[..., Any], x: Any, w: Any, form: str, seed: int) -> float:
+def form_error(product: Callable[..., jax.Array], x: jax.Array, w: QuantizedTensor, form: str, seed: int) -> float:
     """The relative error of ``product(x, w)``, or of what ``form`` makes of it."""
     import jax
     import jax.numpy as jnp
@@ -103,6 +119,7 @@ def form_error(product: Callable[..., Any], x: Any, w: Any, form: str, seed: int
     if form == "symmetric":
         w = dataclasses.replace(w, zeros=None)
     elif form == "offsets":
+        assert w.zeros is not None
         w = dataclasses.replace(w, zeros=None, offsets=-w.zeros.astype(w.scales.dtype) * w.scales * 0.9)
     ready = kernels.prepare(w)
     if form == "bias":
@@ -136,7 +153,7 @@ def ended_after(seconds: float) -> Iterator[None]:
 class Run:
     """Time, results and files of one run."""
 
-    def __init__(self, out: Path, minutes: float, slug: str, result: dict[str, Any]):
+    def __init__(self, out: Path, minutes: float, slug: str, result: Row) -> None:
         self.start, self.seconds = time.monotonic(), 60 * minutes
         self.out, self.slug, self.result = out, slug, result
 
@@ -155,7 +172,7 @@ class Run:
         part.write_text(text)
         part.replace(self.out / name)
 
-    def part(self, name: str, until: float, work: Callable[[], Any]) -> None:
+    def part(self, name: str, until: float, work: Work) -> None:
         """``work`` yields after each piece; no piece is begun once a share ``until`` of the time is over."""
         from awq_jax.bench.peers import deadline
 
@@ -180,7 +197,7 @@ class Run:
         print(f"-- {name}: {time.monotonic() - self.start:.0f} s", flush=True)
 
 
-def table(result: dict[str, Any]) -> str:
+def table(result: Row) -> str:
     """The results as Markdown."""
     checked = result["correctness"]
     top = result.get("ceilings") or {"bandwidth": 0.0, "flops": 0.0}
@@ -216,19 +233,21 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> Row:
     """Parse, and measure within the time given."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = running.parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="directory for the results")
     parser.add_argument("--minutes", type=float, default=8.5, help="begin nothing after so long (default: 8.5)")
     parser.add_argument("--seed", type=int, default=int(time.time()) % 100_000)
     parser.add_argument("--dry-run", action="store_true", help="rehearse in small, without a card")
+    parser.add_argument("--only", nargs="+", metavar="PART", help="of the parts, as their names are printed")
+    parser.add_argument("--checks", type=int, metavar="N", help="of the correctness, the last so many")
     args = parser.parse_args(arguments)
     with ended_after(60 * args.minutes + OVER):
-        everything(args)
+        return everything(args)
 
 
-def everything(args: argparse.Namespace) -> None:
+def everything(args: argparse.Namespace) -> Row:
     """All parts, the most wanted first."""
     from awq_jax.bench import decoding, products, random_models, timing
     from awq_jax.cli.bench import device
@@ -241,26 +260,26 @@ def everything(args: argparse.Namespace) -> None:
     if chip is not None and reason is not None:
         raise SystemExit(f"nothing to measure: {reason}; without a network see docs/guides/kernels.md")
     args.out.mkdir(parents=True, exist_ok=True)
-    result: dict[str, Any] = device() | {
+    result: Row = device() | {
         "seed": args.seed, "chip": dataclasses.asdict(chip) if chip else None, "triton": reason,
         "correctness": [], "kernels": [], "decode": [], "tuned": [], "failures": [],
     }  # fmt: skip
     run = Run(args.out, args.minutes, chip.slug if chip else "dry-run", result)
     run.save()
 
-    def ceilings() -> Any:
+    def ceilings() -> Pieces:
         result["ceilings"] = dataclasses.asdict(timing.ceilings(1.0 if chip else 0.01))
         yield
 
-    def check() -> Any:
-        for case in correctness(args.seed, None if chip else 8):
+    def check() -> Pieces:
+        for case in correctness(args.seed, args.checks or (None if chip else 8)):
             result["correctness"].append(case)
             if not case["correct"]:
                 print("WRONG", case, flush=True)
             yield
 
-    def decode(name: str, bits: int | None) -> Callable[[], Any]:
-        def work() -> Any:
+    def decode(name: str, bits: int | None) -> Work:
+        def work() -> Pieces:
             top = timing.Ceilings(**result["ceilings"])
             sizes: dict[str, Any] = {"context": 512, "steps": 64} if chip else {"context": 16, "steps": 2, "layers": 1}
             tables = {"tables": "tuned here" if result["tuned"] else "tables as shipped"}
@@ -271,8 +290,8 @@ def everything(args: argparse.Namespace) -> None:
 
         return work
 
-    def tune(shapes: Any, rows: Any) -> Callable[[], Any]:
-        def work() -> Any:
+    def tune(shapes: Shapes, rows: Sequence[int]) -> Work:
+        def work() -> Pieces:
             own = chip or tuned.Chip("dry-run", 90, 132)
             product = triton_matmul.matmul if chip else lambda x, q, out_dtype, **_: xla.dequantize(x, q, out_dtype)
             for shape in shapes:
@@ -286,8 +305,8 @@ def everything(args: argparse.Namespace) -> None:
 
         return work
 
-    def measure(shapes: Any, rows: Any) -> Callable[[], Any]:
-        def work() -> Any:
+    def measure(shapes: Shapes, rows: Sequence[int]) -> Work:
+        def work() -> Pieces:
             top = timing.Ceilings(**result["ceilings"])
             for row in products.measure(shapes, rows, 128, 4, top, seconds=0.06, seed=args.seed):
                 result["kernels"].append(row)
@@ -299,19 +318,30 @@ def everything(args: argparse.Namespace) -> None:
     first, then = (FIRST, THEN) if chip else (((256, 256),), ((256, 128),))
     few, many = ((1, 4, 16, 64), (256, 2048)) if chip else ((1,), (16,))
     served = random_models.products("llama-3-8b" if chip else "small")
-    run.part("ceilings", 0.1, ceilings)
-    run.part("correctness", 0.2, check)
-    run.part("packed decode", 0.27, decode("llama-3-8b", 4))
-    run.part("tuning", 0.37, tune(first, (1, 16, 64) if chip else (1,)))
-    run.part("tuning for decode", 0.45, tune(served, (1, 512) if chip else (1,)))
-    run.part("more tuning", 0.55, tune(first, (256, 4, 2048) if chip else (4,)))
-    run.part("products", 0.75, measure(first, (*few, *many)))
-    run.part("packed decode, tuned", 0.8, decode("llama-3-8b", 4))
-    run.part("dense decode", 0.85, decode("llama-3-8b", None))
-    run.part("packed decode, Llama 2", 0.9, decode("llama-2-7b", 4))
-    run.part("more products", 1.0, measure(then, (*few, *many)))
+    parts: tuple[tuple[str, float, Work], ...] = (
+        ("ceilings", 0.1, ceilings),
+        ("correctness", 0.2, check),
+        ("packed decode", 0.27, decode("llama-3-8b", 4)),
+        ("tuning", 0.37, tune(first, (1, 16, 64) if chip else (1,))),
+        ("tuning for decode", 0.45, tune(served, (1, 512) if chip else (1,))),
+        ("more tuning", 0.55, tune(first, (256, 4, 2048) if chip else (4,))),
+        ("products", 0.75, measure(first, (*few, *many))),
+        ("packed decode, tuned", 0.8, decode("llama-3-8b", 4)),
+        ("dense decode", 0.85, decode("llama-3-8b", None)),
+        ("packed decode, Llama 2", 0.9, decode("llama-2-7b", 4)),
+        ("more products", 1.0, measure(then, (*few, *many))),
+    )
+    for name, until, work in parts:
+        if not args.only or name in args.only:
+            run.part(name, until, work)
     print(table(result))
+    return result
+
+
+def smoke(directory: Path) -> Iterator[list[str]]:
+    parts = ["ceilings", "correctness", "packed decode"]
+    yield ["--dry-run", "--out", str(directory), "--checks", "1", "--only", *parts]
 
 
 if __name__ == "__main__":
-    main()
+    running.run(main, smoke)

@@ -1,6 +1,6 @@
 """``awq-jax bench`` on a CPU: what it checks and reports; speeds are not asserted."""
 
-import importlib.util
+import importlib
 import json
 import subprocess
 import sys
@@ -75,13 +75,10 @@ def test_a_peer_has_a_deadline():
 
 
 @pytest.fixture
-def gpu():
+def gpu(monkeypatch):
     """``benchmarks/gpu.py`` as a module."""
-    path = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
-    spec = importlib.util.spec_from_file_location("gpu", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    return importlib.import_module("gpu")
 
 
 def test_a_run_on_a_card_keeps_what_it_has(gpu, tmp_path):

@@ -15,7 +15,7 @@ from awq_jax import convert
 
 pytestmark = pytest.mark.slow
 
-DRIVERS = Path(__file__).parents[2] / "benchmarks"
+DRIVERS = Path(__file__).parents[2] / "benchmarks" / "peers"
 
 
 def tensors(directory: Path) -> dict[str, np.ndarray]:
@@ -67,7 +67,7 @@ def test_compressed_tensors_converts_alike(
     peers.environment("compressed")
     convert.checkpoint(sources(source, "llama"), tmp_path / "gemm", to="gemm")
     convert.checkpoint(tmp_path / "gemm", tmp_path / "ours", to="compressed-tensors")
-    peers.drive("compressed", DRIVERS / "convert_peer_driver.py", tmp_path / "gemm", tmp_path / "theirs")
+    peers.drive("compressed", DRIVERS / "compressed_tensors_convert.py", tmp_path / "gemm", tmp_path / "theirs")
     mine, made = tensors(tmp_path / "ours"), tensors(tmp_path / "theirs")
     assert mine.keys() == made.keys()
     for name, b in made.items():

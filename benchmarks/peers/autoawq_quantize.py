@@ -1,6 +1,6 @@
-"""Quantize a checkpoint with AutoAWQ 0.2.9, for ``vs_autoawq.py``; runs in AutoAWQ's own environment.
+"""Quantize a checkpoint with AutoAWQ 0.2.9, for ``vs_peers.py``; runs in AutoAWQ's own environment.
 
-    python autoawq_driver.py MODEL_DIR TOKENS.json OUT_DIR --group-size 64 --dtype bfloat16
+    python autoawq_quantize.py MODEL_DIR TOKENS.npy OUT_DIR --group-size 64 --dtype bfloat16
 
 Imports nothing of awq_jax. One defect has to be worked around to get a usable result on a CPU: the scale
 search keeps ``{k: v.cpu() for k, v in module.state_dict().items()}`` to restore the weights after each
@@ -11,10 +11,11 @@ the first trial also scales the "backup", and every later trial and the final we
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import torch
 from awq import AutoAWQForCausalLM
 from awq.quantize.quantizer import AwqQuantizer
@@ -27,11 +28,9 @@ class SafeRestore(AwqQuantizer):
         self, x: Any, w_mean: Any, x_mean: Any, module2inspect: torch.nn.Module, *rest: Any, **kw: Any
     ) -> torch.Tensor:
         copied = {name: tensor.clone() for name, tensor in module2inspect.state_dict().items()}
-        module2inspect.state_dict = lambda: copied  # the search asks once, before its first trial
-        try:
+        # The search asks once, before its first trial; afterwards the class's own method is there again.
+        with mock.patch.object(module2inspect, "state_dict", return_value=copied):
             return super()._compute_best_scale(x, w_mean, x_mean, module2inspect, *rest, **kw)
-        finally:
-            del module2inspect.state_dict  # the class's own method again
 
 
 class NoSearch(AwqQuantizer):
@@ -44,7 +43,7 @@ class NoSearch(AwqQuantizer):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
-    parser.add_argument("tokens", type=Path, help="JSON list of lists of token ids, all of one length")
+    parser.add_argument("tokens", type=Path, help="integers [samples, length]")
     parser.add_argument("out")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=64)
@@ -54,7 +53,7 @@ def main() -> None:
     )
     args = parser.parse_args()
 
-    rows = json.loads(args.tokens.read_text())
+    rows = np.load(args.tokens).tolist()
     model = AutoAWQForCausalLM.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype), device_map="cpu")
     model.quantize(
         tokenizer=None,

@@ -1,6 +1,6 @@
 """Convert an AutoAWQ GEMM checkpoint with compressed-tensors' own converter, for ``convert.py``.
 
-    python convert_peer_driver.py SRC OUT_DIR --threads 1
+    python compressed_tensors_convert.py SRC OUT_DIR --threads 1
 
 Runs in an environment that has compressed-tensors and imports nothing of awq_jax. The last line it prints is
 JSON: seconds without the imports, megabytes of the tensor files written, peak memory of the process.

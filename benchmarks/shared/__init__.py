@@ -1,0 +1,1 @@
+"""What several benchmarks use: running and measuring, synthetic checkpoints, other programs."""

@@ -1,0 +1,1 @@
+"""The measurements that `stream.py` runs."""
