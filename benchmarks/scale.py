@@ -61,6 +61,7 @@ PAIRS = 100  # of clipping factors
 RATIO = 3.5  # Llama 2 and 3, 70B: inner size over hidden size
 SAMPLES, LENGTH = 128, 512  # calibration of `count`
 MEASURED = 8  # samples of `cost`, of LENGTH tokens
+KINDS = ("products", "factors", "numbers")  # of operations
 MODELS = {  # layers, hidden size, inner size, vocabulary, heads
     "70b": (80, 8192, 28672, 128256, 64),
     "405b": (126, 16384, 53248, 128256, 128),
@@ -78,50 +79,39 @@ class Shape:
     pieces: int
 
 
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """Operations: in products of matrices, in factorizations, and in what goes number by number."""
-
-    products: float = 0.0
-    factors: float = 0.0
-    numbers: float = 0.0
-
-    def __add__(self, other: Work) -> Work:
-        return Work(self.products + other.products, self.factors + other.factors, self.numbers + other.numbers)
-
-    def share(self, part: float) -> Work:
-        """What one device does of it."""
-        return Work(self.products * part, self.factors * part, self.numbers * part)
-
-
 def shape(group: Group, targets: Sequence[Target], piece: int) -> Shape:
-    """Of a group whose weights are cut into pieces of ``piece`` numbers, as `awq_jax.quantizer.column_pieces` does it."""
+    """Of a group; its weights are cut into pieces of ``piece`` numbers, as `awq_jax.quantizer.column_pieces` does."""
     n = sum(math.prod(t.site.shape) // group.channels for t in targets)
     most = max(columns.ALIGNED, piece // targets[0].rows // columns.ALIGNED * columns.ALIGNED)
     return Shape(targets[0].site.path, group.channels, n, -(-n // most))
 
 
-def calibrating(groups: Iterable[Shape], tokens: int, length: int, heads_size: int) -> Work:
+def operations(products: float = 0.0, factors: float = 0.0, numbers: float = 0.0) -> np.ndarray:
+    """In products of matrices, in factorizations, and in what goes number by number; see `KINDS`."""
+    return np.array([products, factors, numbers])
+
+
+def calibrating(groups: Iterable[Shape], tokens: int, length: int, heads_size: int) -> np.ndarray:
     """Of all tokens in one pass."""
-    forward = sum(2.0 * g.k * (g.n + g.k) for g in groups) + 4.0 * length * heads_size
-    return Work(tokens * forward)
+    return operations(tokens * (sum(2.0 * g.k * (g.n + g.k) for g in groups) + 4.0 * length * heads_size))
 
 
-def factor(g: Shape) -> Work:
-    """Cholesky, and the inverse of what it gives."""
-    return Work(factors=4 / 3 * g.k**3)
+def searching(g: Shape, config: AwqConfig, share: float = 1.0) -> np.ndarray:
+    """Of one group on a device that does this share of it, factor included: Cholesky, and the inverse of that."""
+    return operations(factors=4 / 3 * g.k**3, numbers=share * (1 + 2 * config.n_grid) * OPS * float(g.k) * g.n)
 
 
-def searching(g: Shape, config: AwqConfig) -> Work:
-    """Of one group, beside the factor; devices share it."""
-    return Work(numbers=(1 + 2 * config.n_grid) * OPS * float(g.k) * g.n)
+def rounding(g: Shape, config: AwqConfig, share: float = 1.0) -> np.ndarray:
+    """The same of rounding."""
+    kn, groups = share * g.k * g.n, g.k / config.group_size
+    products = (10 * ROUNDS + 8) * g.k * kn + share * ROUNDS * 2 / 3 * groups**3 * g.n
+    numbers = kn * (PAIRS * OPS + ROUNDS * (2 * BLOCK + 2 * groups) + (2 * ROUNDS + 4) * OPS)
+    return operations(products, 4 / 3 * g.k**3, numbers)
 
 
-def rounding(g: Shape, config: AwqConfig) -> Work:
-    """Of one group, beside the factor; devices share it."""
-    kn, groups = float(g.k) * g.n, g.k / config.group_size
-    products = (10 * ROUNDS + 8) * g.k * kn + ROUNDS * 2 / 3 * groups**3 * g.n
-    return Work(products, numbers=kn * (PAIRS * OPS + ROUNDS * (2 * BLOCK + 2 * groups) + (2 * ROUNDS + 4) * OPS))
+def named(work: np.ndarray) -> dict[str, float]:
+    """For a result."""
+    return dict(zip(KINDS, work.tolist(), strict=True))
 
 
 def count(args: argparse.Namespace) -> running.Row:
@@ -133,15 +123,14 @@ def count(args: argparse.Namespace) -> running.Row:
     block = session.blocks[1]
     groups = [shape(g, targets, columns.PIECE_ELSEWHERE) for g, targets in session.work(block)]
     batch = min(BATCH_TOKENS_ELSEWHERE, tokens)
-    share = math.ceil(tokens / batch / d) * batch / tokens
-    shared = [math.ceil(g.pieces / d) for g in groups]
-    pairs = list(zip(groups, shared, strict=True))
-    work = {
-        "calibrate": calibrating(groups, tokens, LENGTH, hidden).share(share),
-        "search": sum((factor(g) + searching(g, settings).share(n / g.pieces) for g, n in pairs), Work()),
-        "round": sum((factor(g) + rounding(g, settings).share(n / g.pieces) for g, n in pairs), Work()),
-    }
+    pairs = [(g, math.ceil(g.pieces / d)) for g in groups]
     rows = sum(ROUNDS * g.k * n for g, n in pairs)
+    work = {
+        "calibrate": calibrating(groups, math.ceil(tokens / batch / d) * batch, LENGTH, hidden),
+        "search": sum((searching(g, settings, n / g.pieces) for g, n in pairs), operations()),
+        "round": sum((rounding(g, settings, n / g.pieces) for g, n in pairs), operations()),
+    }
+    rates = np.array([args.products, args.products, args.numbers])
     weights = sum(g.k * g.n for g in groups)
     moved = {
         "weights read": 2 * block.elements,
@@ -151,12 +140,11 @@ def count(args: argparse.Namespace) -> running.Row:
         "hidden states on the host": 2 * tokens * hidden,
     }
     seconds = {
-        "calibrate": work["calibrate"].products / args.bf16_products,
+        "calibrate": work["calibrate"][0] / args.bf16_products,
+        "search": float((work["search"] / rates).sum()),
+        "round": float((work["round"] / rates).sum()),
         "rows one after another": rows * args.row,
     }
-    for phase in ("search", "round"):
-        w = work[phase]
-        seconds[phase] = (w.products + w.factors) / args.products + w.numbers / args.numbers
     read = moved["weights read"] / args.disk_rate
     assumed = {name: getattr(args, name) for name in ("products", "bf16_products", "numbers", "row", "disk_rate")}
     return {
@@ -165,7 +153,7 @@ def count(args: argparse.Namespace) -> running.Row:
         "calibration": f"{SAMPLES} x {LENGTH} tokens",
         "layers": layers,
         "groups": [dataclasses.asdict(g) for g in groups],
-        "operations": {phase: dataclasses.asdict(w) for phase, w in work.items()},
+        "operations": {phase: named(w) for phase, w in work.items()},
         "rows": rows,
         "bytes": moved,
         "assumed": assumed,
@@ -180,13 +168,15 @@ class Spent:
     """A phase of one group: its counted work, and the processor seconds it took and was predicted to take."""
 
     phase: str
-    group: str
-    k: int
-    n: int
-    pieces: int
-    work: Work
+    group: Shape
+    work: np.ndarray
     cpu_s: float
-    predicted_s: float | None = None
+    predicted_s: float = math.nan
+
+    def row(self) -> running.Row:
+        """For a result; the prediction is there where the rates are those of other sizes."""
+        said = {} if math.isnan(self.predicted_s) else {"predicted_s": self.predicted_s}
+        return {"phase": self.phase, **dataclasses.asdict(self.group), **named(self.work), "cpu_s": self.cpu_s, **said}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,7 +232,7 @@ def measure(directory: Path, hidden: int, samples: int, length: int, group_size:
     with jax.default_matmul_precision("highest"):
         for (group, targets), g in zip(work, groups, strict=True):
             found, cost = running.measured(find_scale, group, targets, leaves, stats[group.name], settings)
-            rows.append(Spent("search", g.name, g.k, g.n, g.pieces, factor(g) + searching(g, settings), cost.cpu))
+            rows.append(Spent("search", g, searching(g, settings), cost.cpu))
             scales.append(found)
             if found.scale is not None:
                 folded[group.name] = found.scale
@@ -252,10 +242,10 @@ def measure(directory: Path, hidden: int, samples: int, length: int, group_size:
             made, cost = running.measured(
                 round_group, group, targets, leaves, folder, found, sums, settings, consume=True
             )
-            rows.append(Spent("round", g.name, g.k, g.n, g.pieces, factor(g) + rounding(g, settings), cost.cpu))
+            rows.append(Spent("round", g, rounding(g, settings), cost.cpu))
             packed |= {path: q for path, (q, _) in made.items()}
-    total = calibrating(groups, tokens.size, length, hidden)
-    rows.append(Spent("calibrate", "all", 0, 0, 0, total, calibration.cpu))
+    counted = calibrating(groups, tokens.size, length, hidden)
+    rows.append(Spent("calibrate", Shape("all", 0, 0, 0), counted, calibration.cpu))
     ready = list(model_params.tensors(leaves | packed, session.chain.config))
     _, writing = running.measured(stream_parts.write_tensors, part, 0, ready)
     written = sum(f.stat().st_size for f in part.iterdir())
@@ -268,32 +258,17 @@ def measure(directory: Path, hidden: int, samples: int, length: int, group_size:
     return Size(hidden, inner, tokens.size, rows, files)
 
 
-KINDS = ("products", "factors", "numbers")
-
-
-def fit(rows: Sequence[Spent]) -> dict[str, float]:
-    """Operations per processor second of each kind, in search and rounding together; and of calibration.
+def fit(rows: Sequence[Spent]) -> np.ndarray:
+    """Operations per processor second of each kind, in search and rounding together.
 
     Least squares of relative errors; in logarithms of the rates, which keeps them positive.
     """
-    mine = [r for r in rows if r.phase != "calibrate"]
-    counts = np.array([dataclasses.astuple(r.work) for r in mine]) / np.array([[max(r.cpu_s, 1e-6)] for r in mine])
+    counts = np.array([r.work / max(r.cpu_s, 1e-6) for r in rows if r.phase != "calibrate"])
     rates = np.full(len(KINDS), np.log(counts.sum(axis=1).mean()))
     for _ in range(200):  # Gauss-Newton, damped
         parts = counts * np.exp(-rates)
-        wrong = parts.sum(axis=1) - 1
-        rates += np.linalg.solve(parts.T @ parts + 1e-3 * np.eye(len(KINDS)), parts.T @ wrong)
-    rest = [r for r in rows if r.phase == "calibrate"]
-    found = {kind: float(np.exp(v)) for kind, v in zip(KINDS, rates, strict=True)}
-    return found | {"calibration": sum(r.work.products for r in rest) / sum(r.cpu_s for r in rest)}
-
-
-def predict(row: Spent, rates: dict[str, float]) -> float:
-    """Processor seconds."""
-    if row.phase == "calibrate":
-        return row.work.products / rates["calibration"]
-    w = row.work
-    return w.products / rates["products"] + w.factors / rates["factors"] + w.numbers / rates["numbers"]
+        rates += np.linalg.solve(parts.T @ parts + 1e-3 * np.eye(len(KINDS)), parts.T @ (parts.sum(axis=1) - 1))
+    return np.exp(rates)
 
 
 def cost(args: argparse.Namespace) -> running.Row:
@@ -304,23 +279,25 @@ def cost(args: argparse.Namespace) -> running.Row:
     for hidden in args.sizes:
         sizes.append(start(measure, args.directory, hidden, args.samples, args.seq_len, args.group_size)[0])
         print(hidden, running.rounded(sizes[-1].totals(), 2), flush=True)
-    rates = fit([row for size in sizes[:-1] or sizes for row in size.rows])
-    held = sizes[-1]
-    said: dict[str, float] = {}
+    known = [row for size in sizes[:-1] or sizes for row in size.rows]
+    rates = fit(known)
+    passes = [row for row in known if row.phase == "calibrate"]
+    calibration = sum(row.work[0] for row in passes) / sum(row.cpu_s for row in passes)
+    held, said = sizes[-1], dict.fromkeys(("search", "round", "calibrate"), 0.0)
     for row in held.rows:
-        row.predicted_s = predict(row, rates)
-        said[row.phase] = said.get(row.phase, 0.0) + row.predicted_s
+        row.predicted_s = float(row.work[0] / calibration if row.phase == "calibrate" else (row.work / rates).sum())
+        said[row.phase] += row.predicted_s
     took, before = held.totals(), sizes[0].totals()
     return {
         "command": f"python benchmarks/scale.py cost DIR --sizes {' '.join(map(str, args.sizes))}",
         **running.machine(),
-        "rates": {f"{kind}_per_s": rate for kind, rate in rates.items()},
+        "rates": {f"{kind}_per_s": rate for kind, rate in (named(rates) | {"calibration": calibration}).items()},
         "held_out": held.hidden,
         "phases": {
             p: {"cpu_s": took[p], "predicted_s": said[p], "predicted_over_cpu": said[p] / took[p],
                 "ratio_to_smallest": took[p] / before[p]} for p in took
         },
-        "sizes": [dataclasses.asdict(size) for size in sizes],
+        "sizes": [vars(size) | {"rows": [row.row() for row in size.rows]} for size in sizes],
     }  # fmt: skip
 
 

@@ -6,18 +6,21 @@ python examples/calibrate_once.py SOURCE [CALIBRATION_FILE]
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import awq_jax
 from awq_jax import data, evaluate
 
-SETTINGS = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "4-bit": {"bits": 4},
     "3-bit": {"bits": 3},
     "mixed": {"bits": 3, "overrides": {r"down_proj": {"bits": 4}}},
 }
 
 
-def main(source, stats_file=None, samples=16, eval_tokens=2048, group_size=32):
+def main(
+    source: str | Path, stats_file: str | None = None, samples: int = 16, eval_tokens: int = 2048, group_size: int = 32
+) -> dict[str, float]:
     model = awq_jax.load(source)
     params = model.params
     # Calibration text and evaluation text come from different ends of the same book.
@@ -42,4 +45,4 @@ def main(source, stats_file=None, samples=16, eval_tokens=2048, group_size=32):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3])
+    main(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None)

@@ -4,13 +4,22 @@ python examples/checkpoint_chat.py SOURCE DESTINATION "What is the capital of Fr
 """
 
 import sys
+from pathlib import Path
 
 import awq_jax
 
 
-def main(source, destination, question, calib="default", samples=16, max_new_tokens=64, **settings):
+def main(
+    source: str | Path,
+    destination: str | Path,
+    question: str,
+    calib: str = "default",
+    samples: int = 16,
+    max_new_tokens: int = 64,
+    group_size: int = 128,
+) -> str:
     model = awq_jax.load(source)
-    report = model.quantize(calib=calib, samples=samples, **settings)
+    report = model.quantize(calib=calib, samples=samples, group_size=group_size)
     written = model.save(destination)
     print(f"{report.bits_per_weight:.2f} bits per weight, format {written}")
 
@@ -24,4 +33,4 @@ def main(source, destination, question, calib="default", samples=16, max_new_tok
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4])
+    main(sys.argv[1], sys.argv[2], sys.argv[3])

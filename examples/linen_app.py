@@ -3,10 +3,13 @@
 python examples/linen_app.py
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from flax.typing import VariableDict
 
 import awq_jax
 
@@ -15,7 +18,7 @@ VOCAB, WIDTH, LENGTH = 64, 64, 32
 
 class Block(nn.Module):
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         h = nn.RMSNorm()(x)
         x = x + nn.MultiHeadDotProductAttention(num_heads=4, use_bias=False)(h, mask=nn.make_causal_mask(x[..., 0]))
         h = nn.RMSNorm()(x)
@@ -25,14 +28,14 @@ class Block(nn.Module):
 
 class LanguageModel(nn.Module):
     @nn.compact
-    def __call__(self, tokens):
+    def __call__(self, tokens: jax.Array) -> jax.Array:
         x = nn.Embed(VOCAB, WIDTH)(tokens)
         for _ in range(2):
             x = Block()(x)
         return nn.Dense(VOCAB, use_bias=False)(nn.RMSNorm()(x))
 
 
-def batch(key):
+def batch(key: jax.Array) -> jax.Array:
     """Sequences that count up by seven from a random start, with one token in ten drawn at random."""
     k1, k2, k3 = jax.random.split(key, 3)
     tokens = (jax.random.randint(k1, (16, 1), 0, VOCAB) + 7 * jnp.arange(LENGTH)) % VOCAB
@@ -40,16 +43,16 @@ def batch(key):
     return jnp.where(jax.random.bernoulli(k3, 0.1, tokens.shape), noise, tokens)
 
 
-def loss_of(logits, tokens):
+def loss_of(logits: Any, tokens: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:]).mean()
 
 
-def train(model, steps=150):
+def train(model: LanguageModel, steps: int = 150) -> VariableDict:
     params = model.init(jax.random.key(0), batch(jax.random.key(0)))
     optimizer = optax.adam(3e-3)
 
     @jax.jit
-    def step(params, state, key):
+    def step(params: VariableDict, state: optax.OptState, key: jax.Array) -> tuple[VariableDict, optax.OptState]:
         tokens = batch(key)
         grads = jax.grad(lambda p: loss_of(model.apply(p, tokens), tokens))(params)
         updates, state = optimizer.update(grads, state)
@@ -61,7 +64,7 @@ def train(model, steps=150):
     return params
 
 
-def main():
+def main() -> tuple[float, float]:
     model = LanguageModel()
     params = train(model)
 

@@ -37,7 +37,7 @@ class Job:
 
     def run(self, target: Path, hidden: str) -> str:
         """To the end; what it prints."""
-        return subprocess.run(self.command(target, hidden), check=True, capture_output=True, text=True).stdout
+        return subprocess.run(self.command(target, hidden), check=True, stdout=subprocess.PIPE, text=True).stdout
 
     def interrupt(self, target: Path, hidden: str, wait: Callable[[subprocess.Popen[bytes]], None]) -> Row | None:
         """Start, ``wait``, and kill; how far it got, or None if it had reached the end."""
