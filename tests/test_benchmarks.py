@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import math
 from collections.abc import Iterator
@@ -40,6 +41,15 @@ def test_smoke(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(map(math.isfinite, numbers(results)))
     assert not any(result.get("failures") for result in results)
     assert state(BENCHMARKS / "results") == before
+
+
+def test_no_private_name_of_the_library() -> None:
+    for path in BENCHMARKS.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+                assert ast.unparse(node.value) in ("self", "super()"), f"{path.name}: {ast.unparse(node)}"
+            if isinstance(node, ast.ImportFrom):
+                assert not any(name.name.startswith("_") for name in node.names), f"{path.name}: {ast.unparse(node)}"
 
 
 def test_seven_entry_points() -> None:
