@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,10 @@ import jax.numpy as jnp
 from awq_jax.errors import ShapeError
 from awq_jax.qtensor import is_quantized
 
+T = TypeVar("T")  # a parameter tree
 
-def split(params: Any) -> tuple[Any, Any]:
+
+def split(params: T) -> tuple[T, T]:
     """``params`` as two trees of its structure: the float leaves, and all others.
 
     `jax.grad` refuses integer leaves, and packed weights are made of them. Differentiate with
@@ -28,7 +30,7 @@ def split(params: Any) -> tuple[Any, Any]:
       and belongs to ``rest``.
     """
 
-    def is_float(x: Any) -> bool:
+    def is_float(x: object) -> bool:
         return not is_quantized(x) and jnp.issubdtype(jnp.result_type(x), jnp.inexact)
 
     floats = jax.tree.map(lambda x: x if is_float(x) else None, params, is_leaf=is_quantized)
@@ -36,14 +38,14 @@ def split(params: Any) -> tuple[Any, Any]:
     return floats, rest
 
 
-def merge(floats: Any, rest: Any) -> Any:
+def merge(floats: T, rest: T) -> T:
     """Inverse of `split`.
 
     Raises:
       ShapeError: if the trees are not the two halves of one tree.
     """
 
-    def pick(a: Any, b: Any) -> Any:
+    def pick(a: object, b: object) -> object:
         if a is not None and b is not None:
             raise ShapeError("both trees have a value for one leaf; pass the two results of one split")
         return b if a is None else a

@@ -32,11 +32,11 @@ from awq_jax.bench import decoding, random_models
 from awq_jax.cli.bench import device
 from awq_jax.models.weights import params as model_params
 from awq_jax.serve.cpu_copy import resident
-from awq_jax.serve.served_weights import Weights
+from awq_jax.serve.served_weights import ServedWeights
 
 ROWS = 4  # sequences at a time
 FORWARD = "forward"
-# Kind of decoding -> (merge_linears, copy) of `Weights`; None leaves it to the package.
+# Kind of decoding -> (merge_linears, copy) of `ServedWeights`; None leaves it to the package.
 KINDS: dict[str, tuple[bool | None, bool | None]] = {
     "packed": (None, None),
     "packed-unmerged": (False, None),
@@ -100,10 +100,10 @@ def decode(args: argparse.Namespace) -> running.Row:
         c = random_models.config(args.shape, args.layers)
         graphdef, packed = random_models.random_model(c, args.dtype, args.bits, args.group_size)
 
-    def session(kind: str) -> decoding.Session:
+    def session(kind: str) -> decoding.DecodingTimer:
         params = resident(packed) if kind == "dense" else jax.tree.map(lambda a: a, packed)
-        weights = Weights(graphdef, c, params, *KINDS.get(kind, (None, None)))
-        return decoding.Session(weights, context=args.context, steps=args.steps)
+        weights = ServedWeights(graphdef, c, params, *KINDS.get(kind, (None, None)))
+        return decoding.DecodingTimer(weights, context=args.context, steps=args.steps)
 
     sessions = {kind: session(kind) for kind in ("dense", *args.kinds)}
     rows: list[running.Row] = []
@@ -111,7 +111,7 @@ def decode(args: argparse.Namespace) -> running.Row:
         one = sessions[kind]
         rows.append({"kind": kind, **times, "served": one.weights.explain(), "served_bytes": paths.nbytes(one.params),
                      "packed_bytes": None if kind == "dense" else paths.nbytes(packed),
-                     "step_temp_bytes": one.temp_bytes["step"]})  # fmt: skip
+                     "step_temp_bytes": one.temp_bytes()["step"]})  # fmt: skip
         print(
             f"{kind:12s} {times['ms_per_step']:8.2f} ms per token, {times['speed']:.2f} times dense "
             f"(quartiles {times['speed_low']:.2f}, {times['speed_high']:.2f}; processor time {times['cpu_speed']:.2f})"

@@ -6,7 +6,7 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,21 @@ def unfit(format: str, tensors: Tensors, allow_lossy: bool = False) -> str | Non
     except FormatError as e:
         return str(e)
     return None
+
+
+def first_that_holds(tensors: Callable[[], Tensors]) -> tuple[str, str]:
+    """The most widely readable format of `AUTO` that holds these tensors as they are, and why not another.
+
+    Args:
+      tensors: they, anew at each call.
+    """
+    reasons: list[str] = []
+    for format in AUTO[:-1]:
+        problem = unfit(format, tensors())
+        if problem is None:
+            return format, "; ".join([*reasons, "it holds every weight"])
+        reasons.append(f"not {format}: {problem}")
+    return AUTO[-1], "; ".join(reasons)
 
 
 def write_checkpoint(

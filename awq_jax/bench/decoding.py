@@ -17,13 +17,13 @@ from awq_jax.models.config import ModelConfig
 from awq_jax.qtensor import is_quantized
 from awq_jax.serve.generate import bucket
 from awq_jax.serve.sampling import Sampling
-from awq_jax.serve.served_weights import Weights
+from awq_jax.serve.served_weights import ServedWeights
 
 # What a row says about decoding and not about prefill.
 OF_STEPS = ("tokens_per_s", "ms_per_step", "floor_ms", "floor_share", "step_temp_bytes")
 
 
-class Session:
+class DecodingTimer:
     """One model after a prompt of random tokens, ready to be timed.
 
     Args:
@@ -36,7 +36,7 @@ class Session:
       ConfigError: a number is not positive, or the model's context is shorter.
     """
 
-    def __init__(self, weights: Weights, *, batch: int = 1, context: int = 512, steps: int = 64):
+    def __init__(self, weights: ServedWeights, *, batch: int = 1, context: int = 512, steps: int = 64):
         c = weights.config
         if min(batch, context, steps) < 1:
             raise ConfigError("batch, context and steps must be at least 1")
@@ -54,12 +54,10 @@ class Session:
         arguments = (self.params, self._cache, self._token, self._lengths, *self._options)
         self._step = generator.step.lower(*arguments, mode=mode).compile()
 
-    @property
     def cache_bytes(self) -> int:
         """Of keys and values."""
         return paths.nbytes(self._cache)
 
-    @property
     def temp_bytes(self) -> dict[str, int | None]:
         """What each compiled program needs besides its arguments and results, as its compiler counts it."""
         found = {"prefill": self._prefill.memory_analysis(), "step": self._step.memory_analysis()}
@@ -83,7 +81,7 @@ class Session:
         return took[0] / self.steps, took[1] / self.steps
 
 
-def read_per_step(c: ModelConfig, params: Any) -> int:
+def read_per_step(c: ModelConfig, params: object) -> int:
     """Bytes of parameters that a decode step reads: all but an embedding of which it looks up rows only."""
     leaves = paths.flatten(params)
     if not c.tied:
@@ -91,34 +89,34 @@ def read_per_step(c: ModelConfig, params: Any) -> int:
     return paths.nbytes(leaves)
 
 
-def largest_tile(params: Any, itemsize: int = 2) -> int:
+def largest_tile(params: object, itemsize: int = 2) -> int:
     """Bytes of the largest packed weight, dequantized: one matrix, of which experts are several."""
     packed = [q for q in jax.tree.leaves(params, is_leaf=is_quantized) if is_quantized(q)]
     return max((q.k * q.n * itemsize for q in packed), default=0)
 
 
-def row(session: Session, top: timing.Ceilings, rounds: int = 3) -> dict[str, Any]:
-    """Time one session.
+def row(timer: DecodingTimer, top: timing.Ceilings, rounds: int = 3) -> dict[str, Any]:
+    """Time one model.
 
     Returns:
       A dict: ``batch``, ``context``, ``prefill_tokens_per_s``, ``tokens_per_s`` (of all sequences together),
       ``ms_per_step``, ``floor_ms`` (weights and cache read once at the copy bandwidth), ``floor_share``,
       ``served`` (the form of the weights), ``weight_bytes``, ``cache_bytes``; and memory: ``prefill_temp_bytes``
-      and ``step_temp_bytes`` (see `Session.temp_bytes`), ``tile_bytes`` (the largest weight, dequantized),
+      and ``step_temp_bytes`` (see `DecodingTimer.temp_bytes`), ``tile_bytes`` (the largest weight, dequantized),
       ``peak_bytes`` (of the process so far, by the allocator; None where it does not say) and
       ``peak_allowed_bytes``: weights, cache and one tile.
     """
-    session.decode()
-    steps = statistics.median(session.decode()[0] for _ in range(rounds))
-    prompt = statistics.median(session.prefill() for _ in range(rounds))
-    weights, cache = paths.nbytes(session.params), session.cache_bytes
-    least = (read_per_step(session.weights.config, session.params) + cache) / top.bandwidth
-    temp, tile = session.temp_bytes, largest_tile(session.params)
+    timer.decode()
+    steps = statistics.median(timer.decode()[0] for _ in range(rounds))
+    prompt = statistics.median(timer.prefill() for _ in range(rounds))
+    weights, cache = paths.nbytes(timer.params), timer.cache_bytes()
+    least = (read_per_step(timer.weights.config, timer.params) + cache) / top.bandwidth
+    temp, tile = timer.temp_bytes(), largest_tile(timer.params)
     return {
-        "batch": session.batch, "context": session.context,
-        "prefill_tokens_per_s": session.batch * session.context / prompt,
-        "tokens_per_s": session.batch / steps, "ms_per_step": steps * 1e3,
-        "floor_ms": least * 1e3, "floor_share": least / steps, "served": session.weights.explain(),
+        "batch": timer.batch, "context": timer.context,
+        "prefill_tokens_per_s": timer.batch * timer.context / prompt,
+        "tokens_per_s": timer.batch / steps, "ms_per_step": steps * 1e3,
+        "floor_ms": least * 1e3, "floor_share": least / steps, "served": timer.weights.explain(),
         "weight_bytes": weights, "cache_bytes": cache, "tile_bytes": tile,
         "prefill_temp_bytes": temp["prefill"], "step_temp_bytes": temp["step"],
         "peak_bytes": peak_bytes(), "peak_allowed_bytes": weights + cache + tile,
@@ -152,19 +150,19 @@ def run(
     """
     c = random_models.config(name, layers)
     graphdef, params = random_models.random_model(c, dtype, bits, group)
-    weights = Weights(graphdef, c, params, merge_linears=True)
+    weights = ServedWeights(graphdef, c, params, merge_linears=True)
     del params  # the form in which they are served may replace them
-    session = Session(weights, batch=batch, context=context, steps=steps)
+    timer = DecodingTimer(weights, batch=batch, context=context, steps=steps)
     before = peak_bytes()
     said = {"model": name, "layers": len(c.layers), "bits": bits, "group_size": group if bits else None}
-    return said | row(session, top) | {"peak_before_timing_bytes": before}
+    return said | row(timer, top) | {"peak_before_timing_bytes": before}
 
 
-def paired(sessions: Mapping[str, Session], against: str, rounds: int) -> dict[str, dict[str, float]]:
-    """Decode with each session in turn, in an order that rotates, so that a busy machine is busy for all.
+def paired(timers: Mapping[str, DecodingTimer], against: str, rounds: int) -> dict[str, dict[str, float]]:
+    """Decode with each timer in turn, in an order that rotates, so that a busy machine is busy for all.
 
     Args:
-      sessions: by name.
+      timers: by name.
       against: the one that the others are compared with.
       rounds: how often each is timed.
 
@@ -174,13 +172,13 @@ def paired(sessions: Mapping[str, Session], against: str, rounds: int) -> dict[s
       ``speed_high``), and in processor time (``cpu_speed``); and the best turns compared (``best_speed``), which
       other programs disturbed least.
     """
-    took: dict[str, list[tuple[float, float]]] = {name: [] for name in sessions}
-    for session in sessions.values():
-        session.decode()
-    names = list(sessions)
+    took: dict[str, list[tuple[float, float]]] = {name: [] for name in timers}
+    for timer in timers.values():
+        timer.decode()
+    names = list(timers)
     for i in range(rounds):
         for name in names[i % len(names) :] + names[: i % len(names)]:
-            took[name].append(sessions[name].decode())
+            took[name].append(timers[name].decode())
     out, fastest = {}, {name: min(turn[0] for turn in turns) for name, turns in took.items()}
     for name, mine in took.items():
         ratios = [(b[0] / a[0], b[1] / max(a[1], 1e-9)) for a, b in zip(mine, took[against], strict=True)]

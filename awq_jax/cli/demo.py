@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
         **settings,
     )
     question = args.question or demo_model.QUESTION
-    chat = bool(loaded.tokenizer.chat_template)
+    chat = bool(loaded.tokenizer and loaded.tokenizer.chat_template)
 
     def show(piece: str) -> None:
         print(piece, end="", flush=True)

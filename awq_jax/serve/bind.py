@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +15,12 @@ from awq_jax import kernels
 from awq_jax.qtensor import QuantizedTensor, is_quantized
 from awq_jax.trace import interpret
 
+T = TypeVar("T")  # what a model returns
+Run = Callable[[Any, list[jax.Array]], T]  # of its parameters and the arrays among its arguments
 KEPT = 32  # combinations of flags and argument structures remembered per bound function
 
 
-def bind(apply_fn: Callable[..., Any], *, impl: str = "auto") -> Callable[..., Any]:
+def bind(apply_fn: Callable[..., T], *, impl: str = "auto") -> Callable[..., T]:
     """A function like ``apply_fn`` whose ``params`` may hold a `QuantizedTensor` in place of any leaf.
 
     The model needs no change: it is traced with the shapes of its float parameters, and every
@@ -46,10 +48,10 @@ def bind(apply_fn: Callable[..., Any], *, impl: str = "auto") -> Callable[..., A
         ``apply_fn`` raises for arguments of these shapes.
     """
     kernels.check_impl(impl)
-    compiled: OrderedDict[Hashable, Callable[..., Any]] = OrderedDict()
+    compiled: OrderedDict[Hashable, Run[T]] = OrderedDict()
 
     @functools.wraps(apply_fn)
-    def bound(params: Any, *args: Any, **kwargs: Any) -> Any:
+    def bound(params: object, *args: object, **kwargs: object) -> T:
         if not any(map(is_quantized, jax.tree.leaves(params, is_leaf=is_quantized))):
             return apply_fn(params, *args, **kwargs)
         leaves, tree = jax.tree.flatten((args, kwargs))
@@ -68,13 +70,15 @@ def bind(apply_fn: Callable[..., Any], *, impl: str = "auto") -> Callable[..., A
     return bound
 
 
-def _compile(apply_fn: Callable[..., Any], impl: str, tree: Any, fixed: tuple[_Fixed | None, ...]) -> Any:
+def _compile(
+    apply_fn: Callable[..., T], impl: str, tree: jax.tree_util.PyTreeDef, fixed: tuple[_Fixed | None, ...]
+) -> Run[T]:
     """``run(params, arrays)`` for one structure of the arguments and one set of non-array values."""
 
     def matmul(x: jax.Array, q: QuantizedTensor) -> jax.Array:
         return kernels.matmul(x, q, impl=impl, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
 
-    def run(params: Any, arrays: list[jax.Array]) -> Any:
+    def run(params: object, arrays: list[jax.Array]) -> T:
         it = iter(arrays)
         args, kwargs = jax.tree.unflatten(tree, [next(it) if f is None else f.value for f in fixed])
         program = interpret.trace(apply_fn, params, *args, **kwargs)
@@ -86,7 +90,7 @@ def _compile(apply_fn: Callable[..., Any], impl: str, tree: Any, fixed: tuple[_F
 class _Fixed:
     """An argument that is part of the program. Unlike in Python, ``1``, ``1.0`` and ``True`` differ."""
 
-    def __init__(self, value: Any):
+    def __init__(self, value: object):
         self.value = value
 
     def __hash__(self) -> int:
@@ -98,5 +102,5 @@ class _Fixed:
         return repr(self.value) == repr(other.value) if isinstance(self.value, float) else self.value == other.value
 
 
-def _is_array(x: Any) -> bool:
+def _is_array(x: object) -> bool:
     return isinstance(x, jax.Array | np.ndarray | np.generic)

@@ -12,22 +12,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from awq_jax import paths
 from awq_jax.calibration.calibration import calibrate
 from awq_jax.config import AwqConfig
-from awq_jax.errors import CalibrationError
 from awq_jax.models.config import ModelConfig
-from awq_jax.models.vision import inputs as vision
 from awq_jax.models.vision.config import TOWER
 from awq_jax.plan.discover import discover
 from awq_jax.plan.plan import Plan
 from awq_jax.plan.verify import verify
 from awq_jax.quantizer import quantize as quantizer
 from awq_jax.report import Report
-from awq_jax.serve.generate import check_tokens
 
 
 def quantize(
@@ -38,7 +34,7 @@ def quantize(
     config: AwqConfig,
     progress: bool,
 ) -> tuple[nnx.State, Report]:
-    """Quantize ``params`` with the statistics of ``batches`` (see `unpadded`).
+    """Quantize ``params`` with the statistics of ``batches`` (see `awq_jax.serve.calibration_batches`).
 
     Returns:
       (parameters with packed weights, what was done).
@@ -65,26 +61,3 @@ def plan(apply: Callable[..., jax.Array], params: nnx.State, architecture: Model
     found = discover(apply, params, example)
     towers = {p: TOWER for p in paths.flatten(params) if p.startswith("vision/") and p.endswith("/kernel")}
     return dataclasses.replace(found, skipped={**found.skipped, **towers})
-
-
-def unpadded(architecture: ModelConfig, batch: Mapping[str, Any], number: int) -> dict[str, np.ndarray]:
-    """Arguments of the model from what a processor returned, which must be without padding.
-
-    Args:
-      architecture: of the model.
-      batch: see `awq_jax.models.vision.inputs.inputs`.
-      number: of the batch, for the errors.
-
-    Raises:
-      CalibrationError: rows of several lengths, or longer than the context.
-      ConfigError, ShapeError: see `awq_jax.models.vision.inputs.inputs`.
-    """
-    arrays, lengths = vision.inputs(architecture, batch)
-    tokens = arrays["input_ids"]
-    if (lengths < tokens.shape[1]).any() or tokens.shape[1] > architecture.max_length:
-        raise CalibrationError(
-            f"batch {number} has rows of {lengths.tolist()} tokens: padding would be calibrated on, and the "
-            f"model's context is {architecture.max_length}; pass what the processor returns for one sample at a time"
-        )
-    check_tokens(vision.of_images(architecture, tokens), architecture.vocab_size, f"batch {number}")
-    return arrays

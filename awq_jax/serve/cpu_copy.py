@@ -1,4 +1,4 @@
-"""What a processor is served that has no kernel of its own: a dequantized copy, or no 16-bit floats.
+"""What a CPU, for which there is no packed kernel, is served instead: a dequantized copy, or no 16-bit floats.
 
 XLA on CPU writes a packed weight out as floats, tile by tile, every time it is multiplied by. Where there is room, that
 is done once: 8 times the bytes of 4-bit codes, and decoding as fast as with a float model. A 16-bit float
@@ -18,8 +18,8 @@ from jax.typing import DTypeLike
 
 from awq_jax.qtensor import QuantizedTensor, is_quantized
 
-T = TypeVar("T")
 Leaf = jax.Array | QuantizedTensor
+T = TypeVar("T")  # any pytree of leaves, or one leaf
 
 DTYPE = jnp.dtype(jnp.float32)  # CPUs have no fast product of 16-bit floats in XLA
 SHARE = 0.5  # of the free memory that a copy may take unasked
@@ -44,9 +44,7 @@ def widened(tree: T) -> T:
     """``tree`` with 16-bit floats as float32; packed leaves stay, and multiply activations of that dtype."""
 
     def wide(leaf: Leaf) -> Leaf:
-        if not _narrow(leaf.dtype):
-            return leaf
-        return dataclasses.replace(leaf, dtype=DTYPE.name) if is_quantized(leaf) else leaf.astype(DTYPE)
+        return narrowed(leaf, DTYPE) if _narrow(leaf.dtype) else leaf
 
     return jax.tree.map(wide, tree, is_leaf=is_quantized)
 
@@ -58,13 +56,15 @@ def widening(tree: object) -> int:
 
 
 def _narrow(dtype: DTypeLike) -> bool:
-    dtype = jnp.dtype(dtype)
-    return jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < DTYPE.itemsize
+    kind = jnp.dtype(dtype)
+    return jnp.issubdtype(kind, jnp.floating) and kind.itemsize < DTYPE.itemsize
 
 
 def narrowed(leaf: Leaf, dtype: DTypeLike) -> Leaf:
     """A leaf of `widened` as it was, with its former ``dtype``: exact."""
-    return dataclasses.replace(leaf, dtype=jnp.dtype(dtype).name) if is_quantized(leaf) else leaf.astype(dtype)
+    if is_quantized(leaf):
+        return dataclasses.replace(leaf, dtype=jnp.dtype(dtype).name)
+    return leaf.astype(dtype)
 
 
 def nbytes(tree: object) -> int:

@@ -8,7 +8,8 @@ the end, and knows only tokenizers written in Rust.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+
+from awq_jax.serve.prompts import Tokenizer
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
@@ -28,7 +29,7 @@ class Detokenizer:
 
     CONTEXT = 64  # tokens of the prompt: more than it has special tokens, or bytes of one run, at its end
 
-    def __init__(self, tokenizer: Any, prompt: Sequence[int], stop: Sequence[str] = ()):
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str] = ()):
         self.tokenizer, self.stop = tokenizer, tuple(stop)
         self.ids = list(prompt[-self.CONTEXT :])
         self.read = len(self.ids)  # of these the text is released

@@ -7,7 +7,6 @@ position s, so causality alone hides padding and no attention mask is needed.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,7 @@ from awq_jax.models.config import ModelConfig
 from awq_jax.models.layers.cache import Cache
 from awq_jax.models.vision.inputs import of_images
 from awq_jax.placement import Placement
-from awq_jax.serve.sampling import Sampling, sample
+from awq_jax.serve.sampling import Mode, Sampling, sample
 
 SMALLEST_PROMPT, SMALLEST_CACHE = 16, 64
 
@@ -43,12 +42,25 @@ class Generator:
         options: Mapping[str, str] | None = None,
     ):
         self.graphdef, self.config, self.place = graphdef, config, place
-        more: Any = {"compiler_options": dict(options)} if options else {}
+        xla = dict(options) if options else None
         self.forward = jax.jit(lambda params, input_ids, **images: nnx.merge(graphdef, params)(input_ids, **images))
-        self.prefill = jax.jit(self._prefill, static_argnames=("slots", "mode"), **more)
-        self.step = jax.jit(self._step, static_argnames=("mode",), donate_argnames=("cache",), **more)
+        self.prefill = jax.jit(self._prefill, static_argnames=("slots", "mode"), compiler_options=xla)
+        self.step = jax.jit(self._step, static_argnames=("mode",), donate_argnames=("cache",), compiler_options=xla)
 
-    def _prefill(self, params, tokens, lengths, key, temperature, top_k, top_p, images=None, *, slots, mode):
+    def _prefill(
+        self,
+        params: nnx.State,
+        tokens: jax.Array,
+        lengths: jax.Array,
+        key: jax.Array,
+        temperature: jax.Array,
+        top_k: jax.Array,
+        top_p: jax.Array,
+        images: Mapping[str, jax.Array] | None = None,
+        *,
+        slots: int,
+        mode: Mode,
+    ) -> tuple[jax.Array, Cache]:
         """First new token ``[B]`` of right-padded ``tokens [B, P]``, and the cache with ``slots`` slots."""
         decoder = nnx.merge(self.graphdef, params)
         rows, width = tokens.shape
@@ -57,7 +69,19 @@ class Generator:
         logits, cache = self._kept(decoder.head(hidden[jnp.arange(rows), lengths - 1]), cache.grown(slots))
         return sample(logits, key, temperature, top_k, top_p, mode), cache
 
-    def _step(self, params, cache: Cache, token, position, key, temperature, top_k, top_p, *, mode):
+    def _step(
+        self,
+        params: nnx.State,
+        cache: Cache,
+        token: jax.Array,
+        position: jax.Array,
+        key: jax.Array,
+        temperature: jax.Array,
+        top_k: jax.Array,
+        top_p: jax.Array,
+        *,
+        mode: Mode,
+    ) -> tuple[jax.Array, Cache]:
         """The token after ``token [B]``, which stands at ``position [B]``."""
         decoder = nnx.merge(self.graphdef, params)
         hidden, cache = decoder.hidden(token[:, None], position[:, None], cache)
@@ -75,7 +99,7 @@ class Generator:
 
     def run(
         self,
-        params: Any,
+        params: nnx.State,
         prompts: Sequence[Sequence[int]],
         *,
         max_new_tokens: int,

@@ -14,11 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
+from jax.typing import ArrayLike
 
-from awq_jax import models, paths
+from awq_jax import models
 from awq_jax.config import AwqConfig
 from awq_jax.convert import registry, writing
 from awq_jax.convert.source import Source
+from awq_jax.devices import pool
+from awq_jax.devices.team import team
 from awq_jax.dtypes import FLOATS
 from awq_jax.errors import ConfigError, ShapeError
 from awq_jax.models.mesh import sharded_loading, sharding
@@ -26,13 +29,13 @@ from awq_jax.models.vision import inputs as vision
 from awq_jax.models.weights import naming
 from awq_jax.models.weights import params as model_params
 from awq_jax.placement import Placement
-from awq_jax.qtensor import is_quantized
 from awq_jax.report import Report
-from awq_jax.serve import prompts
+from awq_jax.serve import calibrate_images, calibration_batches, prompts
 from awq_jax.serve.detokenize import Detokenizer
 from awq_jax.serve.generate import check_tokens
 from awq_jax.serve.sampling import Sampling
-from awq_jax.serve.served_weights import Weights
+from awq_jax.serve.served_weights import ServedWeights
+from awq_jax.stream import session as blockwise
 
 log = logging.getLogger(__name__)
 
@@ -95,8 +98,8 @@ class Model:
     Attributes:
       config: architecture.
       hf_config: content of the checkpoint's ``config.json``.
-      params: ``nnx.State``; leaves are arrays or `QuantizedTensor`. While the model generates, packed
-        weights may be held in another form (see `explain`); reading this takes them back, to the bit.
+      params: ``nnx.State``; leaves are arrays or `QuantizedTensor`. Short for `take_params`, and for
+        replacing them by assignment.
       tokenizer: a transformers tokenizer, or None.
       source: where it was loaded from.
       apply: ``apply(params, input_ids [B, T] int32) -> logits [B, T, vocab] float32``: pure, without a
@@ -111,36 +114,47 @@ class Model:
         hf_config: dict[str, Any],
         graphdef: nnx.GraphDef,
         params: nnx.State,
-        tokenizer: Any,
+        tokenizer: prompts.Tokenizer | None,
         source: Source,
         merge: bool | None = None,
         resident: bool | None = None,
         place: Placement | None = None,
     ):
         self.config, self.hf_config = config, hf_config
-        self._weights = Weights(graphdef, config, params, merge, resident, place)
+        self._weights = ServedWeights(graphdef, config, params, merge, resident, place)
         self.tokenizer, self.source = tokenizer, source
         self.settings: AwqConfig | None = None
 
-        def apply(params: Any, input_ids: jax.Array, **images: Any) -> jax.Array:
+        def apply(params: nnx.State, input_ids: jax.Array, **images: jax.Array) -> jax.Array:
             return nnx.merge(graphdef, params)(input_ids, **images)
 
         self.apply: Callable[..., jax.Array] = apply
-        self.generator = self._weights.held[0]
+        self.generator = self._weights.as_held()[0]
+
+    def take_params(self) -> nnx.State:
+        """The parameters as they were loaded, quantized or assigned, to the bit.
+
+        `generate` may replace packed weights by a form that is faster to read (see `explain`). Then they are
+        rebuilt here, once, and the next `generate` converts them again. Before that, this costs nothing.
+
+        Raises:
+          WeightError: an error, as for want of memory, ended that conversion; they are lost.
+        """
+        return self._weights.take_params()
 
     @property
     def params(self) -> nnx.State:
-        return self._weights.params
+        return self.take_params()
 
     @params.setter
     def params(self, params: nnx.State) -> None:
-        self._weights.params = params
+        self._weights.replace(params)
 
     def explain(self) -> str:
         """One line on the form in which the weights generate: copied, merged, how many bytes."""
         return self._weights.explain()
 
-    def __call__(self, tokens: Any) -> jax.Array:
+    def __call__(self, tokens: ArrayLike | Sequence[Sequence[int]] | Mapping[str, Any]) -> jax.Array:
         """Logits of every position; compiled once per shape.
 
         On a CPU, activations of a packed model are float32 once it has generated without a copy (see `explain`).
@@ -156,13 +170,13 @@ class Model:
           ConfigError, ShapeError: see `inputs`.
         """
         if isinstance(tokens, Mapping):
-            generator, params = self._weights.held
+            generator, params = self._weights.as_held()
             return generator.forward(params, **self.inputs(tokens))
         tokens = np.asarray(tokens)
         if tokens.ndim != 2:
             raise ShapeError(f"tokens must be [batch, length]; got shape {tokens.shape}")
         check_tokens(tokens, self.config.vocab_size, "tokens")
-        generator, params = self._weights.held
+        generator, params = self._weights.as_held()
         return generator.forward(params, jnp.asarray(tokens, jnp.int32))
 
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -185,11 +199,11 @@ class Model:
     @property
     def nbytes(self) -> int:
         """Bytes of all parameters as held in memory."""
-        return self._weights.nbytes
+        return self._weights.nbytes()
 
     def generate(
         self,
-        prompt: str | Sequence[Any] | Mapping[str, Any],
+        prompt: str | Sequence[prompts.Message] | Sequence[prompts.Prompt] | Mapping[str, Any],
         *,
         max_new_tokens: int = 128,
         temperature: float = 0.0,
@@ -264,7 +278,7 @@ class Model:
 
     def quantize(
         self,
-        calib: Any = "pileval",
+        calib: object = "pileval",
         *,
         samples: int = 128,
         seq_len: int = 512,
@@ -300,53 +314,34 @@ class Model:
           CalibrationError: if the calibration data are empty or do not fit the model.
           ProcessError: another process of this run has ended.
         """
-        from awq_jax.devices import pool
-        from awq_jax.devices import team as processes
-        from awq_jax.serve import calibrate_images
-        from awq_jax.stream import session as blockwise
-
         config = AwqConfig.from_dict({"explicit_scale": False} | settings)
         if batch_size is not None and batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, or None; got {batch_size}")
         if self._weights.place is not None:
             raise ConfigError("the model is on a mesh; load it without mesh=, quantize and save it, and load that")
-        if self._is_packed():
+        if self._weights.packed():
             raise ConfigError("the model is already quantized; load the float checkpoint")
-        with processes.team() as team:
+        with team() as processes:
             start = time.perf_counter()
-            devices = pool.pool_of(mesh, team)
+            devices = pool.pool_of(mesh, processes)
             # What cannot be done is refused before the long work.
             session = blockwise.Session(self.config, config, devices)
             planned = time.perf_counter() - start
-            batches = self._calibration(calib, samples, seq_len, batch_size, seed)
-            if any(isinstance(b, dict) for b in batches):
-                self.params, report = calibrate_images.quantize(
-                    self.apply, self.params, self.config, batches, config, progress=progress
+            if calibration_batches.are_images(calib):
+                seen = [calibration_batches.unpadded(self.config, b, i) for i, b in enumerate(calib[:samples])]
+                params, report = calibrate_images.quantize(
+                    self.apply, self.take_params(), self.config, seen, config, progress
                 )
             else:
+                read = calibration_batches.of_text(
+                    self.config, self.tokenizer, calib, samples, seq_len, batch_size, seed
+                )
                 shown = progress and devices.rank == 0
-                self.params, report = blockwise.in_memory(self.params, session, batches, shown)
+                params, report = blockwise.in_memory(self.take_params(), session, read, shown)
+            self._weights.replace(params)
         report.seconds["calibrate"] += planned
         self.settings = config
         return report
-
-    def _calibration(self, calib: Any, samples: int, seq_len: int, batch_size: int | None, seed: int) -> list[Any]:
-        """Batches for `awq_jax.calibrate`: see `quantize`."""
-        from awq_jax import data
-        from awq_jax.serve import calibrate_images
-        from awq_jax.stream import session as blockwise
-
-        if isinstance(calib, Sequence) and calib and all(isinstance(b, Mapping) for b in calib):
-            return [calibrate_images.unpadded(self.config, b, i) for i, b in enumerate(calib[:samples])]
-        text = data.load(
-            calib,
-            self.tokenizer,
-            samples=samples,
-            seq_len=min(seq_len, self.config.max_length),
-            vocab_size=self.config.vocab_size,
-            seed=seed,
-        )
-        return list(blockwise.batched(text.tokens, self.config.vocab_size, batch_size))
 
     def save(self, dst: str | Path, format: str = "auto", overwrite: bool = False, allow_lossy: bool = False) -> str:
         """Write a checkpoint, with tokenizer and generation config; atomic.
@@ -366,12 +361,15 @@ class Model:
           FormatError: the format is unknown or cannot hold these weights.
           CheckpointError: ``dst`` exists and ``overwrite`` is not set.
         """
+        params = self.take_params()
         if format == "auto":
-            format, why = self._format()
+            format, why = "float", "no weight is quantized"
+            if self._weights.packed():
+                format, why = writing.first_that_holds(lambda: model_params.tensors(params, self.config))
             log.info("saving as %s: %s", format, why)
         writing.write_checkpoint(
             dst,
-            itertools.chain(model_params.tensors(self.params, self.config), naming.carried(self.source, self.config)),
+            itertools.chain(model_params.tensors(params, self.config), naming.carried(self.source, self.config)),
             self.hf_config,
             format,
             self.settings,
@@ -381,18 +379,3 @@ class Model:
             allow_lossy=allow_lossy,
         )
         return format
-
-    def _format(self) -> tuple[str, str]:
-        """The most widely readable format that can hold the weights, and why."""
-        if not self._is_packed():
-            return "float", "no weight is quantized"
-        reasons: list[str] = []
-        for format in writing.AUTO[:-1]:
-            problem = writing.unfit(format, model_params.tensors(self.params, self.config))
-            if problem is None:
-                return format, "; ".join([*reasons, "it holds every weight"])
-            reasons.append(f"not {format}: {problem}")
-        return writing.AUTO[-1], "; ".join(reasons)
-
-    def _is_packed(self) -> bool:
-        return any(map(is_quantized, paths.flatten(self.params).values()))

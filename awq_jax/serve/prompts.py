@@ -3,12 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, cast
 
+from awq_jax.convert.config_json import HfConfig
 from awq_jax.errors import ConfigError
 
+Message = Mapping[str, object]  # ``{"role": ..., "content": ...}``
+Prompt = str | Sequence[int] | Sequence[Message]  # a text, token ids, or (with ``chat``) a conversation
 
-def encode(tokenizer: Any, prompt: str | Sequence[Any], chat: bool) -> list[list[int]]:
+
+class Tokenizer(Protocol):
+    """What generation needs of a transformers tokenizer."""
+
+    chat_template: Any
+    eos_token_id: int | None
+
+    def __call__(self, text: str) -> Mapping[str, Any]:
+        """``{"input_ids": [...]}`` and more."""
+
+    def apply_chat_template(self, conversation: object, *, add_generation_prompt: bool, return_dict: bool) -> Any:
+        """The ids of a conversation up to where the answer begins."""
+
+    def decode(self, ids: list[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> str:
+        """The text of ids."""
+
+
+def encode(tokenizer: Tokenizer, prompt: str | Sequence[Message] | Sequence[Prompt], chat: bool) -> list[list[int]]:
     """Token ids of each prompt.
 
     Args:
@@ -23,7 +43,7 @@ def encode(tokenizer: Any, prompt: str | Sequence[Any], chat: bool) -> list[list
     if isinstance(prompt, str):
         prompt = [prompt]
     if not chat:
-        return [tokenizer(p)["input_ids"] if isinstance(p, str) else list(p) for p in prompt]
+        return [tokenizer(p)["input_ids"] if isinstance(p, str) else list(cast(Sequence[int], p)) for p in prompt]
     if not tokenizer.chat_template:
         raise ConfigError("the tokenizer has no chat template; generate without chat")
     one = bool(prompt) and isinstance(prompt[0], Mapping)
@@ -31,8 +51,8 @@ def encode(tokenizer: Any, prompt: str | Sequence[Any], chat: bool) -> list[list
     return [tokenizer.apply_chat_template(t, add_generation_prompt=True, return_dict=False) for t in talks]
 
 
-def eos_ids(generation: Mapping[str, Any], config: Mapping[str, Any], tokenizer: Any) -> tuple[int, ...]:
-    """Ids that end an answer, of all who say so.
+def eos_ids(generation: HfConfig, config: HfConfig, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """Ids that end an answer: those of both files and of the tokenizer together.
 
     Args:
       generation, config: contents of ``generation_config.json`` and ``config.json``.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from awq_jax import kernels, paths
@@ -24,11 +25,11 @@ log = logging.getLogger(__name__)
 FRUGAL = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 
-class Weights:
+class ServedWeights:
     """Parameters of one model, kept and served.
 
     Packed weights are served merged (see `awq_jax.models.weights.fuse`) and in the layout of the kernel that
-    reads them. That form is exact, so it *replaces* the other until `params` is asked for again: there
+    reads them. That form is exact, so it *replaces* the other until `take_params` asks for that again: there
     are never two packed copies. On CPU, where a packed matmul writes its weight out as floats, a float32 copy
     is served instead and the packed weights stay; without the copy 16-bit floats become float32 ones for as
     long, and so do activations and the cache (see `awq_jax.serve.cpu_copy`).
@@ -55,14 +56,15 @@ class Weights:
         self._kept: nnx.State | None = params
         self._served: nnx.State | None = None
         self._fused = self._apart = config
-        self._dtypes: dict[str, Any] = {}
+        self._dtypes: dict[str, str] = {}
         self._generators = {(config, False): Generator(graphdef, config, place)}
         self._frugal = False
         self._how, self._size = "", 0
 
-    @property
-    def params(self) -> nnx.State:
-        """The parameters as they were given; ends serving in a form that replaced them.
+    def take_params(self) -> nnx.State:
+        """The parameters as they were given, rebuilt if the form that is served has replaced them.
+
+        That form is then given up, and made again when it is next needed.
 
         Raises:
           WeightError: an error, as for want of memory, ended their conversion to the form that is served.
@@ -84,21 +86,24 @@ class Weights:
             self._kept = fuse.assemble(self.config, leaves)[1]
         return self._kept
 
-    @params.setter
-    def params(self, params: nnx.State) -> None:
+    def replace(self, params: nnx.State) -> None:
+        """Keep and serve other parameters of the same model."""
         self._kept, self._served = params, None
 
-    @property
-    def held(self) -> tuple[Generator, nnx.State]:
-        """The exact parameters in whichever form they are, and the programs for that form."""
+    def as_held(self) -> tuple[Generator, nnx.State]:
+        """The exact parameters in the form they are in now, and the programs for that form."""
         if self._kept is None:
             return self.serving()
         return self._generators[self.config, False], self._kept
 
-    @property
     def nbytes(self) -> int:
         """Bytes of the parameters as they were given."""
         return self._size if self._kept is None else paths.nbytes(self._kept)
+
+    def packed(self) -> bool:
+        """Whether any weight is."""
+        _, params = self.as_held()
+        return any(map(is_quantized, jax.tree.leaves(params, is_leaf=is_quantized)))
 
     def serving(self) -> tuple[Generator, nnx.State]:
         """The parameters to generate with, and the programs for them."""
@@ -113,21 +118,22 @@ class Weights:
         return self._how
 
     def _prepare(self) -> nnx.State:
-        leaves, size = paths.flatten(self.params), paths.nbytes(self.params)
-        self._size = size
+        params = self.take_params()
+        leaves, self._size = paths.flatten(params), paths.nbytes(params)
+        del params
         platform = next(iter(jax.tree.leaves(leaves)[0].devices())).platform
         packed = any(map(is_quantized, leaves.values()))
         copy, why = self._choose(leaves, platform) if packed else (False, "")
         if copy:
             added = cpu_copy.nbytes(leaves)
-            notes = [f"a float32 copy of {_mb(added)} beside packed weights of {_mb(size)}{why}"]
+            notes = [f"a float32 copy of {_mb(added)} beside packed weights of {_mb(self._size)}{why}"]
             leaves = cpu_copy.resident(leaves)
         else:
             self._kept = None  # replaced part by part
-            notes = [f"{'packed' if packed else 'float'} weights of {_mb(size)}{why}"]
+            notes = [f"{'packed' if packed else 'float'} weights of {_mb(self._size)}{why}"]
             self._dtypes = {}
             if packed and platform == "cpu" and (added := cpu_copy.widening(leaves)) and _fits(added):
-                self._dtypes = {path: leaf.dtype for path, leaf in leaves.items()}
+                self._dtypes = {path: jnp.dtype(leaf.dtype).name for path, leaf in leaves.items()}
                 for path in leaves:
                     leaves[path] = cpu_copy.widened(leaves[path])
                 notes.append(f"16-bit floats as float32, which takes {_mb(added)} more")
@@ -147,13 +153,13 @@ class Weights:
         self._how = "served as " + "; ".join(notes)
         return served
 
-    def _choose(self, params: Any, platform: str) -> tuple[bool, str]:
+    def _choose(self, leaves: Mapping[str, cpu_copy.Leaf], platform: str) -> tuple[bool, str]:
         """Whether to serve a copy, and why."""
         if self.copy is not None:
             return self.copy, ", as was asked for"
         if platform != "cpu" or self.place is not None:
             return False, ""
-        need = cpu_copy.nbytes(params)
+        need = cpu_copy.nbytes(leaves)
         if not _fits(need):
             return (
                 False,

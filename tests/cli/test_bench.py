@@ -18,7 +18,7 @@ from awq_jax.errors import ConfigError
 from awq_jax.kernels import tuned
 from awq_jax.models.weights import params
 from awq_jax.qtensor import is_quantized
-from awq_jax.serve.served_weights import Weights
+from awq_jax.serve.served_weights import ServedWeights
 
 TOP = timing.Ceilings(bandwidth=4e12, flops=8e14)
 H200 = tuned.Chip("NVIDIA H200", 90, 132)
@@ -178,7 +178,7 @@ def test_prefill_command(capsys):
 
 def test_what_a_session_reads_and_keeps():
     c = random_models.config("small")
-    session = decoding.Session(Weights(*_weights(c), copy=False), batch=2, context=5, steps=3)
+    session = decoding.DecodingTimer(ServedWeights(*_weights(c), copy=False), batch=2, context=5, steps=3)
     hidden, inner, vocab, kv, layers = 256, 512, 1024, 128, 2
     weights = hidden * (2 * hidden + 2 * kv) + 3 * hidden * inner
     groups = (hidden // 128) * (2 * hidden + 2 * kv + 2 * inner) + (inner // 128) * hidden
@@ -186,14 +186,14 @@ def test_what_a_session_reads_and_keeps():
     packed = layers * (weights // 2 + 3 * groups)
     assert paths.nbytes(session.params) == packed + floats
     assert decoding.read_per_step(c, session.params) == packed + floats - 4 * vocab * hidden
-    assert session.cache_bytes == 2 * layers * 2 * 64 * kv * 4
+    assert session.cache_bytes() == 2 * layers * 2 * 64 * kv * 4
     assert decoding.largest_tile(session.params) == 2 * hidden * 2 * inner
     turns = decoding.paired({"a": session, "b": session}, "a", 2)
     assert turns["a"]["speed"] == turns["a"]["cpu_speed"] == 1
     with pytest.raises(ConfigError, match="context of 512"):
-        decoding.Session(session.weights, context=512)
+        decoding.DecodingTimer(session.weights, context=512)
     with pytest.raises(ConfigError, match="at least 1"):
-        decoding.Session(session.weights, steps=0)
+        decoding.DecodingTimer(session.weights, steps=0)
 
 
 def _weights(c):
@@ -234,7 +234,7 @@ def test_what_cannot_be_measured(arguments, words, capsys):
 def test_the_shapes_that_are_tuned_are_those_that_are_served():
     c = random_models.config("small")
     graphdef, params = random_models.random_model(c, "float32")
-    served = Weights(graphdef, c, params, copy=False).serving()[1]
+    served = ServedWeights(graphdef, c, params, copy=False).serving()[1]
     packed = [q for q in jax.tree.leaves(served, is_leaf=is_quantized) if is_quantized(q)]
     assert {(q.k, q.n) for q in packed} == set(random_models.products("small"))
     assert set(random_models.products("llama-3-8b")) <= set(products.SHAPES)

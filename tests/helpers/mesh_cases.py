@@ -27,7 +27,7 @@ from awq_jax.models.weights import fuse
 from awq_jax.models.weights import params as model_params
 from awq_jax.qtensor import is_quantized
 from awq_jax.serve.sampling import Sampling
-from awq_jax.serve.served_weights import Weights
+from awq_jax.serve.served_weights import ServedWeights
 
 TOKENS = np.random.default_rng(0).integers(0, 60, (2, 9)).astype(np.int32)
 PROMPTS = [[3, 7, 1, 9], [5]]
@@ -132,11 +132,11 @@ def case(name: str) -> dict[str, Any]:
     """One model on one device and on some."""
     family, devices, changes, group = CASES[name]
     config, graphdef, params = decoder(family, changes, group)
-    one = Weights(graphdef, config, params, merge_linears=False, copy=False)
-    want = one.held[0].forward(params, TOKENS)
-    said = one.held[0].run(params, PROMPTS, max_new_tokens=6, sampling=Sampling())
+    one = ServedWeights(graphdef, config, params, merge_linears=False, copy=False)
+    want = one.as_held()[0].forward(params, TOKENS)
+    said = one.as_held()[0].run(params, PROMPTS, max_new_tokens=6, sampling=Sampling())
     there = placed(config, params, devices)
-    many = Weights(graphdef, config, there, copy=False, place=sharding.on(devices))
+    many = ServedWeights(graphdef, config, there, copy=False, place=sharding.on(devices))
     generator, served = many.serving()
     answers = generator.run(served, PROMPTS, max_new_tokens=6, sampling=Sampling())
     text = step_text(generator, served)
@@ -147,11 +147,11 @@ def case(name: str) -> dict[str, Any]:
         "unmerged": len([g for g in fuse.groups(generator.config) if "experts" not in g.place]),
         "how": many.explain(),
     }
-    back = many.params
+    back = many.take_params()
     same = jax.tree.map(lambda a, b: bool((np.asarray(a) == np.asarray(b)).all()), back, there)
     out["back"] = all(jax.tree.leaves(same)) and jax.tree.structure(back) == jax.tree.structure(there)
     if name not in GROUPS["quick"]:
-        out["kept_logits"] = apart(many.held[0].forward(back, TOKENS), want)
+        out["kept_logits"] = apart(many.as_held()[0].forward(back, TOKENS), want)
     leaves = {path: sharding.Leaf.of(leaf) for path, leaf in paths.flatten(params).items()}
     cuts = sharding.rule(config, leaves, devices)
     out["explained"] = sharding.explain(leaves, cuts, devices)

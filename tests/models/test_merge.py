@@ -18,7 +18,7 @@ from awq_jax.models.weights import fuse
 from awq_jax.qtensor import is_quantized
 from awq_jax.serve import cpu_copy
 from awq_jax.serve.sampling import Sampling
-from awq_jax.serve.served_weights import Weights
+from awq_jax.serve.served_weights import ServedWeights
 
 
 def answer(generator, params):
@@ -30,9 +30,9 @@ def answer(generator, params):
 )
 def test_merged_model_is_the_same_model(family, changes, expected):
     config, graphdef, params = decoder(family, **changes)
-    weights = Weights(graphdef, config, params, copy=False)
+    weights = ServedWeights(graphdef, config, params, copy=False)
     before = jax.tree.map(np.asarray, params)
-    generator, _ = weights.held
+    generator, _ = weights.as_held()
     want = generator.forward(params, TOKENS)
     said = answer(generator, params) if family == "llama" else None
 
@@ -42,23 +42,23 @@ def test_merged_model_is_the_same_model(family, changes, expected):
     flat = paths.flatten(fused)
     assert "layers/0/self_attn/qkv_proj/kernel" in flat
     assert not any("q_proj" in path.split("/") for path in flat)
-    assert weights.nbytes == paths.nbytes(before)
+    assert weights.nbytes() == paths.nbytes(before)
     # Columns are independent; only the order in which a processor sums may depend on how many there are.
     np.testing.assert_allclose(served.forward(fused, TOKENS), want, atol=3e-6 * float(jnp.abs(want).max()))
     assert said is None or answer(served, fused) == said
     assert f"{expected} of {expected} groups" in weights.explain()
 
-    assert_bitwise(weights.params, before)
-    assert weights.held[0] is generator
+    assert_bitwise(weights.take_params(), before)
+    assert weights.as_held()[0] is generator
 
 
 def test_packed_weights_are_held_once():
     config, graphdef, params = decoder()
-    weights = Weights(graphdef, config, params, copy=False)
+    weights = ServedWeights(graphdef, config, params, copy=False)
     gone = paths.flatten(params)["layers/0/self_attn/q_proj/kernel"].qweight
     kept = paths.flatten(params)["layers/0/self_attn/o_proj/kernel"].qweight
     weights.serving()
-    held = jax.tree.leaves(weights.held[1])
+    held = jax.tree.leaves(weights.as_held()[1])
     assert any(a is kept for a in held)
     assert weights._kept is None
     assert not any(a is gone for a in held)
@@ -96,20 +96,20 @@ def test_a_layer_with_other_settings_stays_as_it_is():
     config, graphdef, params = decoder()
     odd = "layers/1/self_attn/v_proj/kernel"
     params = paths.map_with_path(lambda p, leaf: leaf.dequantize() if p == odd else leaf, params)
-    weights = Weights(graphdef, config, params, copy=False)
+    weights = ServedWeights(graphdef, config, params, copy=False)
     served, fused = weights.serving()
     assert [layer.attention.fused for layer in served.config.layers] == ["concatenated", None]
-    want = weights._generators[config, False].forward(weights.params, TOKENS)
+    want = weights._generators[config, False].forward(weights.take_params(), TOKENS)
     np.testing.assert_allclose(served.forward(fused, TOKENS), want, atol=3e-6 * float(jnp.abs(want).max()))
 
 
 def test_cpu_serves_a_copy_if_there_is_room(monkeypatch, caplog):
     config, graphdef, params = decoder()
-    weights = Weights(graphdef, config, params)
+    weights = ServedWeights(graphdef, config, params)
     with caplog.at_level(logging.INFO, "awq_jax"):
         generator, copy = weights.serving()
-    assert weights.params is params
-    assert weights.held[1] is params
+    assert weights.take_params() is params
+    assert weights.as_held()[1] is params
     assert not any(map(is_quantized, paths.flatten(copy).values()))
     floats = sum(np.prod(leaf.shape) * 4 for leaf in paths.flatten(params).values() if is_quantized(leaf))
     assert cpu_copy.nbytes(params) == floats
@@ -118,13 +118,13 @@ def test_cpu_serves_a_copy_if_there_is_room(monkeypatch, caplog):
     np.testing.assert_allclose(generator.forward(copy, TOKENS), want, atol=3e-6 * float(jnp.abs(want).max()))
 
     monkeypatch.setattr(cpu_copy, "room", lambda: int(floats / cpu_copy.SHARE) - 1)
-    weights.params = params
+    weights.replace(params)
     assert "copy would take" in weights.explain()
     assert any(map(is_quantized, paths.flatten(weights.serving()[1]).values()))
     monkeypatch.setattr(cpu_copy, "room", lambda: None)
-    weights.params = params
+    weights.replace(params)
     assert weights.explain().startswith("served as a float32 copy")
-    forced = Weights(graphdef, config, params, merge_linears=False, copy=False)
+    forced = ServedWeights(graphdef, config, params, merge_linears=False, copy=False)
     assert forced.explain().endswith("as was asked for")
     assert forced.serving()[0].config is config
 
@@ -133,26 +133,26 @@ def test_floats_of_16_bit_models_are_served_as_float32_and_given_back(monkeypatc
     config, graphdef, params = decoder()
     half = paths.map_with_path(lambda p, leaf: cpu_copy.narrowed(leaf, jnp.bfloat16), params)
     before = paths.map_with_path(lambda p, leaf: jax.tree.map(np.asarray, leaf), half)
-    weights = Weights(graphdef, config, half, copy=False)
-    size = weights.nbytes
+    weights = ServedWeights(graphdef, config, half, copy=False)
+    size = weights.nbytes()
     served = paths.flatten(weights.serving()[1])
     assert {jnp.dtype(leaf.dtype).name for leaf in served.values()} == {"float32"}
     assert sum(map(is_quantized, served.values())) > 0
     floats = sum(leaf.size for leaf in paths.flatten(half).values() if not is_quantized(leaf))
     assert cpu_copy.widening(half) == 2 * floats
     assert "16-bit floats as float32" in weights.explain()
-    assert weights.nbytes == size
-    assert_bitwise(weights.params, before)
-    assert weights.nbytes == size
+    assert weights.nbytes() == size
+    assert_bitwise(weights.take_params(), before)
+    assert weights.nbytes() == size
 
     monkeypatch.setattr(cpu_copy, "room", lambda: 4 * floats - 1)  # of which half may be taken
-    weights.params = half
+    weights.replace(half)
     assert "bfloat16" in {jnp.dtype(leaf.dtype).name for leaf in paths.flatten(weights.serving()[1]).values()}
 
 
 def test_weights_lost_in_their_conversion_say_so(monkeypatch):
     config, graphdef, params = decoder()
-    weights = Weights(graphdef, config, params, copy=False)
+    weights = ServedWeights(graphdef, config, params, copy=False)
 
     def full(*_):
         raise MemoryError("full")
@@ -160,7 +160,7 @@ def test_weights_lost_in_their_conversion_say_so(monkeypatch):
     monkeypatch.setattr(fuse, "merged", full)
     with pytest.raises(MemoryError, match="full"):
         weights.serving()
-    for again in (weights.serving, lambda: weights.params):
+    for again in (weights.serving, lambda: weights.take_params()):
         with pytest.raises(WeightError, match="load the model again"):
             again()
 
@@ -176,9 +176,9 @@ def test_copy_of_16_bit_models_is_float32():
 
 def test_float_models_are_served_as_they_are_unless_asked():
     config, graphdef, params = decoder(packed=False)
-    weights = Weights(graphdef, config, params)
+    weights = ServedWeights(graphdef, config, params)
     assert weights.explain().startswith("served as float weights")
-    assert all(a is b for a, b in zip(jax.tree.leaves(weights.held[1]), jax.tree.leaves(params), strict=True))
-    asked = Weights(graphdef, config, params, merge_linears=True)
+    assert all(a is b for a, b in zip(jax.tree.leaves(weights.as_held()[1]), jax.tree.leaves(params), strict=True))
+    asked = ServedWeights(graphdef, config, params, merge_linears=True)
     assert "4 of 4 groups" in asked.explain()
-    assert_bitwise(asked.params, params)
+    assert_bitwise(asked.take_params(), params)

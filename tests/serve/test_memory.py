@@ -9,7 +9,7 @@ from awq_jax.bench import decoding, random_models
 from awq_jax.kernels import xla
 from awq_jax.qtensor import is_quantized
 from awq_jax.serve.cpu_copy import resident
-from awq_jax.serve.served_weights import Weights
+from awq_jax.serve.served_weights import ServedWeights
 
 TILE = 2 * 512 * 256 * 4  # gate and up of the shape below in float32, which is how a CPU multiplies
 REST = 1 << 18  # activations of 16 tokens: the widest are 1024 wide, 16 of them at once
@@ -18,11 +18,11 @@ REST = 1 << 18  # activations of 16 tokens: the widest are 1024 wide, 16 of them
 def test_one_weight_is_dequantized_at_a_time():
     c = random_models.config("small", layers=3)
     graphdef, params = random_models.random_model(c, "bfloat16")
-    served = decoding.Session(Weights(graphdef, c, params, copy=False), context=16, steps=8)
+    served = decoding.DecodingTimer(ServedWeights(graphdef, c, params, copy=False), context=16, steps=8)
     packed = [q for q in jax.tree.leaves(served.params, is_leaf=is_quantized) if is_quantized(q)]
     assert len(packed) == 12
     assert decoding.largest_tile(served.params, 4) == TILE
-    for program, temp in served.temp_bytes.items():
+    for program, temp in served.temp_bytes().items():
         assert temp <= TILE + REST, program
     # The measure sees what is dequantized at once.
     arguments = (served.params, served._tokens, served._lengths, *served._options)
@@ -36,8 +36,8 @@ def test_weights_larger_than_a_tile_are_never_floats(monkeypatch):
     monkeypatch.setattr(xla, "CPU_TILE", 512 * 128)
     c = random_models.config("small", layers=3)
     graphdef, params = random_models.random_model(c, "float32")
-    served = decoding.Session(Weights(graphdef, c, params, copy=False), context=16, steps=8)
-    assert max(served.temp_bytes.values()) < TILE / 2 + REST
+    served = decoding.DecodingTimer(ServedWeights(graphdef, c, params, copy=False), context=16, steps=8)
+    assert max(served.temp_bytes().values()) < TILE / 2 + REST
 
 
 def test_a_gradient_keeps_no_dequantized_weight(monkeypatch):
