@@ -155,6 +155,9 @@ class QuantizedTensor:
         return self.canonical_to_leaf(w).astype(dtype or self.dtype)
 
 
+Weight = jax.Array | QuantizedTensor  # a parameter of a model
+
+
 def is_quantized(x: object) -> TypeIs[QuantizedTensor]:
     """True for a `QuantizedTensor` (use as ``is_leaf=``)."""
     return isinstance(x, QuantizedTensor)

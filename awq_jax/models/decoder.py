@@ -7,7 +7,6 @@ module transform is used: split the state, call under `jax.jit`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -120,7 +119,7 @@ class Decoder(nnx.Module):
         if c.vision is not None:
             self.vision = towers.TOWERS[type(c.vision)](c.vision, size, rngs)
 
-    def __call__(self, tokens: jax.Array, **images: Any) -> jax.Array:
+    def __call__(self, tokens: jax.Array, **images: jax.Array) -> jax.Array:
         """Logits of every position, without a cache.
 
         Args:

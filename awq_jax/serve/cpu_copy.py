@@ -16,9 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from awq_jax.qtensor import QuantizedTensor, is_quantized
+from awq_jax.qtensor import QuantizedTensor, Weight, is_quantized
 
-Leaf = jax.Array | QuantizedTensor
 T = TypeVar("T")  # any pytree of leaves, or one leaf
 
 DTYPE = jnp.dtype(jnp.float32)  # CPUs have no fast product of 16-bit floats in XLA
@@ -32,7 +31,7 @@ def resident(tree: T) -> T:
     form; see `nbytes`.
     """
 
-    def copy(leaf: Leaf) -> jax.Array:
+    def copy(leaf: Weight) -> jax.Array:
         if is_quantized(leaf):
             return _dequantize(leaf)
         return leaf.astype(DTYPE) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
@@ -43,7 +42,7 @@ def resident(tree: T) -> T:
 def widened(tree: T) -> T:
     """``tree`` with 16-bit floats as float32; packed leaves stay, and multiply activations of that dtype."""
 
-    def wide(leaf: Leaf) -> Leaf:
+    def wide(leaf: Weight) -> Weight:
         return narrowed(leaf, DTYPE) if _narrow(leaf.dtype) else leaf
 
     return jax.tree.map(wide, tree, is_leaf=is_quantized)
@@ -60,7 +59,7 @@ def _narrow(dtype: DTypeLike) -> bool:
     return jnp.issubdtype(kind, jnp.floating) and kind.itemsize < DTYPE.itemsize
 
 
-def narrowed(leaf: Leaf, dtype: DTypeLike) -> Leaf:
+def narrowed(leaf: Weight, dtype: DTypeLike) -> Weight:
     """A leaf of `widened` as it was, with its former ``dtype``: exact."""
     if is_quantized(leaf):
         return dataclasses.replace(leaf, dtype=jnp.dtype(dtype).name)
@@ -70,7 +69,7 @@ def narrowed(leaf: Leaf, dtype: DTypeLike) -> Leaf:
 def nbytes(tree: object) -> int:
     """Bytes that `resident` would add."""
 
-    def added(leaf: Leaf) -> int:
+    def added(leaf: Weight) -> int:
         new = is_quantized(leaf) or (jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype != DTYPE)
         return math.prod(leaf.shape) * DTYPE.itemsize if new else 0
 

@@ -9,7 +9,7 @@ were routed to them (see `awq_jax.kernels.grouped`).
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +78,10 @@ def _sparsemixer(logits: jax.Array, k: int, jitter: float) -> tuple[jax.Array, j
     return jnp.concatenate(weights, axis=-1), jnp.concatenate(chosen, axis=-1).astype(jnp.int32)
 
 
-def by_expert(w: Any) -> Any:
+T = TypeVar("T")
+
+
+def by_expert(w: T) -> T:
     """A packed ``[E, K, N]`` leaf whose experts share one activation (axes ``nkn``) as a batch (``bkn``)."""
     if not isinstance(w, QuantizedTensor) or w.axes != "nkn":
         return w
@@ -162,13 +165,13 @@ class ExpertMLP(nnx.Module):
         graphdef, state = nnx.split(self)
         own = place.dim == "b"
 
-        def cut(path: Any, leaf: Any) -> PartitionSpec:
+        def cut(path: tuple[object, ...], leaf: jax.Array) -> PartitionSpec:
             down = "down_proj" in path_str(path)
             if leaf.ndim == 3:  # a float kernel
                 return float_spec("b" if own else "k" if down else "n", 3, place.axis)
             return float_spec("b" if own else "" if down else "n", 2, place.axis)
 
-        def run(state: Any, x: jax.Array, weights: jax.Array, experts: jax.Array) -> jax.Array:
+        def run(state: nnx.State, x: jax.Array, weights: jax.Array, experts: jax.Array) -> jax.Array:
             part: ExpertMLP = nnx.merge(graphdef, state)
             index = jax.lax.axis_index(place.axis)
             if own:

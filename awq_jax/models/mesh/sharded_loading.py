@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ from awq_jax.models.layers import moe
 from awq_jax.models.mesh import sharding
 from awq_jax.models.weights import params as model_params
 from awq_jax.placement import Placement, float_spec
-from awq_jax.qtensor import QuantizedTensor
+from awq_jax.qtensor import QuantizedTensor, Weight
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class Loader:
         """What lies where."""
         return sharding.explain(self.leaves, self.cuts, self.base.size)
 
-    def leaf(self, path: str) -> Any:
+    def leaf(self, path: str) -> Weight:
         """A parameter on the mesh."""
         place = self.cuts[path].place(self.base)
         if len(self.shapes[path]) < 2 or not path.endswith(("/kernel", "/embedding")):
@@ -75,7 +75,7 @@ class Loader:
         for device, index in spec.addressable_devices_indices_map(shape).items():
             assert index is not None
             parts.setdefault(tuple(map(slices.bounds, index, shape)), []).append(device)
-        placed: list[Any] = []
+        placed: list[Weight] = []
         for bounds, devices in parts.items():
             part = self._part(path, bounds)
             placed += [jax.tree.map(lambda a, d=d: jax.device_put(a, d), part) for d in devices]
@@ -83,19 +83,20 @@ class Loader:
         self.reader.forget()
         return _assembled(placed, place, spec, shape)
 
-    def _part(self, path: str, bounds: tuple[tuple[int, int], ...]) -> Any:
+    def _part(self, path: str, bounds: tuple[tuple[int, int], ...]) -> np.ndarray | QuantizedTensor:
         """A block of a parameter, in our orientation, in host memory."""
         how = self.weights.stored(path)
         names = self.weights.names(path)
         if not how.stacked:
             return self._block(path, names[0], bounds)
         blocks = [self._block(path, name, bounds[1:]) for name in names[slice(*bounds[0])]]
-        if isinstance(blocks[0], QuantizedTensor):
-            stacked = jax.tree.map(lambda *a: np.stack(a), *_alike(blocks))
-            return dataclasses.replace(stacked, axes="b" + stacked.axes)
-        return np.stack(blocks)
+        packed = [b for b in blocks if isinstance(b, QuantizedTensor)]
+        if not packed:
+            return np.stack(cast(list[np.ndarray], blocks))
+        stacked = jax.tree.map(lambda *a: np.stack(a), *_alike(packed))
+        return dataclasses.replace(stacked, axes="b" + stacked.axes)
 
-    def _block(self, path: str, name: str, bounds: tuple[tuple[int, int], ...]) -> Any:
+    def _block(self, path: str, name: str, bounds: tuple[tuple[int, int], ...]) -> np.ndarray | QuantizedTensor:
         """The same of one tensor."""
         how, info = self.weights.stored(path), self.source.info(name)
         matrix = info.packed is not None and path.endswith("/kernel") and len(how.shape) == 2
@@ -140,18 +141,15 @@ def _alike(parts: list[QuantizedTensor]) -> list[QuantizedTensor]:
     """Experts of one structure: all with zero points if any has them."""
     if all(p.symmetric for p in parts):
         return parts
-
-    def zeros(p: QuantizedTensor) -> Any:
-        return np.full(p.scales.shape, 2 ** (p.bits - 1), np.uint8) if p.symmetric else p.zeros
-
-    return [dataclasses.replace(p, zeros=zeros(p)) for p in parts]
+    middle = [np.full(p.scales.shape, 2 ** (p.bits - 1), np.uint8) if p.symmetric else p.zeros for p in parts]
+    return [dataclasses.replace(p, zeros=z) for p, z in zip(parts, middle, strict=True)]
 
 
-def _assembled(placed: list[Any], place: Placement, spec: NamedSharding, shape: tuple[int, ...]) -> Any:
+def _assembled(placed: list[Weight], place: Placement, spec: NamedSharding, shape: tuple[int, ...]) -> Weight:
     """The parameter whose parts lie on the devices of this process."""
     first = placed[0]
     if not isinstance(first, QuantizedTensor):
-        return jax.make_array_from_single_device_arrays(shape, spec, placed)
+        return jax.make_array_from_single_device_arrays(shape, spec, cast(list[jax.Array], placed))
     tables: dict[str, Any] = {}
     for field, where in vars(parallel.shardings(first, place)).items():
         if isinstance(where, NamedSharding):

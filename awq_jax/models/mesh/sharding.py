@@ -24,7 +24,7 @@ from awq_jax.errors import ConfigError
 from awq_jax.kernels import parallel
 from awq_jax.models.config import AttentionConfig, DeltaConfig, LatentConfig, MLPConfig, ModelConfig, MoEConfig
 from awq_jax.placement import Dim, Placement, float_spec
-from awq_jax.qtensor import QuantizedTensor
+from awq_jax.qtensor import QuantizedTensor, Weight
 
 UNIT = 8  # packed columns of a device are a multiple of it
 WHERE = {"n": "columns", "k": "rows, summed", "b": "whole experts, summed", "": "on every device"}
@@ -47,7 +47,7 @@ class Leaf:
     ordered: bool = False
 
     @classmethod
-    def of(cls, leaf: Any) -> Leaf:
+    def of(cls, leaf: Weight | jax.ShapeDtypeStruct) -> Leaf:
         """Of an array or `QuantizedTensor`, abstract or not."""
         if not isinstance(leaf, QuantizedTensor):
             return cls(tuple(leaf.shape), math.prod(leaf.shape) * leaf.dtype.itemsize)

@@ -16,10 +16,10 @@ from awq_jax.models.mesh import sharding
 from awq_jax.models.mesh.sharding import Cut, Leaf
 from awq_jax.models.weights import fuse
 from awq_jax.placement import TABLES, Placement
-from awq_jax.qtensor import QuantizedTensor
+from awq_jax.qtensor import QuantizedTensor, Weight
 
 
-def apart(config: ModelConfig, leaves: dict[str, Any], base: Placement) -> ModelConfig:
+def apart(config: ModelConfig, leaves: dict[str, Weight], base: Placement) -> ModelConfig:
     """Take them apart, in place; one at a time is whole on every device.
 
     Args:
@@ -51,7 +51,7 @@ def apart(config: ModelConfig, leaves: dict[str, Any], base: Placement) -> Model
     return plain
 
 
-def together(config: ModelConfig, leaves: dict[str, Any], base: Placement) -> None:
+def together(config: ModelConfig, leaves: dict[str, Weight], base: Placement) -> None:
     """The inverse of `apart`, in place and to the bit."""
     taken = _groups(config, fuse.apart(config))
     for group, _ in taken:
@@ -64,7 +64,7 @@ def together(config: ModelConfig, leaves: dict[str, Any], base: Placement) -> No
                 leaves[path] = moved(leaves[path], sharding.rule(config, known, base.size)[path], base)
 
 
-def moved(leaf: Any, cut: Cut, base: Placement) -> Any:
+def moved(leaf: Weight, cut: Cut, base: Placement) -> Weight:
     """A parameter on the mesh, cut otherwise."""
     where = sharding.sharding(leaf, cut, base)
     if not isinstance(leaf, QuantizedTensor):

@@ -15,7 +15,7 @@ from awq_jax.models.vision.llava import kept
 from awq_jax.models.vision.towers import pictures
 
 
-def inputs(config: ModelConfig, batch: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def inputs(config: ModelConfig, batch: Mapping[str, object]) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """A processor's output as arguments of `awq_jax.Model.apply`.
 
     Args:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from awq_jax.errors import ConfigError
@@ -18,6 +19,7 @@ from awq_jax.models.vision.llava import Gemma3Tower, LlavaTower
 from awq_jax.models.vision.qwen import QwenTower
 
 TOWERS: dict[type, Any] = {LlavaVision: LlavaTower, Gemma3Vision: Gemma3Tower, QwenVision: QwenTower}
+A = TypeVar("A", jax.Array, np.ndarray)
 # What processors return besides; a decoder has it from the tokens.
 IMPLIED = frozenset(("attention_mask", "token_type_ids", "mm_token_type_ids"))
 
@@ -50,13 +52,13 @@ def needed(config: VisionConfig) -> tuple[str, ...]:
     return ("pixel_values", "image_sizes", "image_tiles") if tiled else ("pixel_values",)
 
 
-def pictures(config: VisionConfig | None, arrays: Mapping[str, Any]) -> dict[str, jax.Array]:
+def pictures(config: VisionConfig | None, arrays: Mapping[str, A | None]) -> dict[str, A]:
     """Those of ``arrays`` that the tower takes; none for a text.
 
     Raises:
       ConfigError: on something that the model cannot look at, or half of what it needs.
     """
-    known = () if config is None else needed(config)
+    known: tuple[str, ...] = () if config is None else needed(config)
     given = {k: v for k, v in arrays.items() if v is not None and k not in IMPLIED}
     if unknown := sorted(set(given) - set(known)):
         raise ConfigError(

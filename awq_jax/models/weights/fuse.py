@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -21,7 +21,7 @@ from awq_jax.kernels import parallel
 from awq_jax.models.config import AttentionConfig, LayerConfig, MLPConfig, ModelConfig, MoEConfig
 from awq_jax.models.layers import fused_columns
 from awq_jax.models.weights import params as model_params
-from awq_jax.qtensor import QuantizedTensor
+from awq_jax.qtensor import QuantizedTensor, Weight
 
 COLUMNS = ("qweight", "scales", "zeros", "offsets")  # the tables of a packed weight that have its columns
 
@@ -72,15 +72,16 @@ def groups(config: ModelConfig) -> Iterator[Group]:
 def apart(config: ModelConfig) -> ModelConfig:
     """The config of the same model without fused linears, but for those grouped by head."""
 
-    def mlp(c: Any) -> Any:
-        return c if c is None else dataclasses.replace(c, fused=False, ways=1)
+    def mlp(c: MLPConfig) -> MLPConfig:
+        return dataclasses.replace(c, fused=False, ways=1)
 
     def layer(c: LayerConfig) -> LayerConfig:
         attention, inner = c.attention, c.mlp
         if isinstance(attention, AttentionConfig) and attention.fused == "concatenated":
             attention = dataclasses.replace(attention, fused=None, ways=1)
         if isinstance(inner, MoEConfig):
-            inner = dataclasses.replace(inner, expert=mlp(inner.expert), shared=mlp(inner.shared))
+            shared = inner.shared and mlp(inner.shared)
+            inner = dataclasses.replace(inner, expert=mlp(inner.expert), shared=shared)
         else:
             inner = mlp(inner)
         return dataclasses.replace(c, attention=attention, mlp=inner)
@@ -88,7 +89,7 @@ def apart(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, layers=tuple(map(layer, config.layers)))
 
 
-def merged(config: ModelConfig, leaves: dict[str, Any]) -> ModelConfig:
+def merged(config: ModelConfig, leaves: dict[str, Weight]) -> ModelConfig:
     """Merge, in place, every group that `obstacle` has nothing against.
 
     Parts on a mesh are merged on each device: see ``ways`` of `awq_jax.models.layers.fused_columns`.
@@ -118,7 +119,7 @@ def merged(config: ModelConfig, leaves: dict[str, Any]) -> ModelConfig:
     return dataclasses.replace(config, layers=tuple(layers))
 
 
-def unmerged(config: ModelConfig, fused: ModelConfig, leaves: dict[str, Any]) -> None:
+def unmerged(config: ModelConfig, fused: ModelConfig, leaves: dict[str, Weight]) -> None:
     """The inverse of `merged`, in place and to the bit.
 
     Args:
@@ -138,7 +139,7 @@ def unmerged(config: ModelConfig, fused: ModelConfig, leaves: dict[str, Any]) ->
                 leaves.update(zip([f"{group.place}/{n}/{kind}" for n in group.parts], parts, strict=True))
 
 
-def assemble(config: ModelConfig, leaves: dict[str, Any]) -> tuple[nnx.GraphDef, nnx.State]:
+def assemble(config: ModelConfig, leaves: dict[str, Weight]) -> tuple[nnx.GraphDef, nnx.State]:
     """The decoder's static part, and its state with these parameters."""
     graphdef, state = model_params.abstract(config)
     return graphdef, paths.map_with_path(lambda path, _: leaves[path], state)
@@ -165,19 +166,19 @@ def _mlp(layer: LayerConfig, group: Group) -> MLPConfig:
     return mlp
 
 
-def obstacle(kernels: list[Any]) -> str | None:
+def obstacle(kernels: Sequence[Weight]) -> str | None:
     """Why these kernels, float or packed, cannot be one, or None if they can."""
+    packed = [k for k in kernels if isinstance(k, QuantizedTensor)]
     if any(len(a.devices()) > 1 for k in kernels for a in jax.tree.leaves(k)):
-        places = {getattr(k, "placement", None) for k in kernels}
+        places = {k.placement for k in packed} if len(packed) == len(kernels) else {None}
         by_column = len(places) == 1 and all(p is not None and p.dim == "n" and not p.gather for p in places)
-        if not by_column or kernels[0].batch:
+        if not by_column or packed[0].batch:
             return "they are spread over several devices, and not all by columns"
-    packed = [isinstance(k, QuantizedTensor) for k in kernels]
-    if not any(packed):
+    if not packed:
         return None if len({k.dtype for k in kernels}) == 1 else "their dtypes differ"
-    if not all(packed):
+    if len(packed) < len(kernels):
         return "some are packed and some are not"
-    first = kernels[0]
+    first = packed[0]
     for field in ("bits", "group_size", "axes", "k_dims", "dtype", "layout", "symmetric"):
         if len({getattr(k, field) for k in kernels}) > 1:
             return f"they differ in {field}"
@@ -195,18 +196,18 @@ def obstacle(kernels: list[Any]) -> str | None:
     return None
 
 
-def join(parts: list[Any], ways: int = 1) -> Any:
+def join(parts: Sequence[Weight], ways: int = 1) -> Weight:
     """Kernels or biases without an `obstacle` side by side: float ``[..., N]``, or packed."""
-    first = parts[0]
-    if not isinstance(first, QuantizedTensor):
-        return fused_columns.join(parts, ways)
-    tables = {f: [getattr(p, f) for p in parts] for f in COLUMNS if getattr(first, f) is not None}
+    packed = [p for p in parts if isinstance(p, QuantizedTensor)]
+    if not packed:
+        return fused_columns.join(cast(Sequence[jax.Array], parts), ways)
+    tables = {f: [getattr(p, f) for p in packed] for f in COLUMNS if getattr(packed[0], f) is not None}
     joined: Any = functools.partial(jax.tree.map, lambda t: fused_columns.join(t, ways), is_leaf=_is_list)
-    whole = dataclasses.replace(first, n_dims=(sum(p.n for p in parts),))
+    whole = dataclasses.replace(packed[0], n_dims=(sum(p.n for p in packed),))
     return _placed(joined, tables, whole)
 
 
-def split(whole: Any, sizes: list[int], ways: int = 1) -> list[Any]:
+def split(whole: Weight, sizes: Sequence[int], ways: int = 1) -> Sequence[Weight]:
     """The parts of a kernel or bias, ``sizes`` columns each."""
     if not isinstance(whole, QuantizedTensor):
         return fused_columns.split(whole, sizes, ways)
@@ -218,7 +219,9 @@ def split(whole: Any, sizes: list[int], ways: int = 1) -> list[Any]:
     return parts
 
 
-def _placed(f: Any, tables: dict[str, Any], whole: QuantizedTensor) -> QuantizedTensor:
+def _placed(
+    f: Callable[[Mapping[str, object]], dict[str, Any]], tables: Mapping[str, object], whole: QuantizedTensor
+) -> QuantizedTensor:
     """``whole`` with the tables that ``f`` makes, which lie where those of ``whole`` do."""
     if whole.placement is None:
         return dataclasses.replace(whole, **f(tables))
@@ -226,5 +229,5 @@ def _placed(f: Any, tables: dict[str, Any], whole: QuantizedTensor) -> Quantized
     return dataclasses.replace(whole, **jax.jit(f, out_shardings={t: getattr(where, t) for t in tables})(tables))
 
 
-def _is_list(a: Any) -> bool:
+def _is_list(a: object) -> bool:
     return isinstance(a, list)

@@ -19,7 +19,7 @@ from awq_jax.models.config import ModelConfig
 from awq_jax.models.decoder import Decoder
 from awq_jax.models.layers.moe import by_expert
 from awq_jax.models.names import Names
-from awq_jax.qtensor import QuantizedTensor
+from awq_jax.qtensor import QuantizedTensor, Weight
 
 # Large numbers with small differences, which decide the choice of experts: never rounded to 16 bits.
 AS_STORED = ("/correction",)
@@ -131,7 +131,7 @@ class Weights:
         """The tensors that make a parameter, as stored."""
         return map(self._source.read, self.names(path))
 
-    def leaf(self, path: str, values: Iterable[np.ndarray | QuantizedTensor] | None = None) -> Any:
+    def leaf(self, path: str, values: Iterable[np.ndarray | QuantizedTensor] | None = None) -> Weight:
         """A parameter; see `load`. ``values``: what `read` gave, if it has been called."""
         how = self._wanted[path]
         parts = []
@@ -229,7 +229,7 @@ def _some(items: list[str]) -> str:
     return ", ".join(items[:3]) + more
 
 
-def _one(value: np.ndarray | QuantizedTensor, name: str, how: Stored, dtype: str) -> jax.Array | QuantizedTensor:
+def _one(value: np.ndarray | QuantizedTensor, name: str, how: Stored, dtype: str) -> Weight:
     """A tensor as read, checked, in our orientation."""
     if isinstance(value, QuantizedTensor):
         return _packed(value, name, how, dtype)
@@ -264,11 +264,11 @@ def check_shape(name: str, got: tuple[int, ...], want: tuple[int, ...]) -> None:
         raise ShapeError(f"{name} has shape {got}; config.json implies {want}")
 
 
-def _stack(parts: list[Any], path: str) -> jax.Array | QuantizedTensor:
+def _stack(parts: Sequence[Weight], path: str) -> Weight:
     """The experts' matrices as one parameter; all float unless all are packed alike."""
     packed = [isinstance(p, QuantizedTensor) for p in parts]
     if all(packed) and len({jax.tree.structure(p) for p in parts}) == 1:
         join: Callable[..., Any] = lambda *a: jnp.stack(a)  # noqa: E731
         out = jax.tree.map(join, *parts)
         return dataclasses.replace(out, axes="b" + out.axes)
-    return jnp.stack([p.dequantize() if q else p for p, q in zip(parts, packed, strict=True)])
+    return jnp.stack([p.dequantize() if isinstance(p, QuantizedTensor) else p for p in parts])
