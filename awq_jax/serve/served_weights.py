@@ -15,7 +15,7 @@ from awq_jax.models.config import ModelConfig
 from awq_jax.models.mesh import unfuse
 from awq_jax.models.weights import fuse
 from awq_jax.placement import Placement
-from awq_jax.qtensor import is_quantized
+from awq_jax.qtensor import Weight, is_quantized
 from awq_jax.serve import cpu_copy
 from awq_jax.serve.generate import Generator
 
@@ -153,7 +153,7 @@ class ServedWeights:
         self._how = "served as " + "; ".join(notes)
         return served
 
-    def _choose(self, leaves: Mapping[str, cpu_copy.Leaf], platform: str) -> tuple[bool, str]:
+    def _choose(self, leaves: Mapping[str, Weight], platform: str) -> tuple[bool, str]:
         """Whether to serve a copy, and why."""
         if self.copy is not None:
             return self.copy, ", as was asked for"
