@@ -7,20 +7,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from awq_jax.algorithm.grid import (
-    Factor,
-    Grid,
-    clip_search,
-    column_loss,
-    compensate,
-    conditional_energy,
-    decode,
-    diagonal_blocks,
-    encode,
-    make_grid,
-    range_of,
-    refit,
-)
+from awq_jax.algorithm.clipping import clip_search, diagonal_blocks
+from awq_jax.algorithm.compensation import GramFactor, compensate, conditional_energy, refit
+from awq_jax.algorithm.grid import Grid, column_loss, decode, encode, make_grid, range_of
 from awq_jax.config import LeafConfig
 
 ROUNDS = 3  # of rounding on the current scales and refitting the scales to the codes
@@ -51,7 +40,7 @@ class _Candidate(NamedTuple):
 
 
 def round_matrix(
-    w: jax.Array, gram: jax.Array | None, factor: Factor | None, *, leaf: LeafConfig, clip: bool, dtype: str
+    w: jax.Array, gram: jax.Array | None, factor: GramFactor | None, *, leaf: LeafConfig, clip: bool, dtype: str
 ) -> Rounded:
     """Round ``w`` to ``leaf``'s grid so that the expected squared output error is small.
 
@@ -87,7 +76,7 @@ def _best(
     w: jax.Array,
     wg: jax.Array,
     gram: jax.Array,
-    factor: Factor | None,
+    factor: GramFactor | None,
     full: Grid,
     leaf: LeafConfig,
     clip: bool,

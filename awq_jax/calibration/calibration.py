@@ -16,8 +16,9 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from awq_jax.errors import CalibrationError
-from awq_jax.plan.discover import discover, validate
+from awq_jax.plan.discover import discover
 from awq_jax.plan.plan import Group, Plan
+from awq_jax.plan.validate import validate
 from awq_jax.plan.verify import verify
 from awq_jax.trace import interpret
 

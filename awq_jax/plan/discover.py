@@ -1,16 +1,14 @@
-"""`discover`: the scale groups of any JAX model, read off its jaxpr; `validate`: check a plan by hand."""
+"""`discover`: the scale groups of any JAX model, read off its jaxpr."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
-from awq_jax import paths
 from awq_jax.errors import PlanError
 from awq_jax.plan import absorb, channel_labels
 from awq_jax.plan.plan import Group, Plan, Site
@@ -203,73 +201,3 @@ def _flows_into_matmul(top: Scope) -> dict[Node, bool]:
         if onward or node.use or any(n.use for b in node.bodies for s in b.all() for n in s.nodes):
             flows.update(node.vals())
     return out
-
-
-# ------------------------------------------------------------------------------- validate
-
-
-def validate(plan: Plan, params: Any) -> None:
-    """Check that ``plan`` describes ``params``.
-
-    Raises:
-      PlanError: names the group and the path: missing, another shape, an index out of range.
-    """
-    leaves = paths.flatten(params)
-    names: set[str] = set()
-    owner: dict[str, str] = {}
-    for g in plan.groups:
-        if g.name in names:
-            raise PlanError(f"two groups are called {g.name}: group names must differ")
-        names.add(g.name)
-        if not g.sites:
-            raise PlanError(f"group {g.name} has no site: remove it from the plan")
-        for site in g.sites:
-            if owner.setdefault(site.path, g.name) != g.name:
-                raise PlanError(f"{site.path} is a site of two groups, {owner[site.path]} and {g.name}")
-            _check_site(g, site, leaves)
-        width = math.prod(g.batch) * g.channels
-        for a in g.absorbers:
-            _check_absorber(g, a.path, np.asarray(a.index), width, leaves)
-        if g.ties is not None and (np.shape(g.ties) != (width,)):
-            raise PlanError(f"group {g.name}: ties have shape {np.shape(g.ties)}, expected ({width},)")
-
-
-def _leaf_shape(group: Group, path: str, leaves: Mapping[str, Any]) -> tuple[int, ...]:
-    if path not in leaves:
-        close = sorted(p for p in leaves if p.split("/")[-2:] == path.split("/")[-2:])[:3]
-        hint = f"; similar: {', '.join(close)}" if close else ""
-        raise PlanError(f"group {group.name}: the parameters have no {path}{hint}")
-    return tuple(leaves[path].shape)
-
-
-def _check_site(group: Group, site: Site, leaves: Mapping[str, Any]) -> None:
-    shape = _leaf_shape(group, site.path, leaves)
-    if shape != tuple(site.shape):
-        raise PlanError(f"group {group.name}: {site.path} has shape {shape}, the plan says {tuple(site.shape)}")
-    axes = site.axes
-    if len(axes) != len(shape) or set(axes) - set("sbkn") or "k" not in axes or "n" not in axes:
-        raise PlanError(f"group {group.name}: axes {axes!r} do not describe {site.path} of shape {shape}")
-    if "s" in axes.lstrip("s"):
-        raise PlanError(f"group {group.name}: {site.path}: scanned axes must come first, not {axes!r}")
-    sizes = {r: tuple(n for n, a in zip(shape, axes, strict=True) if a == r) for r in "sbk"}
-    if sizes["s"] != tuple(group.scan):
-        raise PlanError(f"group {group.name}: {site.path} has scanned axes {sizes['s']}, the group {group.scan}")
-    if group.batch and sizes["b"] != tuple(group.batch):
-        raise PlanError(f"group {group.name}: {site.path} has batch axes {sizes['b']}, the group {group.batch}")
-    k = math.prod(sizes["k"])
-    if k != group.channels:
-        raise PlanError(f"group {group.name}: {site.path} contracts {k} channels, the group has {group.channels}")
-
-
-def _check_absorber(group: Group, path: str, index: np.ndarray, width: int, leaves: Mapping[str, Any]) -> None:
-    shape = _leaf_shape(group, path, leaves)
-    lead = len(group.scan)
-    if shape[:lead] != tuple(group.scan):
-        raise PlanError(f"group {group.name}: absorber {path} of shape {shape} does not start with {group.scan}")
-    inner = shape[lead:]
-    if index.ndim != len(inner) or any(i not in (1, n) for i, n in zip(index.shape, inner, strict=True)):
-        raise PlanError(f"group {group.name}: index of shape {index.shape} does not fit absorber {path} {shape}")
-    if index.size and (index.min() < -1 or index.max() >= width):
-        raise PlanError(
-            f"group {group.name}: absorber {path}: index {int(index.max())} is out of range for {width} channels"
-        )

@@ -12,8 +12,9 @@ import numpy as np
 
 from awq_jax import paths
 from awq_jax.errors import PlanError
-from awq_jax.plan import discover, fold
+from awq_jax.plan import fold
 from awq_jax.plan.plan import Group, Plan
+from awq_jax.plan.validate import validate
 
 
 def verify(
@@ -36,7 +37,7 @@ def verify(
     Raises:
       PlanError: the plan does not describe ``params``, the inputs are abstract, or no output is float.
     """
-    discover.validate(plan, params)
+    validate(plan, params)
     groups = [g for g in plan.groups if g.absorbers]
     if not groups:
         return plan

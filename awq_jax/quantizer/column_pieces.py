@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from awq_jax.devices.pool import Pool
 from awq_jax.plan import fold
@@ -32,7 +33,10 @@ Place = Callable[[Any], Any]  # brings arrays to the device that works on a piec
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One weight, seen as ``[S, E, K, N]``; see `awq_jax.quantizer.instances`.
+    """One weight, seen as ``[S, E, K, N]``.
+
+    S counts scanned layers (1 without a scan), E the experts with an activation of their own (or 1), K the
+    contracted rows, N the output columns.
 
     Attributes:
       leaf: float, with axes as ``axes`` says.
@@ -189,3 +193,22 @@ def _take(
 @functools.partial(jax.jit, static_argnames=("kinds",))
 def _largest(leaf: jax.Array, arrays: tuple[Any, ...], *, kinds: fold.Kinds) -> jax.Array:
     return jnp.abs(fold.scaled(leaf.astype(jnp.float32), arrays, kinds)).max()
+
+
+def to_batched(a: np.ndarray, target: Target, group: Group) -> np.ndarray:
+    """``[S, E, R, N]`` (R rows of codes, scales or zeros) to ``[*batch axes of the leaf, R, N]``."""
+    batch, _, n_dims = split_shape(target.site.shape, target.site.canonical_axes)
+    n, rows = math.prod(n_dims), a.shape[2]
+    if group.batch:
+        return a.reshape(*batch, rows, n)
+    own = math.prod(batch) // math.prod(group.scan)
+    return np.moveaxis(a.reshape(a.shape[0], rows, own, n), 2, 1).reshape(*batch, rows, n)
+
+
+def scale_to_batched(scale: jax.Array, target: Target, group: Group) -> jax.Array:
+    """``[*scan, *batch, K]`` to ``[*batch axes of the leaf, K]``."""
+    batch, _, _ = split_shape(target.site.shape, target.site.canonical_axes)
+    lead = (*group.scan, *group.batch)
+    return jnp.broadcast_to(
+        scale.reshape(*lead, *(1,) * (len(batch) - len(lead)), group.channels), (*batch, group.channels)
+    )

@@ -19,8 +19,8 @@ from awq_jax.config import AwqConfig
 from awq_jax.devices.pool import HERE, Pool
 from awq_jax.errors import CalibrationError, ConfigError, WeightError
 from awq_jax.plan import fold
-from awq_jax.plan.discover import validate
 from awq_jax.plan.plan import Group, Plan
+from awq_jax.plan.validate import validate
 from awq_jax.qtensor import QuantizedTensor
 from awq_jax.quantizer.scale_groups import GroupScale, find_scale, round_group
 from awq_jax.quantizer.targets import Target, select

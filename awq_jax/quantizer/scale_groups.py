@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from awq_jax import pack
-from awq_jax.algorithm.grid import Factor, column_loss, conditional_energy, factorize, quantize_dequantize
+from awq_jax.algorithm.compensation import GramFactor, conditional_energy, factorize
+from awq_jax.algorithm.grid import column_loss, quantize_dequantize
 from awq_jax.algorithm.round_matrix import round_matrix
 from awq_jax.calibration.calibration import Stats
 from awq_jax.calibration.means import Moments, all_finite, moments
@@ -22,8 +23,7 @@ from awq_jax.devices.pool import HERE, Pool
 from awq_jax.plan import fold
 from awq_jax.plan.plan import Group, Plan
 from awq_jax.qtensor import QuantizedTensor, split_shape
-from awq_jax.quantizer import instances
-from awq_jax.quantizer.column_pieces import Columns, Place, part, sweep
+from awq_jax.quantizer.column_pieces import Columns, Place, part, scale_to_batched, sweep, to_batched
 from awq_jax.quantizer.scale_search import search
 from awq_jax.quantizer.targets import Target
 from awq_jax.report import LayerReport
@@ -174,7 +174,7 @@ class _Given(NamedTuple):
     """What the columns of one instance have in common: the Gram of the scaled input, its factor, the scale."""
 
     gram: jax.Array | None
-    factor: Factor | None
+    factor: GramFactor | None
     scale: jax.Array
 
 
@@ -278,10 +278,10 @@ def _assemble(t: Target, group: Group, leaf: Any, rounded: _Packed, found: Group
     _, k_dims, n_dims = split_shape(t.site.shape, t.site.canonical_axes)
     inverse = None
     if found.scale is not None and not group.absorbers:
-        inverse = instances.scale_to_batched(1.0 / jnp.asarray(found.scale), t, group)
+        inverse = scale_to_batched(1.0 / jnp.asarray(found.scale), t, group)
 
     def batched(a: np.ndarray) -> jax.Array:
-        return jnp.asarray(instances.to_batched(a, t, group))
+        return jnp.asarray(to_batched(a, t, group))
 
     return QuantizedTensor(
         qweight=batched(rounded.qweight),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from numpy_rounding import correlated, gram_of, plain
 
+from awq_jax.algorithm import clipping, compensation
 from awq_jax.algorithm import grid as rounding
 from awq_jax.algorithm.round_matrix import round_matrix
 from awq_jax.config import LeafConfig
@@ -44,10 +45,10 @@ def test_clip_search_finds_the_best_pair_of_the_grid() -> None:
     w[3, 2] = 6.0
     h = gram_of(correlated())
     wg = jnp.asarray(w).reshape(-1, G, N)
-    blocks = rounding.diagonal_blocks(jnp.asarray(h, jnp.float32), G)
+    blocks = clipping.diagonal_blocks(jnp.asarray(h, jnp.float32), G)
     for i in range(K // G):
         np.testing.assert_allclose(blocks[i], h[i * G : (i + 1) * G, i * G : (i + 1) * G], rtol=1e-6)
-    got = rounding.clip_search(wg, blocks, 3, False, "float16", steps=4)
+    got = clipping.clip_search(wg, blocks, 3, False, "float16", steps=4)
     for g in range(K // G):
         for n in range(N):
             part = w[g * G : (g + 1) * G, n].astype(np.float64)
@@ -66,7 +67,7 @@ def test_clip_search_finds_the_best_pair_of_the_grid() -> None:
 
 def test_inverse_factor_is_the_cholesky_factor_of_the_inverse() -> None:
     h = gram_of(correlated())
-    u = np.asarray(rounding.inverse_factor(jnp.asarray(h, jnp.float32), 0.01), np.float64)
+    u = np.asarray(compensation.inverse_factor(jnp.asarray(h, jnp.float32), 0.01), np.float64)
     assert np.allclose(u, np.triu(u))
     damped = h + np.diag(0.01 * (np.diag(h) + 0.1 * np.diag(h).mean()))
     np.testing.assert_allclose(u.T @ u @ damped, np.eye(K), atol=1e-3)
@@ -77,7 +78,7 @@ def test_compensation_matches_a_plain_float64_loop(k: int) -> None:
     w = np.random.default_rng(3).normal(size=(k, N)).astype(np.float32)
     h = gram_of(correlated(k))
     grid = rounding.make_grid(*rounding.range_of(jnp.asarray(w).reshape(-1, G, N)), 3, False, "float16")
-    got = rounding.compensate(jnp.asarray(w), rounding.factorize(jnp.asarray(h, jnp.float32), 0.01), grid, 3)
+    got = compensation.compensate(jnp.asarray(w), compensation.factorize(jnp.asarray(h, jnp.float32), 0.01), grid, 3)
 
     order = np.argsort(-np.diag(h), kind="stable")
     damped = h + np.diag(0.01 * (np.diag(h) + 0.1 * np.diag(h).mean()))
@@ -101,8 +102,8 @@ def test_conditional_energy_predicts_the_error_that_compensation_leaves() -> Non
     damped = h + np.diag(0.01 * (np.diag(h) + 0.1 * np.diag(h).mean()))
     order = np.argsort(-np.diag(h), kind="stable")
     gram = jnp.asarray(h, jnp.float32)
-    factor = rounding.factorize(gram, 0.01)
-    got = np.asarray(rounding.conditional_energy(gram, factor))
+    factor = compensation.factorize(gram, 0.01)
+    got = np.asarray(compensation.conditional_energy(gram, factor))
     for place, k in enumerate(order):
         later = order[place + 1 :]
         cross = damped[np.ix_([k], later)]
@@ -115,7 +116,7 @@ def test_conditional_energy_predicts_the_error_that_compensation_leaves() -> Non
     w = np.random.default_rng(3).normal(size=(K, 400)).astype(np.float32)
     low, high = rounding.range_of(jnp.asarray(w).reshape(-1, G, 400))
     grid = rounding.make_grid(1.4 * low, 1.4 * high, 4, False, "float16")  # wide: nothing is clamped
-    codes = rounding.compensate(jnp.asarray(w), factor, grid, 4)
+    codes = compensation.compensate(jnp.asarray(w), factor, grid, 4)
     delta = rounding.decode(codes.reshape(-1, G, 400), grid).reshape(K, 400) - w
     left = float(rounding.column_loss(delta, jnp.asarray(damped, jnp.float32)).mean())
     step = np.square(np.repeat(np.asarray(grid.scale), G, 0)).mean(axis=1) / 12
@@ -127,7 +128,7 @@ def test_refit_is_the_least_squares_optimum() -> None:
     h = gram_of(correlated())
     grid = rounding.make_grid(*rounding.range_of(jnp.asarray(w).reshape(-1, G, N)), 3, False, "float32")
     codes = rounding.encode(jnp.asarray(w).reshape(-1, G, N), grid, 3).reshape(K, N)
-    got = rounding.refit(jnp.asarray(w), jnp.asarray(h, jnp.float32), codes, grid, "float32")
+    got = compensation.refit(jnp.asarray(w), jnp.asarray(h, jnp.float32), codes, grid, "float32")
     root = np.linalg.cholesky(h).T
     for n in range(N):
         base = (np.asarray(codes)[:, n] - np.repeat(np.asarray(grid.zero)[:, n], G)).astype(np.float64)
@@ -165,7 +166,7 @@ def test_hard_inputs_are_finite_and_no_column_is_worse_than_nearest(
     h = gram_of(x)
     leaf = LeafConfig(bits, G, symmetric)
     gram = jnp.asarray(h, jnp.float32)
-    factor = rounding.factorize(gram, 0.01) if compensated else None
+    factor = compensation.factorize(gram, 0.01) if compensated else None
     r = round_matrix(jnp.asarray(w), gram, factor, leaf=leaf, clip=True, dtype="float16")
     for a in jax.tree.leaves(r):
         assert np.isfinite(np.asarray(a, np.float64)).all()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from numpy_rounding import correlated, gram_of, plain
 
+from awq_jax.algorithm import scale_candidates
 from awq_jax.config import LeafConfig
 from awq_jax.quantizer import column_pieces, scale_search
 from awq_jax.quantizer.column_pieces import Columns, Part
@@ -27,8 +28,14 @@ def search(ws, gram, a, ties=None, **settings):
     return scale_search.search([(LEAF, Columns(parts, K))], gram.__getitem__, a, ties, **settings)
 
 
+def losses(ws, metric, scales) -> np.ndarray:
+    """The loss of each of ``scales [T, K]`` for weights of one instance, as the search sums it up."""
+    parts = [scale_candidates.scaled_losses(jnp.asarray(w), metric, jnp.asarray(scales), LEAF, "float16") for w in ws]
+    return np.asarray(parts, np.float64).sum(axis=0)
+
+
 def share_of(*ws: np.ndarray) -> jax.Array:
-    return sum(scale_search.weight_share(jnp.asarray(w), G) for w in ws)[None] / sum(w.shape[1] for w in ws)
+    return sum(scale_candidates.weight_share(jnp.asarray(w), G) for w in ws)[None] / sum(w.shape[1] for w in ws)
 
 
 def numpy_candidate(a: np.ndarray, share: np.ndarray, r: float, duo: bool) -> np.ndarray:
@@ -48,7 +55,7 @@ def test_candidates_follow_the_paper(ratio: float, duo: bool) -> None:
     _, w1, w2, a = problem()
     share = share_of(w1, w2)
     np.testing.assert_allclose(share[0], numpy_share(w1, w2), rtol=1e-5)
-    got = scale_search.candidate(jnp.asarray(a)[None], share, jnp.float32(ratio), jnp.float32(duo), None)
+    got = scale_candidates.candidate(jnp.asarray(a)[None], share, jnp.float32(ratio), jnp.float32(duo), None)
     np.testing.assert_allclose(got[0], numpy_candidate(a, numpy_share(w1, w2), ratio, duo), rtol=1e-4)
 
 
@@ -56,7 +63,7 @@ def test_dead_channels_keep_scale_one() -> None:
     _, w1, _, a = problem()
     a[[3, 17]] = 0.0
     share = share_of(w1)
-    got = scale_search.candidate(jnp.asarray(a)[None], share, jnp.float32(0.5), jnp.float32(1.0), None)[0]
+    got = scale_candidates.candidate(jnp.asarray(a)[None], share, jnp.float32(0.5), jnp.float32(1.0), None)[0]
     assert got[3] == got[17] == 1.0
     assert np.isfinite(got).all()
 
@@ -66,7 +73,9 @@ def test_tied_channels_share_one_scale() -> None:
     ties = np.arange(K) % 8
     share = share_of(w1)
     got = np.asarray(
-        scale_search.candidate(jnp.asarray(a)[None], share, jnp.float32(0.5), jnp.float32(1.0), jnp.asarray(ties))[0]
+        scale_candidates.candidate(jnp.asarray(a)[None], share, jnp.float32(0.5), jnp.float32(1.0), jnp.asarray(ties))[
+            0
+        ]
     )
     for t in range(8):
         assert np.ptp(got[ties == t]) < 1e-6 * got.max()
@@ -92,8 +101,9 @@ def test_search_returns_the_candidate_with_the_least_output_error() -> None:
     trials = {(r / 5, d): error(numpy_candidate(a, share, r / 5, d)) for r in range(5) for d in (True, False)}
     best = min(trials.values())
     assert best < error(np.ones(K))
-    np.testing.assert_allclose(float(found.loss_rtn[0]), error(np.ones(K)), rtol=1e-3)
-    np.testing.assert_allclose(float(found.loss[0]), best, rtol=5e-3)
+    chosen, rtn = losses((w1, w2), gram[0], np.stack([found.scale[0], np.ones(K, np.float32)]))
+    np.testing.assert_allclose(rtn, error(np.ones(K)), rtol=1e-3)
+    np.testing.assert_allclose(chosen, best, rtol=5e-3)
     np.testing.assert_allclose(error(np.asarray(found.scale[0], np.float64)), best, rtol=5e-3)
 
 
@@ -105,7 +115,7 @@ def test_some_columns_at_a_time_are_searched_like_all_at_once(monkeypatch) -> No
     monkeypatch.setattr(column_pieces, "PIECE", {jax.default_backend(): 4 * K})
     monkeypatch.setattr(column_pieces, "ALIGNED", 4)
     parts = search((w1[None], w2[None]), gram, a[None], **args)
-    np.testing.assert_allclose(parts.loss, whole.loss, rtol=1e-5)
+    np.testing.assert_array_equal(parts.ratio, whole.ratio)
     np.testing.assert_allclose(parts.scale, whole.scale, rtol=1e-5)
 
 
@@ -117,7 +127,7 @@ def test_scale_one_wins_where_nothing_is_better() -> None:
     x = correlated()
     gram = jnp.asarray(gram_of(x), jnp.float32)[None]
     found = search((w[None],), gram, np.abs(x).mean(0)[None], n_grid=4, joint=False, dtype="float16")
-    assert float(found.loss_rtn[0]) < 1e-6
+    assert losses((w,), gram[0], np.ones((1, K), np.float32))[0] < 1e-6
     assert np.isnan(float(found.ratio[0]))
     assert (np.asarray(found.scale) == 1).all()
 
@@ -134,7 +144,9 @@ def test_experts_choose_apart_unless_joined() -> None:
         alone = search(tuple(v[e : e + 1] for v in w), h[e : e + 1], a[e : e + 1], joint=False, **kw)
         np.testing.assert_allclose(apart.scale[e], alone.scale[0], rtol=1e-6)
     assert float(joint.ratio[0]) == float(joint.ratio[1])
-    assert float(joint.loss.sum()) <= float(joint.loss_rtn.sum())
+    each = [losses((w[0][e], w[1][e]), h[e], np.stack([joint.scale[e], np.ones(K, np.float32)])) for e in range(2)]
+    chosen, rtn = np.sum(each, axis=0)
+    assert chosen <= rtn
 
 
 def test_a_diagonal_metric_is_the_full_one_without_correlations() -> None:
@@ -143,5 +155,6 @@ def test_a_diagonal_metric_is_the_full_one_without_correlations() -> None:
     args = {"n_grid": 4, "joint": False, "dtype": "float16"}
     full = search((w1[None],), jax.vmap(jnp.diag)(energy), a[None], **args)
     diagonal = search((w1[None],), energy, a[None], **args)
-    np.testing.assert_allclose(diagonal.loss, full.loss, rtol=1e-5)
+    pairs = (diagonal, energy[0]), (full, jnp.diag(energy[0]))
+    np.testing.assert_allclose(*(losses((w1,), metric, found.scale) for found, metric in pairs), rtol=1e-5)
     np.testing.assert_allclose(diagonal.scale, full.scale, rtol=1e-6)

@@ -13,8 +13,9 @@ import pytest
 import user_models
 
 from awq_jax.errors import PlanError
-from awq_jax.plan.discover import discover, validate
+from awq_jax.plan.discover import discover
 from awq_jax.plan.plan import Absorber, Group, Plan
+from awq_jax.plan.validate import validate
 
 
 def plan_of(name: str) -> Plan:

@@ -1,0 +1,139 @@
+"""Rounding errors compensated in the weights not yet rounded (arXiv 2210.17323), and scales refitted to codes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from awq_jax.algorithm.grid import Grid, store
+
+BLOCK = 128  # rows compensated before the rest of the matrix is updated
+
+
+class GramFactor(NamedTuple):
+    """What `compensate` needs of a Gram; see `factorize`.
+
+    Attributes:
+      order: int32 ``[K]``: channels in order of falling ``diag(gram)``.
+      inverse: float32 ``[K, K]``: `inverse_factor` of the Gram in that order.
+    """
+
+    order: jax.Array
+    inverse: jax.Array
+
+
+def factorize(gram: jax.Array, damping: float) -> GramFactor:
+    """The factor of a Gram ``[K, K]``, whose columns may then be compensated in any pieces."""
+    order = jnp.argsort(-jnp.diagonal(gram), stable=True)
+    return GramFactor(order, inverse_factor(gram[order][:, order], damping))
+
+
+def inverse_factor(gram: jax.Array, damping: float) -> jax.Array:
+    """Upper-triangular ``U`` with ``U^T U = (gram + damping)^-1``.
+
+    The damping is relative to each channel's own energy plus a small share of the mean, so that
+    one channel a thousand times larger than the rest does not drown the others. Channels that were
+    never active get the mean: they are rounded to nearest.
+    """
+    diag = jnp.diagonal(gram)
+    mean = jnp.maximum(diag.mean(), 1e-30)
+    add = jnp.where(diag > 0, damping * (diag + 0.1 * mean), mean)
+    flipped = (gram + jnp.diag(add))[::-1, ::-1]
+    lower = jnp.linalg.cholesky(flipped)
+    eye = jnp.eye(gram.shape[0], dtype=gram.dtype)
+    return jax.scipy.linalg.solve_triangular(lower, eye, lower=True)[::-1, ::-1]
+
+
+def conditional_energy(gram: jax.Array, factor: GramFactor) -> jax.Array:
+    """What compensation cannot take away from each channel, ``[K]``.
+
+    With rows rounded in order of falling ``diag(gram)`` and every error spread over the rows still to
+    come, the squared output error is ``sum_k energy_k * e_k**2`` with e the rounding error of row k:
+    the energy is the variance of channel k given the channels rounded after it (the pivot of the
+    LDL factorisation), not the variance itself.
+    """
+    pivots = 1.0 / jnp.square(jnp.diagonal(factor.inverse))
+    energy = jnp.zeros_like(pivots).at[factor.order].set(pivots)
+    return jnp.where(jnp.diagonal(gram) > 0, energy, 0.0)
+
+
+def compensate(w: jax.Array, factor: GramFactor, grid: Grid, bits: int) -> jax.Array:
+    """Round row by row, each error spread over the rows not yet rounded (arXiv 2210.17323).
+
+    The grid is fixed beforehand, so the order of rows leaves no trace in the stored format.
+
+    Args:
+      w: ``[K, N]``.
+      factor: of the Gram of what meets ``w``.
+      grid: parameters per (group, column).
+
+    Returns:
+      codes float32 ``[K, N]``.
+    """
+    k, n = w.shape
+    group = k // grid.scale.shape[0]
+    order, u = factor
+    pad = -k % BLOCK
+    if pad:
+        u = jnp.pad(u, ((0, pad), (0, pad))) + jnp.diag(jnp.where(jnp.arange(k + pad) < k, 0.0, 1.0))
+    scale = jnp.pad(jnp.repeat(grid.scale, group, axis=0)[order], ((0, pad), (0, 0)))
+    zero = jnp.pad(jnp.repeat(grid.zero, group, axis=0)[order], ((0, pad), (0, 0)))
+    rest = jnp.pad(w[order], ((0, pad), (0, 0)))
+    top = 2**bits - 1
+
+    def block(start_block: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        rest, codes = carry
+        start = start_block * BLOCK
+        rows = jax.lax.dynamic_slice(rest, (start, 0), (BLOCK, n))
+        s = jax.lax.dynamic_slice(scale, (start, 0), (BLOCK, n))
+        z = jax.lax.dynamic_slice(zero, (start, 0), (BLOCK, n))
+        u_rows = jax.lax.dynamic_slice(u, (start, 0), (BLOCK, k + pad))
+        u_block = jax.lax.dynamic_slice(u_rows, (0, start), (BLOCK, BLOCK))
+
+        def row(i: jax.Array, c: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+            rows, q, errors = c
+            w_i, s_i, z_i = rows[i], s[i], z[i]
+            q_i = jnp.clip(jnp.round(w_i / jnp.where(s_i > 0, s_i, 1.0)) + z_i, 0, top)
+            e_i = (w_i - (q_i - z_i) * s_i) / u_block[i, i]
+            # u_block is upper triangular: rows already rounded are not touched again.
+            rows = rows - u_block[i][:, None] * e_i[None, :]
+            return rows, q.at[i].set(q_i), errors.at[i].set(e_i)
+
+        zeros = jnp.zeros_like(rows)
+        _, q, errors = jax.lax.fori_loop(0, BLOCK, row, (rows, zeros, zeros))
+        rest = rest - u_rows.T @ errors
+        return rest, jax.lax.dynamic_update_slice(codes, q, (start, 0))
+
+    _, codes = jax.lax.fori_loop(0, (k + pad) // BLOCK, block, (rest, jnp.zeros_like(rest)))
+    return jnp.zeros((k, n), jnp.float32).at[order].set(codes[:k])
+
+
+def refit(w: jax.Array, gram: jax.Array, codes: jax.Array, grid: Grid, dtype: str) -> Grid:
+    """Least-squares scales for codes that are already chosen.
+
+    For column n, ``dequantized = sum_G scale_G * (codes - zero)_G``: a G-dimensional quadratic in the
+    scales with a closed-form minimum. Groups whose new scale would not stay within a factor of two
+    keep the old one.
+    """
+    k, n = w.shape
+    groups = grid.scale.shape[0]
+    size = k // groups
+    base = codes.reshape(groups, size, n) - grid.zero[:, None]
+
+    def against(i: jax.Array) -> jax.Array:
+        """Products ``[G, N]`` of the part that group ``i`` makes with the parts of all groups."""
+        rows = jax.lax.dynamic_slice(gram, (i * size, 0), (size, k))
+        return (base * (rows.T @ base[i]).reshape(base.shape)).sum(axis=1)
+
+    # One group at a time: all at once would take K x G numbers for each column.
+    a = jnp.moveaxis(jax.lax.map(against, jnp.arange(groups)), 2, 0)
+    b = (base * (gram @ w).reshape(base.shape)).sum(axis=1).T
+    diag = jnp.einsum("nGG->nG", a)
+    floor = 1e-4 * diag.mean(axis=1, keepdims=True) + 1e-30
+    a = a + jnp.eye(groups) * floor[:, :, None]
+    b = b + floor * grid.scale.T
+    solved = jnp.linalg.solve(a, b[..., None])[..., 0].T
+    ok = (solved > 0.5 * grid.scale) & (solved < 2.0 * grid.scale)
+    return Grid(store(jnp.where(ok, solved, grid.scale), dtype), grid.zero)

@@ -1,0 +1,66 @@
+"""Scales that the search of one scale group tries, and their losses."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from awq_jax.algorithm.grid import column_loss, quantize_dequantize
+from awq_jax.config import LeafConfig
+
+LIMIT = 1e4  # largest ratio between a scale and the group's geometric centre
+
+
+def tie(log_scale: jax.Array, ties: jax.Array | None) -> jax.Array:
+    """Average ``log_scale [E, K]`` over channels with equal numbers in ``ties [E*K]``."""
+    if ties is None:
+        return log_scale
+    flat = log_scale.reshape(-1)
+    total = jnp.zeros_like(flat).at[ties].add(flat)
+    count = jnp.zeros_like(flat).at[ties].add(1.0)
+    return (total / jnp.maximum(count, 1.0))[ties].reshape(log_scale.shape)
+
+
+def weight_share(w: jax.Array, group_size: int) -> jax.Array:
+    """Sum over columns of ``|w| / (largest |w| of its group)``, ``[K]``, of ``w [K, N]``."""
+    k, n = w.shape
+    magnitude = jnp.abs(w).reshape(k // group_size, group_size, n)
+    share = magnitude / jnp.maximum(magnitude.max(axis=1, keepdims=True), 1e-30)
+    return share.reshape(k, n).sum(axis=-1)
+
+
+def candidate(
+    magnitude: jax.Array, share: jax.Array, ratio: jax.Array, duo: jax.Array, ties: jax.Array | None
+) -> jax.Array:
+    """One candidate scale ``[E, K]``: ``a^r / w^(1-r)`` (``duo = 1``) or ``a^r`` (``duo = 0``).
+
+    Normalised to ``sqrt(max * min) = 1``; channels that were never active get 1.
+    """
+    live = magnitude > 0
+    log_a = jnp.log(jnp.where(live, magnitude, 1.0))
+    log_s = ratio * log_a - duo * (1.0 - ratio) * jnp.log(share + 1e-4)
+    log_s = tie(jnp.where(live, log_s, 0.0), ties)
+    high = jnp.where(live, log_s, -jnp.inf).max(axis=-1, keepdims=True)
+    low = jnp.where(live, log_s, jnp.inf).min(axis=-1, keepdims=True)
+    centre = jnp.where(jnp.isfinite(high + low), (high + low) / 2, 0.0)
+    log_s = tie(jnp.where(live, log_s - centre, 0.0), ties)
+    bound = jnp.log(LIMIT)
+    return jnp.exp(jnp.clip(log_s, -bound, bound))
+
+
+def candidates(magnitude: jax.Array, share: jax.Array, ties: jax.Array | None, n_grid: int) -> jax.Array:
+    """Scale 1, then those to be tried, ratios rising, with the weights and without: ``[1 + 2 * n_grid, E, K]``."""
+    duos = jnp.repeat(jnp.array([1.0, 0.0]), n_grid)
+    trials = jnp.tile(jnp.arange(n_grid, dtype=jnp.float32) / n_grid, 2), duos
+    made = jax.lax.map(lambda t: candidate(magnitude, share, t[0], t[1], ties), trials)
+    return jnp.concatenate([jnp.ones_like(magnitude)[None], made])
+
+
+def scaled_losses(w: jax.Array, metric: jax.Array, scales: jax.Array, leaf: LeafConfig, dtype: str) -> jax.Array:
+    """Losses ``[T]`` of rounding ``diag(scale) W`` to nearest, one for each of ``scales [T, K]``."""
+
+    def one(s: jax.Array) -> jax.Array:
+        q = quantize_dequantize(w * s[:, None], leaf.group_size, leaf.bits, leaf.symmetric, dtype)
+        return column_loss(q / s[:, None] - w, metric).sum()
+
+    return jax.lax.map(one, scales)
