@@ -11,14 +11,14 @@ from awq_jax.config import LeafConfig
 LIMIT = 1e4  # largest ratio between a scale and the group's geometric centre
 
 
-def tie(log_scale: jax.Array, ties: jax.Array | None) -> jax.Array:
-    """Average ``log_scale [E, K]`` over channels with equal numbers in ``ties [E*K]``."""
-    if ties is None:
+def shared_mean(log_scale: jax.Array, shared: jax.Array | None) -> jax.Array:
+    """Average ``log_scale [E, K]`` over channels with equal numbers in ``shared [E*K]``."""
+    if shared is None:
         return log_scale
     flat = log_scale.reshape(-1)
-    total = jnp.zeros_like(flat).at[ties].add(flat)
-    count = jnp.zeros_like(flat).at[ties].add(1.0)
-    return (total / jnp.maximum(count, 1.0))[ties].reshape(log_scale.shape)
+    total = jnp.zeros_like(flat).at[shared].add(flat)
+    count = jnp.zeros_like(flat).at[shared].add(1.0)
+    return (total / jnp.maximum(count, 1.0))[shared].reshape(log_scale.shape)
 
 
 def weight_share(w: jax.Array, group_size: int) -> jax.Array:
@@ -30,7 +30,7 @@ def weight_share(w: jax.Array, group_size: int) -> jax.Array:
 
 
 def candidate(
-    magnitude: jax.Array, share: jax.Array, ratio: jax.Array, duo: jax.Array, ties: jax.Array | None
+    magnitude: jax.Array, share: jax.Array, ratio: jax.Array, duo: jax.Array, shared: jax.Array | None
 ) -> jax.Array:
     """One candidate scale ``[E, K]``: ``a^r / w^(1-r)`` (``duo = 1``) or ``a^r`` (``duo = 0``).
 
@@ -39,20 +39,20 @@ def candidate(
     live = magnitude > 0
     log_a = jnp.log(jnp.where(live, magnitude, 1.0))
     log_s = ratio * log_a - duo * (1.0 - ratio) * jnp.log(share + 1e-4)
-    log_s = tie(jnp.where(live, log_s, 0.0), ties)
+    log_s = shared_mean(jnp.where(live, log_s, 0.0), shared)
     high = jnp.where(live, log_s, -jnp.inf).max(axis=-1, keepdims=True)
     low = jnp.where(live, log_s, jnp.inf).min(axis=-1, keepdims=True)
     centre = jnp.where(jnp.isfinite(high + low), (high + low) / 2, 0.0)
-    log_s = tie(jnp.where(live, log_s - centre, 0.0), ties)
+    log_s = shared_mean(jnp.where(live, log_s - centre, 0.0), shared)
     bound = jnp.log(LIMIT)
     return jnp.exp(jnp.clip(log_s, -bound, bound))
 
 
-def candidates(magnitude: jax.Array, share: jax.Array, ties: jax.Array | None, n_grid: int) -> jax.Array:
+def candidates(magnitude: jax.Array, share: jax.Array, shared: jax.Array | None, n_grid: int) -> jax.Array:
     """Scale 1, then those to be tried, ratios rising, with the weights and without: ``[1 + 2 * n_grid, E, K]``."""
     duos = jnp.repeat(jnp.array([1.0, 0.0]), n_grid)
     trials = jnp.tile(jnp.arange(n_grid, dtype=jnp.float32) / n_grid, 2), duos
-    made = jax.lax.map(lambda t: candidate(magnitude, share, t[0], t[1], ties), trials)
+    made = jax.lax.map(lambda t: candidate(magnitude, share, t[0], t[1], shared), trials)
     return jnp.concatenate([jnp.ones_like(magnitude)[None], made])
 
 

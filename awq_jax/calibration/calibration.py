@@ -237,7 +237,7 @@ def collector(apply_fn: Callable[..., Any], wanted: Iterable[Wanted]) -> Callabl
                 x = jax.lax.dynamic_slice_in_dim(x, start, experts)
             return _moments(x, summed=experts == 0)
 
-        output, tapped = interpret.evaluate(program, params, *args, tap=tap, **kwargs)
+        output, tapped = interpret.run(program, params, *args, tap=tap, **kwargs)
         out: dict[str, Stats] = {}
         for use in program.uses:
             if use.path in first:

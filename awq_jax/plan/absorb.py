@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from awq_jax.plan import channel_labels
-from awq_jax.plan.channel_labels import UNIT, UNREAD, Blocked, Ties
+from awq_jax.plan.channel_labels import UNIT, UNREAD, Blocked, SharedChannels
 from awq_jax.plan.plan import Absorber
 from awq_jax.trace import views
 from awq_jax.trace.jaxpr import Val
@@ -26,15 +26,15 @@ COMPARISONS = frozenset(("gt", "ge", "lt", "le", "eq", "ne"))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Found:
-    """Absorbers and ties of a group, or the reason why there are none."""
+class Absorbers:
+    """Absorbers of a group, the channels that must share one scale, or the reason why there are none."""
 
     absorbers: tuple[Absorber, ...] = ()
-    ties: np.ndarray | None = None
+    shared_channels: np.ndarray | None = None
     reason: str = ""
 
 
-def search(program: Program, scope: Scope, sites: Sequence[Node]) -> Found:
+def find_absorbers(program: Program, scope: Scope, sites: Sequence[Node]) -> Absorbers:
     """Absorbers for the activation that ``sites`` (all of one scope) read.
 
     A product carries the scale in one factor. Factors made of parameters are taken first; where two
@@ -51,17 +51,17 @@ def search(program: Program, scope: Scope, sites: Sequence[Node]) -> Found:
                 stack += [(*walk.choices, 1), (*walk.choices, 0)]
             elif str(e) not in reasons:
                 reasons.append(str(e))
-    return Found(reason="; or ".join(reasons[:2]))
+    return Absorbers(reason="; or ".join(reasons[:2]))
 
 
 def site_labels(node: Node) -> np.ndarray:
     """Channel numbers, flat over ``[*batch, K]`` in the order of the leaf, on the site's activation."""
     op = node.op
-    assert op.layout is not None
+    assert op.roles is not None
     contract, batch = node.params["dimension_numbers"]
     shape = node.x.shape
     b, c = tuple(batch[1 - op.weight]), tuple(contract[1 - op.weight])
-    parts = (op.layout.b, op.layout.k)
+    parts = (op.roles.b, op.roles.k)
     orders = [views.leaf_order(p) for p in parts]
     stored = [p[i].size for p, order in zip(parts, orders, strict=True) for i in order]
     ids = np.arange(int(np.prod(stored)), dtype=np.int32).reshape(stored)
@@ -86,10 +86,10 @@ class _Walk:
         self.counter = itertools.count()
         self.found: dict[str, Absorber] = {}
 
-    def run(self) -> Found:
+    def run(self) -> Absorbers:
         first = site_labels(self.sites[0])
         n = int(first.max()) + 1
-        self.ties = Ties(n)
+        self.shared = SharedChannels(n)
         for node in self.sites:
             self.passed.add((node.index, 1 - node.op.weight))
             self.push(node.x, site_labels(node))
@@ -102,14 +102,14 @@ class _Walk:
                 self.visit(v, lab)
         for v, lab in self.touched.items():
             self.check_readers(v, lab)
-        ties = self.ties.groups()
+        shared = self.shared.groups()
         if not self.found:
             raise Blocked("no parameter upstream")
-        if n > 1 and (ties == ties[0]).all():
+        if n > 1 and (shared == shared[0]).all():
             raise Blocked("all channels would have to share one scale")
         order = {path: i for i, path in enumerate(self.program.leaves)}
         absorbers = tuple(self.found[p] for p in sorted(self.found, key=order.__getitem__))
-        return Found(absorbers, None if (ties == np.arange(n)).all() else ties)
+        return Absorbers(absorbers, None if (shared == np.arange(n)).all() else shared)
 
     def push(self, v: object, lab: np.ndarray, offset: float = 0.0) -> None:
         constant = self.constant(v)
@@ -119,7 +119,7 @@ class _Walk:
             return
         assert isinstance(v, Val)
         if v in self.pending:
-            self.pending[v] = self.ties.join(self.pending[v], lab)
+            self.pending[v] = self.shared.join(self.pending[v], lab)
             if self.offsets.get(v, 0.0) != offset:
                 raise Blocked("a parameter is used with two offsets")
             return
@@ -156,10 +156,10 @@ class _Walk:
             raise Blocked(f"it is the result of a {node.name}, not of one matmul")
         if node.name in ("mul", "div", "dot_general"):
             pos = self.choose(node)
-            self.pass_on(node, pos, channel_labels.factor(node, pos, lab, self.ties))
+            self.pass_on(node, pos, channel_labels.through_product(node, pos, lab, self.shared))
             return
         constant = self.offset_of(node)
-        for pos, part in channel_labels.back(node, k, lab, self.ties):
+        for pos, part in channel_labels.back(node, k, lab, self.shared):
             if constant is not None:
                 if isinstance(node.ins[pos], Val):
                     self.pass_on(node, pos, part, constant)

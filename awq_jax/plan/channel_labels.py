@@ -27,7 +27,7 @@ class Blocked(Exception):
     """The scale cannot pass; the message says why."""
 
 
-class Ties:
+class SharedChannels:
     """Channels that must share one scale (union-find)."""
 
     def __init__(self, n: int):
@@ -66,14 +66,14 @@ class Ties:
         return np.array([self.find(i) for i in range(len(self.parent))], np.int32)
 
 
-def fit(lab: np.ndarray, shape: tuple[int, ...], ties: Ties) -> np.ndarray:
+def fit(lab: np.ndarray, shape: tuple[int, ...], shared: SharedChannels) -> np.ndarray:
     """Labels for an operand of ``shape`` that was broadcast to the labelled value."""
     if shape == () and lab.ndim:
         lab = lab.reshape(-1)
-        return ties.along(lab, 0).reshape(())
+        return shared.along(lab, 0).reshape(())
     for d, (a, b) in enumerate(zip(lab.shape, shape, strict=True)):
         if a != b and b == 1:
-            lab = ties.along(lab, d)
+            lab = shared.along(lab, d)
     return lab
 
 
@@ -130,11 +130,11 @@ def window_of(node: Node, k: int) -> tuple[slice, ...] | None:
     return None
 
 
-def back(node: Node, k: int, lab: np.ndarray, ties: Ties) -> Iterator[tuple[int, np.ndarray]]:
+def back(node: Node, k: int, lab: np.ndarray, shared: SharedChannels) -> Iterator[tuple[int, np.ndarray]]:
     """Labels the operands need so that result ``k`` of a linear operation carries ``lab``.
 
     Yields ``(operand position, labels)``. Products, where one operand must be chosen, are
-    `factor`'s.
+    `through_product`'s.
 
     Raises:
       Blocked: if the operation is not linear, or its labels do not fit.
@@ -153,7 +153,7 @@ def back(node: Node, k: int, lab: np.ndarray, ties: Ties) -> Iterator[tuple[int,
         dims = p["broadcast_dimensions"]
         for d in range(lab.ndim):
             if d not in dims or shape[dims.index(d)] == 1:
-                lab = ties.along(lab, d)
+                lab = shared.along(lab, d)
         yield (
             0,
             np.transpose(lab, [*dims, *(d for d in range(lab.ndim) if d not in dims)]).reshape(
@@ -168,7 +168,7 @@ def back(node: Node, k: int, lab: np.ndarray, ties: Ties) -> Iterator[tuple[int,
         yield 0, np.flip(lab, p["dimensions"])
     elif name in ("add", "sub", "add_any", "max"):  # max(s*a, s*b) = s*max(a, b)
         for pos, v in enumerate(node.ins):
-            yield pos, fit(lab, v.shape, ties) if isinstance(v, Val) else lab
+            yield pos, fit(lab, v.shape, shared) if isinstance(v, Val) else lab
     elif name == "select_n":
         for pos in range(1, len(node.ins)):
             yield pos, lab
@@ -189,14 +189,14 @@ def back(node: Node, k: int, lab: np.ndarray, ties: Ties) -> Iterator[tuple[int,
             for a, n, (lo, _, _) in zip(lab.shape, shape, p["padding_config"], strict=True)
         )
         yield 0, lab[inside]
-        yield 1, fit(lab, (), ties) if isinstance(node.ins[1], Val) else lab
+        yield 1, fit(lab, (), shared) if isinstance(node.ins[1], Val) else lab
     elif name in ("gather", "dynamic_slice"):
-        yield 0, _gathered(node, lab, shape, ties)
+        yield 0, _gathered(node, lab, shape, shared)
     else:
         raise Blocked(f"it passes through {node.op.describe()}, which a scale per channel cannot cross")
 
 
-def _gathered(node: Node, lab: np.ndarray, shape: tuple[int, ...], ties: Ties) -> np.ndarray:
+def _gathered(node: Node, lab: np.ndarray, shape: tuple[int, ...], shared: SharedChannels) -> np.ndarray:
     """Whole rows picked by index: labels may vary along axes that are read in full only."""
     if node.name == "dynamic_slice":
         axis_of = dict(enumerate(range(len(shape))))
@@ -208,25 +208,25 @@ def _gathered(node: Node, lab: np.ndarray, shape: tuple[int, ...], ties: Ties) -
         whole = [i in axis_of and node.params["slice_sizes"][i] == n for i, n in enumerate(shape)]
         for axis in range(lab.ndim):
             if axis not in d.offset_dims:
-                lab = ties.along(lab, axis)
+                lab = shared.along(lab, axis)
     if any(lab.shape[a] != 1 and not whole[i] for i, a in axis_of.items()):
         raise Blocked(f"{node.op.describe()} picks channels by index")
     kept = {i: lab.shape[a] for i, a in axis_of.items()}
     return lab.reshape([kept.get(i, 1) for i in range(len(shape))])
 
 
-def factor(node: Node, pos: int, lab: np.ndarray, ties: Ties) -> np.ndarray:
+def through_product(node: Node, pos: int, lab: np.ndarray, shared: SharedChannels) -> np.ndarray:
     """Labels for operand ``pos`` of a product (mul, div, dot_general) that carries the whole scale."""
     shape = node.ins[pos].shape
     if node.name != "dot_general":
-        return fit(lab, shape, ties)
+        return fit(lab, shape, shared)
     contract, batch = node.params["dimension_numbers"]
     c, b = tuple(contract[pos]), tuple(batch[pos])
     nb = len(b)
     left = len(node.ins[0].shape) - len(contract[0]) - nb
     others = range(nb + left, lab.ndim) if pos == 0 else range(nb, nb + left)
     for d in others:
-        lab = ties.along(lab, d)
+        lab = shared.along(lab, d)
     free = [d for d in range(len(shape)) if d not in c and d not in b]
     mine = [n for d, n in enumerate(lab.shape) if d not in others]
     order = [*b, *free, *c]

@@ -58,8 +58,8 @@ def discover(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> 
         roots = {(scope, *_activation(scope, node)) for scope, node in uses}
         key = (*roots.pop(), _extent(program, uses[0][1])) if len(roots) == 1 else path
         shared.setdefault(key, []).extend(uses)
-    behind = _flows_into_matmul(top)
-    groups = [_group(program, key, uses, behind) for key, uses in shared.items()]
+    feeds_matmul = _flows_into_matmul(top)
+    groups = [_group(program, key, uses, feeds_matmul) for key, uses in shared.items()]
     return Plan(tuple(groups), skipped)
 
 
@@ -107,11 +107,11 @@ def _activation(scope: Scope, node: Node) -> tuple[Val, bytes]:
     Sites share statistics only if both are the same: the same value contracted over other axes, or
     over the same axes in another order, has a Gram of its own.
     """
-    v, lab, ties = node.x, absorb.site_labels(node), channel_labels.Ties(0)
+    v, lab, shared = node.x, absorb.site_labels(node), channel_labels.SharedChannels(0)
     with contextlib.suppress(channel_labels.Blocked):
         while (source := _source(scope, v)) is not None:
             made, k = scope.made_by[v]
-            _, lab = next(iter(channel_labels.back(made, k, lab, ties)))
+            _, lab = next(iter(channel_labels.back(made, k, lab, shared)))
             v = source
     for axis in range(lab.ndim):
         if (lab == lab.take([0], axis=axis)).all():
@@ -149,24 +149,26 @@ def _extent(program: Program, node: Node) -> tuple[tuple[int, ...], tuple[int, .
     return tuple(sizes["s"]), tuple(sizes["b"]), math.prod(sizes["k"])
 
 
-def _group(program: Program, key: Any, uses: list[tuple[Scope, Node]], behind: dict[Node, bool]) -> Group:
+def _group(program: Program, key: Any, uses: list[tuple[Scope, Node]], feeds_matmul: dict[Node, bool]) -> Group:
     sites: dict[str, Site] = {}
     for scope, node in uses:
         use = node.use
         assert use is not None
         old = sites.get(use.path)
-        head = not behind.get(node, True) and (old is None or old.head)
+        head = not feeds_matmul.get(node, True) and (old is None or old.head)
         router = _chooses(scope, node) or (old is not None and old.router)
         sites[use.path] = Site(use.path, use.axes, program.leaves[use.path], head, router)
     scan, batch, channels = _extent(program, uses[0][1])
     name = next(iter(sites))
     if isinstance(key, str):
-        found = absorb.Found(reason=f"{len(uses)} matmuls with different inputs share this weight")
+        found = absorb.Absorbers(reason=f"{len(uses)} matmuls with different inputs share this weight")
     elif uses[0][0].outer is not None and _kind(uses[0][0]) == "cond":
-        found = absorb.Found(reason="it is inside a cond")
+        found = absorb.Absorbers(reason="it is inside a cond")
     else:
-        found = absorb.search(program, uses[0][0], [node for _, node in uses])
-    return Group(name, tuple(sites.values()), channels, found.absorbers, found.ties, scan, batch, found.reason)
+        found = absorb.find_absorbers(program, uses[0][0], [node for _, node in uses])
+    return Group(
+        name, tuple(sites.values()), channels, found.absorbers, found.shared_channels, scan, batch, found.reason
+    )
 
 
 def _kind(scope: Scope) -> str:

@@ -18,11 +18,11 @@ from awq_jax.plan.plan import Absorber, Group, Plan, Site
 from awq_jax.qtensor import is_quantized
 
 Scales = Mapping[str, Any]
-Kinds = tuple[tuple[str, float], ...]  # kind and offset of each factor
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=["kind", "offset"])
 @dataclasses.dataclass(frozen=True)
-class Factor:
+class ScaleStep:
     """One step of folding a scale into a parameter.
 
     Attributes:
@@ -76,39 +76,32 @@ class Folder:
         Raises:
           WeightError: the parameter is packed already.
         """
-        factors = self.factors(path)
-        if not factors:
+        steps = self.steps(path)
+        if not steps:
             return leaf
         if is_quantized(leaf):
             raise WeightError(f"{path} is packed: scales fold into float parameters only")
-        arrays, kinds = split(factors)
-        return _folded(leaf, arrays, kinds=kinds)
+        return _folded(leaf, steps)
 
-    def factors(self, path: str) -> tuple[Factor, ...]:
+    def steps(self, path: str) -> tuple[ScaleStep, ...]:
         """What `leaf` does with a parameter: divide where it absorbs a scale, multiply where it is a site's weight."""
         divide, multiply = self._absorbers.get(path, []), self._sites.get(path, [])
         return (
-            *(Factor("over", a.offset, absorber_scale(g, a, self._scales[g.name])) for g, a in divide),
-            *(Factor("times", 0.0, site_scale(g, site, self._scales[g.name])) for g, site in multiply),
+            *(ScaleStep("over", a.offset, absorber_scale(g, a, self._scales[g.name])) for g, a in divide),
+            *(ScaleStep("times", 0.0, site_scale(g, site, self._scales[g.name])) for g, site in multiply),
         )
 
 
-def split(factors: tuple[Factor, ...]) -> tuple[tuple[Any, ...], Kinds]:
-    """The values of factors, and what else there is to them: what a compiled function takes apart."""
-    return tuple(f.values for f in factors), tuple((f.kind, f.offset) for f in factors)
-
-
-def scaled(w: jax.Array, arrays: tuple[Any, ...], kinds: Kinds) -> jax.Array:
-    """``w``, in the dtype to compute in, with all factors applied; see `split`."""
-    for values, (kind, offset) in zip(arrays, kinds, strict=True):
-        w = Factor(kind, offset, values).apply(w)
+def scaled(w: jax.Array, steps: tuple[ScaleStep, ...]) -> jax.Array:
+    """``w``, in the dtype to compute in, with all steps applied."""
+    for step in steps:
+        w = step.apply(w)
     return w
 
 
-@functools.partial(jax.jit, static_argnames="kinds")
-def _folded(leaf: jax.Array, arrays: tuple[Any, ...], *, kinds: Kinds) -> jax.Array:
-    w = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
-    return scaled(w, arrays, kinds).astype(leaf.dtype)
+@jax.jit
+def _folded(leaf: jax.Array, steps: tuple[ScaleStep, ...]) -> jax.Array:
+    return scaled(leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), steps).astype(leaf.dtype)
 
 
 def site_scale(group: Group, site: Site, s: Any) -> Any:

@@ -24,7 +24,7 @@ class Site:
       axes: role of each axis of the leaf: ``s`` scanned layers, ``b`` batch (experts), ``k``
         contracted, ``n`` output. ``s`` axes come first.
       shape: shape of the leaf.
-      head: its result is the model's output with no further matmul behind it.
+      head: its result is the model's output with no further matmul after it.
       router: its result picks what runs (the experts of a token), so that a small error may change all.
     """
 
@@ -65,7 +65,7 @@ class Group:
       name: unique; the path of the first site. Calibration statistics are filed under it.
       sites: weights multiplied by the scale (also those that are not quantized, e.g. a router).
       absorbers: parameters divided by the scale; empty if nothing can absorb it.
-      ties: int32 ``[prod(batch)*K]`` or None: channels with equal numbers must share one scale.
+      shared_channels: int32 ``[prod(batch)*K]`` or None: channels with equal numbers must share one scale.
       scan: sizes of the scanned axes: the scale is ``[*scan, *batch, K]``.
       batch: sizes of the batch (expert) axes of the *activation*.
       channels: K.
@@ -76,7 +76,7 @@ class Group:
     sites: tuple[Site, ...]
     channels: int
     absorbers: tuple[Absorber, ...] = ()
-    ties: np.ndarray | None = None
+    shared_channels: np.ndarray | None = None
     scan: tuple[int, ...] = ()
     batch: tuple[int, ...] = ()
     reason: str = ""
@@ -110,7 +110,7 @@ class Plan:
                     "sites": [dataclasses.asdict(s) for s in g.sites],
                     "channels": g.channels,
                     "absorbers": [{"path": a.path, "index": _encode(a.index), "offset": a.offset} for a in g.absorbers],
-                    "ties": None if g.ties is None else _encode(g.ties),
+                    "ties": None if g.shared_channels is None else _encode(g.shared_channels),
                     "scan": list(g.scan),
                     "batch": list(g.batch),
                     "reason": g.reason,
@@ -147,7 +147,7 @@ class Plan:
                     absorbers=tuple(
                         Absorber(a["path"], _decode(a["index"]), float(a.get("offset", 0.0))) for a in g["absorbers"]
                     ),
-                    ties=None if g.get("ties") is None else _decode(g["ties"]),
+                    shared_channels=None if g.get("ties") is None else _decode(g["ties"]),
                     scan=tuple(g.get("scan", ())),
                     batch=tuple(g.get("batch", ())),
                     reason=g.get("reason", ""),

@@ -35,8 +35,8 @@ def validate(plan: Plan, params: Any) -> None:
         width = math.prod(g.batch) * g.channels
         for a in g.absorbers:
             _check_absorber(g, a.path, np.asarray(a.index), width, leaves)
-        if g.ties is not None and (np.shape(g.ties) != (width,)):
-            raise PlanError(f"group {g.name}: ties have shape {np.shape(g.ties)}, expected ({width},)")
+        if g.shared_channels is not None and (np.shape(g.shared_channels) != (width,)):
+            raise PlanError(f"group {g.name}: ties have shape {np.shape(g.shared_channels)}, expected ({width},)")
 
 
 def _leaf_shape(group: Group, path: str, leaves: Mapping[str, Any]) -> tuple[int, ...]:

@@ -77,8 +77,8 @@ def _random_scale(group: Group, rng: np.random.Generator) -> np.ndarray:
     """Powers of two from 1/4 to 4, the same for tied channels."""
     n = int(np.prod(group.batch, dtype=int)) * group.channels
     s = np.exp2(rng.integers(-2, 3, (*group.scan, n))).astype(np.float32)
-    if group.ties is not None:
-        _, first, which = np.unique(group.ties, return_index=True, return_inverse=True)
+    if group.shared_channels is not None:
+        _, first, which = np.unique(group.shared_channels, return_index=True, return_inverse=True)
         s = s[..., first[which]]
     return s.reshape(*group.scan, *group.batch, group.channels)
 
@@ -119,4 +119,4 @@ def _culprits(groups: list[Group], moved: Callable[[list[Group]], float], tol: f
 def _without(group: Group, shift: float) -> Group:
     by = "made the output NaN or infinite" if np.isinf(shift) else f"moved the output by {shift:.1e} of its size"
     reason = f"verification: a scale on this group {by}"
-    return dataclasses.replace(group, absorbers=(), ties=None, reason=reason)
+    return dataclasses.replace(group, absorbers=(), shared_channels=None, reason=reason)

@@ -19,7 +19,6 @@ import numpy as np
 
 from awq_jax.devices.pool import Pool
 from awq_jax.plan import fold
-from awq_jax.plan.plan import Group
 from awq_jax.qtensor import split_shape, to_canonical
 from awq_jax.quantizer.targets import Target
 
@@ -32,7 +31,7 @@ Place = Callable[[Any], Any]  # brings arrays to the device that works on a piec
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class CanonicalWeight:
     """One weight, seen as ``[S, E, K, N]``.
 
     S counts scanned layers (1 without a scan), E the experts with an activation of their own (or 1), K the
@@ -44,14 +43,20 @@ class Part:
       scan: S, the number of scanned layers.
       experts: E, the number of experts with an activation of their own (1 if they share one: then the
         columns of all experts stand side by side).
-      factors: what to multiply and divide the leaf by on the way; see `awq_jax.plan.fold.Folder.factors`.
+      steps: what to multiply and divide the leaf by on the way; see `awq_jax.plan.fold.Folder.steps`.
     """
 
     leaf: jax.Array
     axes: str
     scan: int = 1
     experts: int = 1
-    factors: tuple[fold.Factor, ...] = ()
+    steps: tuple[fold.ScaleStep, ...] = ()
+
+    @classmethod
+    def of(cls, target: Target, leaf: jax.Array, steps: tuple[fold.ScaleStep, ...] = ()) -> CanonicalWeight:
+        """The weight of ``target``."""
+        scan, experts = math.prod(target.group.scan), math.prod(target.group.batch)
+        return cls(jnp.asarray(leaf), target.site.canonical_axes, scan, experts, steps)
 
     @property
     def columns(self) -> int:
@@ -61,21 +66,12 @@ class Part:
 
     def take(self, layer: int, expert: int, start: int, size: int) -> jax.Array:
         """Columns ``start ... start + size - 1`` of one instance, float32 ``[K, size]``."""
-        arrays, kinds = fold.split(self.factors)
-        return _take(self.leaf, arrays, layer, expert, start, kinds=kinds, size=size, **self._form())
+        form = {"axes": self.axes, "scan": self.scan, "experts": self.experts}
+        return _take(self.leaf, self.steps, layer, expert, start, size=size, **form)
 
     def largest(self) -> float:
         """The largest magnitude of all."""
-        arrays, kinds = fold.split(self.factors)
-        return float(_largest(self.leaf, arrays, kinds=kinds))
-
-    def _form(self) -> dict[str, Any]:
-        return {"axes": self.axes, "scan": self.scan, "experts": self.experts}
-
-
-def part(target: Target, group: Group, leaf: Any, factors: tuple[fold.Factor, ...] = ()) -> Part:
-    """The weight of ``target``."""
-    return Part(jnp.asarray(leaf), target.site.canonical_axes, math.prod(group.scan), math.prod(group.batch), factors)
+        return float(_largest(self.leaf, self.steps))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,17 +79,17 @@ class Columns:
     """Weights with the same input and the same storage, side by side.
 
     Attributes:
-      parts: the weights, in order.
+      weights: in order.
       rows: K filled up with rows of zeros.
     """
 
-    parts: Sequence[Part]
+    weights: Sequence[CanonicalWeight]
     rows: int
 
     @property
     def total(self) -> int:
-        """Columns of all parts."""
-        return sum(p.columns for p in self.parts)
+        """Of all weights."""
+        return sum(p.columns for p in self.weights)
 
     @property
     def pieces(self) -> int:
@@ -118,7 +114,7 @@ class Columns:
         """float32 ``[rows, size]``."""
         low, high = number * self.size, min((number + 1) * self.size, self.total)
         found, before = [], 0
-        for p in self.parts:
+        for p in self.weights:
             start, stop = max(low - before, 0), min(high - before, p.columns)
             if start < stop:
                 found.append(p.take(layer, expert, start, stop - start))
@@ -129,7 +125,7 @@ class Columns:
 
     def largest(self) -> float:
         """The largest magnitude of all."""
-        return max(p.largest() for p in self.parts)
+        return max(p.largest() for p in self.weights)
 
 
 def sweep(
@@ -169,10 +165,10 @@ def sweep(
     return out
 
 
-@functools.partial(jax.jit, static_argnames=("axes", "scan", "experts", "kinds", "size"))
+@functools.partial(jax.jit, static_argnames=("axes", "scan", "experts", "size"))
 def _take(
     leaf: jax.Array,
-    arrays: tuple[Any, ...],
+    steps: tuple[fold.ScaleStep, ...],
     layer: int,
     expert: int,
     start: int,
@@ -180,23 +176,23 @@ def _take(
     axes: str,
     scan: int,
     experts: int,
-    kinds: fold.Kinds,
     size: int,
 ) -> jax.Array:
-    w = to_canonical(fold.scaled(leaf.astype(jnp.float32), arrays, kinds), axes)
+    w = to_canonical(fold.scaled(leaf.astype(jnp.float32), steps), axes)
     k, n = w.shape[-2:]
     # Experts that share one activation become more columns.
     w = jnp.moveaxis(w.reshape(scan, experts, -1, k, n), 2, 3).reshape(scan, experts, k, -1)
     return jax.lax.dynamic_slice(w, (layer, expert, 0, start), (1, 1, k, size))[0, 0]
 
 
-@functools.partial(jax.jit, static_argnames=("kinds",))
-def _largest(leaf: jax.Array, arrays: tuple[Any, ...], *, kinds: fold.Kinds) -> jax.Array:
-    return jnp.abs(fold.scaled(leaf.astype(jnp.float32), arrays, kinds)).max()
+@jax.jit
+def _largest(leaf: jax.Array, steps: tuple[fold.ScaleStep, ...]) -> jax.Array:
+    return jnp.abs(fold.scaled(leaf.astype(jnp.float32), steps)).max()
 
 
-def to_batched(a: np.ndarray, target: Target, group: Group) -> np.ndarray:
+def to_batched(a: np.ndarray, target: Target) -> np.ndarray:
     """``[S, E, R, N]`` (R rows of codes, scales or zeros) to ``[*batch axes of the leaf, R, N]``."""
+    group = target.group
     batch, _, n_dims = split_shape(target.site.shape, target.site.canonical_axes)
     n, rows = math.prod(n_dims), a.shape[2]
     if group.batch:
@@ -205,8 +201,9 @@ def to_batched(a: np.ndarray, target: Target, group: Group) -> np.ndarray:
     return np.moveaxis(a.reshape(a.shape[0], rows, own, n), 2, 1).reshape(*batch, rows, n)
 
 
-def scale_to_batched(scale: jax.Array, target: Target, group: Group) -> jax.Array:
+def scale_to_batched(scale: jax.Array, target: Target) -> jax.Array:
     """``[*scan, *batch, K]`` to ``[*batch axes of the leaf, K]``."""
+    group = target.group
     batch, _, _ = split_shape(target.site.shape, target.site.canonical_axes)
     lead = (*group.scan, *group.batch)
     return jnp.broadcast_to(

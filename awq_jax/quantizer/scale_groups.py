@@ -23,7 +23,7 @@ from awq_jax.devices.pool import HERE, Pool
 from awq_jax.plan import fold
 from awq_jax.plan.plan import Group, Plan
 from awq_jax.qtensor import QuantizedTensor, split_shape
-from awq_jax.quantizer.column_pieces import Columns, Place, part, scale_to_batched, sweep, to_batched
+from awq_jax.quantizer.column_pieces import CanonicalWeight, Columns, Place, scale_to_batched, sweep, to_batched
 from awq_jax.quantizer.scale_search import search
 from awq_jax.quantizer.targets import Target
 from awq_jax.report import LayerReport
@@ -71,7 +71,7 @@ def find_scale(
         return GroupScale(None, reason=NO_TOKENS)
     rows = math.lcm(*(t.leaf.group_size for t in targets))
     rows *= -(-group.channels // rows)
-    parts = [(t.leaf, part(t, group, leaves[t.site.path])) for t in targets]
+    parts = [(t.leaf, CanonicalWeight.of(t, leaves[t.site.path])) for t in targets]
     weights = [(leaf, Columns([p for other, p in parts if other == leaf], rows)) for leaf in dict.fromkeys(dict(parts))]
     dtype = _widest(_scale_dtype(p.largest(), leaf) for leaf, p in parts)
     compensated = config.method == "awq+gptq"
@@ -88,10 +88,10 @@ def find_scale(
                 weights,
                 metric,
                 absmean if energies is None else np.sqrt(energies),
-                _padded_ties(group, rows),
+                _padded_shared_channels(group, rows),
                 layer=layer,
                 n_grid=config.n_grid,
-                joint=_ties_cross_experts(group),
+                joint=_experts_share_channels(group),
                 dtype=dtype,
                 pool=pool,
             )
@@ -131,7 +131,7 @@ def round_group(
         by_leaf.setdefault(t.leaf, []).append(t)
     for leaf, alike in by_leaf.items():
         # In float32: a scaled weight need not fit the leaf's own dtype, and codes are made of it anyway.
-        parts = [part(t, group, leaves[t.site.path], folded.factors(t.site.path)) for t in alike]
+        parts = [CanonicalWeight.of(t, leaves[t.site.path], folded.steps(t.site.path)) for t in alike]
         columns = Columns(parts, alike[0].rows)
         dtype = _scale_dtype(columns.largest(), leaf)
         once = len(by_leaf) * math.prod(group.scan) * math.prod(group.batch) * pool.size == 1
@@ -278,10 +278,10 @@ def _assemble(t: Target, group: Group, leaf: Any, rounded: _Packed, found: Group
     _, k_dims, n_dims = split_shape(t.site.shape, t.site.canonical_axes)
     inverse = None
     if found.scale is not None and not group.absorbers:
-        inverse = scale_to_batched(1.0 / jnp.asarray(found.scale), t, group)
+        inverse = scale_to_batched(1.0 / jnp.asarray(found.scale), t)
 
     def batched(a: np.ndarray) -> jax.Array:
-        return jnp.asarray(to_batched(a, t, group))
+        return jnp.asarray(to_batched(a, t))
 
     return QuantizedTensor(
         qweight=batched(rounded.qweight),
@@ -341,18 +341,18 @@ def _widest(dtypes: Iterable[str]) -> str:
     return "float32" if "float32" in dtypes else "float16"
 
 
-def _ties_cross_experts(group: Group) -> bool:
-    if group.ties is None or not group.batch:
+def _experts_share_channels(group: Group) -> bool:
+    if group.shared_channels is None or not group.batch:
         return False
     own = np.repeat(np.arange(math.prod(group.batch)), group.channels)
-    return bool(np.any(np.asarray(group.ties) // group.channels != own))
+    return bool(np.any(np.asarray(group.shared_channels) // group.channels != own))
 
 
-def _padded_ties(group: Group, rows: int) -> jax.Array | None:
-    """The group's ties over ``rows`` channels per expert; padding channels tie with nothing."""
-    if group.ties is None:
+def _padded_shared_channels(group: Group, rows: int) -> jax.Array | None:
+    """The group's shared channels over ``rows`` channels per expert; padding channels share with nothing."""
+    if group.shared_channels is None:
         return None
-    old = np.asarray(group.ties).reshape(-1, group.channels)
-    ties = np.arange(len(old) * rows, dtype=np.int32).reshape(len(old), rows)
-    ties[:, : group.channels] = old // group.channels * rows + old % group.channels
-    return jnp.asarray(ties.reshape(-1))
+    old = np.asarray(group.shared_channels).reshape(-1, group.channels)
+    shared = np.arange(len(old) * rows, dtype=np.int32).reshape(len(old), rows)
+    shared[:, : group.channels] = old // group.channels * rows + old % group.channels
+    return jnp.asarray(shared.reshape(-1))

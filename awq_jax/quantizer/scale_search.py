@@ -45,7 +45,7 @@ def search(
     weights: Sequence[tuple[LeafConfig, Columns]],
     metric: Callable[[int], jax.Array],
     magnitude: Any,
-    ties: jax.Array | None,
+    shared: jax.Array | None,
     *,
     layer: int = 0,
     n_grid: int,
@@ -53,16 +53,16 @@ def search(
     dtype: str,
     pool: Pool = HERE,
 ) -> BestScale:
-    """Best of ``1 + 2*n_grid`` scales for one group; scale 1 wins a tie, then the earlier one.
+    """Best of ``1 + 2*n_grid`` scales for one group; scale 1 wins where losses are equal, then the earlier one.
 
     Args:
       weights: the sites to be quantized, those of the same storage side by side; E instances.
       metric: the Gram of an instance, float32 ``[K, K]``, or ``[K]`` for a diagonal one. Called in order.
       magnitude: float32 ``[E, K]``: typical size of each channel, ``E|x|`` in the paper; 0 if never active.
-      ties: int32 ``[E*K]`` or None.
+      shared: int32 ``[E*K]`` or None.
       layer: which of the scanned layers.
       n_grid: ratios ``0, 1/n_grid, ... (n_grid-1)/n_grid``.
-      joint: choose one ratio for all instances (needed where ties cross instances).
+      joint: choose one ratio for all instances (needed where channels of several share one scale).
       dtype: dtype the group scales are stored in.
       pool: devices that share the work.
     """
@@ -77,7 +77,7 @@ def search(
     shares = sweep(pool, experts, len(work), lambda e: None, lambda x: x, share)
     total = sum(columns.total for _, columns in weights)
     mean = np.stack([sum(parts[1:], start=parts[0]) for parts in shares]) / np.float32(total)
-    scales = np.asarray(_candidates(magnitude, mean, ties, n_grid=n_grid))
+    scales = np.asarray(_candidates(magnitude, mean, shared, n_grid=n_grid))
 
     def loss(place: Place, e: int, piece: int, given: tuple[jax.Array, jax.Array]) -> jax.Array:
         leaf, columns, i = work[piece]

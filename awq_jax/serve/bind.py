@@ -82,7 +82,7 @@ def _compile(
         it = iter(arrays)
         args, kwargs = jax.tree.unflatten(tree, [next(it) if f is None else f.value for f in fixed])
         program = interpret.trace(apply_fn, params, *args, **kwargs)
-        return interpret.evaluate(program, params, *args, matmul=matmul, **kwargs)
+        return interpret.run(program, params, *args, matmul=matmul, **kwargs)
 
     return jax.jit(run)
 

@@ -104,7 +104,7 @@ class Chain:
         for group in found.groups:
             prefix, kind = where(group.name)
             if any(where(a.path) != (prefix, kind) for a in group.absorbers):
-                group = dataclasses.replace(group, absorbers=(), ties=None, reason=ELSEWHERE)
+                group = dataclasses.replace(group, absorbers=(), shared_channels=None, reason=ELSEWHERE)
             groups.setdefault(kind, []).append(moved(group, prefix, ""))
         for path, why in found.skipped.items():
             prefix, kind = where(path)

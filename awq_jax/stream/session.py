@@ -322,7 +322,7 @@ def _within(group: Group, block: Block) -> Group:
 
 
 def _refuse(group: Group, why: str | None) -> Group:
-    return group if why is None else dataclasses.replace(group, absorbers=(), ties=None, reason=why)
+    return group if why is None else dataclasses.replace(group, absorbers=(), shared_channels=None, reason=why)
 
 
 def in_memory(

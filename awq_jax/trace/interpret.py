@@ -1,7 +1,7 @@
 """A model as a program: trace it, watch its matmuls, run it with packed weights.
 
-`trace` (in `_trace`) records a function as a graph of plain objects (`_graph`) and finds its matmuls
-with parameters; `evaluate` runs the graph again with a tap on them, or with another matmul in their place.
+`trace` (in `uses`) records a function as a graph of plain objects (`jaxpr`) and finds its matmuls
+with parameters; `run` runs the graph again with a tap on them, or with another matmul in their place.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ import numpy as np
 from awq_jax.errors import ShapeError
 from awq_jax.paths import path_str
 from awq_jax.qtensor import QuantizedTensor, is_quantized
-from awq_jax.trace import views as _views
+from awq_jax.trace import views
 from awq_jax.trace.jaxpr import REMAT, Graph, Op, Use, Val, bind, scan_split
 from awq_jax.trace.uses import Program, trace
 from awq_jax.trace.views import View
 
-__all__ = ["Matmul", "Program", "Tap", "Use", "evaluate", "trace"]
+__all__ = ["Matmul", "Program", "Tap", "Use", "run", "trace"]
 
 Tap = Callable[[Use, jax.Array], Any]
 Matmul = Callable[[jax.Array, QuantizedTensor], jax.Array]
 
 
-def evaluate(
+def run(
     program: Program, params: Any, *args: Any, tap: Tap | None = None, matmul: Matmul | None = None, **kwargs: Any
 ) -> Any:
     """Run ``program`` with these parameters and inputs (of the traced shapes).
@@ -64,13 +64,13 @@ def evaluate(
     for x, v in zip(inputs, program.graph.ins[len(flat) :], strict=True):
         if tuple(np.shape(x)) != v.shape:
             raise ShapeError(f"an argument of shape {np.shape(x)} was traced with {v.shape}; trace again")
-    outs, taps = _Run(program.views, tap, matmul).graph(program.graph, [*(x for _, x in flat), *inputs])
+    outs, taps = _Interpreter(program.views, tap, matmul).graph(program.graph, [*(x for _, x in flat), *inputs])
     out = jax.tree.unflatten(program.out_tree, outs)
     return (out, taps) if tap else out
 
 
 @dataclasses.dataclass(frozen=True)
-class _Run:
+class _Interpreter:
     views: dict[Val, View]
     tap: Tap | None
     matmul: Matmul | None
@@ -93,7 +93,7 @@ class _Run:
         if not is_quantized(x):
             return x
         factors = [f for axis in self.views[val].axes for f in axis]
-        order = _views.leaf_order(tuple(factors))
+        order = views.leaf_order(tuple(factors))
         w = x.dequantize().reshape([factors[i].size for i in order])
         return jnp.transpose(w, np.argsort(order).tolist()).reshape(val.shape).astype(val.dtype)
 
@@ -101,7 +101,7 @@ class _Run:
         packed = [i for i, x in enumerate(ins) if is_quantized(x)]
         if op.bodies and (packed or (self.tap and any(b.watched for b in op.bodies))):
             return self.nested(op, ins, taps)
-        if op.layout and (self.tap or (packed and self.matmul)):
+        if op.roles and (self.tap or (packed and self.matmul)):
             return [self.site(op, ins, taps)]
         if packed and len(packed) == len(ins) == 1 and all(o in self.views and self.views[o].full for o in op.outs):
             return ins
@@ -109,7 +109,7 @@ class _Run:
 
     def site(self, op: Op, ins: list[Any], taps: dict[int, Any]) -> Any:
         assert op.use is not None
-        assert op.layout is not None
+        assert op.roles is not None
         x, w = ins[1 - op.weight], ins[op.weight]
         flat = _flatten_activation(op, x)
         if self.tap and not op.use.reason:
@@ -204,25 +204,25 @@ def _other_axes(op: Op) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ..
 
 def _flatten_activation(op: Op, x: jax.Array) -> jax.Array:
     """The activation as ``[*b, T, K]``, axes in the order of the leaf."""
-    assert op.layout is not None
+    assert op.roles is not None
     b, free, c = _other_axes(op)
-    lead, k = op.layout.b, op.layout.k
-    x = jnp.transpose(x, (*b, *free, *c)).reshape(*_views.sizes(lead), -1, *_views.sizes(k))
+    lead, k = op.roles.b, op.roles.k
+    x = jnp.transpose(x, (*b, *free, *c)).reshape(*views.sizes(lead), -1, *views.sizes(k))
     nb = len(lead)
-    x = jnp.transpose(x, [*_views.leaf_order(lead), nb, *(nb + 1 + i for i in _views.leaf_order(k))])
+    x = jnp.transpose(x, [*views.leaf_order(lead), nb, *(nb + 1 + i for i in views.leaf_order(k))])
     sizes: dict[int, int] = {}
     for f in lead:
         sizes[f.axis] = sizes.get(f.axis, 1) * f.size
     t = math.prod(np.shape(op.ins[1 - op.weight])[d] for d in free)
-    return x.reshape(*(sizes[a] for a in sorted(sizes)), t, math.prod(_views.sizes(k)))
+    return x.reshape(*(sizes[a] for a in sorted(sizes)), t, math.prod(views.sizes(k)))
 
 
 def _restore_output(op: Op, x: jax.Array, y: jax.Array) -> jax.Array:
     """``y [*b, T, N]`` in the layout and dtype of the dot's own result."""
-    assert op.layout is not None
-    lead, n = op.layout.b, op.layout.n
+    assert op.roles is not None
+    lead, n = op.roles.b, op.roles.n
     nb = len(lead)
-    lead_order, n_order = _views.leaf_order(lead), _views.leaf_order(n)
+    lead_order, n_order = views.leaf_order(lead), views.leaf_order(n)
     y = y.reshape(*(lead[i].size for i in lead_order), -1, *(n[i].size for i in n_order))
     batch = [int(i) for i in np.argsort(lead_order)]
     out = [nb + 1 + int(i) for i in np.argsort(n_order)]

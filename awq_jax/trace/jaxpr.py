@@ -7,7 +7,7 @@ from typing import Any
 
 from jax.extend import core as jex
 
-from awq_jax.trace.views import Layout
+from awq_jax.trace.views import AxisRoles
 
 REMAT = frozenset(("remat2", "remat", "checkpoint"))
 CALLS = REMAT | frozenset(
@@ -33,7 +33,7 @@ class Use:
       axes: roles of the leaf's axes as in `plan.Site`, "" if they cannot be named.
       reason: why the leaf cannot be quantized for this matmul, "" if it can.
       loops: one letter per enclosing scan, outermost first: ``s`` if it slices the leaf, ``r`` if
-        every iteration reads the same leaf. `evaluate` stacks taps along one leading axis each.
+        every iteration reads the same leaf. `interpret.run` stacks taps along one leading axis each.
     """
 
     index: int
@@ -56,6 +56,7 @@ class Op:
       within: name of the innermost jitted function it was called in ("silu"), "" if none.
       use: set if it is a matmul with a parameter.
       weight: position of that parameter in ``ins``.
+      roles: how the matmul reads it, None if its axes cannot be named.
     """
 
     name: str
@@ -66,7 +67,7 @@ class Op:
     within: str = ""
     use: Use | None = None
     weight: int = 1
-    layout: Layout | None = None
+    roles: AxisRoles | None = None
 
     @property
     def params(self) -> dict[str, Any]:

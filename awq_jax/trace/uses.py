@@ -11,9 +11,9 @@ import numpy as np
 
 from awq_jax.paths import path_str
 from awq_jax.qtensor import is_quantized
-from awq_jax.trace import views as _views
+from awq_jax.trace import views
 from awq_jax.trace.jaxpr import Graph, Op, Use, Val, build
-from awq_jax.trace.views import Layout, View
+from awq_jax.trace.views import AxisRoles, View
 
 SAME_SHAPE = frozenset(
     (
@@ -91,17 +91,17 @@ def _view(op: Op, view: View, src: Val, k: int) -> View | None:
         case name if name in SAME_SHAPE and len(op.ins) == 1:
             return view
         case "transpose":
-            return _views.transpose(view, p["permutation"])
+            return views.transpose(view, p["permutation"])
         case "reshape" if p.get("dimensions") is None:
-            return _views.reshape(view, out.shape)
+            return views.reshape(view, out.shape)
         case "squeeze":
-            return _views.squeeze(view, p["dimensions"])
+            return views.squeeze(view, p["dimensions"])
         case "broadcast_in_dim":
-            return _views.broadcast(view, src.shape, out.shape, p["broadcast_dimensions"])
+            return views.broadcast(view, src.shape, out.shape, p["broadcast_dimensions"])
         case "slice" if p["strides"] is None or set(p["strides"]) == {1}:
-            return _views.cut(view, src.shape, out.shape)
+            return views.cut(view, src.shape, out.shape)
         case "split":
-            return _views.cut(view, src.shape, out.shape)
+            return views.cut(view, src.shape, out.shape)
         case "neg":
             return view.with_axes(view.axes, full=False)
         case "mul" | "div" if op.ins[0] is src and not isinstance(op.ins[1], Val) and np.ndim(op.ins[1]) == 0:
@@ -168,9 +168,9 @@ class _Marks:
     def matmul(self, op: Op, pos: int, problem: str) -> None:
         view = self.views[op.ins[pos]]
         contract, batch = op.params["dimension_numbers"]
-        found = _views.layout(view, tuple(batch[pos]), tuple(contract[pos]))
-        if isinstance(found, Layout):
-            op.layout = found
+        found = views.axis_roles(view, tuple(batch[pos]), tuple(contract[pos]))
+        if isinstance(found, AxisRoles):
+            op.roles = found
             op.use = Use(len(self.uses), view.path, found.axes, problem, view.loops)
         else:
             op.use = Use(len(self.uses), view.path, "", found, view.loops)

@@ -7,7 +7,7 @@ import math
 from typing import NamedTuple
 
 
-class Factor(NamedTuple):
+class AxisFactor(NamedTuple):
     """A run of one leaf axis: ``size`` steps of ``stride`` elements along leaf axis ``axis``."""
 
     axis: int
@@ -15,7 +15,7 @@ class Factor(NamedTuple):
     size: int
 
 
-Factors = tuple[Factor, ...]
+AxisFactors = tuple[AxisFactor, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class View:
 
     path: str
     shape: tuple[int, ...]
-    axes: tuple[Factors, ...]
+    axes: tuple[AxisFactors, ...]
     loops: str = ""
     full: bool = True
     problem: str = ""
@@ -47,9 +47,9 @@ class View:
     @classmethod
     def of_leaf(cls, path: str, shape: tuple[int, ...]) -> View:
         """The leaf itself."""
-        return cls(path, tuple(shape), tuple((Factor(d, 1, n),) if n != 1 else () for d, n in enumerate(shape)))
+        return cls(path, tuple(shape), tuple((AxisFactor(d, 1, n),) if n != 1 else () for d, n in enumerate(shape)))
 
-    def with_axes(self, axes: tuple[Factors, ...], *, full: bool = True) -> View:
+    def with_axes(self, axes: tuple[AxisFactors, ...], *, full: bool = True) -> View:
         """The same leaf seen through other axes."""
         return dataclasses.replace(self, axes=axes, full=self.full and full)
 
@@ -57,7 +57,7 @@ class View:
         """What the body of a scan sees of this value."""
         lead = self.scanned
         n = self.shape[lead] if lead < len(self.shape) else 0
-        whole: Factors = (Factor(lead, 1, n),) if n != 1 else ()
+        whole: AxisFactors = (AxisFactor(lead, 1, n),) if n != 1 else ()
         problem = self.problem
         if not self.axes or self.axes[0] != whole or not self.full:
             problem = "a loop slices it along an axis that is not its first"
@@ -76,9 +76,9 @@ def transpose(view: View, perm: tuple[int, ...]) -> View:
 def reshape(view: View, shape: tuple[int, ...]) -> View | None:
     """The view as ``shape``, or None if a leaf axis would be cut unevenly."""
     todo = [f for axis in view.axes for f in axis][::-1]
-    axes: list[Factors] = []
+    axes: list[AxisFactors] = []
     for size in shape:
-        axis: list[Factor] = []
+        axis: list[AxisFactor] = []
         while size > 1:
             if not todo:
                 return None
@@ -88,8 +88,8 @@ def reshape(view: View, shape: tuple[int, ...]) -> View | None:
                 size //= f.size
             elif f.size % size == 0:
                 inner = f.size // size
-                axis.append(Factor(f.axis, f.stride * inner, size))
-                todo.append(Factor(f.axis, f.stride, inner))
+                axis.append(AxisFactor(f.axis, f.stride * inner, size))
+                todo.append(AxisFactor(f.axis, f.stride, inner))
                 size = 1
             else:
                 return None
@@ -97,12 +97,12 @@ def reshape(view: View, shape: tuple[int, ...]) -> View | None:
     return None if todo else view.with_axes(tuple(axes))
 
 
-def _merge(axis: list[Factor]) -> Factors:
+def _merge(axis: list[AxisFactor]) -> AxisFactors:
     """Join neighbours that a former reshape had split."""
-    out: list[Factor] = []
+    out: list[AxisFactor] = []
     for f in axis:
         if out and out[-1].axis == f.axis and out[-1].stride == f.stride * f.size:
-            out[-1] = Factor(f.axis, f.stride, out[-1].size * f.size)
+            out[-1] = AxisFactor(f.axis, f.stride, out[-1].size * f.size)
         else:
             out.append(f)
     return tuple(out)
@@ -116,7 +116,7 @@ def broadcast(view: View, old: tuple[int, ...], shape: tuple[int, ...], dims: tu
     """``broadcast_in_dim``, as long as it only adds axes of size 1."""
     if math.prod(old) != math.prod(shape):
         return None
-    axes: list[Factors] = [()] * len(shape)
+    axes: list[AxisFactors] = [()] * len(shape)
     for d, a in zip(dims, view.axes, strict=True):
         axes[d] = a
     return view.with_axes(tuple(axes))
@@ -124,7 +124,7 @@ def broadcast(view: View, old: tuple[int, ...], shape: tuple[int, ...], dims: tu
 
 def cut(view: View, old: tuple[int, ...], new: tuple[int, ...]) -> View | None:
     """A slice with steps of one, of axes that are one run of a leaf axis each."""
-    axes: list[Factors] = []
+    axes: list[AxisFactors] = []
     for axis, a, b in zip(view.axes, old, new, strict=True):
         if a != b and len(axis) != 1:
             return None
@@ -132,7 +132,7 @@ def cut(view: View, old: tuple[int, ...], new: tuple[int, ...]) -> View | None:
     return view.with_axes(tuple(axes), full=False)
 
 
-class Layout(NamedTuple):
+class AxisRoles(NamedTuple):
     """How a matmul reads a weight.
 
     Attributes:
@@ -141,12 +141,12 @@ class Layout(NamedTuple):
     """
 
     axes: str
-    b: Factors
-    k: Factors
-    n: Factors
+    b: AxisFactors
+    k: AxisFactors
+    n: AxisFactors
 
 
-def layout(view: View, batch: tuple[int, ...], contract: tuple[int, ...]) -> Layout | str:
+def axis_roles(view: View, batch: tuple[int, ...], contract: tuple[int, ...]) -> AxisRoles | str:
     """Roles of the leaf's axes in a dot that treats the view's axes so, or why there are none."""
     if view.problem:
         return view.problem
@@ -174,13 +174,13 @@ def layout(view: View, batch: tuple[int, ...], contract: tuple[int, ...]) -> Lay
         return "it is a vector: the matmul has no output axis"
     order = (*batch, *contract, *(d for d in range(len(view.axes)) if role_of[d] == "n"))
     pick = {r: tuple(f for d in order if role_of[d] == r for f in view.axes[d]) for r in "bkn"}
-    return Layout(axes, pick["b"], pick["k"], pick["n"])
+    return AxisRoles(axes, pick["b"], pick["k"], pick["n"])
 
 
-def leaf_order(factors: Factors) -> list[int]:
+def leaf_order(factors: AxisFactors) -> list[int]:
     """The permutation that puts ``factors`` in the order the leaf stores them."""
     return sorted(range(len(factors)), key=lambda i: (factors[i].axis, -factors[i].stride))
 
 
-def sizes(factors: Factors) -> tuple[int, ...]:
+def sizes(factors: AxisFactors) -> tuple[int, ...]:
     return tuple(f.size for f in factors)

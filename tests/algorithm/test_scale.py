@@ -9,7 +9,7 @@ from numpy_rounding import correlated, gram_of, plain
 from awq_jax.algorithm import scale_candidates
 from awq_jax.config import LeafConfig
 from awq_jax.quantizer import column_pieces, scale_search
-from awq_jax.quantizer.column_pieces import Columns, Part
+from awq_jax.quantizer.column_pieces import CanonicalWeight, Columns
 
 K, G = 32, 16
 LEAF = LeafConfig(3, G, False)
@@ -24,7 +24,7 @@ def problem(seed: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarr
 
 def search(ws, gram, a, ties=None, **settings):
     """`scale.search` of stacked arrays: weights ``[E, K, N]``, Grams ``[E, K, K]`` or ``[E, K]``."""
-    parts = [Part(jnp.asarray(w), "bkn", experts=len(w)) for w in ws]
+    parts = [CanonicalWeight(jnp.asarray(w), "bkn", experts=len(w)) for w in ws]
     return scale_search.search([(LEAF, Columns(parts, K))], gram.__getitem__, a, ties, **settings)
 
 

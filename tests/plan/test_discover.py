@@ -85,8 +85,10 @@ def test_query_heads_of_one_value_head_share_scales(model: str, site: str) -> No
     g = group_of(plan_of(model), site)
     head, dim = np.divmod(np.arange(user_models.H * user_models.HD), user_models.HD)
     value_channel = head // (user_models.H // user_models.KV) * user_models.HD + dim
-    assert g.ties is not None
-    np.testing.assert_array_equal(g.ties[:, None] == g.ties, value_channel[:, None] == value_channel)
+    assert g.shared_channels is not None
+    np.testing.assert_array_equal(
+        g.shared_channels[:, None] == g.shared_channels, value_channel[:, None] == value_channel
+    )
     kernel = next(a for a in g.absorbers if a.path.endswith("v/kernel"))
     # Column c of v is divided by the scale of a channel that reads it.
     np.testing.assert_array_equal(value_channel[kernel.index.ravel()], np.arange(user_models.KV * user_models.HD))
@@ -94,7 +96,7 @@ def test_query_heads_of_one_value_head_share_scales(model: str, site: str) -> No
 
 def test_channels_are_free_elsewhere() -> None:
     for g in plan_of("nnx_unrolled").groups:
-        assert g.ties is None
+        assert g.shared_channels is None
 
 
 def test_fused_projection_is_divided_in_its_value_part_only() -> None:
@@ -272,7 +274,7 @@ def test_validate_names_the_path() -> None:
         "no ups": edit(plan, 1, absorbers=(replace(up, path="ups"),)),
         "absorber up: index 72 is out of range": edit(plan, 1, absorbers=(replace(up, index=up.index + 1),)),
         "does not fit absorber up": edit(plan, 1, absorbers=(Absorber("up", np.zeros((3, 24), np.int32)),)),
-        "ties have shape": edit(plan, 1, ties=np.zeros(24, np.int32)),
+        "ties have shape": edit(plan, 1, shared_channels=np.zeros(24, np.int32)),
         "two groups are called down": Plan((*plan.groups, down)),
         "site of two groups": Plan((*plan.groups, replace(down, name="again"))),
         "no site": edit(plan, 1, sites=()),
@@ -296,7 +298,7 @@ def test_one_row_cut_out_of_a_fused_projection_carries_its_own_scale():
     index = np.full((2, 3, 4), -1)
     index[:, 2] = np.arange(8).reshape(2, 4)
     np.testing.assert_array_equal(group.absorbers[0].index, index.reshape(1, 24))
-    assert group.ties is None
+    assert group.shared_channels is None
 
 
 def test_a_mask_of_zeros_ties_no_channels():
@@ -316,7 +318,7 @@ def test_a_mask_of_zeros_ties_no_channels():
         g for g in discover(masked, p, np.ones((3, 6), np.float32), np.ones(3, bool)).groups if g.name == "down"
     )
     assert [a.path for a in group.absorbers] == ["up"]
-    assert group.ties is None
+    assert group.shared_channels is None
 
 
 def test_a_router_is_told_from_other_weights():

@@ -47,7 +47,7 @@ def random_scales(plan: Plan, seed: int = 0) -> dict[str, np.ndarray]:
     for g in plan.groups:
         if g.absorbers:
             s = np.exp(0.5 * rng.normal(size=(*g.scan, math.prod(g.batch) * g.channels)))
-            s = s if g.ties is None else s[..., g.ties]
+            s = s if g.shared_channels is None else s[..., g.shared_channels]
             out[g.name] = s.reshape(*g.scan, *g.batch, g.channels).astype(np.float32)
     return out
 
@@ -155,7 +155,7 @@ def test_evaluate_is_the_function(name: str) -> None:
     case = user_models.MODELS[name]()
     program = interpret.trace(case.fn, case.params, *case.args)
     # Nothing packed, nothing tapped: every operation is applied as it was traced.
-    same = jax.jit(lambda p: interpret.evaluate(program, p, *case.args))(case.params)
+    same = jax.jit(lambda p: interpret.run(program, p, *case.args))(case.params)
     assert distance(jitted(name)(case.params), same) < 1e-6
 
 
@@ -180,8 +180,8 @@ def test_evaluate_with_packed_leaves(name: str) -> None:
     def run(packed: Any) -> Any:
         inside = interpret.trace(case.fn, packed, *case.args)  # under jit, from the packed tree
         return (
-            interpret.evaluate(program, packed, *case.args, matmul=matmul),
-            interpret.evaluate(inside, packed, *case.args),
+            interpret.run(program, packed, *case.args, matmul=matmul),
+            interpret.run(inside, packed, *case.args),
         )
 
     expected = jitted(name)(unpacked)
@@ -195,7 +195,7 @@ def test_taps_see_what_the_layers_saw() -> None:
     """Against Flax's own record of the modules' outputs."""
     case = user_models.MODELS["linen_unrolled"]()
     program = interpret.trace(case.fn, case.params, *case.args)
-    out, taps = jax.jit(lambda p: interpret.evaluate(program, p, *case.args, tap=lambda use, x: x))(case.params)
+    out, taps = jax.jit(lambda p: interpret.run(program, p, *case.args, tap=lambda use, x: x))(case.params)
     assert distance(jitted("linen_unrolled")(case.params), out) < 1e-6
     by_path = {u.path: taps[u.index] for u in program.uses}
     _, state = user_models.LinenLM().apply(
@@ -212,7 +212,7 @@ def test_taps_see_what_the_layers_saw() -> None:
 def test_tap_of_many_contracted_axes_is_in_the_order_of_the_leaf() -> None:
     case = user_models.MODELS["linen_gemma"]()
     program = interpret.trace(case.fn, case.params, *case.args)
-    _, taps = jax.jit(lambda p: interpret.evaluate(program, p, *case.args, tap=lambda use, x: x))(case.params)
+    _, taps = jax.jit(lambda p: interpret.run(program, p, *case.args, tap=lambda use, x: x))(case.params)
     (x,) = [taps[u.index] for u in program.uses if u.path == "params/o/kernel"]
     _, state = user_models.GemmaLM().apply(
         case.params, *case.args, capture_intermediates=True, mutable=["intermediates"]
@@ -226,7 +226,7 @@ def test_taps_of_scanned_and_shared_layers_are_stacked() -> None:
     case = user_models.MODELS["nnx_scan"]()
     p = {k: np.asarray(v, np.float64) for k, v in paths.flatten(case.params).items()}
     program = interpret.trace(case.fn, case.params, *case.args)
-    _, taps = jax.jit(lambda p: interpret.evaluate(program, p, *case.args, tap=lambda use, x: x))(case.params)
+    _, taps = jax.jit(lambda p: interpret.run(program, p, *case.args, tap=lambda use, x: x))(case.params)
     (use,) = [u for u in program.uses if u.path == "layers/down/kernel"]
     assert use.loops == "s"
     x = p["embed/embedding"][case.args[0]]
@@ -240,7 +240,7 @@ def test_taps_of_scanned_and_shared_layers_are_stacked() -> None:
     program = interpret.trace(case.fn, case.params, *case.args)
     (use,) = [u for u in program.uses if u.path == "down"]
     assert use.loops == "r"
-    _, taps = interpret.evaluate(program, case.params, *case.args, tap=lambda use, x: x.sum())
+    _, taps = interpret.run(program, case.params, *case.args, tap=lambda use, x: x.sum())
     assert taps[use.index].shape == (3,)
 
 
@@ -248,7 +248,7 @@ def test_tap_of_experts_keeps_their_axis() -> None:
     case = user_models.MODELS["moe_einsum"]()
     p = {k: np.asarray(v, np.float64) for k, v in case.params.items()}
     program = interpret.trace(case.fn, case.params, *case.args)
-    _, taps = interpret.evaluate(program, case.params, *case.args, tap=lambda use, x: x)
+    _, taps = interpret.run(program, case.params, *case.args, tap=lambda use, x: x)
     by_path = {u.path: taps[u.index] for u in program.uses}
     x = p["embed"][case.args[0]].reshape(-1, user_models.D)
     h = x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6) * p["norm"]
@@ -269,7 +269,7 @@ def test_branches_remat_and_flags() -> None:
     params = {n: jnp.asarray(rng.normal(size=(8, 8)), jnp.float32) for n in "abc"}
     x = jnp.asarray(rng.normal(size=(4, 8)), jnp.float32)
     program = interpret.trace(fn, params, x, True, mode="plain")
-    out, taps = interpret.evaluate(program, params, x, True, mode="plain", tap=lambda use, x: (x * x).sum())
+    out, taps = interpret.run(program, params, x, True, mode="plain", tap=lambda use, x: (x * x).sum())
     hidden = np.tanh(np.asarray(x) @ np.asarray(params["a"]))
     weight = params["b"] if hidden.sum() > 0 else params["c"].T
     np.testing.assert_allclose(out["y"], hidden @ np.asarray(weight), rtol=1e-5, atol=1e-5)
@@ -285,23 +285,23 @@ def test_branches_remat_and_flags() -> None:
         def matmul(x: jax.Array, q: QuantizedTensor) -> jax.Array:
             return x @ q.dequantize_canonical()
 
-        return interpret.evaluate(program, packed, x, True, mode="plain", matmul=matmul)["y"].sum()
+        return interpret.run(program, packed, x, True, mode="plain", matmul=matmul)["y"].sum()
 
     expected = jax.grad(lambda x: fn(floats, x, True, mode="plain")["y"].sum())(x)
     np.testing.assert_allclose(jax.grad(loss)(x), expected, rtol=1e-4, atol=1e-5)
 
     with pytest.raises(ShapeError, match="not an array changed"):
-        interpret.evaluate(program, params, x, False, mode="plain")
+        interpret.run(program, params, x, False, mode="plain")
     with pytest.raises(ShapeError, match=r"shape \(5, 8\) was traced with \(4, 8\)"):
-        interpret.evaluate(program, params, jnp.ones((5, 8)), True, mode="plain")
+        interpret.run(program, params, jnp.ones((5, 8)), True, mode="plain")
     with pytest.raises(ShapeError, match=r"b: traced with shape \(8, 8\), called with None"):
-        interpret.evaluate(program, {"a": params["a"], "c": params["c"]}, x, True, mode="plain")
+        interpret.run(program, {"a": params["a"], "c": params["c"]}, x, True, mode="plain")
 
 
 def test_untapped_scan_stays_one_scan() -> None:
     case = user_models.MODELS["linen_scan_remat"]()
     program = interpret.trace(case.fn, case.params, *case.args)
-    jaxpr = jax.make_jaxpr(lambda p: interpret.evaluate(program, p, *case.args))(case.params)
+    jaxpr = jax.make_jaxpr(lambda p: interpret.run(program, p, *case.args))(case.params)
     original = jax.make_jaxpr(lambda p: case.fn(p, *case.args))(case.params)
     assert [e.primitive.name for e in jaxpr.eqns] == [e.primitive.name for e in original.eqns]
 
@@ -324,7 +324,7 @@ def test_right_plans_pass(name: str) -> None:
 def test_wrong_groups_lose_their_absorbers_and_others_keep_them() -> None:
     case, plan = user_models.MODELS["linen_unrolled"](), plan_of("linen_unrolled")
     right = plan.groups[0].absorbers[0]
-    bad = swap(plan, "params/layer1/o/kernel", ties=None)  # query heads no longer tied
+    bad = swap(plan, "params/layer1/o/kernel", shared_channels=None)  # query heads no longer tied
     reverse = np.arange(user_models.D, dtype=np.int32)[::-1].copy()
     bad = swap(bad, "params/layer0/q/kernel", absorbers=(dataclasses.replace(right, index=reverse),))
     wrong = {"params/layer1/o/kernel", "params/layer0/q/kernel"}

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from awq_jax.devices.pool import Pool
-from awq_jax.plan.fold import Factor
+from awq_jax.plan.fold import ScaleStep
 from awq_jax.quantizer import column_pieces
-from awq_jax.quantizer.column_pieces import Columns, Part, sweep
+from awq_jax.quantizer.column_pieces import CanonicalWeight, Columns, sweep
 
 rng = np.random.default_rng(0)
 
@@ -38,8 +38,8 @@ def test_columns_are_those_of_the_whole_leaf(shape, axes, scan, experts):
     leaf = rng.normal(size=shape).astype(np.float32)
     times, over = (rng.uniform(1, 2, [1 if i % 2 else n for i, n in enumerate(shape)]) for _ in range(2))
     steps = ("over", 1.0, over), ("times", 0.0, times)
-    factors = tuple(Factor(kind, offset, jnp.asarray(values, jnp.float32)) for kind, offset, values in steps)
-    part = Part(jnp.asarray(leaf), axes, scan, experts, factors)
+    factors = tuple(ScaleStep(kind, offset, jnp.asarray(values, jnp.float32)) for kind, offset, values in steps)
+    part = CanonicalWeight(jnp.asarray(leaf), axes, scan, experts, factors)
     want = canonical((((1 + leaf) / over - 1) * times).astype(np.float32), axes, scan, experts)
     assert part.columns == want.shape[-1]
     for s, e in np.ndindex(scan, experts):
@@ -52,7 +52,7 @@ def test_pieces_run_over_the_borders_of_weights_and_are_filled_up(monkeypatch):
     monkeypatch.setattr(column_pieces, "PIECE", {jax.default_backend(): 16 * 4})
     monkeypatch.setattr(column_pieces, "ALIGNED", 4)
     leaves = [rng.normal(size=(12, n)).astype(np.float32) for n in (5, 1, 8)]
-    side = Columns([Part(jnp.asarray(w), "kn") for w in leaves], rows=16)
+    side = Columns([CanonicalWeight(jnp.asarray(w), "kn") for w in leaves], rows=16)
     assert (side.total, side.pieces, side.size) == (14, 4, 4)  # 16 columns for 14
     pieces = [side.piece(0, 0, i) for i in range(side.pieces)]
     assert {p.shape for p in pieces} == {(16, 4)}
@@ -65,9 +65,9 @@ def test_pieces_run_over_the_borders_of_weights_and_are_filled_up(monkeypatch):
 def test_a_piece_takes_no_memory_for_the_rest_of_the_leaf():
     """Scaling, transposing and converting happen on the columns that are wanted, not on all."""
     leaf = jax.ShapeDtypeStruct((4096, 512), jnp.bfloat16)
-    scale = jax.ShapeDtypeStruct((1, 512), jnp.float32)
-    settings = {"axes": "nk", "scan": 1, "experts": 1, "kinds": (("times", 0.0),), "size": 64}
-    compiled = column_pieces._take.lower(leaf, (scale,), 0, 0, 0, **settings).compile()
+    step = ScaleStep("times", 0.0, jax.ShapeDtypeStruct((1, 512), jnp.float32))
+    settings = {"axes": "nk", "scan": 1, "experts": 1, "size": 64}
+    compiled = column_pieces._take.lower(leaf, (step,), 0, 0, 0, **settings).compile()
     assert compiled.memory_analysis().temp_size_in_bytes <= 512 * 64 * 4
 
 
