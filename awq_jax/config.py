@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from awq_jax.errors import ConfigError
 
-Method = Literal["rtn", "awq", "awq+gptq"]
+MethodName = Literal["rtn", "awq", "awq+gptq"]  # what each is: `awq_jax.algorithm.methods`
+METHOD_NAMES: tuple[str, ...] = get_args(MethodName)
 BITS = (2, 3, 4, 8)
-METHODS = ("rtn", "awq", "awq+gptq")
 INDIVISIBLE = ("error", "pad", "float")
 
 
@@ -62,7 +62,7 @@ class AwqConfig:
     bits: int = 4
     group_size: int = 128
     symmetric: bool = False
-    method: Method = "awq+gptq"
+    method: MethodName = "awq+gptq"
     clip: bool = True
     n_grid: int = 20
     damping: float = 0.01
@@ -77,8 +77,8 @@ class AwqConfig:
         items = self.overrides.items() if isinstance(self.overrides, Mapping) else self.overrides
         object.__setattr__(self, "overrides", tuple((p, dict(v)) for p, v in items))
         _check_leaf(self.bits, self.group_size, "")
-        if self.method not in METHODS:
-            raise ConfigError(f"method must be one of {', '.join(METHODS)}; got {self.method!r}")
+        if self.method not in METHOD_NAMES:
+            raise ConfigError(f"method must be one of {', '.join(METHOD_NAMES)}; got {self.method!r}")
         if self.on_indivisible not in INDIVISIBLE:
             raise ConfigError(f"on_indivisible must be one of {', '.join(INDIVISIBLE)}; got {self.on_indivisible!r}")
         if not 1 <= self.n_grid <= 1000:

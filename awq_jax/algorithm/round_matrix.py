@@ -7,9 +7,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from awq_jax.algorithm.clipping import clip_search, diagonal_blocks
-from awq_jax.algorithm.compensation import GramFactor, compensate, conditional_energy, refit
+from awq_jax.algorithm.clipping import clip_search
+from awq_jax.algorithm.compensation import GramFactor, refit
 from awq_jax.algorithm.grid import Grid, column_loss, decode, encode, make_grid, range_of
+from awq_jax.algorithm.methods import Rounder
 from awq_jax.config import LeafConfig
 
 ROUNDS = 3  # of rounding on the current scales and refitting the scales to the codes
@@ -40,7 +41,14 @@ class _Candidate(NamedTuple):
 
 
 def round_matrix(
-    w: jax.Array, gram: jax.Array | None, factor: GramFactor | None, *, leaf: LeafConfig, clip: bool, dtype: str
+    w: jax.Array,
+    gram: jax.Array | None,
+    factor: GramFactor | None,
+    *,
+    rounder: Rounder,
+    leaf: LeafConfig,
+    clip: bool,
+    dtype: str,
 ) -> Rounded:
     """Round ``w`` to ``leaf``'s grid so that the expected squared output error is small.
 
@@ -51,7 +59,8 @@ def round_matrix(
       w: float32 ``[K, N]``, already scaled; K a multiple of ``leaf.group_size``.
       gram: float32 ``[K, K]`` of the activation that meets ``w``, or None: nearest rounding, no
         clipping, losses of zero.
-      factor: of ``gram``, to try error compensation too; or None.
+      factor: what ``rounder`` made of ``gram``.
+      rounder: how codes are chosen on each grid that is tried.
       leaf: bits, group size (resolved), symmetric.
       clip: also try clipped ranges.
       dtype: dtype the scales are stored in.
@@ -63,7 +72,7 @@ def round_matrix(
         codes = encode(wg, full, bits).reshape(w.shape)
         best = _Candidate(codes, full, jnp.zeros(w.shape[-1]))
     else:
-        best = _best(w, wg, gram, factor, full, leaf, clip, dtype)
+        best = _best(w, wg, gram, factor, full, rounder, leaf, clip, dtype)
     used = best.grid
     # A stored scale of 0 would be legal but divides by zero elsewhere; an all-zero group may have any.
     scale = jnp.where(used.scale > 0, used.scale, 1.0)
@@ -78,6 +87,7 @@ def _best(
     gram: jax.Array,
     factor: GramFactor | None,
     full: Grid,
+    rounder: Rounder,
     leaf: LeafConfig,
     clip: bool,
     dtype: str,
@@ -92,16 +102,13 @@ def _best(
     best = judge(encode(wg, full, bits), full)
     start = full
     if clip:
-        if factor is not None:
-            metric = conditional_energy(gram, factor).reshape(wg.shape[:2])
-        else:
-            metric = diagonal_blocks(gram, leaf.group_size)
+        metric = rounder.clip_metric(gram, factor, leaf.group_size)
         start = clip_search(wg, metric, bits, leaf.symmetric, dtype)
         best = _better(best, judge(encode(wg, start, bits), start))
 
     def step(carry: tuple[_Candidate, Grid], _: None) -> tuple[tuple[_Candidate, Grid], None]:
         best, grid = carry
-        codes = encode(wg, grid, bits).reshape(w.shape) if factor is None else compensate(w, factor, grid, bits)
+        codes = rounder.codes(w, factor, grid, bits)
         best = _better(best, judge(codes, grid))
         grid = refit(w, gram, codes, grid, dtype)
         return (_better(best, judge(codes, grid)), grid), None

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from awq_jax.cli import common
+from awq_jax.config import METHOD_NAMES, AwqConfig
 from awq_jax.errors import AwqError, ConfigError, FormatError, ProcessError, as_options
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-    from awq_jax.config import AwqConfig
     from awq_jax.devices.pool import Pool
     from awq_jax.report import Report
 
@@ -55,7 +55,7 @@ def add(subparsers: Any) -> None:
         metavar="N",
         help="rows per scale; -1: whole column (default: %(default)s)",
     )
-    g.add_argument("--method", default="awq+gptq", help="rtn, awq or awq+gptq (default: %(default)s)")
+    g.add_argument("--method", default="awq+gptq", help=f"{', '.join(METHOD_NAMES)} (default: %(default)s)")
     g.add_argument("--symmetric", action="store_true", help="fixed zero point")
     g.add_argument("--no-clip", action="store_true", help="no search for clipping thresholds")
     g.add_argument("--quantize-head", action="store_true", help="also quantize the output projection")
@@ -220,8 +220,6 @@ def settings(args: argparse.Namespace) -> AwqConfig:
       ConfigError: on a value out of range.
       FormatError: if the chosen format cannot hold what is asked for.
     """
-    from awq_jax.config import AwqConfig
-
     overrides = tuple(parse_override(text) for text in args.override)
     kinds = {(c.get("bits", args.bits), c.get("group_size", args.group_size)) for _, c in (*overrides, ("", {}))}
     gemm = kinds == {(4, args.group_size)} and args.on_indivisible != "pad" and not args.quantize_head

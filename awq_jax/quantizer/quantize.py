@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from awq_jax import paths, report
+from awq_jax.algorithm.methods import METHODS
 from awq_jax.calibration.calibration import Calibration, Stats, calibrate
 from awq_jax.calibration.means import all_finite
 from awq_jax.config import AwqConfig
@@ -75,9 +76,10 @@ def quantize(
     config = config or AwqConfig.from_dict(settings)
     started = time.perf_counter()
     if isinstance(calib, Plan):
-        if config.method != "rtn":
+        if METHODS[config.method].needs_statistics:
+            free = " or ".join(f'"{name}"' for name, method in METHODS.items() if not method.needs_statistics)
             raise CalibrationError(
-                f'method="{config.method}" needs calibration statistics; a bare plan allows "rtn" only'
+                f'method="{config.method}" needs calibration statistics; a bare plan allows {free} only'
             )
         calib = Calibration(calib, {}, 0)
     elif not isinstance(calib, Calibration):
@@ -103,7 +105,7 @@ def quantize(
 
     work = with_targets(plan, targets)
     absent = [g.name for g, _ in work if g.name not in calib.stats]
-    if absent and config.method != "rtn":
+    if absent and METHODS[config.method].needs_statistics:
         raise CalibrationError(
             f"no statistics for {', '.join(absent)}: calibrate with include_head=True if it makes the model's output, "
             "or with the plan in use"

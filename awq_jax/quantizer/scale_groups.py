@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from awq_jax import pack
-from awq_jax.algorithm.compensation import GramFactor, conditional_energy, factorize
+from awq_jax.algorithm.compensation import GramFactor
 from awq_jax.algorithm.grid import column_loss, quantize_dequantize
+from awq_jax.algorithm.methods import METHODS, Method
 from awq_jax.algorithm.round_matrix import round_matrix
 from awq_jax.calibration.calibration import Stats
 from awq_jax.calibration.means import Moments, all_finite, moments
@@ -59,10 +60,11 @@ def find_scale(
     Args:
       targets: the weights of the group that will be quantized (at least one).
       leaves: all float parameters by path.
-      stats: the group's calibration sums; needed unless the method is ``"rtn"``.
+      stats: the group's calibration sums; None only where the method needs none.
       pool: devices that share the work.
     """
-    if config.method == "rtn" or stats is None:
+    method = METHODS[config.method]
+    if not method.needs_statistics or stats is None:
         return GroupScale(None)
     if not group.absorbers and not config.explicit_scale:
         return GroupScale(None, reason=group.reason or "no parameter can absorb the scale")
@@ -74,11 +76,10 @@ def find_scale(
     parts = [(t.leaf, CanonicalWeight.of(t, leaves[t.site.path])) for t in targets]
     weights = [(leaf, Columns([p for other, p in parts if other == leaf], rows)) for leaf in dict.fromkeys(dict(parts))]
     dtype = _widest(_scale_dtype(p.largest(), leaf) for leaf, p in parts)
-    compensated = config.method == "awq+gptq"
     found = []
     for layer in range(math.prod(group.scan)):
         absmean = _padded(means.absmean[layer], rows)
-        energies = _energies(pool, means, layer, len(absmean), rows, config.damping) if compensated else None
+        energies = _energies(pool, means, layer, len(absmean), rows, method, config.damping)
 
         def metric(e: int, layer: int = layer, energies: np.ndarray | None = energies) -> Any:
             return _mean(means.gram(layer, e), rows=rows) if energies is None else energies[e]
@@ -192,7 +193,7 @@ def _round(
     layers, experts = math.prod(group.scan), math.prod(group.batch)
     lead = (layers, experts, group.channels)
     scale = np.ones(lead, np.float32) if found.scale is None else np.asarray(found.scale).reshape(lead)
-    compensated = config.method == "awq+gptq"
+    method = METHODS[config.method]
     instances: list[_Packed] = []
     for layer in range(layers):
 
@@ -200,11 +201,11 @@ def _round(
             return *((None, None) if means is None else means.gram(layer, e)), scale[layer, e]
 
         def prepare(given: Any) -> _Given:
-            return preparation(*given, rows=columns.rows, damping=config.damping if compensated else None)
+            return preparation(*given, rows=columns.rows, method=method, damping=config.damping)
 
         def run(place: Place, e: int, piece: int, given: _Given, layer: int = layer) -> _Packed:
             w = place(columns.piece(layer, e, piece))
-            return _round_piece(w, given, leaf=leaf, nearest=config.method == "rtn", clip=config.clip, dtype=dtype)
+            return _round_piece(w, given, leaf=leaf, method=method, clip=config.clip, dtype=dtype)
 
         for pieces in sweep(pool, experts, columns.pieces, fetch, prepare, run):
             instances.append(
@@ -214,51 +215,56 @@ def _round(
 
 
 def _given(
-    gram: jax.Array | None, count: jax.Array | None, scale: jax.Array, *, rows: int, damping: float | None
+    gram: jax.Array | None, count: jax.Array | None, scale: jax.Array, *, rows: int, method: Method, damping: float
 ) -> _Given:
     s = jnp.pad(scale, (0, rows - len(scale)), constant_values=1.0)
     if gram is None or count is None:
         return _Given(None, None, s)
     scaled = _square((gram, count), rows) / (s[:, None] * s[None, :])
-    return _Given(scaled, None if damping is None else factorize(scaled, damping), s)
+    return _Given(scaled, method.rounder.prepare(scaled, damping), s)
 
 
-_prepare = jax.jit(_given, static_argnames=("rows", "damping"))
-_prepare_in_place = jax.jit(_given, static_argnames=("rows", "damping"), donate_argnames="gram")
+_prepare = jax.jit(_given, static_argnames=("rows", "method", "damping"))
+_prepare_in_place = jax.jit(_given, static_argnames=("rows", "method", "damping"), donate_argnames="gram")
 
 
-@functools.partial(jax.jit, static_argnames=("leaf", "nearest", "clip", "dtype"))
-def _round_piece(w: jax.Array, given: _Given, *, leaf: LeafConfig, nearest: bool, clip: bool, dtype: str) -> _Packed:
+@functools.partial(jax.jit, static_argnames=("leaf", "method", "clip", "dtype"))
+def _round_piece(w: jax.Array, given: _Given, *, leaf: LeafConfig, method: Method, clip: bool, dtype: str) -> _Packed:
     """Round ``w [K, C]``, which the scale is already multiplied into."""
     gram, factor, s = given
-    r = round_matrix(w, None if nearest else gram, factor, leaf=leaf, clip=clip, dtype=dtype)
+    judge = gram if method.needs_statistics else None
+    r = round_matrix(w, judge, factor, rounder=method.rounder, leaf=leaf, clip=clip, dtype=dtype)
     energy = rtn = r.loss
     if gram is not None:
         energy = column_loss(w, gram)
         plain = w / s[:, None]
         error = quantize_dequantize(plain, leaf.group_size, leaf.bits, leaf.symmetric, dtype) - plain
         rtn = column_loss(error * s[:, None], gram)
-    loss = rtn if nearest else r.loss
+    loss = r.loss if method.needs_statistics else rtn
     return _Packed(pack.pack(r.codes, leaf.bits), r.scale.astype(dtype), r.zero, loss, r.clipped, energy, rtn)
 
 
-def _energies(pool: Pool, means: Moments, layer: int, experts: int, rows: int, damping: float) -> np.ndarray:
-    """`conditional_energy` of every instance, float32 ``[E, rows]``."""
+def _energies(
+    pool: Pool, means: Moments, layer: int, experts: int, rows: int, method: Method, damping: float
+) -> np.ndarray | None:
+    """`Method.channel_energy` of every instance, float32 ``[E, rows]``; None if the method has none."""
+    if method.channel_energy is None:
+        return None
     made = sweep(
         pool,
         experts,
         1,
         lambda e: means.gram(layer, e),
-        lambda sums: _energy(sums, rows=rows, damping=damping),
+        lambda sums: _energy(sums, rows=rows, method=method, damping=damping),
         lambda place, e, piece, energy: energy,
     )
     return np.stack([energy for (energy,) in made])
 
 
-@functools.partial(jax.jit, static_argnames=("rows", "damping"))
-def _energy(sums: _Sums, *, rows: int, damping: float) -> jax.Array:
-    gram = _square(sums, rows)
-    return conditional_energy(gram, factorize(gram, damping))
+@functools.partial(jax.jit, static_argnames=("rows", "method", "damping"))
+def _energy(sums: _Sums, *, rows: int, method: Method, damping: float) -> jax.Array:
+    assert method.channel_energy is not None
+    return method.channel_energy(_square(sums, rows), damping)
 
 
 def _square(sums: _Sums, rows: int) -> jax.Array:

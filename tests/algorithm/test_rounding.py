@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from numpy_rounding import correlated, gram_of, plain
 
-from awq_jax.algorithm import clipping, compensation
+from awq_jax.algorithm import clipping, compensation, methods
 from awq_jax.algorithm import grid as rounding
 from awq_jax.algorithm.round_matrix import round_matrix
-from awq_jax.config import LeafConfig
+from awq_jax.config import METHOD_NAMES, LeafConfig
 
 K, N, G = 32, 6, 16
 rng = np.random.default_rng(0)
@@ -166,8 +166,9 @@ def test_hard_inputs_are_finite_and_no_column_is_worse_than_nearest(
     h = gram_of(x)
     leaf = LeafConfig(bits, G, symmetric)
     gram = jnp.asarray(h, jnp.float32)
-    factor = compensation.factorize(gram, 0.01) if compensated else None
-    r = round_matrix(jnp.asarray(w), gram, factor, leaf=leaf, clip=True, dtype="float16")
+    rounder = methods.Compensated() if compensated else methods.Nearest()
+    factor = rounder.prepare(gram, 0.01)
+    r = round_matrix(jnp.asarray(w), gram, factor, rounder=rounder, leaf=leaf, clip=True, dtype="float16")
     for a in jax.tree.leaves(r):
         assert np.isfinite(np.asarray(a, np.float64)).all()
     assert float(r.scale.min()) > 0
@@ -186,3 +187,7 @@ def test_a_group_far_from_zero_survives() -> None:
     w = jnp.asarray(np.linspace(1.0, 1.1, G, dtype=np.float32)[:, None])
     got = rounding.quantize_dequantize(w, G, 4, False, "float16")
     assert float(jnp.abs(got - w).max()) < 0.04
+
+
+def test_every_name_of_a_method_says_what_it_is() -> None:
+    assert tuple(methods.METHODS) == METHOD_NAMES

@@ -1,0 +1,84 @@
+"""What each method of quantization is: `AwqConfig.method` names one of `METHODS`, and nothing else tells them apart."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Protocol
+
+import jax
+
+from awq_jax.algorithm.clipping import diagonal_blocks
+from awq_jax.algorithm.compensation import GramFactor, compensate, conditional_energy, factorize
+from awq_jax.algorithm.grid import Grid, encode
+from awq_jax.config import MethodName
+
+
+class Rounder(Protocol):
+    """How the codes of a matrix ``w [K, N]`` are chosen on a given grid."""
+
+    def prepare(self, gram: jax.Array, damping: float) -> GramFactor | None:
+        """What all columns need besides the Gram ``[K, K]`` of the scaled input; made once for them."""
+
+    def clip_metric(self, gram: jax.Array, factor: GramFactor | None, group: int) -> jax.Array:
+        """What an error costs in the search for clipped ranges; see `awq_jax.algorithm.clipping.clip_search`."""
+
+    def codes(self, w: jax.Array, factor: GramFactor | None, grid: Grid, bits: int) -> jax.Array:
+        """Codes float32 ``[K, N]``."""
+
+
+class Nearest:
+    """Each weight by itself, to the nearest code."""
+
+    def prepare(self, gram: jax.Array, damping: float) -> None:
+        return None
+
+    def clip_metric(self, gram: jax.Array, factor: GramFactor | None, group: int) -> jax.Array:
+        return diagonal_blocks(gram, group)
+
+    def codes(self, w: jax.Array, factor: GramFactor | None, grid: Grid, bits: int) -> jax.Array:
+        return encode(w.reshape(len(grid.scale), -1, w.shape[-1]), grid, bits).reshape(w.shape)
+
+
+class Compensated:
+    """Row by row, each error made up for by the rows not yet rounded."""
+
+    def prepare(self, gram: jax.Array, damping: float) -> GramFactor:
+        return factorize(gram, damping)
+
+    def clip_metric(self, gram: jax.Array, factor: GramFactor | None, group: int) -> jax.Array:
+        assert factor is not None
+        return conditional_energy(gram, factor).reshape(-1, group)
+
+    def codes(self, w: jax.Array, factor: GramFactor | None, grid: Grid, bits: int) -> jax.Array:
+        assert factor is not None
+        return compensate(w, factor, grid, bits)
+
+
+def energy_left_by_compensation(gram: jax.Array, damping: float) -> jax.Array:
+    """`conditional_energy` ``[K]`` of a Gram ``[K, K]``."""
+    return conditional_energy(gram, factorize(gram, damping))
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A method of quantization.
+
+    Attributes:
+      rounder: how codes are chosen.
+      needs_statistics: scales and clipped ranges are searched, and each column takes the best of several
+        roundings. Without, weights go to the nearest code of the whole range and statistics only tell the error.
+      channel_energy: what an error in each channel costs in the scale search, ``(gram, damping) -> [K]``: a
+        diagonal metric, whose root also stands for the size of the channel. None: the whole Gram, and ``E|x|``.
+    """
+
+    rounder: Rounder
+    needs_statistics: bool = True
+    channel_energy: Callable[[jax.Array, float], jax.Array] | None = None
+
+
+METHODS: dict[MethodName, Method] = {
+    "rtn": Method(Nearest(), needs_statistics=False),
+    "awq": Method(Nearest()),
+    "awq+gptq": Method(Compensated(), channel_energy=energy_left_by_compensation),
+}
