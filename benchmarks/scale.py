@@ -41,7 +41,7 @@ import numpy as np
 from shared import checkpoints, running
 
 from awq_jax import models
-from awq_jax.algorithm.grid import BLOCK
+from awq_jax.algorithm.compensation import BLOCK
 from awq_jax.algorithm.round_matrix import ROUNDS
 from awq_jax.config import AwqConfig
 from awq_jax.models.weights import params as model_params
@@ -220,7 +220,7 @@ def measure(directory: Path, hidden: int, samples: int, length: int, group_size:
     )
     leaves = {block.prefix + p: job.weights.leaf(block.prefix + p, t) for p, t in tensors.items()}
     inside = {path.removeprefix(block.prefix): leaf for path, leaf in leaves.items()}
-    stats, calibration = running.measured(session.calibrate, block, inside, states, batches)
+    fetch, calibration = running.measured(session.calibrate, block, inside, states, batches)
     work, settings = session.work(block), job.settings
     groups = [
         shape(g, targets, columns.PIECE.get(jax.default_backend(), columns.PIECE_ELSEWHERE)) for g, targets in work
@@ -231,14 +231,14 @@ def measure(directory: Path, hidden: int, samples: int, length: int, group_size:
     packed: dict[str, QuantizedTensor] = {}
     with jax.default_matmul_precision("highest"):
         for (group, targets), g in zip(work, groups, strict=True):
-            found, cost = running.measured(find_scale, group, targets, leaves, stats[group.name], settings)
+            found, cost = running.measured(find_scale, group, targets, leaves, fetch(group.name), settings)
             rows.append(Spent("search", g, searching(g, settings), cost.cpu))
             scales.append(found)
             if found.scale is not None:
                 folded[group.name] = found.scale
         folder = fold.Folder(Plan(tuple(group for group, _ in work)), folded)
         for (group, targets), g, found in zip(work, groups, scales, strict=True):
-            sums = stats[group.name]
+            sums = fetch(group.name)
             made, cost = running.measured(
                 round_group, group, targets, leaves, folder, found, sums, settings, consume=True
             )

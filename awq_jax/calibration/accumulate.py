@@ -8,7 +8,7 @@ volume is that of a reduce-scatter, which would add in an order that depends on 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,19 +16,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from awq_jax.calibration.calibration import Stats, Wanted
+from awq_jax.calibration.calibration import Array, Stats, Wanted
 from awq_jax.devices.pool import AXIS, Pool, replicator
 
+ByGroup = dict[str, Stats]  # by the name of the group, without the prefix
 
-class Sums(Mapping[str, Stats]):
-    """`Stats` by the name of the group, put together on one device of each process when they are asked for.
 
-    With several processes all must ask for the same ones in the same order.
+class Accumulator:
+    """Adds up the `Stats` of groups, batch by batch, with the sums spread over all devices.
 
     Args:
       pool: devices that the statistics come from.
       wanted: whose.
-      prefix: of the names.
+      prefix: what the names of the groups have in front of those in ``wanted``.
     """
 
     def __init__(self, pool: Pool, wanted: Sequence[Wanted], prefix: str = "") -> None:
@@ -36,24 +36,31 @@ class Sums(Mapping[str, Stats]):
         self._shapes = {w.group.name: w.shapes() for w in wanted}
         self._shared = pool.size > 1 or pool.team is not None
         self._stats = _zeros(pool, self._shapes) if self._shared else _plain_zeros(self._shapes)
-        self._idle: dict[jax.Device, Any] = {}
+        self._idle: dict[jax.Device, ByGroup] = {}
 
-    def __getitem__(self, name: str) -> Stats:
+    @property
+    def names(self) -> list[str]:
+        """The groups, with the prefix."""
+        return [self._prefix + name for name in self._stats]
+
+    def fetch(self, name: str) -> Stats:
+        """The sums of one group, put together on one device of each process.
+
+        With several processes all must fetch the same ones in the same order.
+
+        Args:
+          name: one of `names`.
+
+        Raises:
+          KeyError: ``name`` is none of them.
+          ProcessError: another process has ended.
+        """
         own = name.removeprefix(self._prefix)
         if not name.startswith(self._prefix) or own not in self._stats:
             raise KeyError(name)
         return self._whole(own) if self._shared else self._stats[own]
 
-    def __contains__(self, name: object) -> bool:
-        return name in set(self)  # without putting anything together
-
-    def __iter__(self) -> Iterator[str]:
-        return (self._prefix + name for name in self._stats)
-
-    def __len__(self) -> int:
-        return len(self._stats)
-
-    def add(self, round: Mapping[int, Mapping[str, Stats]], first: int, count: int) -> None:
+    def add(self, round: Mapping[int, ByGroup], first: int, count: int) -> None:
         """Add the statistics of batches ``first`` to ``first + count - 1``, and wait for it.
 
         Args:
@@ -70,7 +77,7 @@ class Sums(Mapping[str, Stats]):
         if not self._shared:
             self._stats = _add(self._stats, round[first])
         else:
-            arrays = [round[first + i] if first + i in round else self._nothing(d) for i, d in self._places()]
+            arrays = [round[first + i] if first + i in round else self._zeros_of(d) for i, d in self._places()]
             self._pool.meet()
             self._stats = _adder(self._pool.mesh)(self._stats, self._together(arrays), np.int32(count))
         jax.block_until_ready(self._stats)
@@ -79,14 +86,14 @@ class Sums(Mapping[str, Stats]):
         """The devices of this process, with their places."""
         return [(i, d) for i, d in enumerate(self._pool.devices) if self._pool.mine(i)]
 
-    def _nothing(self, device: jax.Device) -> Any:
-        """What a device without a batch brings."""
+    def _zeros_of(self, device: jax.Device) -> ByGroup:
+        """What a device without a batch adds."""
         if device not in self._idle:
             zeros = jax.tree.map(lambda a: np.zeros((1, *a.shape), np.float32), self._shapes)
             self._idle[device] = jax.device_put(zeros, device)
         return self._idle[device]
 
-    def _together(self, arrays: list[Any]) -> Any:
+    def _together(self, arrays: list[ByGroup]) -> ByGroup:
         """One array ``[devices, ...]`` of what each device has."""
         sharding = NamedSharding(self._pool.mesh, PartitionSpec(AXIS))
 
@@ -108,7 +115,7 @@ class Sums(Mapping[str, Stats]):
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _add(sums: Any, new: Any) -> Any:
+def _add(sums: ByGroup, new: ByGroup) -> ByGroup:
     return jax.tree.map(lambda a, b: a + b[0], sums, new)
 
 
@@ -117,52 +124,56 @@ def _rows(gram: jax.Array, *, k: int) -> jax.Array:
     return gram[..., :k, :]
 
 
-def _plain_zeros(shapes: Mapping[str, Stats]) -> dict[str, Stats]:
+def _plain_zeros(shapes: ByGroup) -> ByGroup:
     return {name: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), s) for name, s in shapes.items()}
 
 
 def _specs(lead: int) -> Stats:
     """How the sums lie on the devices; ``lead``: axes before the Gram's two."""
     every: Any = PartitionSpec()
-    rows: Any = PartitionSpec(*(None,) * lead, AXIS)
+    rows: Any = _by_rows(lead)
     return Stats(rows, every, every, every)
 
 
-def _zeros(pool: Pool, shapes: Mapping[str, Stats]) -> dict[str, Stats]:
+def _by_rows(lead: int) -> PartitionSpec:
+    return PartitionSpec(*(None,) * lead, AXIS)
+
+
+def _zeros(pool: Pool, shapes: ByGroup) -> ByGroup:
     def zeros(shape: tuple[int, ...], spec: PartitionSpec) -> jax.Array:
         sharding = NamedSharding(pool.mesh, spec)
         return jax.make_array_from_callback(shape, sharding, functools.partial(_block, shape, sharding))
 
     out = {}
     for name, s in shapes.items():
-        (*lead, rows, k), lies = s.gram.shape, _specs(s.gram.ndim - 2).gram
+        *lead, rows, k = s.gram.shape
         filled = (*lead, -(-rows // pool.size) * pool.size, k)
         every = (zeros(a.shape, PartitionSpec()) for a in (s.abs, s.count, s.dropped))
-        out[name] = Stats(zeros(filled, lies), *every)
+        out[name] = Stats(zeros(filled, _by_rows(len(lead))), *every)
     return out
 
 
-def _block(shape: tuple[int, ...], sharding: NamedSharding, index: Any) -> np.ndarray:
+def _block(shape: tuple[int, ...], sharding: NamedSharding, index: tuple[slice, ...] | None) -> np.ndarray:
     return np.zeros(sharding.shard_shape(shape), np.float32)
 
 
 @functools.cache
-def _adder(mesh: Mesh) -> Callable[..., Any]:
+def _adder(mesh: Mesh) -> Callable[[ByGroup, ByGroup, np.int32], ByGroup]:
     """``(sums, new, count) -> sums`` with the first ``count`` of the arrays that the devices have made."""
     size = mesh.size
 
-    def one(total: jax.Array, parts: jax.Array, count: jax.Array) -> jax.Array:
+    def one(total: Array, parts: jax.Array, count: jax.Array) -> Array:
         for i in range(size):
             total = jnp.where(i < count, total + parts[i], total)
         return total
 
-    def group(sums: Any, new: Any, count: jax.Array) -> Stats:
+    def group(sums: Stats, new: Stats, count: jax.Array) -> Stats:
         axis = new.gram.ndim - 2
         short = -new.gram.shape[axis] % size
         gram = jnp.pad(new.gram, [(0, short if i == axis else 0) for i in range(new.gram.ndim)])
         gram = jax.lax.all_to_all(gram, AXIS, split_axis=axis, concat_axis=0, tiled=True)
 
-        def every(a: jax.Array) -> jax.Array:
+        def every(a: Array) -> jax.Array:
             return jax.lax.all_gather(a, AXIS, axis=0, tiled=True)
 
         return Stats(
@@ -172,10 +183,10 @@ def _adder(mesh: Mesh) -> Callable[..., Any]:
             one(sums.dropped, every(new.dropped), count),
         )
 
-    def local(sums: dict[str, Stats], new: dict[str, Stats], count: jax.Array) -> dict[str, Stats]:
+    def local(sums: ByGroup, new: ByGroup, count: jax.Array) -> ByGroup:
         return {name: group(s, new[name], count) for name, s in sums.items()}
 
-    def run(sums: dict[str, Stats], new: dict[str, Stats], count: jax.Array) -> dict[str, Stats]:
+    def run(sums: ByGroup, new: ByGroup, count: jax.Array) -> ByGroup:
         lies = {name: _specs(s.gram.ndim - 2) for name, s in sums.items()}
         devices = jax.tree.map(lambda _: PartitionSpec(AXIS), new)
         return jax.shard_map(

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
+from awq_jax.calibration.grams import ArrayGrams, Grams
 from awq_jax.errors import CalibrationError
 from awq_jax.plan.discover import discover
 from awq_jax.plan.plan import Group, Plan
@@ -32,19 +33,47 @@ class Stats:
     """Sums over calibration tokens for one scale group (float32).
 
     Attributes:
-      gram: ``[*scan, *batch, K, K]``: sum of ``x^T x``; or `awq_jax.calibration.expert_grams.ExpertGrams`.
+      gram: ``[*scan, *batch, K, K]``: sum of ``x^T x``.
       abs: ``[*scan, *batch, K]``: sum of ``|x|``.
       count: ``[*scan, *batch]``: tokens summed.
       dropped: ``[*scan, *batch]``: tokens left out because of a NaN or inf in them.
     """
 
-    gram: Any
+    gram: Array
     abs: Array
     count: Array
     dropped: Array
 
+    def grams(self, group: Group) -> ArrayGrams:
+        """The Grams by instance; ``group``: whose statistics these are."""
+        return ArrayGrams(self.gram, group)
+
 
 jax.tree_util.register_dataclass(Stats, data_fields=["gram", "abs", "count", "dropped"], meta_fields=[])
+
+
+class Statistics(Protocol):
+    """Sums of one group as quantization reads them: `Stats`, or those of experts whose Grams do not fit in memory."""
+
+    @property
+    def abs(self) -> Array:
+        """``[*scan, *batch, K]``: sum of ``|x|``."""
+
+    @property
+    def count(self) -> Array:
+        """``[*scan, *batch]``: tokens summed."""
+
+    @property
+    def dropped(self) -> Array:
+        """``[*scan, *batch]``: tokens left out."""
+
+    def grams(self, group: Group) -> Grams:
+        """The Grams by instance."""
+
+
+Fetch = Callable[[str], Statistics | None]
+"""Statistics by the name of their group, None if there are none. It may move them between devices and processes:
+all processes call it for the same groups in the same order."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,7 +264,7 @@ def collector(apply_fn: Callable[..., Any], wanted: Iterable[Wanted]) -> Callabl
             if experts:
                 x = x.reshape(-1, *x.shape[-2:])
                 x = jax.lax.dynamic_slice_in_dim(x, start, experts)
-            return _moments(x, summed=experts == 0)
+            return batch_sums(x, summed=experts == 0)
 
         output, tapped = interpret.run(program, params, *args, tap=tap, **kwargs)
         out: dict[str, Stats] = {}
@@ -249,7 +278,7 @@ def collector(apply_fn: Callable[..., Any], wanted: Iterable[Wanted]) -> Callabl
     return run
 
 
-def _moments(x: jax.Array, summed: bool = False) -> Stats:
+def batch_sums(x: jax.Array, summed: bool = False) -> Stats:
     """Statistics of ``x [*batch, T, K]``; ``summed``: of the Gram only its sum over the batch.
 
     Tokens with a NaN or inf count as dropped. Rows of zeros are not tokens: they are the empty slots

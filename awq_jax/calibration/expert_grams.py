@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
+from awq_jax.calibration.calibration import Array
+from awq_jax.calibration.grams import all_finite
 from awq_jax.plan.plan import Group
 
 BUDGET = 2 << 30  # bytes of the Grams of one group
@@ -21,7 +25,7 @@ def at_a_time(group: Group) -> int | None:
 
 
 class ExpertGrams:
-    """Stands for the Grams ``[E, K, K]`` of a group's experts, in `awq_jax.calibration.calibration.Stats`.
+    """`awq_jax.calibration.grams.Grams` of a group's experts, of which only some are in memory.
 
     Args:
       layer: their sum, ``[K, K]``.
@@ -30,16 +34,43 @@ class ExpertGrams:
         number on.
     """
 
-    def __init__(self, layer: jax.Array, size: int, collect: Callable[[int], jax.Array]) -> None:
-        self.layer, self._size, self._collect = layer, size, collect
+    def __init__(self, layer: Array, size: int, collect: Callable[[int], Array]) -> None:
+        self._layer, self._size, self._collect = layer, size, collect
         self._start = -1
-        self._held: jax.Array | None = None
+        self._held: Array | None = None
 
-    def one(self, expert: int) -> jax.Array:
-        """``[K, K]``. Ask in rising order: going back costs another pass."""
-        start = expert // self._size * self._size
+    def collect(self, instance: int) -> jax.Array:
+        """``[K, K]`` of one expert; another pass over all batches unless it is among those in memory."""
+        start = instance // self._size * self._size
         if start != self._start:
             self._held = None  # before the next are made
             self._start, self._held = start, self._collect(start)
         assert self._held is not None
-        return self._held[expert - start]
+        return jnp.asarray(self._held[instance - start])
+
+    def sum_experts(self, layer: int) -> jax.Array:
+        """``[K, K]``: the sum over all experts, of the only layer there is."""
+        return jnp.asarray(self._layer)
+
+    def all_finite(self) -> bool:
+        """Whether there is neither NaN nor inf in any."""
+        return bool(all_finite(self._layer))
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertStats:
+    """`awq_jax.calibration.calibration.Statistics` with the Grams of only some experts in memory.
+
+    Attributes:
+      expert_grams: of all experts.
+      abs, count, dropped: as in `awq_jax.calibration.calibration.Stats`.
+    """
+
+    expert_grams: ExpertGrams
+    abs: Array
+    count: Array
+    dropped: Array
+
+    def grams(self, group: Group) -> ExpertGrams:
+        """Those of all experts."""
+        return self.expert_grams

@@ -14,9 +14,10 @@ from tqdm import tqdm
 
 from awq_jax import paths, report
 from awq_jax.algorithm.methods import METHODS
-from awq_jax.calibration.calibration import Calibration, Stats, calibrate
-from awq_jax.calibration.means import all_finite
+from awq_jax.calibration.calibration import Calibration, Fetch, calibrate
+from awq_jax.calibration.grams import all_finite
 from awq_jax.config import AwqConfig
+from awq_jax.devices import host_memory
 from awq_jax.devices.pool import HERE, Pool
 from awq_jax.errors import CalibrationError, ConfigError, WeightError
 from awq_jax.plan import fold
@@ -112,7 +113,7 @@ def quantize(
         )
     checked = time.perf_counter()
     with tqdm(total=2 * len(work), desc="quantize", unit="group", disable=not progress) as bar:
-        done = quantize_groups(plan, work, paths.flatten(params), calib.stats, config, bar.update)
+        done = quantize_groups(plan, work, paths.flatten(params), calib.stats.get, config, bar.update)
     out = paths.map_with_path(lambda path, _: done.leaves[path], params)
     if not return_report:
         return out
@@ -151,9 +152,9 @@ def quantize_groups(
     plan: Plan,
     work: Work,
     leaves: Mapping[str, Any],
-    stats: Mapping[str, Stats],
+    fetch: Fetch,
     config: AwqConfig,
-    tick: Callable[[], Any] = lambda: None,
+    progress: Callable[[], object] = lambda: None,
     pool: Pool = HERE,
     consume: bool = False,
 ) -> Quantized:
@@ -163,31 +164,38 @@ def quantize_groups(
       plan: where these groups stand; nothing outside ``leaves`` is an absorber of theirs.
       work: from `with_targets`.
       leaves: float parameters by path.
-      stats: calibration sums by the name of the group.
-      tick: called twice for each group.
+      fetch: calibration sums by the name of the group.
+      progress: called twice for each group.
       pool: devices that share the work; the result does not depend on their number.
-      consume: ``stats`` are not needed any more, and their memory may be used.
+      consume: what ``fetch`` returns is not needed afterwards: its memory may be used, and what a group leaves is
+        given back to the system.
     """
+
+    def finish_group() -> None:
+        progress()
+        if consume:
+            host_memory.trim()
+
     started = time.perf_counter()
     scales: dict[str, GroupScale] = {}
     packed: dict[str, QuantizedTensor] = {}
     rows: list[report.LayerReport] = []
     with jax.default_matmul_precision("highest"):
         for group, mine in work:
-            scales[group.name] = find_scale(group, mine, leaves, stats.get(group.name), config, pool)
-            tick()
+            scales[group.name] = find_scale(group, mine, leaves, fetch(group.name), config, pool)
+            finish_group()
         searched = time.perf_counter()
         found = {n: s.scale for n, s in scales.items() if s.scale is not None}
         # A scale of 1 where there is none: then the programs do not depend on what was found.
         ones = {g.name: np.ones((*g.scan, *g.batch, g.channels), np.float32) for g, _ in work}
         folded = fold.Folder(plan, ones | found)
         for group, mine in work:
-            sums = stats.get(group.name)
+            sums = fetch(group.name)
             given = folded, scales[group.name], sums, config, pool, consume
             for path, (q, row) in round_group(group, mine, leaves, *given).items():
                 packed[path] = q
                 rows.append(row)
-            tick()
+            finish_group()
     # A weight that stays float is scaled only where something upstream absorbed the scale.
     absorbed = fold.Folder(plan, {g.name: found[g.name] for g, _ in work if g.name in found and g.absorbers})
     out = {path: packed[path] if path in packed else absorbed.leaf(path, leaf) for path, leaf in leaves.items()}

@@ -17,8 +17,9 @@ from awq_jax.algorithm.compensation import GramFactor
 from awq_jax.algorithm.grid import column_loss, quantize_dequantize
 from awq_jax.algorithm.methods import METHODS, Method
 from awq_jax.algorithm.round_matrix import round_matrix
-from awq_jax.calibration.calibration import Stats
-from awq_jax.calibration.means import Moments, all_finite, moments
+from awq_jax.calibration.calibration import Statistics
+from awq_jax.calibration.grams import all_finite
+from awq_jax.calibration.means import Means, means_of
 from awq_jax.config import AwqConfig, LeafConfig
 from awq_jax.devices.pool import HERE, Pool
 from awq_jax.plan import fold
@@ -51,7 +52,7 @@ def find_scale(
     group: Group,
     targets: list[Target],
     leaves: Mapping[str, Any],
-    stats: Stats | None,
+    stats: Statistics | None,
     config: AwqConfig,
     pool: Pool = HERE,
 ) -> GroupScale:
@@ -68,7 +69,7 @@ def find_scale(
         return GroupScale(None)
     if not group.absorbers and not config.explicit_scale:
         return GroupScale(None, reason=group.reason or "no parameter can absorb the scale")
-    means = moments(group, stats)
+    means = means_of(group, stats)
     if means is None:
         return GroupScale(None, reason=NO_TOKENS)
     rows = math.lcm(*(t.leaf.group_size for t in targets))
@@ -82,7 +83,7 @@ def find_scale(
         energies = _energies(pool, means, layer, len(absmean), rows, method, config.damping)
 
         def metric(e: int, layer: int = layer, energies: np.ndarray | None = energies) -> Any:
-            return _mean(means.gram(layer, e), rows=rows) if energies is None else energies[e]
+            return _mean(means.collect_gram(layer, e), rows=rows) if energies is None else energies[e]
 
         found.append(
             search(
@@ -112,7 +113,7 @@ def round_group(
     leaves: Mapping[str, Any],
     folded: fold.Folder,
     found: GroupScale,
-    stats: Stats | None,
+    stats: Statistics | None,
     config: AwqConfig,
     pool: Pool = HERE,
     consume: bool = False,
@@ -125,7 +126,7 @@ def round_group(
       pool: devices that share the work.
       consume: ``stats`` are not needed any more, and their memory may be used.
     """
-    means = moments(group, stats) if stats is not None else None
+    means = means_of(group, stats) if stats is not None else None
     out: dict[str, tuple[QuantizedTensor, LayerReport]] = {}
     by_leaf: dict[LeafConfig, list[Target]] = {}
     for t in targets:
@@ -168,7 +169,7 @@ class _Packed(NamedTuple):
     rtn: Any
 
 
-_Sums = tuple[jax.Array, Any]  # of `awq_jax.calibration.means.Moments.gram`
+_Sums = tuple[jax.Array, Any]  # of `awq_jax.calibration.means.Means.collect_gram`
 
 
 class _Given(NamedTuple):
@@ -181,7 +182,7 @@ class _Given(NamedTuple):
 
 def _round(
     columns: Columns,
-    means: Moments | None,
+    means: Means | None,
     group: Group,
     found: GroupScale,
     leaf: LeafConfig,
@@ -198,7 +199,7 @@ def _round(
     for layer in range(layers):
 
         def fetch(e: int, layer: int = layer) -> Any:
-            return *((None, None) if means is None else means.gram(layer, e)), scale[layer, e]
+            return *((None, None) if means is None else means.collect_gram(layer, e)), scale[layer, e]
 
         def prepare(given: Any) -> _Given:
             return preparation(*given, rows=columns.rows, method=method, damping=config.damping)
@@ -245,7 +246,7 @@ def _round_piece(w: jax.Array, given: _Given, *, leaf: LeafConfig, method: Metho
 
 
 def _energies(
-    pool: Pool, means: Moments, layer: int, experts: int, rows: int, method: Method, damping: float
+    pool: Pool, means: Means, layer: int, experts: int, rows: int, method: Method, damping: float
 ) -> np.ndarray | None:
     """`Method.channel_energy` of every instance, float32 ``[E, rows]``; None if the method has none."""
     if method.channel_energy is None:
@@ -254,7 +255,7 @@ def _energies(
         pool,
         experts,
         1,
-        lambda e: means.gram(layer, e),
+        lambda e: means.collect_gram(layer, e),
         lambda sums: _energy(sums, rows=rows, method=method, damping=damping),
         lambda place, e, piece, energy: energy,
     )
@@ -304,7 +305,7 @@ def _assemble(t: Target, group: Group, leaf: Any, rounded: _Packed, found: Group
 
 
 def _row(
-    t: Target, group: Group, leaf: Any, q: QuantizedTensor, rounded: _Packed, found: GroupScale, means: Moments | None
+    t: Target, group: Group, leaf: Any, q: QuantizedTensor, rounded: _Packed, found: GroupScale, means: Means | None
 ) -> LayerReport:
     total = float(rounded.energy.sum(dtype=np.float64))
     known = means is not None and total > 0

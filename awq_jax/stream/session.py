@@ -20,11 +20,10 @@ from tqdm import tqdm
 
 from awq_jax import paths
 from awq_jax.calibration import calibration, expert_grams
-from awq_jax.calibration.accumulate import Sums
-from awq_jax.calibration.calibration import Stats, Wanted
-from awq_jax.calibration.expert_grams import ExpertGrams
+from awq_jax.calibration.accumulate import Accumulator
+from awq_jax.calibration.calibration import Array, Fetch, Statistics, Stats, Wanted
+from awq_jax.calibration.expert_grams import ExpertGrams, ExpertStats
 from awq_jax.config import AwqConfig
-from awq_jax.devices import host_memory
 from awq_jax.devices.pool import HERE, Pool
 from awq_jax.errors import CalibrationError, ConfigError
 from awq_jax.models import ModelConfig
@@ -127,19 +126,19 @@ class Session:
             start = time.perf_counter()
             leaves = read(block)
             loaded = time.perf_counter()
-            stats = self.calibrate(block, leaves, hidden, batches)
+            fetch = self.calibrate(block, leaves, hidden, batches)
             calibrated = time.perf_counter() - loaded
-            done = self.quantize(block, leaves, stats)
+            done = self.quantize(block, leaves, fetch)
             quantized = time.perf_counter()
             if self.grams_in_parts(block):
                 self.pass_on(block, leaves, hidden, batches)
                 calibrated += time.perf_counter() - quantized
-            del leaves, stats
+            del leaves, fetch
             seconds = {"load": loaded - start, **done.seconds, "calibrate": calibrated + done.seconds["calibrate"]}
             yield dataclasses.replace(done, seconds=seconds)
             del done
 
-    def calibrate(self, block: Block, leaves: Mapping[str, Any], hidden: Hidden, batches: int) -> Mapping[str, Stats]:
+    def calibrate(self, block: Block, leaves: Mapping[str, Any], hidden: Hidden, batches: int) -> Fetch:
         """Send all batches through a block, and sum up the statistics of its groups.
 
         Batch ``i`` is the work of device ``i`` modulo their number, and its hidden states stay on the host of
@@ -148,7 +147,7 @@ class Session:
         the block again whenever other experts are asked for.
 
         Returns:
-          By the full name of the group.
+          What brings together the sums of a group of this block, by its full name.
 
         Raises:
           ProcessError: another process has ended.
@@ -156,21 +155,22 @@ class Session:
         parts = self.grams_in_parts(block)
         groups = [_within(g, block) for g, _ in self.work(block)]
         if block.kind == REST or (block.kind == HEAD and not groups):
-            return {}
+            return lambda name: None
         wanted = [Wanted(g, 0 if g.name in parts else None) for g in groups]
         sums = self._pass(block, leaves, hidden, batches, wanted, keep=not parts)
         if not parts:
-            return sums
-        stats = {name: sums[name] for name in sums}
+            return sums.fetch
+        whole = (name for name in sums.names if name[len(block.prefix) :] not in parts)
+        stats: dict[str, Statistics] = {name: sums.fetch(name) for name in whole}
         for group in groups:
             if group.name in parts:
                 collect = functools.partial(
                     self._some_experts, block, leaves, hidden, batches, Wanted(group, parts[group.name])
                 )
-                brief = stats[block.prefix + group.name]
-                grams = ExpertGrams(brief.gram, parts[group.name], collect)
-                stats[block.prefix + group.name] = dataclasses.replace(brief, gram=grams)
-        return stats
+                layer = sums.fetch(block.prefix + group.name)
+                grams = ExpertGrams(layer.gram, parts[group.name], collect)
+                stats[block.prefix + group.name] = ExpertStats(grams, layer.abs, layer.count, layer.dropped)
+        return stats.get
 
     def pass_on(self, block: Block, leaves: Mapping[str, Any], hidden: Hidden, batches: int) -> None:
         """Send all batches through a block that is quantized already, as `run` would.
@@ -189,11 +189,11 @@ class Session:
 
     def _some_experts(
         self, block: Block, leaves: Mapping[str, Any], hidden: Hidden, batches: int, wanted: Wanted, start: int
-    ) -> Any:
+    ) -> Array:
         begun = time.perf_counter()
         sums = self._pass(block, leaves, hidden, batches, [wanted], keep=False, start=start)
         self.asked_again += time.perf_counter() - begun
-        return sums[block.prefix + wanted.group.name].gram
+        return sums.fetch(block.prefix + wanted.group.name).gram
 
     def _pass(
         self,
@@ -205,11 +205,11 @@ class Session:
         *,
         keep: bool,
         start: int = 0,
-    ) -> Sums:
+    ) -> Accumulator:
         """All batches through a block, once; ``keep``: what comes out goes into the next block."""
         step, pool = self._step(block, wanted, keep), self.pool
         copies = pool.spread(dict(leaves))
-        sums, seen = Sums(pool, wanted, block.prefix), ""
+        sums, seen = Accumulator(pool, wanted, block.prefix), ""
         for first in range(0, batches, pool.size):
             count = min(pool.size, batches - first)
             made = {}
@@ -232,8 +232,8 @@ class Session:
         self.activations = next(filter(None, pool.meet(seen)), self.activations)
         return sums
 
-    def quantize(self, block: Block, leaves: Mapping[str, Any], stats: Mapping[str, Stats]) -> Done:
-        """Pack a block's weights; ``stats`` from `calibrate`, which are used up.
+    def quantize(self, block: Block, leaves: Mapping[str, Any], fetch: Fetch) -> Done:
+        """Pack a block's weights; ``fetch`` from `calibrate`, whose sums are used up.
 
         Raises:
           WeightError: a weight holds NaN or inf.
@@ -245,7 +245,7 @@ class Session:
         work = self.work(block)
         plan = Plan(tuple(g for g, _ in work))
         own = {block.prefix + p: leaves[p] for p in block.owned}
-        done = quantizer.quantize_groups(plan, work, own, stats, self.settings, host_memory.trim, self.pool, True)
+        done = quantizer.quantize_groups(plan, work, own, fetch, self.settings, pool=self.pool, consume=True)
         seconds = {"calibrate": proven - start, **done.seconds}
         return Done(block, done.leaves, done.rows, seconds, paths.nbytes(own), paths.nbytes(done.leaves))
 

@@ -23,6 +23,7 @@ import numpy as np
 from jax.sharding import Mesh
 from shared import checkpoints, running
 
+from awq_jax.calibration.calibration import Stats
 from awq_jax.devices import team as processes
 from awq_jax.devices.pool import pool_of
 from awq_jax.stream import job as stream_job
@@ -65,9 +66,10 @@ def measure(checkpoint: Path, samples: int, length: int, rank: int, size: int, p
             for block in blocks:
                 leaves = reader(block)
                 pool.meet()
-                stats, cost = running.measured(job.session.calibrate, block, leaves, hidden, samples)
+                fetch, cost = running.measured(job.session.calibrate, block, leaves, hidden, samples)
                 costs.append(cost)
-        grams = [np.asarray(stats[name].gram) for name in stats]
+        sums = [fetch(group.name) for group, _ in job.session.work(blocks[-1])]
+        grams = [np.asarray(s.gram) for s in sums if isinstance(s, Stats)]
         timed = costs[2:] or costs[1:]  # not the embedding, and not the first layer
         cpus = [float(t) for t in pool.meet(str(sum(c.cpu for c in timed) / len(timed)))]
     d, nbytes = pool.size, sum(g.nbytes for g in grams)

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 import awq_jax
-from awq_jax.calibration.accumulate import Sums
+from awq_jax.calibration.accumulate import Accumulator
 from awq_jax.calibration.calibration import Stats, Wanted
 from awq_jax.devices.pool import Pool
 from awq_jax.plan.plan import Group, Site
@@ -40,7 +40,7 @@ def sums_are_ordered(pool: Pool) -> bool:
     rng = np.random.default_rng(0)
     site = Site("w", "kn", (13, 4))
     groups = [Group("w", (site,), 13), Group("e", (site,), 13, batch=(3,))]
-    sums, want = Sums(pool, [Wanted(g) for g in groups], "at/"), {}
+    sums, want = Accumulator(pool, [Wanted(g) for g in groups], "at/"), {}
     for first in range(0, 11, pool.size):
         count = min(pool.size, 11 - first)
         made = {}
@@ -49,8 +49,10 @@ def sums_are_ordered(pool: Pool) -> bool:
             want = jax.tree.map(np.add, want, new) if want else new
             made[i] = pool.place(i, jax.tree.map(lambda a: a[None], new))
         sums.add(made, first, count)
-    same = jax.tree.map(lambda a, b: bool(np.array_equal(a, b)), {n.removeprefix("at/"): sums[n] for n in sums}, want)
-    return len(sums) == 2 and all(jax.tree.leaves(same))
+    same = jax.tree.map(
+        lambda a, b: bool(np.array_equal(a, b)), {n.removeprefix("at/"): sums.fetch(n) for n in sums.names}, want
+    )
+    return len(sums.names) == 2 and all(jax.tree.leaves(same))
 
 
 def _random(rng: np.random.Generator, g: Group) -> Stats:

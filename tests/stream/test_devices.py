@@ -168,10 +168,10 @@ def test_an_error_of_one_process_ends_the_others(made, tmp_path):
 def test_grams_do_not_depend_on_the_number_of_threads():
     code = """
 import jax, numpy as np, hashlib
-from awq_jax.calibration.calibration import _moments
+from awq_jax.calibration.calibration import batch_sums
 x = np.random.default_rng(0).standard_normal((2048, 512)).astype(np.float32)
 for k in (32, 64, 96, 128, 256, 512):
-    print(hashlib.sha256(np.asarray(jax.jit(_moments)(x[:, :k]).gram).tobytes()).hexdigest())
+    print(hashlib.sha256(np.asarray(jax.jit(batch_sums)(x[:, :k]).gram).tobytes()).hexdigest())
 """
     seen = set()
     for threads in (2, 8, 64):
@@ -185,7 +185,7 @@ for k in (32, 64, 96, 128, 256, 512):
 def test_slabs_hold_the_same_sums(shape):
     x = np.random.default_rng(2).standard_normal(shape).astype(np.float32)
     x[..., 7, 0] = np.nan
-    got = jax.jit(calibration._moments)(x)
+    got = jax.jit(calibration.batch_sums)(x)
     clean = np.where(np.isfinite(x).all(axis=-1, keepdims=True), x, 0).astype(np.float64)
     np.testing.assert_allclose(got.gram, np.swapaxes(clean, -1, -2) @ clean, rtol=1e-5, atol=1e-4)
     np.testing.assert_array_equal(got.count, np.full(shape[:-2], shape[-2] - 1))

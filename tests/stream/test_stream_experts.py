@@ -14,7 +14,7 @@ import awq_jax
 from awq_jax import paths
 from awq_jax.calibration import expert_grams
 from awq_jax.calibration.calibration import Stats
-from awq_jax.calibration.means import moments
+from awq_jax.calibration.means import means_of
 from awq_jax.config import AwqConfig
 from awq_jax.plan.plan import Group
 from awq_jax.report import Report
@@ -103,11 +103,12 @@ def test_grams_of_some_experts_are_those_of_all(checkpoint, monkeypatch):
         hidden = InMemory([TOKENS[:4], TOKENS[4:]])
         for block in session.blocks[:3]:
             mine = {p: leaves[block.prefix + p] for p in block.leaves}
-            stats = session.calibrate(block, mine, hidden, 2)
-            down = stats.get("layers/1/mlp/experts/down_proj/kernel")
+            fetch = session.calibrate(block, mine, hidden, 2)
+            down = next((g for g, _ in session.work(block) if g.name == "layers/1/mlp/experts/down_proj/kernel"), None)
             if down is not None:
-                grams = [down.gram.one(e) if budget < 2**20 else down.gram[e] for e in range(4)]
-                found.append((np.stack(grams), down.count))
+                stats = fetch(down.name)
+                grams = [stats.grams(down).collect(e) for e in range(4)]
+                found.append((np.stack(grams), stats.count))
             if budget < 2**20 and session.grams_in_parts(block):
                 session.pass_on(block, mine, hidden, 2)
     (all_grams, all_counts), (some, counts) = found
@@ -125,11 +126,11 @@ def test_statistics_of_a_layer_are_let_go_with_those_of_its_experts():
     """They hold on to a block's Grams, or to the block itself where its Grams are collected some at a time."""
     gram = np.random.default_rng(1).normal(size=(3, 4, 4)).astype(np.float32)
     few = Stats(gram, np.ones((3, 4), np.float32), np.array([100, 200, 1], np.float32), np.zeros(3, np.float32))
-    found = moments(Group("g", (), 4, batch=(3,)), few)
-    total, count = found.gram(0, 2)
+    found = means_of(Group("g", (), 4, batch=(3,)), few)
+    total, count = found.collect_gram(0, 2)
     np.testing.assert_allclose(total, gram.sum(axis=0), rtol=1e-5)
     assert count == 301
-    assert found.gram(0, 2)[0] is total  # added up once
+    assert found.collect_gram(0, 2)[0] is total  # added up once
     left = weakref.ref(found)
     del found
     gc.collect()

@@ -1,0 +1,61 @@
+"""The Grams of one scale group, whether all of them are in memory (here) or some at a time (`expert_grams`)."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from awq_jax.plan.plan import Group
+
+
+class Grams(Protocol):
+    """Sums of ``x^T x`` over tokens, one for each instance: expert ``e`` of scanned layer ``l`` is ``l * E + e``."""
+
+    def collect(self, instance: int) -> jax.Array:
+        """Float32 ``[K, K]`` of one instance. Ask in rising order: going back may cost a pass over all batches."""
+
+    def sum_experts(self, layer: int) -> jax.Array:
+        """Float32 ``[K, K]``: the sum over the experts of a layer."""
+
+    def all_finite(self) -> bool:
+        """Whether there is neither NaN nor inf in any."""
+
+
+class ArrayGrams:
+    """`Grams` that are one array.
+
+    Args:
+      gram: ``[*scan, *batch, K, K]``.
+      group: whose.
+    """
+
+    def __init__(self, gram: jax.Array | np.ndarray, group: Group) -> None:
+        self._gram, self._lead, self._experts = gram, (*group.scan, *group.batch), math.prod(group.batch)
+        self._summed: dict[int, jax.Array] = {}  # of the last layer asked for
+
+    def collect(self, instance: int) -> jax.Array:
+        """See `Grams`."""
+        return jnp.asarray(self._gram[np.unravel_index(instance, self._lead)] if self._lead else self._gram)
+
+    def sum_experts(self, layer: int) -> jax.Array:
+        """See `Grams`."""
+        if layer not in self._summed:
+            self._summed.clear()
+            first = layer * self._experts
+            self._summed[layer] = functools.reduce(jnp.add, (self.collect(first + e) for e in range(self._experts)))
+        return self._summed[layer]
+
+    def all_finite(self) -> bool:
+        """See `Grams`."""
+        return bool(all_finite(self._gram))
+
+
+@jax.jit
+def all_finite(x: jax.Array) -> jax.Array:
+    """Whether there is neither NaN nor inf in ``x``."""
+    return jnp.isfinite(x).all()
