@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -17,15 +17,18 @@ from awq_jax.errors import CalibrationError, ConfigError, Setting, WeightError
 
 # Logits of one forward pass are kept below this many bytes (float32) unless a batch size is given.
 LOGIT_BYTES = 256 * 2**20
+Text = str | Sequence[int] | np.ndarray
 
 
 class Scorable(Protocol):
     """What evaluation needs of a model; `awq_jax.serve.model.Model` has it."""
 
-    params: Any
+    @property
+    def params(self) -> Any:
+        """Parameters, as `apply` takes them."""
 
     @property
-    def apply(self) -> Callable[[Any, jax.Array], jax.Array]:
+    def apply(self) -> Callable[..., jax.Array]:
         """Logits ``[B, T, V]`` of tokens ``[B, T]``, pure and causal."""
 
 
@@ -50,7 +53,7 @@ class Perplexity:
     window_nll: np.ndarray
     window_tokens: np.ndarray
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Plain JSON data."""
         return {
             "ppl": self.ppl,
@@ -77,14 +80,14 @@ class Divergence:
     agreement: float
     tokens: int
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Plain JSON data."""
         return dataclasses.asdict(self)
 
 
 def perplexity(
     model: Scorable,
-    text: Any,
+    text: Text,
     *,
     context: int = 512,
     stride: int | None = None,
@@ -116,14 +119,14 @@ def perplexity(
     work = _Windows(model, text, context, stride, max_tokens, batch_size)
 
     @jax.jit
-    def score(params: Any, tokens: jax.Array, targets: jax.Array) -> jax.Array:
+    def score(params: object, tokens: jax.Array, targets: jax.Array) -> jax.Array:
         logits = model.apply(params, tokens).astype(jnp.float32)
         gold = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         return jax.nn.logsumexp(logits, axis=-1) - gold
 
-    sums, counts = [], []
+    params, sums, counts = model.params, [], []
     for tokens, targets, counted in work.batches("perplexity", progress):
-        per_token = np.asarray(score(model.params, tokens, targets), np.float64)
+        per_token = np.asarray(score(params, tokens, targets), np.float64)
         sums.append(_window_sums(per_token, counted))
         counts.append(counted.sum(axis=1))
     window_nll, window_tokens = np.concatenate(sums)[: work.count], np.concatenate(counts)[: work.count]
@@ -134,7 +137,7 @@ def perplexity(
 def kl(
     model: Scorable,
     reference: Scorable,
-    text: Any,
+    text: Text,
     *,
     context: int = 512,
     stride: int | None = None,
@@ -160,15 +163,16 @@ def kl(
         raise ConfigError(f"the models have {work.vocabulary} and {other} tokens; KL needs the same vocabulary")
 
     @jax.jit
-    def compare(params: Any, reference_params: Any, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def compare(params: object, reference_params: object, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
         q = jax.nn.log_softmax(model.apply(params, tokens).astype(jnp.float32))
         p = jax.nn.log_softmax(reference.apply(reference_params, tokens).astype(jnp.float32))
         terms = jnp.where(p > -jnp.inf, jnp.exp(p) * (p - q), 0.0)  # masked tokens: 0 log 0 = 0
         return terms.sum(axis=-1), p.argmax(-1) == q.argmax(-1)
 
+    params, reference_params = model.params, reference.params
     sums, counts, same = [], [], 0
     for tokens, _, counted in work.batches("KL", progress):
-        divergence, agree = compare(model.params, reference.params, tokens)
+        divergence, agree = compare(params, reference_params, tokens)
         sums.append(_window_sums(np.asarray(divergence, np.float64), counted))
         counts.append(counted.sum(axis=1))
         same += int(np.sum(np.asarray(agree) & counted))
@@ -195,7 +199,7 @@ class _Windows:
     def __init__(
         self,
         model: Scorable,
-        text: Any,
+        text: Text,
         context: int,
         stride: int | None,
         max_tokens: int | None,

@@ -250,7 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> Row:
 def everything(args: argparse.Namespace) -> Row:
     """All parts, the most wanted first."""
     from awq_jax.bench import decoding, products, random_models, timing
-    from awq_jax.cli.bench import device
+    from awq_jax.bench.timing import device
     from awq_jax.kernels import triton_matmul, tuned, xla
 
     chip = tuned.local_chip()

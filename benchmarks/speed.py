@@ -29,7 +29,7 @@ from shared import checkpoints, running
 import awq_jax
 from awq_jax import paths
 from awq_jax.bench import decoding, random_models
-from awq_jax.cli.bench import device
+from awq_jax.bench.timing import device
 from awq_jax.models.weights import params as model_params
 from awq_jax.serve.cpu_copy import resident
 from awq_jax.serve.served_weights import ServedWeights

@@ -95,7 +95,7 @@ def largest_tile(params: object, itemsize: int = 2) -> int:
     return max((q.k * q.n * itemsize for q in packed), default=0)
 
 
-def row(timer: DecodingTimer, top: timing.Ceilings, rounds: int = 3) -> dict[str, Any]:
+def row(timer: DecodingTimer, top: timing.Ceilings, rounds: int = 3) -> timing.Row:
     """Time one model.
 
     Returns:
@@ -140,7 +140,7 @@ def run(
     steps: int = 64,
     layers: int | None = None,
     dtype: str = "bfloat16",
-) -> dict[str, Any]:
+) -> timing.Row:
     """`row` of a model with random weights, with ``model``, ``layers``, ``bits`` (None: dense) and ``group_size``.
 
     Dense weights are merged as packed ones are, so that only the weights differ.
@@ -193,7 +193,7 @@ def paired(timers: Mapping[str, DecodingTimer], against: str, rounds: int) -> di
     return out
 
 
-def line(row: dict[str, Any]) -> str:
+def line(row: timing.Row) -> str:
     """One row for people."""
     weights = "dense" if row["bits"] is None else f"{row['bits']} bits"
     text = f"{row['model']} ({row['layers']} layers) {weights:7s} prefill {row['prefill_tokens_per_s']:9.1f} tokens/s"

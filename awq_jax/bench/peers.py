@@ -7,12 +7,15 @@ its error, and the measurement goes on.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import signal
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,15 +24,49 @@ import numpy as np
 from awq_jax.bench import timing
 from awq_jax.qtensor import QuantizedTensor
 
-Product = Callable[[Any], Any]
+if TYPE_CHECKING:  # torch takes seconds, and need not be installed
+    import torch
+
+    Product = Callable[[torch.Tensor], torch.Tensor]
+
 LONGEST = 20  # seconds for one peer and product: some search for tile sizes when they are first called
+
+
+@dataclasses.dataclass(frozen=True)
+class TorchWeight:
+    """A weight on torch's device.
+
+    Attributes:
+      q: where it comes from.
+      codes: uint8 ``[N, K]``.
+      scales, zeros: float32 ``[N, K/g]``.
+    """
+
+    q: QuantizedTensor
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor
+
+
+class Products(NamedTuple):
+    """What a peer offers: as many products by copies of a weight as were asked for.
+
+    Attributes:
+      products: each by another copy.
+      dtype: of activations.
+      checked: whether the result is that of our weight.
+    """
+
+    products: Sequence[Product]
+    dtype: torch.dtype
+    checked: bool
 
 
 def measure(
     q: QuantizedTensor,
     x: jax.Array,
     seed: int,
-    error: Callable[[Any, jax.Array, QuantizedTensor, int], float],
+    error: Callable[[np.ndarray, jax.Array, QuantizedTensor, int], float],
     seconds: float,
 ) -> dict[str, float | str]:
     """Microseconds of each peer for ``x @ q``, or why there are none.
@@ -46,25 +83,28 @@ def measure(
         return {"torch": "not installed"}
     if jax.default_backend() not in ("gpu", "cuda") or not torch.cuda.is_available():
         return {"torch": "sees no CUDA device"}
-    codes = torch.from_numpy(np.array(q.codes().T)).cuda()  # uint8 [N, K]
-    scales = torch.from_numpy(np.array(q.scales.astype(jnp.float32).T)).cuda()  # [N, K/g]
     assert q.zeros is not None
-    zeros = torch.from_numpy(np.array(q.zeros.T)).cuda().float()
+    w = TorchWeight(
+        q,
+        torch.from_numpy(np.array(q.codes().T)).cuda(),
+        torch.from_numpy(np.array(q.scales.astype(jnp.float32).T)).cuda(),
+        torch.from_numpy(np.array(q.zeros.T)).cuda().float(),
+    )
     rows = torch.from_numpy(np.array(x.astype(jnp.float32))).cuda()
     out: dict[str, float | str] = {}
     for name, build in (("torch", _torch), ("gemlite", _gemlite), ("marlin", _marlin)):
         try:
             with deadline(LONGEST):
                 count = timing.copies(q.qweight.nbytes)
-                products, dtype, symmetric = build(torch, q, codes, scales, zeros, count)
+                products, dtype, checked = build(w, count)
                 given = rows.to(dtype)
                 y = products[0](given).float().cpu().numpy()
-                if not symmetric:
+                if checked:
                     wrong = error(y, x, q, seed)
                     if not wrong < 2e-2:
                         out[name] = f"wrong: relative error {wrong:.1e}"
                         continue
-                out[name] = _graph_time(torch, products, given, seconds) * 1e6
+                out[name] = _graph_time(products, given, seconds) * 1e6
         except Exception as e:  # whatever another library does must not end our measurement
             out[name] = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:160]}"
     return out
@@ -80,7 +120,7 @@ def deadline(seconds: float) -> Iterator[None]:
         yield
         return
 
-    def stop(number: int, frame: Any) -> None:
+    def stop(number: int, frame: FrameType | None) -> None:
         raise TimeoutError(f"took more than {seconds} s")
 
     start, outer = time.monotonic(), signal.setitimer(signal.ITIMER_REAL, 0)[0]
@@ -95,7 +135,10 @@ def deadline(seconds: float) -> Iterator[None]:
             signal.setitimer(signal.ITIMER_REAL, max(outer - (time.monotonic() - start), 1e-3))
 
 
-def _graph_time(torch: Any, products: list[Product], x: Any, seconds: float) -> float:
+def _graph_time(products: Sequence[Product], x: torch.Tensor, seconds: float) -> float:
+    """Seconds of one product, as the median of replays of a CUDA graph of all."""
+    import torch
+
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -118,25 +161,30 @@ def _graph_time(torch: Any, products: list[Product], x: Any, seconds: float) -> 
     return statistics.median(took) / len(products)
 
 
-def _torch(torch: Any, q: QuantizedTensor, codes: Any, scales: Any, zeros: Any, count: int) -> Any:
+def _torch(w: TorchWeight, count: int) -> Products:
     """``torch._weight_int4pack_mm``: bfloat16, ``(code - 8) * scale + zero``; even rows in the high nibble."""
+    import torch
+
+    q, codes, scales, zeros = w.q, w.codes, w.scales, w.zeros
     if q.bits != 4:
         raise NotImplementedError(f"{q.bits} bits")
     packed = torch._convert_weight_to_int4pack(codes[:, ::2] << 4 | codes[:, 1::2], 8)
     both = torch.stack([scales, (8 - zeros) * scales], -1).transpose(0, 1).contiguous().to(torch.bfloat16)
-    copies = [(packed.clone(), both.clone()) for _ in range(count)]
-    return (
-        [lambda x, c=c: torch._weight_int4pack_mm(x, c[0], q.group_size, c[1]) for c in copies],
-        torch.bfloat16,
-        False,
-    )
+
+    def product(packed: torch.Tensor, both: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return torch._weight_int4pack_mm(x, packed, q.group_size, both)
+
+    products = [functools.partial(product, packed.clone(), both.clone()) for _ in range(count)]
+    return Products(products, torch.bfloat16, True)
 
 
-def _gemlite(torch: Any, q: QuantizedTensor, codes: Any, scales: Any, zeros: Any, count: int) -> Any:
+def _gemlite(w: TorchWeight, count: int) -> Products:
     """gemlite's Triton kernels, in bfloat16, ``(code - zero) * scale``."""
     import gemlite
+    import torch
 
     def one() -> Product:
+        q = w.q
         layer = gemlite.GemLiteLinear(
             q.bits,
             group_size=q.group_size,
@@ -145,26 +193,28 @@ def _gemlite(torch: Any, q: QuantizedTensor, codes: Any, scales: Any, zeros: Any
             input_dtype=gemlite.DType.BF16,
             output_dtype=gemlite.DType.BF16,
         )
-        layer.pack(codes, scales.to(torch.bfloat16), zeros.to(torch.bfloat16), None)
+        layer.pack(w.codes, w.scales.to(torch.bfloat16), w.zeros.to(torch.bfloat16), None)
         return layer
 
-    return [one() for _ in range(count)], torch.bfloat16, False
+    return Products([one() for _ in range(count)], torch.bfloat16, True)
 
 
-def _marlin(torch: Any, q: QuantizedTensor, codes: Any, scales: Any, zeros: Any, count: int) -> Any:
+def _marlin(w: TorchWeight, count: int) -> Products:
     """IST-DASLab's Marlin: float16, symmetric, so it is timed on random words and not checked."""
     import marlin
+    import torch
 
+    q = w.q
     if q.bits != 4 or q.group_size not in (128, q.k):
         raise NotImplementedError(f"{q.bits} bits in groups of {q.group_size}")
     words = torch.randint(-(2**31), 2**31 - 1, (q.k // 16, q.n * 2), dtype=torch.int32, device="cuda")
-    table = scales.T.contiguous().half()
+    table = w.scales.T.contiguous().half()
     workspace = torch.zeros(q.n // 128 * 16, dtype=torch.int32, device="cuda")
-    copies = [(words.clone(), table.clone()) for _ in range(count)]
 
-    def product(x: Any, c: Any) -> Any:
+    def product(words: torch.Tensor, table: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         y = torch.empty(len(x), q.n, dtype=torch.float16, device="cuda")
-        marlin.mul(x, c[0], y, c[1], workspace, -1, -1, -1)
+        marlin.mul(x, words, y, table, workspace, -1, -1, -1)
         return y
 
-    return [lambda x, c=c: product(x, c) for c in copies], torch.float16, True
+    products = [functools.partial(product, words.clone(), table.clone()) for _ in range(count)]
+    return Products(products, torch.float16, False)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from awq_jax import kernels
 from awq_jax.bench import peers, random_models, timing
@@ -23,10 +23,11 @@ ROWS = (1, 4, 16, 64, 256, 2048)
 CHECKED = 256  # columns compared with float64
 LIMIT = 1e-2  # relative error of a product of bfloat16 numbers
 Say = Callable[[str], None]
+Product = Callable[[jax.Array, QuantizedTensor], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class Weight:
+class RandomWeight:
     """A random packed weight.
 
     Attributes:
@@ -56,11 +57,11 @@ def _random(key: jax.Array, k: int, n: int, group: int, bits: int) -> tuple[jax.
     return jax.random.bits(a, (k * bits // 32, n), jnp.uint32), scales, zeros
 
 
-def weight(seed: int, k: int, n: int, group: int, bits: int) -> Weight:
+def weight(seed: int, k: int, n: int, group: int, bits: int) -> RandomWeight:
     """Random codes, scales and zero points; every 32-bit word is a valid one."""
     words, scales, zeros = _random(jax.random.key(seed), k, n, group, bits)
     q = QuantizedTensor(words, scales, zeros, None, bits, group, "kn", (k,), (n,), "bfloat16")
-    return Weight(q, kernels.prepare(q))
+    return RandomWeight(q, kernels.prepare(q))
 
 
 def expected(x: np.ndarray, q: QuantizedTensor, columns: np.ndarray) -> np.ndarray:
@@ -81,7 +82,7 @@ def expected(x: np.ndarray, q: QuantizedTensor, columns: np.ndarray) -> np.ndarr
     return x.astype(np.float64) @ w
 
 
-def error(y: Any, x: jax.Array, q: QuantizedTensor, seed: int) -> float:
+def error(y: jax.Array | np.ndarray, x: jax.Array, q: QuantizedTensor, seed: int) -> float:
     """Relative error of ``y [m, N]`` in some columns; infinite if any element is not finite."""
     y = np.asarray(y, np.float32) if not isinstance(y, jax.Array) else np.asarray(y.astype(jnp.float32))
     if not np.isfinite(y).all():
@@ -91,9 +92,9 @@ def error(y: Any, x: jax.Array, q: QuantizedTensor, seed: int) -> float:
     return float(np.linalg.norm(y[:, columns] - want) / np.linalg.norm(want))
 
 
-def implementations(m: int, w: Weight, dtype: Any) -> dict[str, tuple[Callable[..., Any], QuantizedTensor]]:
+def implementations(m: int, w: RandomWeight, dtype: DTypeLike) -> dict[str, tuple[Product, QuantizedTensor]]:
     """What can run here by name, with the weight in the layout it reads."""
-    out: dict[str, tuple[Callable[..., Any], QuantizedTensor]] = {}
+    out: dict[str, tuple[Product, QuantizedTensor]] = {}
     for backend in dispatch.BACKENDS:
         q = w.canonical if backend.layout == "canonical" else w.ready
         if backend.obstacle(dispatch.request_for(jax.ShapeDtypeStruct((m, q.k), dtype), q)) is None:
@@ -115,7 +116,7 @@ def measure(
     seconds: float = 0.2,
     seed: int = 0,
     with_peers: bool = True,
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[timing.Row]:
     """One row per shape, number of rows and implementation; each is checked on fresh random data.
 
     Yields:
@@ -157,7 +158,7 @@ def measure(
                 }  # fmt: skip
 
 
-def line(row: dict[str, Any]) -> str:
+def line(row: timing.Row) -> str:
     """One row for people."""
     if "failed" in row:
         return f"{row['m']:5d} x {row['k']}x{row['n']} {row['impl']:7s} FAILED: {row['failed']}"
@@ -206,8 +207,8 @@ def tune(
     seconds: float = 0.1,
     seed: int = 0,
     say: Say = lambda line: None,
-    product: Callable[..., Any] = triton_matmul.matmul,
-) -> Iterator[dict[str, Any]]:
+    product: Callable[..., jax.Array] = triton_matmul.matmul,
+) -> Iterator[timing.Row]:
     """Time the candidates; the fastest correct one for each shape and bucket of rows.
 
     Args:
@@ -245,12 +246,10 @@ def tune(
             yield {"k": k, "n": n, "bits": bits, "rows": m} | dataclasses.asdict(ranked[0][1])
 
 
-def table(
-    chip: tuned.Chip, entries: Iterable[dict[str, Any]], before: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
+def table(chip: tuned.Chip, entries: Iterable[timing.Row], before: timing.Row | None = None) -> timing.Row:
     """The content of ``kernels/tuned/<chip>.json``; ``before``: one whose other entries are kept."""
 
-    def key(entry: Mapping[str, Any]) -> tuple[Any, ...]:
+    def key(entry: timing.Row) -> tuple[int, ...]:
         return entry["k"], entry["n"], entry.get("bits", 4), entry["rows"]
 
     kept = {key(e): e for e in [*(before or {}).get("shapes", ()), *entries]}

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from awq_jax import models, paths
+from awq_jax.convert.config_json import HfConfig
 from awq_jax.errors import ConfigError
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.weights import params as model_params
 from awq_jax.qtensor import QuantizedTensor
 
 
-def _llama(vocab: int, size: int, inner: int, layers: int, heads: int, kv: int, **more: Any) -> dict[str, Any]:
+def _llama(vocab: int, size: int, inner: int, layers: int, heads: int, kv: int, **more: float) -> HfConfig:
     sizes = {"vocab_size": vocab, "hidden_size": size, "intermediate_size": inner, "num_hidden_layers": layers}
     others = {"num_attention_heads": heads, "num_key_value_heads": kv, "max_position_embeddings": 4096}
     fixed = {"model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 1e4}
@@ -24,7 +24,7 @@ def _llama(vocab: int, size: int, inner: int, layers: int, heads: int, kv: int, 
 
 
 # Published configs, and a small one for CPUs.
-SHAPES: dict[str, dict[str, Any]] = {
+SHAPES: dict[str, HfConfig] = {
     "llama-3-8b": _llama(128256, 4096, 14336, 32, 32, 8, rope_theta=5e5, max_position_embeddings=8192),
     "llama-2-7b": _llama(32000, 4096, 11008, 32, 32, 32),
     "smollm2-135m": _llama(49152, 576, 1536, 30, 9, 3, rope_theta=1e5, tie_word_embeddings=True),
@@ -40,7 +40,7 @@ def config(name: str, layers: int | None = None) -> ModelConfig:
     """
     if name not in SHAPES:
         raise ConfigError(f"no model shape {name!r}; choose from {', '.join(SHAPES)}")
-    return models.config_from_hf(SHAPES[name] | ({"num_hidden_layers": layers} if layers else {}))
+    return models.config_from_hf({**SHAPES[name], **({"num_hidden_layers": layers} if layers else {})})
 
 
 def products(name: str) -> tuple[tuple[int, int], ...]:
@@ -73,7 +73,7 @@ def random_model(
     graphdef, state = model_params.abstract(c)
     numbers = iter(range(seed, seed + (1 << 30)))
 
-    def leaf(path: str, like: Any) -> Any:
+    def leaf(path: str, like: jax.ShapeDtypeStruct) -> jax.Array | QuantizedTensor:
         key, shape = jax.random.key(next(numbers)), tuple(like.shape)
         if path.endswith(("norm/scale", "layernorm/scale")):
             return jnp.ones(shape, dtype)

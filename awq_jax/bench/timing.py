@@ -1,16 +1,19 @@
-"""Seconds per call of work on a device, and the ceilings of the device itself."""
+"""Seconds per call of work on a device, the ceilings of the device, and which device it is."""
 
 from __future__ import annotations
 
 import dataclasses
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+Row = dict[str, Any]  # one measurement, as JSON
 CACHE_BYTES = 200 << 20  # more than three times the second-level cache of any chip in the tables
 
 
@@ -27,7 +30,7 @@ class Ceilings:
     flops: float
 
 
-def per_call(fn: Callable[..., Any], sets: Sequence[tuple[Any, ...]], seconds: float = 0.2) -> float:
+def per_call(fn: Callable[..., object], sets: Sequence[tuple[object, ...]], seconds: float = 0.2) -> float:
     """Median seconds of one call of ``fn``, many calls being one program.
 
     Args:
@@ -70,3 +73,16 @@ def ceilings(scale: float = 1.0) -> Ceilings:
     a, b = (jax.random.normal(k, (side, side), jnp.bfloat16) for k in jax.random.split(key))
     product = per_call(lambda a, b: a @ b, [(a, b)])
     return Ceilings(8 * words / copy, 2 * side**3 / product)
+
+
+def device() -> Row:
+    """What is measured on: the device, and the versions of what runs on it."""
+    names = ("jax", "jaxlib", "jax-triton", "triton", "torch", "gemlite", "awq-jax")
+    versions: dict[str, str | None] = {}
+    for name in names:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    one = jax.devices()[0]
+    return {"device": one.device_kind, "platform": one.platform, "python": sys.version.split()[0], "versions": versions}

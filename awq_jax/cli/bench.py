@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from awq_jax.cli import common
 from awq_jax.errors import BackendError, ConfigError
 
 if TYPE_CHECKING:
-    from awq_jax.kernels import tuned
+    from awq_jax.bench.timing import Ceilings, Row
+    from awq_jax.kernels.tuned import Chip
 
 _EXAMPLES = """
 awq-jax bench kernels --shapes 4096x14336 8192x8192 --rows 1 16 64
@@ -23,7 +24,7 @@ awq-jax bench tune --out nvidia-h200.json      # entries that are there stay, un
 """
 
 
-def add(subparsers: Any) -> None:
+def add(subparsers: common.Commands) -> None:
     """Register the command."""
     p = common.parser(
         subparsers,
@@ -82,30 +83,13 @@ def _check_shapes(args: argparse.Namespace) -> None:
             raise ConfigError(f"{k}x{n}: --group-size {unit} does not divide {k} inputs, or 32 does not")
 
 
-def device() -> dict[str, Any]:
-    """What was measured on."""
-    import importlib.metadata as metadata
-
-    import jax
-
-    names = ("jax", "jaxlib", "jax-triton", "triton", "torch", "gemlite", "awq-jax")
-    versions: dict[str, str | None] = {}
-    for name in names:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
-    one = jax.devices()[0]
-    return {"device": one.device_kind, "platform": one.platform, "python": sys.version.split()[0], "versions": versions}
-
-
 def _fast() -> bool:
     import jax
 
     return jax.default_backend() != "cpu"
 
 
-def _ceilings(args: argparse.Namespace) -> Any:
+def _ceilings(args: argparse.Namespace) -> Ceilings:
     from awq_jax.bench import timing
 
     top = timing.ceilings(1.0 if _fast() else 0.02)
@@ -113,10 +97,8 @@ def _ceilings(args: argparse.Namespace) -> Any:
     return top
 
 
-def _kernels(args: argparse.Namespace) -> dict[str, Any]:
-    import dataclasses
-
-    from awq_jax.bench import products
+def _kernels(args: argparse.Namespace) -> Row:
+    from awq_jax.bench import products, timing
 
     top = _ceilings(args)
     shapes = args.shapes or (products.SHAPES if _fast() else ((1024, 1024),))
@@ -129,13 +111,11 @@ def _kernels(args: argparse.Namespace) -> dict[str, Any]:
         kept.append(row)
         if not args.json:
             print(products.line(row), flush=True)
-    return device() | {"ceilings": dataclasses.asdict(top), "kernels": kept}
+    return timing.device() | {"ceilings": dataclasses.asdict(top), "kernels": kept}
 
 
-def _model(args: argparse.Namespace) -> dict[str, Any]:
-    import dataclasses
-
-    from awq_jax.bench import decoding, random_models
+def _model(args: argparse.Namespace) -> Row:
+    from awq_jax.bench import decoding, random_models, timing
 
     names = args.model or (["llama-3-8b"] if _fast() else ["small"])
     for name in names:
@@ -153,10 +133,10 @@ def _model(args: argparse.Namespace) -> dict[str, Any]:
         kept.append(row)
         if not args.json:
             print(decoding.line(row), flush=True)
-    return device() | {"ceilings": dataclasses.asdict(top), args.what: kept}
+    return timing.device() | {"ceilings": dataclasses.asdict(top), args.what: kept}
 
 
-def _tune(args: argparse.Namespace) -> dict[str, Any]:
+def _tune(args: argparse.Namespace) -> Row:
     from awq_jax.bench import products
     from awq_jax.kernels import triton_matmul, tuned
 
@@ -182,7 +162,7 @@ def _tune(args: argparse.Namespace) -> dict[str, Any]:
     return table
 
 
-def _table_before(path: Path | None, chip: tuned.Chip) -> dict[str, Any] | None:
+def _table_before(path: Path | None, chip: Chip) -> Row | None:
     """The table that is to be extended, if there is one; refused now, not after minutes of tuning."""
     from awq_jax.bench import products
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from awq_jax import models, paths
 from awq_jax.convert.arrays import codes
 from awq_jax.convert.files.safetensors import INDEX, SINGLE, find_files, read_header, read_index, read_json
 from awq_jax.convert.source import Source
 from awq_jax.errors import AwqError, UnsupportedModelError
+from awq_jax.models.weights import params
 from awq_jax.qtensor import QuantizedTensor
 
 SKIPS = ("modules_to_not_convert", "ignore")
@@ -46,7 +47,7 @@ def config(source: Source) -> list[str]:
     if not isinstance(quant, dict):
         return []
     infos = {n: source.info(n) for n in source.names()}
-    packed = {n.removesuffix(".weight"): i.packed for n, i in infos.items() if i.packed is not None}
+    packed = {n.removesuffix(".weight"): i.packed for n, i in infos.items() if i.packed}
     if not packed:
         return ["config.json says that the model is quantized, but no tensor is"]
     found = []
@@ -58,14 +59,14 @@ def config(source: Source) -> list[str]:
             found.append(f"config.json lists {some(wrong)} in {key}, but it is packed")
     group = quant.get("group_size", quant.get("q_group_size"))
     if type(group) is int and group > 0 and not isinstance(quant.get("dynamic"), dict):
-        other = [m for m, p in packed.items() if p and p.group_size != group and not isinstance(quant.get(m), dict)]
+        other = [m for m, p in packed.items() if p.group_size != group and not isinstance(quant.get(m), dict)]
         if other:
-            found.append(f"config.json says group size {group}, {some(other)} has {_of(packed, other).group_size}")
+            found.append(f"config.json says group size {group}, {some(other)} has {packed[min(other)].group_size}")
     bits = quant.get("bits", quant.get("w_bit"))
     if type(bits) is int and not isinstance(quant.get("dynamic"), dict):
-        other = [m for m, p in packed.items() if p and p.bits != bits and not isinstance(quant.get(m), dict)]
+        other = [m for m, p in packed.items() if p.bits != bits and not isinstance(quant.get(m), dict)]
         if other:
-            found.append(f"config.json says {bits} bits, {some(other)} has {_of(packed, other).bits}")
+            found.append(f"config.json says {bits} bits, {some(other)} has {packed[min(other)].bits}")
     return found
 
 
@@ -74,9 +75,6 @@ def model(source: Source) -> list[str]:
 
     Nothing is known of architectures that the decoder does not have: then the list is empty.
     """
-    from awq_jax import models, paths
-    from awq_jax.models.weights import params
-
     try:
         described = models.config_of(source)
         _, state = params.abstract(described)
@@ -156,7 +154,3 @@ def some(names: list[str]) -> str:
     """The first few of a list."""
     more = f" and {len(names) - 2} more" if len(names) > 2 else ""
     return ", ".join(sorted(names)[:2]) + more
-
-
-def _of(packed: dict[str, Any], names: list[str]) -> Any:
-    return packed[sorted(names)[0]]

@@ -8,9 +8,9 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from awq_jax.errors import AwqError, CheckpointError, ConfigError, as_options
 
@@ -18,8 +18,17 @@ from awq_jax.errors import AwqError, CheckpointError, ConfigError, as_options
 FLOATS = ("float32", "bfloat16", "float16")
 
 
+if TYPE_CHECKING:
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
+
 def parser(
-    subparsers: Any, name: str, run: Callable[[argparse.Namespace], None], help: str, description: str, examples: str
+    subparsers: Commands,
+    name: str,
+    run: Callable[[argparse.Namespace], None],
+    help: str,
+    description: str,
+    examples: str,
 ) -> argparse.ArgumentParser:
     """A subcommand's parser, with ``--json``, ``--quiet`` and ``--debug``."""
     p = subparsers.add_parser(
@@ -37,7 +46,7 @@ def parser(
     return p
 
 
-def add_dtype(p: Any) -> None:
+def add_dtype(p: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     """``--dtype``."""
     p.add_argument("--dtype", choices=FLOATS, help="compute in this type (default: as stored; GGUF files: float32)")
 
@@ -53,7 +62,7 @@ def positive(text: str) -> int:
     return value
 
 
-def to_json(data: dict[str, Any]) -> str:
+def to_json(data: Mapping[str, object]) -> str:
     """Strict JSON; numbers that are not finite become null."""
     return json.dumps(_finite(data), indent=2, allow_nan=False)
 
@@ -77,7 +86,7 @@ def check_new_directory(path: Path, overwrite: bool) -> None:
     """
     if path.exists() and not overwrite:
         raise CheckpointError(f"{path} exists; choose another directory or pass --overwrite")
-    from awq_jax.convert.files.shards import refuse_existing
+    from awq_jax.convert.files.shards import refuse_existing  # imports NumPy
 
     refuse_existing(path.expanduser().absolute(), overwrite)
     parent = existing_parent(path)
@@ -119,7 +128,7 @@ def existing_parent(path: Path) -> Path:
     return next(p for p in path.absolute().parents if p.exists())
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> object:
     if isinstance(value, dict):
         return {str(k): _finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

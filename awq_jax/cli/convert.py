@@ -21,7 +21,7 @@ awq-jax convert --list
 """
 
 
-def add(subparsers: Any) -> None:
+def add(subparsers: common.Commands) -> None:
     """Register the command."""
     p = common.parser(
         subparsers,

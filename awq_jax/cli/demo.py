@@ -17,7 +17,7 @@ awq-jax demo --model ./model --json
 """
 
 
-def add(subparsers: Any) -> None:
+def add(subparsers: common.Commands) -> None:
     """Register the command."""
     p = common.parser(
         subparsers,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from awq_jax.cli import common
 
@@ -15,7 +14,7 @@ awq-jax eval ./model-awq --text test.txt --context 1024 --stride 512 --max-token
 """
 
 
-def add(subparsers: Any) -> None:
+def add(subparsers: common.Commands) -> None:
     """Register the command."""
     p = common.parser(
         subparsers,

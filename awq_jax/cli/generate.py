@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from typing import Any
 
 from awq_jax.cli import common
 
@@ -16,7 +15,7 @@ echo "Dear diary," | awq-jax generate ./model-awq - --stop "The end"
 """
 
 
-def add(subparsers: Any) -> None:
+def add(subparsers: common.Commands) -> None:
     """Register the command."""
     p = common.parser(
         subparsers,

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,15 @@ def config_only(path: Path) -> bool:
     return (path / "config.json").is_file() and not holds_params(path) and not any(any(path.glob(w)) for w in weights)
 
 
+def architecture(source: Source | ConfigOnly) -> models.ModelConfig:
+    """What its config says the model is.
+
+    Raises:
+      UnsupportedModelError, ConfigError: see `awq_jax.models.config_of`.
+    """
+    return models.config_from_hf(source.config) if isinstance(source, ConfigOnly) else models.config_of(source)
+
+
 def support(source: Source | ConfigOnly) -> dict[str, Any]:
     """What a quantization would find.
 
@@ -54,8 +63,7 @@ def support(source: Source | ConfigOnly) -> dict[str, Any]:
       ``groups`` (what absorbs the scale of which linears), ``unscaled`` and ``float`` (and why), each once.
     """
     try:
-        alone = isinstance(source, ConfigOnly)
-        config = models.config_from_hf(source.config) if alone else models.config_of(source)
+        config = architecture(source)
         kinds = Counter(config.layers)
         different = dataclasses.replace(config, layers=tuple(kinds))
         plan = decoder_blocks.Chain(different).plan()
@@ -82,17 +90,6 @@ def rows(groups: Iterable[Group]) -> tuple[list[str], list[str]]:
     scaled = (f"{_sites(g)} <- {_joined(a.path for a in g.absorbers)}" for g in every if g.absorbers)
     rest = (f"{_sites(g)}: {_reason(g)}" for g in every if not g.absorbers)
     return list(dict.fromkeys(scaled)), list(dict.fromkeys(rest))
-
-
-def summary(found: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Lines of a table: what is printed of `support`."""
-    if not found["supported"]:
-        return [("supported", f"no: {found['reason']}")]
-    out = [("supported", "yes")]
-    for title, key in (("scaled", "groups"), ("not scaled", "unscaled"), ("stays float", "float")):
-        lines = found["plan"][key]
-        out += [(title if i == 0 else "", line) for i, line in enumerate(lines)]
-    return out
 
 
 def short(path: str) -> str:

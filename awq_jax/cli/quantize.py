@@ -34,7 +34,7 @@ srun --nodes 2 awq-jax quantize ./Llama-405B ./awq --distributed
 """
 
 
-def add(subparsers: Any) -> None:
+def add(subparsers: common.Commands) -> None:
     """Register the command."""
     p = common.parser(
         subparsers,

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from awq_jax import cli
-from awq_jax.cli import inspect
+from awq_jax.cli import contents
 from awq_jax.convert import conversion, registry
 from awq_jax.convert.files.safetensors import INDEX, read_header
 from awq_jax.convert.source import DirectorySource
@@ -305,7 +305,7 @@ def test_a_hub_id_costs_config_and_headers(
         code, got = found("owner/name@v1")
         assert (code, got["bytes_on_disk"], got["problems"]) == (0, None, [])
         assert fetched == [n for n in ("config.json", "quant_config.json") if n in seed.files]
-        local = inspect.describe(registry.open_source(directory, packed=True))
+        local = contents.describe(registry.open_source(directory, packed=True))
         assert {**got, "bytes_on_disk": 0, "problems": 0} == {**local, "bytes_on_disk": 0, "problems": 0}, seed.format
 
 
