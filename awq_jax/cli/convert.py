@@ -6,10 +6,15 @@ import argparse
 import dataclasses
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from awq_jax.cli import common
+from tqdm import tqdm
+
+from awq_jax.cli import common, tables
 from awq_jax.errors import ConfigError
+
+if TYPE_CHECKING:
+    from awq_jax.convert.conversion import Conversion
 
 _EXAMPLES = """
 awq-jax convert ./model-awq ./model-ct --to compressed-tensors
@@ -58,8 +63,6 @@ def run(args: argparse.Namespace) -> None:
         return
     if not (args.src and args.dst and args.to):
         raise ConfigError("give SRC, DST and --to FORMAT, or --list to see the formats")
-    from tqdm import tqdm
-
     from awq_jax import convert
 
     source = args.src
@@ -85,8 +88,6 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print(common.to_json(_data(args.dst, result)))
         return
-    from awq_jax.cli import tables
-
     packed = sum(1 for r in result.records if r.bits)
     rows = [
         ("written", f"{Path(args.dst)} ({result.target}, from {result.source})"),
@@ -109,7 +110,7 @@ def size(text: str) -> int:
     return int(float(match[1]) * base ** ("KMGT".find(match[2].upper()) + 1 if match[2] else 0))
 
 
-def _exactness(result: Any) -> str:
+def _exactness(result: Conversion) -> str:
     moved = [r for r in result.inexact if r.bits]
     cast = [r for r in result.inexact if not r.bits]
     parts = []
@@ -124,7 +125,7 @@ def _exactness(result: Any) -> str:
     return "; ".join(parts) or "exactly those of the source"
 
 
-def _data(dst: str, result: Any) -> dict[str, Any]:
+def _data(dst: str, result: Conversion) -> dict[str, object]:
     return {
         "written": str(dst),
         "source_format": result.source,
@@ -139,7 +140,6 @@ def _data(dst: str, result: Any) -> dict[str, Any]:
 
 
 def _list(args: argparse.Namespace) -> None:
-    from awq_jax.cli import tables
     from awq_jax.convert import exactness
     from awq_jax.convert.registry import FORMATS
 

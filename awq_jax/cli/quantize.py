@@ -10,9 +10,9 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from awq_jax.cli import common
+from awq_jax.cli import common, tables
 from awq_jax.config import METHOD_NAMES, AwqConfig
 from awq_jax.errors import AwqError, ConfigError, FormatError, ProcessError, as_options
 
@@ -150,7 +150,6 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _quantize(args: argparse.Namespace, config: AwqConfig, pool: Pool) -> None:
-    from awq_jax.cli import tables
     from awq_jax.quantizer.targets import QUANTIZE_HEAD
     from awq_jax.stream import job as stream_job
     from awq_jax.stream import run as stream
@@ -243,14 +242,14 @@ def settings(args: argparse.Namespace) -> AwqConfig:
     )
 
 
-def parse_override(text: str) -> tuple[str, dict[str, Any]]:
+def parse_override(text: str) -> tuple[str, dict[str, int]]:
     """``"down_proj:bits=8,symmetric=true"`` as ``("down_proj", {"bits": 8, "symmetric": True})``.
 
     Raises:
       ConfigError: if it is not of this form.
     """
     pattern, colon, rest = text.rpartition(":")
-    change: dict[str, Any] = {}
+    change: dict[str, int] = {}
     for item in rest.split(","):
         key, equals, value = item.strip().partition("=")
         try:
@@ -266,8 +265,6 @@ def parse_override(text: str) -> tuple[str, dict[str, Any]]:
 
 def write_report(report: Report, path: Path, title: str) -> None:
     """Write ``report`` as HTML or JSON, by the path's suffix."""
-    from awq_jax.cli import tables
-
     if path.suffix == ".html":
         path.write_text(tables.html(report, title), encoding="utf-8")
     else:

@@ -7,15 +7,19 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from awq_jax.convert import registry
+from awq_jax.convert.config_json import HfConfig
 from awq_jax.convert.files.safetensors import INDEX, read_json
 from awq_jax.convert.formats import float_weights
 from awq_jax.convert.source import Source
 from awq_jax.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from huggingface_hub.utils import SafetensorsFileMetadata, TensorInfo
 
 
 @contextlib.contextmanager
@@ -35,7 +39,7 @@ def headers(hub_id: str) -> Iterator[Source]:
 
 
 def _fetch(directory: Path, repo: str, revision: str | None) -> None:
-    import huggingface_hub
+    import huggingface_hub  # which takes a second, and only hub ids need
 
     try:
         for name in float_weights.CONFIGS:
@@ -57,7 +61,7 @@ def _fetch(directory: Path, repo: str, revision: str | None) -> None:
         (directory / INDEX).write_text(json.dumps({"metadata": found.metadata, "weight_map": found.weight_map}))
 
 
-def _stub(path: Path, file: Any, config: Mapping[str, Any]) -> None:
+def _stub(path: Path, file: SafetensorsFileMetadata, config: HfConfig) -> None:
     """A sparse file of the full length: the header, and zeros that take no space."""
     header: dict[str, Any] = {"__metadata__": file.metadata} if file.metadata else {}
     for name, info in file.tensors.items():
@@ -73,7 +77,7 @@ def _stub(path: Path, file: Any, config: Mapping[str, Any]) -> None:
         f.truncate(8 + len(text) + max((i.data_offsets[1] for i in file.tensors.values()), default=0))
 
 
-def _known(name: str, tensors: Mapping[str, Any], config: Mapping[str, Any]) -> np.ndarray | None:
+def _known(name: str, tensors: Mapping[str, TensorInfo], config: HfConfig) -> np.ndarray | None:
     """Values that readers look into for a shape or an order, as they follow from other headers and the config."""
     quant = config.get("quantization_config")
     quant = quant if isinstance(quant, dict) else {}
@@ -90,7 +94,7 @@ def _known(name: str, tensors: Mapping[str, Any], config: Mapping[str, Any]) -> 
     return None
 
 
-def _weights(quant: Mapping[str, Any]) -> dict[str, Any]:
+def _weights(quant: HfConfig) -> HfConfig:
     """The settings of compressed-tensors' first config group."""
     groups = quant.get("config_groups")
     first = next(iter(groups.values()), None) if isinstance(groups, dict) else None

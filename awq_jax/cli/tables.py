@@ -5,8 +5,7 @@ from __future__ import annotations
 import html as _html
 import math
 import re
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 from awq_jax.cli import chart
 from awq_jax.report import LayerReport, Report
@@ -187,7 +186,7 @@ def _weights(layers: Sequence[LayerReport]) -> str:
     )
 
 
-def _settings(config: dict[str, Any]) -> str:
+def _settings(config: Mapping[str, object]) -> str:
     rows = "".join(
         f"<tr><td>{_html.escape(str(k))}</td><td>{_html.escape(str(v))}</td></tr>" for k, v in config.items()
     )
