@@ -9,6 +9,8 @@ from awq_jax.errors import ConfigError
 
 HfConfig = Mapping[str, Any]
 """Content of a Hugging Face ``config.json``, or of a table in it: values of JSON, which nothing vouches for."""
+JsonObject = dict[str, Any]
+"""The same where it is our own: just read, or made to be written."""
 
 TIED = "tie_word_embeddings"
 # By ``model_type``: families whose configs may leave `TIED` out and mean true, as their classes have it.

@@ -14,9 +14,9 @@ from pathlib import Path
 from awq_jax.convert import pipeline, registry
 from awq_jax.convert.files import manifest
 from awq_jax.convert.files.shards import ShardWriter, install, write_json
-from awq_jax.convert.format import Encoder, Format, Record, Target
+from awq_jax.convert.format import Destination, Encoder, Format, Record
 from awq_jax.convert.source import Source, copy_companions
-from awq_jax.convert.writing import check_target, encoder_of, final_config, into_sink, refuse_source
+from awq_jax.convert.writing import check_path, encoder_of, final_config, into_sink, refuse_source
 from awq_jax.dtypes import FLOATS
 from awq_jax.errors import AwqError, CheckpointError, ConfigError
 
@@ -97,12 +97,11 @@ def checkpoint(
     if dtype is not None and dtype not in FLOATS:
         raise ConfigError(f"dtype must be one of {', '.join(FLOATS)}; got {dtype!r}")
     path = Path(os.path.abspath(Path(dst).expanduser()))
-    check_target(path, format, overwrite)
+    check_path(path, format, overwrite)
     source = registry.open_source(src, packed=True) if isinstance(src, str | Path) else src
     refuse_source(path, source)
-    target = Target(config=source.config, dtype=dtype)
-    encoder = encoder_of(to, target)
-    job = _Job(source, format, encoder, target, allow_lossy, workers or min(WORKERS, os.cpu_count() or 1), progress)
+    encoder = encoder_of(to, Destination(config=source.config, dtype=dtype))
+    job = _Job(source, format, encoder, allow_lossy, workers or min(WORKERS, os.cpu_count() or 1), progress)
     run = _to_sink if format.sink else _to_directory
     try:
         records, resumed = run(job, path, overwrite, max_shard_bytes)
@@ -116,7 +115,6 @@ class _Job:
     source: Source
     format: Format
     encoder: Encoder
-    target: Target
     lossy: bool
     workers: int
     progress: Callable[[int, int], None] | None
@@ -126,8 +124,8 @@ class _Job:
         names = sorted(self.source.names(), key=_natural)
         sizes = {n: self.source.info(n).nbytes for n in names}
         total, read = sum(sizes.values()), sum(sizes[n] for n in skip if n in sizes)
-        jobs = (pipeline.Job(n, lambda n=n: self.source.read(n)) for n in names if n not in skip)
-        for encoded in pipeline.run(self.encoder, jobs, self.target, self.lossy, self.workers):
+        left = (n for n in names if n not in skip)
+        for encoded in pipeline.run(self.encoder, left, self.source.read, self.lossy, self.workers):
             yield encoded
             read += sizes[encoded.record.name]
             if self.progress is not None:
@@ -135,12 +133,12 @@ class _Job:
 
     def estimate(self) -> int:
         """Bytes the result will take, roughly (from above)."""
-        total = 0
+        total, dtype = 0, self.encoder.destination.dtype
         for name in self.source.names():
             info = self.source.info(name)
             elements = math.prod(info.shape)
-            if (info.packed is None and self.target.dtype) or (info.packed and self.format.name == "float"):
-                total += elements * FLOATS[self.target.dtype or "float32"].itemsize
+            if (info.packed is None and dtype) or (info.packed and self.format.name == "float"):
+                total += elements * FLOATS[dtype or "float32"].itemsize
             else:
                 total += info.nbytes
         return total
@@ -149,7 +147,8 @@ class _Job:
 def _to_directory(job: _Job, path: Path, overwrite: bool, max_shard_bytes: int) -> tuple[list[Record], int]:
     """Shards of safetensors in a working directory that survives a crash."""
     work = path.parent / f".{path.name}.converting"
-    settings = {"to": job.format.name, "dtype": job.target.dtype, "lossy": job.lossy, "shard": max_shard_bytes}
+    dtype = job.encoder.destination.dtype
+    settings = {"to": job.format.name, "dtype": dtype, "lossy": job.lossy, "shard": max_shard_bytes}
     with manifest.opened(work, manifest.fingerprint(job.source, **settings)) as done:
         records, resumed = list(done.records), len(done.records)
         _check_space(path, job.estimate() - sum(r.nbytes for r in records))
@@ -181,7 +180,7 @@ def _to_sink(job: _Job, path: Path, overwrite: bool, max_shard_bytes: int) -> tu
     """A container of its own: all of it in one go."""
     path.parent.mkdir(parents=True, exist_ok=True)
     _check_space(path, job.estimate())
-    return into_sink(job.format, path, job.target, job.source, job.encoder, job.encoded(), overwrite), 0
+    return into_sink(job.format, path, job.source, job.encoder, job.encoded(), overwrite), 0
 
 
 def _check_space(path: Path, needed: int) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 
 from awq_jax.convert import pipeline
 from awq_jax.convert.arrays import codes, linear
-from awq_jax.convert.format import Example, Format, Target
+from awq_jax.convert.format import Destination, Example, Format
 from awq_jax.convert.registry import FORMATS
 from awq_jax.dtypes import FLOATS
 from awq_jax.errors import FormatError
@@ -53,9 +53,8 @@ def example(kind: Example, seed: int = 0) -> QuantizedTensor:
 
 def _deviation(q: QuantizedTensor, format: Format) -> float | None:
     assert format.encoder is not None
-    target = Target()
     try:
-        return pipeline.encode(format.encoder(target), NAME, q, target, lossy=True).record.deviation
+        return pipeline.encode(format.encoder(Destination()), NAME, q, lossy=True).record.deviation
     except FormatError:
         return None
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
 from awq_jax.config import AwqConfig
+from awq_jax.convert.config_json import HfConfig, JsonObject
 from awq_jax.convert.source import Source
 from awq_jax.qtensor import QuantizedTensor
+
+Stored = tuple[dict[str, np.ndarray], dict[str, str]]
+"""What is stored for a packed weight: arrays by name, and header metadata."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Record:
 
 
 @dataclasses.dataclass(frozen=True)
-class Target:
+class Destination:
     """What an encoder may want to know about the checkpoint it writes.
 
     Attributes:
@@ -56,13 +60,19 @@ class Target:
       settings: the quantizer's, if known.
     """
 
-    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    config: HfConfig = dataclasses.field(default_factory=dict)
     dtype: str | None = None
     settings: AwqConfig | None = None
 
 
 class Encoder(Protocol):
-    """How a format stores tensors. Stateless: what it must know of other tensors it gets as records."""
+    """How a format stores tensors. Stateless: what it must know of other tensors it gets as records.
+
+    Attributes:
+      destination: the checkpoint it writes.
+    """
+
+    destination: Destination
 
     def fit(self, name: str, q: QuantizedTensor) -> QuantizedTensor | None:
         """The nearest weight the format can hold.
@@ -78,13 +88,13 @@ class Encoder(Protocol):
           FormatError: if there is none; it names the tensor, the reason and the remedy.
         """
 
-    def encode(self, name: str, q: QuantizedTensor) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-        """What to store for a weight that `fit` returned: arrays by name, and header metadata."""
+    def encode(self, name: str, q: QuantizedTensor) -> Stored:
+        """What to store for a weight that `fit` returned."""
 
     def encode_float(self, name: str, value: np.ndarray) -> dict[str, np.ndarray]:
         """What to store for a float tensor."""
 
-    def config(self, records: Sequence[Record]) -> dict[str, Any] | None:
+    def config(self, records: Sequence[Record]) -> JsonObject | None:
         """Entries to set in ``config.json``, usually ``{"quantization_config": {...}}``.
 
         Raises:
@@ -95,27 +105,16 @@ class Encoder(Protocol):
 class BaseEncoder:
     """Defaults of an `Encoder`: float tensors are stored under their names."""
 
-    def __init__(self, target: Target = Target()) -> None:
-        self.target = target
+    def __init__(self, destination: Destination = Destination()) -> None:
+        self.destination = destination
 
     def encode_float(self, name: str, value: np.ndarray) -> dict[str, np.ndarray]:
         """The tensor under its name."""
         return {name: value}
 
-    def config(self, records: Sequence[Record]) -> dict[str, Any] | None:
+    def config(self, records: Sequence[Record]) -> JsonObject | None:
         """Nothing to add."""
         return None
-
-
-class FloatEncoder(BaseEncoder):
-    """Plain float: every packed weight is stored dequantized."""
-
-    def fit(self, name: str, q: QuantizedTensor) -> QuantizedTensor | None:
-        """None: all tensors are float."""
-        return None
-
-    def encode(self, name: str, q: QuantizedTensor) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-        raise AssertionError("never called: fit returns None")
 
 
 class Sink(Protocol):
@@ -124,7 +123,7 @@ class Sink(Protocol):
     def add(self, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
         """Take the arrays that are stored for one tensor."""
 
-    def close(self, config: dict[str, Any]) -> Path:
+    def close(self, config: JsonObject) -> Path:
         """All tensors have been added; ``config`` is the final ``config.json``. Returns what to rename."""
 
 
@@ -158,24 +157,30 @@ class Format:
       reader: opens such a directory; None if it is only written, or read from something else.
       encoder: makes the encoder of a checkpoint; None if it is only read.
       sink: for a container other than sharded safetensors: makes it, in an empty directory, for a
-        target and the source (whose tokenizer it may need).
-      suffix: what a target must end with if it is a file (``".gguf"``), else "".
+        destination and the source (whose tokenizer it may need).
+      suffix: what a path must end with if it is a file (``".gguf"``), else "".
       example: what its own tools usually write; None if it is not a quantized format.
     """
 
     name: str
     title: str
     holds: str
-    matches: Callable[[Mapping[str, Any], Collection[str]], bool]
-    reader: Callable[[Path, dict[str, Any]], Source] | None
-    encoder: Callable[[Target], Encoder] | None
-    sink: Callable[[Path, Target, Source], Sink] | None = None
+    matches: Callable[[HfConfig, Collection[str]], bool]
+    reader: Callable[[Path, JsonObject], Source] | None
+    encoder: Callable[[Destination], Encoder] | None
+    sink: Callable[[Path, Destination, Source], Sink] | None = None
     suffix: str = ""
     example: Example | None = Example()
 
 
-def quant_method(config: Mapping[str, Any]) -> str:
+def quant_method(config: HfConfig) -> str:
     """``quantization_config.quant_method`` of a ``config.json`` in lower case, or ""."""
     quant = config.get("quantization_config")
     method = quant.get("quant_method") if isinstance(quant, dict) else None
     return "" if method is None else str(method).lower()
+
+
+def named(name: str, **arrays: np.ndarray) -> dict[str, np.ndarray]:
+    """The arrays of a packed weight ``<module>.weight`` by their full names, ``<module>.<part>``."""
+    module = name.removesuffix(".weight")
+    return {f"{module}.{part}": array for part, array in arrays.items()}

@@ -12,21 +12,13 @@ import numpy as np
 
 from awq_jax import pack
 from awq_jax.convert.arrays import codes, linear
-from awq_jax.convert.format import Encoder, Record, Target
+from awq_jax.convert.format import Encoder, Record
 from awq_jax.dtypes import FLOATS
 from awq_jax.errors import FormatError
 from awq_jax.qtensor import QuantizedTensor
 
 CHUNK = 1 << 20  # weights compared at a time
 LIMIT = 0.5  # steps; what is further away is another quantization, not a rounding of this one
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """A tensor to come: its name, and how to get it."""
-
-    name: str
-    read: Callable[[], np.ndarray | QuantizedTensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +30,14 @@ class Encoded:
     metadata: dict[str, str]
 
 
-def run(encoder: Encoder, jobs: Iterable[Job], target: Target, lossy: bool, workers: int = 1) -> Iterator[Encoded]:
-    """Encode jobs in order, ``workers`` at a time in threads (NumPy releases the interpreter lock).
+def run(
+    encoder: Encoder,
+    names: Iterable[str],
+    read: Callable[[str], np.ndarray | QuantizedTensor],
+    lossy: bool,
+    workers: int = 1,
+) -> Iterator[Encoded]:
+    """Encode tensors in order, ``workers`` at a time in threads (NumPy releases the interpreter lock).
 
     Memory: ``workers + 1`` tensors.
 
@@ -47,16 +45,16 @@ def run(encoder: Encoder, jobs: Iterable[Job], target: Target, lossy: bool, work
       FormatError: a tensor does not fit, or only with a loss that was not allowed (``lossy``).
     """
     if workers <= 1:
-        for job in jobs:
-            yield encode(encoder, job.name, job.read(), target, lossy)
+        for name in names:
+            yield encode(encoder, name, read(name), lossy)
         return
     with ThreadPoolExecutor(workers) as pool:
         waiting: collections.deque[Future[Encoded]] = collections.deque()
         try:
-            for job in jobs:
+            for name in names:
                 if len(waiting) >= workers:
                     yield waiting.popleft().result()
-                waiting.append(pool.submit(lambda j: encode(encoder, j.name, j.read(), target, lossy), job))
+                waiting.append(pool.submit(lambda n: encode(encoder, n, read(n), lossy), name))
             while waiting:
                 yield waiting.popleft().result()
         finally:
@@ -64,7 +62,7 @@ def run(encoder: Encoder, jobs: Iterable[Job], target: Target, lossy: bool, work
                 future.cancel()
 
 
-def encode(encoder: Encoder, name: str, value: np.ndarray | QuantizedTensor, target: Target, lossy: bool) -> Encoded:
+def encode(encoder: Encoder, name: str, value: np.ndarray | QuantizedTensor, lossy: bool) -> Encoded:
     """One tensor; see `run`."""
     if isinstance(value, QuantizedTensor):
         q = linear.as_linear(value)
@@ -84,10 +82,10 @@ def encode(encoder: Encoder, name: str, value: np.ndarray | QuantizedTensor, tar
                 deviation=deviation,
             )
             return _sized(record, arrays, metadata)
-        return _sized(*_dequantized(encoder, name, q, target))
-    value = np.asarray(value)
+        return _dequantized(encoder, name, q)
+    value, dtype = np.asarray(value), encoder.destination.dtype
     floating = value.dtype.name in FLOATS
-    stored = value.astype(FLOATS[target.dtype]) if target.dtype and floating else value
+    stored = value.astype(FLOATS[dtype]) if dtype and floating else value
     if floating and not np.isfinite(stored).all():
         raise FormatError(f"{name} holds NaN or inf as {stored.dtype}; convert with dtype='float32', or fetch it again")
     record = Record(name, tuple(value.shape), stored.dtype.name, deviation=_relative(value, stored))
@@ -168,20 +166,19 @@ def _whole(q: QuantizedTensor, fitted: QuantizedTensor) -> Iterator[Triple]:
     yield codes.dequantize(q, np.float64), codes.dequantize(fitted, np.float64), step
 
 
-def _dequantized(
-    encoder: Encoder, name: str, q: QuantizedTensor, target: Target
-) -> tuple[Record, dict[str, np.ndarray], dict[str, str]]:
+def _dequantized(encoder: Encoder, name: str, q: QuantizedTensor) -> Encoded:
     """A packed weight stored as float: exact in float32, unless another dtype was asked for."""
     if q.batch:
         raise FormatError(f"{name} is a stack of packed matrices, which cannot be stored as float; save as 'awq-jax'")
-    dtype = FLOATS[target.dtype or "float32"]
+    wanted = encoder.destination.dtype
     with np.errstate(over="ignore"):
         w = codes.dequantize(q)
-        stored = np.ascontiguousarray(w.T if q.axes == "nk" else w).astype(dtype)
+        stored = np.ascontiguousarray(w.T if q.axes == "nk" else w).astype(FLOATS[wanted or "float32"])
     if not np.isfinite(stored).all():
         raise FormatError(f"{name} is too large for {stored.dtype}: its scales or offsets are; fetch it again")
-    deviation = _relative(w.T, stored) if target.dtype else 0.0
-    return Record(name, stored.shape, stored.dtype.name, deviation=deviation), encoder.encode_float(name, stored), {}
+    deviation = _relative(w.T, stored) if wanted else 0.0
+    record = Record(name, stored.shape, stored.dtype.name, deviation=deviation)
+    return _sized(record, encoder.encode_float(name, stored), {})
 
 
 def _judge(name: str, deviation: float, lossy: bool) -> None:

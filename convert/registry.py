@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
+from awq_jax.convert.config_json import JsonObject
 from awq_jax.convert.files.safetensors import find_files, read_header, read_json
-from awq_jax.convert.format import FloatEncoder, Format
+from awq_jax.convert.format import Format
 from awq_jax.convert.formats import compressed_tensors, float_weights, gptq, mlx, native, orbax, orbax_files
 from awq_jax.convert.formats.awq import gemm, gemv, gemv_fast, llm_awq, marlin
 from awq_jax.convert.formats.gguf import encoder
@@ -29,15 +29,7 @@ _FORMATS = (
     mlx.FORMAT,
     orbax.FORMAT,
     *encoder.FORMATS,
-    Format(
-        name="float",
-        title="Hugging Face float checkpoint: transformers, vLLM and everything else",
-        holds="any weight, dequantized",
-        matches=lambda config, names: "quantization_config" not in config and "quantization" not in config,
-        reader=float_weights.HfSource,
-        encoder=FloatEncoder,
-        example=None,
-    ),
+    float_weights.FORMAT,
 )
 FORMATS: Mapping[str, Format] = {f.name: f for f in _FORMATS}
 
@@ -108,7 +100,7 @@ def _open_directory(directory: Path) -> Source:
     )
 
 
-def _with_legacy(directory: Path, config: dict[str, Any]) -> dict[str, Any]:
+def _with_legacy(directory: Path, config: JsonObject) -> JsonObject:
     """``config`` with the settings that AutoAWQ and AutoGPTQ once kept in files of their own."""
     known = {"quantization_config", "quantization", "compression_config"}
     if known & set(config):

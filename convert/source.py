@@ -6,18 +6,23 @@ import abc
 import dataclasses
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import numpy as np
 
 from awq_jax.convert import tokenizer
+from awq_jax.convert.config_json import JsonObject
 from awq_jax.convert.files import slices
-from awq_jax.convert.files.safetensors import Entry, SafetensorsDir, read_json, refuse_outside
+from awq_jax.convert.files.safetensors import Entry, SafetensorsDir, TensorFiles, read_json, refuse_outside
+from awq_jax.convert.files.slices import Tensor
 from awq_jax.dtypes import FLOATS
 from awq_jax.errors import CheckpointError, WeightError
 from awq_jax.qtensor import QuantizedTensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Besides weights and config.json, what makes a checkpoint directory usable. Never code, never pickles.
 COMPANIONS = (
@@ -42,8 +47,6 @@ COMPANIONS = (
     "NOTICE",
     "NOTICE.txt",
 )
-
-
 # Names of codes in one layout or another; a float tensor is never called so.
 MARKS = ("qweight", "weight_packed", "biases")
 # Buffers that old checkpoints store and every reader recomputes.
@@ -90,14 +93,14 @@ class Source(Protocol):
     """A checkpoint opened for reading; tensors are read when asked for.
 
     Attributes:
-      format: name in `awq_jax.convert.registry.FORMATS`, or ``"hf"`` for float ones.
+      format: name in `awq_jax.convert.registry.FORMATS`, or ``"gguf"``.
       config: content of ``config.json`` (synthesised for GGUF).
       generation_config: content of ``generation_config.json``, or ``{}``.
     """
 
     format: str
-    config: dict[str, Any]
-    generation_config: dict[str, Any]
+    config: JsonObject
+    generation_config: JsonObject
 
     def names(self) -> list[str]:
         """Hugging Face tensor names; a packed linear appears once, as ``<module>.weight``."""
@@ -108,7 +111,7 @@ class Source(Protocol):
     def info(self, name: str) -> Info:
         """What the headers say of a tensor."""
 
-    def read(self, name: str) -> np.ndarray | QuantizedTensor:
+    def read(self, name: str) -> Tensor:
         """The tensor, in host memory.
 
         A packed linear is a `QuantizedTensor` of NumPy arrays with ``axes="nk"``. Where a layout does
@@ -118,7 +121,7 @@ class Source(Protocol):
           CheckpointError: if it is absent or damaged.
         """
 
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """A transformers ``PreTrainedTokenizerFast``, or None if the checkpoint has none."""
 
     def companions(self) -> list[Path]:
@@ -128,15 +131,15 @@ class Source(Protocol):
 class DirectorySource:
     """What directory formats share: config, tokenizer, and float tensors from safetensors."""
 
-    format = "hf"
-    container: ClassVar[type[Any]] = SafetensorsDir  # or what has its interface
+    format = "float"
+    container: ClassVar[type[TensorFiles]] = SafetensorsDir
 
-    def __init__(self, directory: Path, config: dict[str, Any]) -> None:
+    def __init__(self, directory: Path, config: JsonObject) -> None:
         self.directory = directory
         self.config = config
         generation = directory / "generation_config.json"
-        self.generation_config: dict[str, Any] = read_json(generation) if generation.is_file() else {}
-        self.files: SafetensorsDir = self.container(directory)
+        self.generation_config: JsonObject = read_json(generation) if generation.is_file() else {}
+        self.files = self.container(directory)
 
     def names(self) -> list[str]:
         return self.files.names()
@@ -148,18 +151,18 @@ class DirectorySource:
         entry = self.files.entry(name)
         return Info(entry.shape, entry.dtype.name, entry.nbytes)
 
-    def read(self, name: str) -> np.ndarray | QuantizedTensor:
+    def read(self, name: str) -> Tensor:
         return self.files.read(name)
 
-    def read_slice(self, name: str, index: slices.Index) -> np.ndarray | QuantizedTensor | None:
+    def read_slice(self, name: str, index: slices.Index) -> Tensor | None:
         """``tensor[index]``, a slice for each axis of its shape; None if this format has to read all of it.
 
         Raises:
           CheckpointError: as `read`.
         """
-        return self.files.read_slice(name, index) if isinstance(self.files, SafetensorsDir) else None
+        return self.files.read_slice(name, index)
 
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
         return tokenizer.from_directory(self.directory)
 
     def companions(self) -> list[Path]:
@@ -184,7 +187,7 @@ class PackedSource(DirectorySource):
     # What the axes of a part go along, ``n`` or ``k``, in equal units; empty: only whole modules are decoded.
     roles: ClassVar[Mapping[str, str]] = {}
 
-    def __init__(self, directory: Path, config: dict[str, Any]) -> None:
+    def __init__(self, directory: Path, config: JsonObject) -> None:
         super().__init__(directory, config)
         stored = set(self.files.names())
         mark = f".{self.required[0]}"
@@ -237,13 +240,13 @@ class PackedSource(DirectorySource):
     def info(self, name: str) -> Info:
         return self.packed[name][1] if name in self.packed else super().info(name)
 
-    def read(self, name: str) -> np.ndarray | QuantizedTensor:
+    def read(self, name: str) -> Tensor:
         if name not in self.packed:
             return super().read(name)
         module, info = self.packed[name]
         return self._decoded(module, info, (info.shape[0], info.shape[1]), self._parts(module, None) or {})
 
-    def read_slice(self, name: str, index: slices.Index) -> np.ndarray | QuantizedTensor | None:
+    def read_slice(self, name: str, index: slices.Index) -> Tensor | None:
         if name not in self.packed:
             return super().read_slice(name, index)
         module, info = self.packed[name]
@@ -275,7 +278,9 @@ class PackedSource(DirectorySource):
             units = [slices.scaled(index[r], sizes[r], s) for r, s in zip(roles, shape, strict=True)]
             if None in units:
                 return None
-            arrays[part] = self.files.read_slice(whole, tuple(u for u in units if u is not None))
+            if (cut := self.files.read_slice(whole, tuple(u for u in units if u is not None))) is None:
+                return None
+            arrays[part] = cut
         return arrays
 
     def _decoded(
@@ -291,7 +296,38 @@ class PackedSource(DirectorySource):
             raise CheckpointError(f"{self.directory}: {module}: {e}") from e
 
 
-def read_config(directory: Path) -> dict[str, Any]:
+class SliceReader:
+    """Slices of a source's tensors; what its format cannot read in slices is decoded whole, one at a time."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._whole: tuple[str, Tensor] | None = None
+
+    def read(self, name: str, index: Sequence[slice]) -> Tensor:
+        """``tensor[index]``, one slice for each axis of its shape in PyTorch's orientation."""
+        read_slice = getattr(self._source, "read_slice", None)
+        index = tuple(index)
+        shape = self._source.info(name).shape
+        all_of_it = all(slices.bounds(p, s) == (0, s) for p, s in zip(index, shape, strict=True))
+        if not all_of_it and read_slice is not None and (found := read_slice(name, index)) is not None:
+            return found
+        if self._whole is None or self._whole[0] != name:
+            self._whole = None  # before the next is read
+            self._whole = name, self._source.read(name)
+        return self._whole[1] if all_of_it else slices.cut(self._whole[1], index)
+
+    def forget(self) -> None:
+        """Free what is kept."""
+        self._whole = None
+
+
+def path_of(source: Source) -> Path | None:
+    """The directory or file that a source reads; None where it is none."""
+    where = getattr(source, "directory", None) or getattr(getattr(source, "file", None), "path", None)
+    return None if where is None else Path(where)
+
+
+def read_config(directory: Path) -> JsonObject:
     """``config.json`` of a directory.
 
     Raises:
@@ -303,7 +339,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     return read_json(path)
 
 
-def copy_companions(directory: Path, tokenizer: Any, extra: Source | None) -> None:
+def copy_companions(directory: Path, tokenizer: PreTrainedTokenizerBase | None, extra: Source | None) -> None:
     """Tokenizer files and generation config of ``extra`` into ``directory``, or else ``tokenizer`` saved there."""
     files = [] if extra is None else [p for p in extra.companions() if p.name in COMPANIONS]
     for path in files:

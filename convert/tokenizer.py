@@ -5,9 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from awq_jax.errors import CheckpointError, FormatError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
+
+GgufMetadata = Mapping[str, Any]
+"""Keys and values of the header of a GGUF file; see `awq_jax.convert.formats.gguf.file.GgufFile`."""
 
 # Any of these makes a directory one that has a tokenizer.
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
@@ -35,7 +42,7 @@ KEY = "tokenizer.ggml."
 SPACE = "\u2581"
 
 
-def from_directory(directory: Path) -> Any:
+def from_directory(directory: Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a checkpoint directory; no code from it is ever run.
 
     Returns:
@@ -58,11 +65,11 @@ def from_directory(directory: Path) -> Any:
         ) from e
 
 
-def from_gguf(metadata: Mapping[str, Any], path: Path | str = "GGUF file") -> Any:
+def from_gguf(metadata: GgufMetadata, path: Path | str = "GGUF file") -> PreTrainedTokenizerBase | None:
     """The tokenizer described by the metadata of a GGUF file.
 
     Args:
-      metadata: keys and values, see `awq_jax.convert.formats.gguf.file.GgufFile`.
+      metadata: of the file.
       path: named in error messages.
 
     Returns:
@@ -112,7 +119,7 @@ def from_gguf(metadata: Mapping[str, Any], path: Path | str = "GGUF file") -> An
         ) from e
 
 
-def _bpe(metadata: Mapping[str, Any], tokens: list[str], path: Path | str) -> Any:
+def _bpe(metadata: GgufMetadata, tokens: list[str], path: Path | str) -> Tokenizer:
     """Byte-level BPE, as GPT-2 and after."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -143,7 +150,7 @@ def _bpe(metadata: Mapping[str, Any], tokens: list[str], path: Path | str) -> An
     return tokenizer
 
 
-def _spm(metadata: Mapping[str, Any], tokens: list[str]) -> Any:
+def _spm(metadata: GgufMetadata, tokens: list[str]) -> Tokenizer:
     """SentencePiece BPE with byte fallback; the merges follow from the pieces' scores."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
@@ -185,7 +192,7 @@ def merges_from_scores(tokens: list[str], scores: list[float]) -> list[tuple[str
     return [(a, b) for *_, a, b in sorted(merges)]
 
 
-def _merge(text: Any, path: Path | str) -> tuple[str, str]:
+def _merge(text: object, path: Path | str) -> tuple[str, str]:
     """A merge is two tokens with a space between; byte-level tokens contain none."""
     left, _, right = text.partition(" ") if isinstance(text, str) else ("", "", "")
     if not left or not right:
@@ -193,7 +200,7 @@ def _merge(text: Any, path: Path | str) -> tuple[str, str]:
     return left, right
 
 
-def _add_tokens(tokenizer: Any, metadata: Mapping[str, Any], tokens: list[str]) -> None:
+def _add_tokens(tokenizer: Tokenizer, metadata: GgufMetadata, tokens: list[str]) -> None:
     """Mark control tokens as special, and user-defined ones as never split."""
     from tokenizers import AddedToken
 
@@ -204,7 +211,7 @@ def _add_tokens(tokenizer: Any, metadata: Mapping[str, Any], tokens: list[str]) 
     tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t, k in named if k == USER_DEFINED])
 
 
-def _token(metadata: Mapping[str, Any], which: str, tokens: list[str], path: Path | str) -> str | None:
+def _token(metadata: GgufMetadata, which: str, tokens: list[str], path: Path | str) -> str | None:
     i = metadata.get(f"{KEY}{which}_token_id")
     if i is None:
         return None
@@ -213,11 +220,11 @@ def _token(metadata: Mapping[str, Any], which: str, tokens: list[str], path: Pat
     return tokens[i]
 
 
-def _flag(metadata: Mapping[str, Any], key: str, default: bool) -> bool:
+def _flag(metadata: GgufMetadata, key: str, default: bool) -> bool:
     return bool(metadata.get(f"{KEY}{key}", default))
 
 
-def _surround(tokenizer: Any, bos: str | None, eos: str | None) -> None:
+def _surround(tokenizer: Tokenizer, bos: str | None, eos: str | None) -> None:
     """Begin and end every encoded text with these tokens."""
     from tokenizers import processors
 

@@ -8,19 +8,23 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 import numpy as np
 
 from awq_jax.config import AwqConfig
 from awq_jax.convert import pipeline, registry
+from awq_jax.convert.config_json import HfConfig, JsonObject
 from awq_jax.convert.files.shards import ShardWriter, atomic_directory, install, refuse_existing, write_json
-from awq_jax.convert.format import Encoder, Format, Record, Target
+from awq_jax.convert.format import Destination, Encoder, Format, Record
 from awq_jax.convert.formats import joined_linears
-from awq_jax.convert.source import Source, copy_companions
+from awq_jax.convert.source import Source, copy_companions, path_of
 from awq_jax.errors import CheckpointError, ConfigError, FormatError
 from awq_jax.qtensor import QuantizedTensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SHARD = 4 << 30  # bytes of a file, if nothing else is asked for
 AUTO = ("gemm", "compressed-tensors", "awq-jax")  # the first that holds the weights as they are
@@ -35,12 +39,11 @@ def unfit(format: str, tensors: Tensors, allow_lossy: bool = False) -> str | Non
     Raises:
       FormatError: for an unknown format.
     """
-    target = Target()
-    encoder = encoder_of(format, target)
+    encoder = encoder_of(format, Destination())
     records = []
     try:
         for name, value in tensors:
-            records.append(pipeline.encode(encoder, name, value, target, allow_lossy).record)
+            records.append(pipeline.encode(encoder, name, value, allow_lossy).record)
             if isinstance(value, QuantizedTensor) and not records[-1].bits:
                 return f"{name} is packed, and {format} would hold it as float"
         encoder.config(records)
@@ -67,10 +70,10 @@ def first_that_holds(tensors: Callable[[], Tensors]) -> tuple[str, str]:
 def write_checkpoint(
     dst: str | Path,
     tensors: Tensors,
-    config: Mapping[str, Any],
+    config: HfConfig,
     format: str,
     settings: AwqConfig | None = None,
-    tokenizer: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     extra: Source | None = None,
     max_shard_bytes: int = SHARD,
     overwrite: bool = False,
@@ -100,21 +103,20 @@ def write_checkpoint(
       FormatError: the format is unknown or cannot hold a tensor; named, with the remedy.
       CheckpointError: ``dst`` exists, or the disk refuses.
     """
-    target = Target(config=config, settings=settings)
-    encoder = encoder_of(format, target)
+    encoder = encoder_of(format, Destination(config=config, settings=settings))
     path = Path(os.path.abspath(Path(dst).expanduser()))
-    check_target(path, registry.get(format), overwrite)
+    check_path(path, registry.get(format), overwrite)
     refuse_source(path, extra)
     if registry.get(format).sink is not None:
         if extra is None:
             raise FormatError(f"{format} is made from a checkpoint's own files (its tokenizer): pass it as extra")
-        encoded = (pipeline.encode(encoder, name, value, target, allow_lossy) for name, value in tensors)
-        return into_sink(registry.get(format), path, target, extra, encoder, encoded, overwrite)
+        all_of_it = (pipeline.encode(encoder, name, value, allow_lossy) for name, value in tensors)
+        return into_sink(registry.get(format), path, extra, encoder, all_of_it, overwrite)
     records = []
     with atomic_directory(path, overwrite) as directory:
         writer = ShardWriter(directory, max_shard_bytes)
         for name, value in tensors:
-            encoded = pipeline.encode(encoder, name, value, target, allow_lossy)
+            encoded = pipeline.encode(encoder, name, value, allow_lossy)
             writer.add(encoded.arrays, encoded.metadata)
             records.append(encoded.record)
             del value, encoded  # only the writer's shard stays in memory
@@ -127,7 +129,6 @@ def write_checkpoint(
 def into_sink(
     format: Format,
     path: Path,
-    target: Target,
     source: Source,
     encoder: Encoder,
     encoded: Iterable[pipeline.Encoded],
@@ -142,13 +143,13 @@ def into_sink(
     work = path.parent / f".{path.name}.partial-{os.getpid()}-{secrets.token_hex(4)}"
     try:
         work.mkdir(parents=True)
-        sink = format.sink(work, target, source)
+        sink = format.sink(work, encoder.destination, source)
         records = []
         for one in encoded:
             sink.add(one.arrays, one.metadata)
             records.append(one.record)
             del one
-        finished = sink.close(final_config(target.config, encoder.config(records), records))
+        finished = sink.close(final_config(encoder.destination.config, encoder.config(records), records))
         if format.suffix:
             refuse_existing(path, overwrite, file=True)
             os.replace(finished, path)
@@ -161,8 +162,8 @@ def into_sink(
     return records
 
 
-def check_target(path: Path, format: Format, overwrite: bool) -> None:
-    """Refuse a target that cannot become a checkpoint of this format.
+def check_path(path: Path, format: Format, overwrite: bool) -> None:
+    """Refuse a path that cannot become a checkpoint of this format.
 
     Raises:
       ConfigError: if the format is a single file and ``path`` is not called like one.
@@ -173,7 +174,7 @@ def check_target(path: Path, format: Format, overwrite: bool) -> None:
     refuse_existing(path, overwrite, file=bool(format.suffix))
 
 
-def encoder_of(format: str, target: Target) -> Encoder:
+def encoder_of(format: str, destination: Destination) -> Encoder:
     """A fresh encoder.
 
     Raises:
@@ -182,22 +183,20 @@ def encoder_of(format: str, target: Target) -> Encoder:
     make = registry.get(format).encoder
     if make is None:
         raise FormatError(f"{format} can be read, not written")
-    return make(target)
+    return make(destination)
 
 
-def refuse_source(target: Path, source: Source | None) -> None:
-    """Raise `CheckpointError` if ``target`` is where the weights come from."""
-    where = getattr(source, "directory", None) or getattr(getattr(source, "file", None), "path", None)
-    if where is not None and Path(where).resolve() == target.resolve():
-        raise CheckpointError(f"{target} is where the weights come from; choose another target")
+def refuse_source(path: Path, source: Source | None) -> None:
+    """Raise `CheckpointError` if ``path`` is where the weights come from."""
+    where = None if source is None else path_of(source)
+    if where is not None and where.resolve() == path.resolve():
+        raise CheckpointError(f"{path} is where the weights come from; choose another target")
 
 
-def final_config(
-    config: Mapping[str, Any], changes: Mapping[str, Any] | None, records: Sequence[Record]
-) -> dict[str, Any]:
+def final_config(config: HfConfig, changes: HfConfig | None, records: Sequence[Record]) -> JsonObject:
     """The source's config with this checkpoint's quantization, the dtype most float bytes have, and both spellings
     of the rotary constants. Warns of linears that vLLM would join and that are not packed alike."""
-    for line in joined_linears.torn(records) if changes and "quantization_config" in changes else ():
+    for line in joined_linears.mismatches(records) if changes and "quantization_config" in changes else ():
         log.warning("%s", line)
     stale = ("quantization_config", "quantization", "compression_config", "torch_dtype", "dtype")
     out = {k: v for k, v in config.items() if k not in stale}
@@ -212,7 +211,7 @@ def final_config(
     return {**with_rope_scaling(out), **(changes or {})}
 
 
-def with_rope_scaling(config: Mapping[str, Any]) -> dict[str, Any]:
+def with_rope_scaling(config: HfConfig) -> JsonObject:
     """``config`` whose ``rope_parameters`` (transformers 5) are also there as transformers 4 had them.
 
     Readers that know only ``rope_theta``, ``rope_scaling`` and ``partial_rotary_factor`` (mlx-lm, vLLM with

@@ -30,7 +30,7 @@ from awq_jax.stream.decoder_blocks import Block
 from awq_jax.stream.hidden_states import Hidden, InMemory, OnDisk, Some, holds
 from awq_jax.stream.session import Session, batched
 
-FLOAT_FORMATS = ("hf", "gguf")
+FLOAT_FORMATS = ("float", "gguf")
 HIDDEN = "hidden"  # in the working directory: hidden states
 OUT = "out"  # the finished checkpoint, about to be renamed
 FINISHED = "finished.json"

@@ -18,7 +18,7 @@ from awq_jax.convert import pipeline, writing
 from awq_jax.convert.files.manifest import Manifest
 from awq_jax.convert.files.safetensors import INDEX
 from awq_jax.convert.files.shards import ShardWriter, part_name, write_file, write_json
-from awq_jax.convert.format import Record, Target
+from awq_jax.convert.format import Destination, Record
 from awq_jax.convert.formats import native
 from awq_jax.convert.source import Source, copy_companions
 from awq_jax.errors import FormatError
@@ -31,12 +31,12 @@ Tensors = Iterable[tuple[str, np.ndarray | QuantizedTensor]]
 
 def write_tensors(work: Path, number: int, tensors: Tensors) -> tuple[list[Record], list[str]]:
     """A block's tensors in the file of its part, on the disk: what was made of them, and their names."""
-    encoder, target = native.NativeEncoder(), Target()
+    encoder = native.NativeEncoder()
     arrays: dict[str, np.ndarray] = {}
     metadata: dict[str, str] = {}
     records: list[Record] = []
     for name, value in tensors:
-        encoded = pipeline.encode(encoder, name, value, target, lossy=False)
+        encoded = pipeline.encode(encoder, name, value, lossy=False)
         arrays |= encoded.arrays
         metadata |= encoded.metadata
         records.append(encoded.record)
@@ -63,14 +63,14 @@ def assemble(
     work: Path,
     out: Path,
     format: str,
-    target: Target,
+    destination: Destination,
     source: Source,
 ) -> str:
     """Make the checkpoint ``out`` of all parts.
 
     Args:
       format: a name, or ``"auto"``.
-      target: the config that it is made for, and the settings.
+      destination: the config that it is made for, and the settings.
       source: its tokenizer files and generation config are copied.
 
     Returns:
@@ -85,7 +85,7 @@ def assemble(
     reasons = []
     for choice in writing.AUTO if format == "auto" else (format,):
         try:
-            _write(choice, parts, [r.name for r in manifest.records], out, target, source, strict=format == "auto")
+            _write(choice, parts, [r.name for r in manifest.records], out, destination, source, strict=format == "auto")
         except FormatError as e:
             if format != "auto" or choice == writing.AUTO[-1]:
                 raise
@@ -101,18 +101,18 @@ def _write(
     parts: native.NativeSource,
     names: list[str],
     out: Path,
-    target: Target,
+    destination: Destination,
     source: Source,
     strict: bool,
 ) -> None:
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
-    encoder = writing.encoder_of(format, target)
+    encoder = writing.encoder_of(format, destination)
     records: list[Record] = []
     writer = ShardWriter(out, writing.SHARD, spool=True)
     for name in names:
         value = parts.read(name)
-        encoded = pipeline.encode(encoder, name, value, target, lossy=False)
+        encoded = pipeline.encode(encoder, name, value, lossy=False)
         if strict and isinstance(value, QuantizedTensor) and not encoded.record.bits:
             raise FormatError(f"{name} is packed, and {format} would hold it as float")
         writer.add(encoded.arrays, encoded.metadata)
@@ -120,5 +120,5 @@ def _write(
         del value, encoded
     changes = encoder.config(records)
     writer.close()
-    write_json(out / "config.json", writing.final_config(target.config, changes, records))
+    write_json(out / "config.json", writing.final_config(destination.config, changes, records))
     copy_companions(out, None, source)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from awq_jax.convert.files.manifest import Manifest
 from awq_jax.convert.files.shards import install, write_json
-from awq_jax.convert.format import Target
+from awq_jax.convert.format import Destination
 from awq_jax.convert.formats import native
 from awq_jax.convert.source import Source
 from awq_jax.devices import host_memory
@@ -250,13 +250,13 @@ def _finish(job: Job, done: Manifest) -> tuple[str, str]:
     if job.installed():
         return str(json.loads((job.work / FINISHED).read_text())["format"]), ""
     (job.work / FINISHED).unlink(missing_ok=True)
-    target = Target(config=job.source.config, settings=job.settings)
+    destination = Destination(config=job.source.config, settings=job.settings)
     out, problem = job.work / OUT, ""
     try:
-        format = assemble(done, job.work, out, job.options.format, target, job.source)
+        format = assemble(done, job.work, out, job.options.format, destination, job.source)
     except FormatError as e:
         problem = str(e)
-        format = assemble(done, job.work, out, native.METHOD, target, job.source)
+        format = assemble(done, job.work, out, native.METHOD, destination, job.source)
     write_json(job.work / FINISHED, {"format": format})
     install(out, job.path, job.options.overwrite)
     return format, problem

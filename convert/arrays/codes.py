@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 
@@ -55,7 +54,7 @@ def codes_of(q: QuantizedTensor) -> np.ndarray:
     return unpack(np.asarray(q.qweight), q.bits, q.scales.shape[-2] * q.group_size)
 
 
-def dequantize(q: QuantizedTensor, dtype: Any = np.float32) -> np.ndarray:
+def dequantize(q: QuantizedTensor, dtype: type[np.floating] = np.float32) -> np.ndarray:
     """The weight ``[K, N]`` of one matrix, rows in the order of the inputs; arithmetic in ``dtype``.
 
     ``inv_scale`` is applied, as in `QuantizedTensor.dequantize`.

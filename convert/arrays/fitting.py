@@ -1,22 +1,15 @@
-"""What the integer formats share: making a weight fit, and saying which modules are float."""
+"""A packed weight made to fit a format: refused, or its zero points and scales in the form that the format has."""
 
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Collection, Sequence
-from typing import Any
+from collections.abc import Collection
 
 import numpy as np
 
 from awq_jax.convert.arrays import codes
-from awq_jax.convert.format import Record
-from awq_jax.convert.formats import joined_linears
 from awq_jax.errors import FormatError
 from awq_jax.qtensor import QuantizedTensor
-
-# Left float by every consumer of the AWQ layouts without being told.
-DEFAULT_FLOAT = re.compile(r"(^|\.)(lm_head|embed\w*|wte|wpe)$")
 
 
 def check_integer(
@@ -80,63 +73,19 @@ def integer_zeros(q: QuantizedTensor) -> QuantizedTensor:
 
 def cast_scales(q: QuantizedTensor, dtype: np.dtype | type = np.float16) -> QuantizedTensor:
     """Scales (and offsets) in ``dtype``; ``q`` itself if they have it already or it holds them exactly."""
-    arrays = {"scales": q.scales} | ({} if q.offsets is None else {"offsets": q.offsets})
+    given = [np.asarray(a) for a in (q.scales, q.offsets) if a is not None]
     with np.errstate(over="ignore"):
-        cast: dict[str, Any] = {part: np.asarray(a).astype(dtype) for part, a in arrays.items()}
-    exact = all((cast[p].astype(np.float64) == np.asarray(a).astype(np.float64)).all() for p, a in arrays.items())
-    return q if exact else dataclasses.replace(q, **cast)
+        cast = [a.astype(dtype) for a in given]
+    if all((a.astype(np.float64) == b.astype(np.float64)).all() for a, b in zip(cast, given, strict=True)):
+        return q
+    return dataclasses.replace(q, scales=cast[0], offsets=cast[1] if len(cast) > 1 else None)
 
 
-def half_scales(q: QuantizedTensor) -> QuantizedTensor:
-    """`cast_scales` to float16."""
-    return cast_scales(q, np.float16)
-
-
-def packed_records(records: Sequence[Record], format: str) -> list[Record]:
-    """Those that are quantized.
-
-    Raises:
-      FormatError: if there is none.
-    """
-    packed = [r for r in records if r.bits]
-    if not packed:
-        raise FormatError(f"no weight is quantized, so there is nothing for {format} to hold; save as 'float'")
-    return packed
-
-
-def common_group(packed: Sequence[Record], format: str) -> int:
-    """The one group size, or -1 if every group is a whole column of differing lengths.
-
-    Raises:
-      FormatError: if there are several, naming two tensors.
-    """
-    first = packed[0]
-    odd = next((r for r in packed if r.group_size != first.group_size), None)
-    if odd is None:
-        return first.group_size
-    if all(r.group_size == r.shape[-1] for r in packed):
-        return -1
-    raise FormatError(
-        f"{odd.name} has group size {odd.group_size}, {first.name} has {first.group_size}: {format} holds one group "
-        "size for the whole checkpoint; drop the per-layer override, or save as 'awq-jax', which can hold it"
-    )
-
-
-def float_modules(records: Sequence[Record], format: str) -> list[str]:
-    """Modules of linears that are float and must be named as such, sorted; of experts, the module around them, too.
-
-    Raises:
-      FormatError: if naming one would exclude a quantized one: transformers compares whole names, but
-        vLLM looks for the entry anywhere in a module's name.
-    """
-    packed = [r.module for r in records if r.bits]
-    keep = [r.module for r in records if not r.bits and len(r.shape) == 2 and r.module != r.name]
-    keep = sorted({*(m for m in keep if not DEFAULT_FLOAT.search(m)), *joined_linears.float_experts(records)})
-    for module in keep:
-        hit = next((p for p in packed if module in p), None)
-        if hit:
-            raise FormatError(
-                f"{module} is float, but a reader of {format} that is told to skip it would skip {hit} as well, whose "
-                "name contains it; quantize both or neither, or save as 'awq-jax'"
-            )
-    return keep
+def with_offsets(q: QuantizedTensor, dtype: np.dtype | type = np.float16) -> QuantizedTensor:
+    """Zero points turned into offsets ``-zero * scale``, rounded to ``dtype``; ``q`` itself if it has offsets."""
+    if q.offsets is not None:
+        return q
+    zeros = 2.0 ** (q.bits - 1) if q.zeros is None else np.asarray(q.zeros).astype(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):  # the caller judges what overflows
+        offsets = (np.asarray(q.scales).astype(np.float32) * -zeros).astype(dtype)
+    return dataclasses.replace(q, zeros=None, offsets=offsets)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 
@@ -12,17 +11,17 @@ from awq_jax.qtensor import QuantizedTensor
 
 
 def build(
-    qweight: Any,
-    scales: Any,
-    zeros: Any,
+    qweight: np.ndarray,
+    scales: np.ndarray,
+    zeros: np.ndarray | None,
     bits: int,
     group_size: int,
     k: int,
     n: int,
     dtype: str,
-    inv_scale: Any = None,
-    offsets: Any = None,
-    perm: Any = None,
+    inv_scale: np.ndarray | None = None,
+    offsets: np.ndarray | None = None,
+    perm: np.ndarray | None = None,
 ) -> QuantizedTensor:
     """A linear in PyTorch's orientation (``axes="nk"``); arrays as `QuantizedTensor` describes them."""
     return QuantizedTensor(
@@ -39,6 +38,11 @@ def build(
         offsets=offsets,
         perm=perm,
     )
+
+
+def explicit_zeros(zeros: np.ndarray, bits: int, symmetric: bool) -> np.ndarray | None:
+    """The zero points that a file holds, or None if they are those of a weight said to be ``symmetric``."""
+    return None if symmetric and bool(np.all(zeros == 2 ** (bits - 1))) else zeros
 
 
 def is_permutation(perm: np.ndarray) -> bool:

@@ -1,4 +1,4 @@
-"""Packed words rearranged: transposed, and the rows of GPTQ's act-order put in and out of order."""
+"""A packed weight rearranged: its words transposed, its groups made smaller, its rows put in and out of act-order."""
 
 from __future__ import annotations
 
@@ -22,6 +22,18 @@ def transposed(x: np.ndarray) -> np.ndarray:
         for c in range(0, columns, COLUMNS):
             out[c : c + COLUMNS, r : r + ROWS] = x[r : r + ROWS, c : c + COLUMNS].T
     return out
+
+
+def regroup(q: QuantizedTensor, size: int) -> QuantizedTensor:
+    """The same weight with groups of ``size``, which divides its own: scales and zeros repeated; ``q`` if equal."""
+    times = q.group_size // size
+    if times == 1:
+        return q
+    optional = {p: np.repeat(np.asarray(a), times, 0) for p in ("zeros", "offsets") if (a := getattr(q, p)) is not None}
+    scales = np.repeat(np.asarray(q.scales), times, axis=0)
+    return dataclasses.replace(
+        q, group_size=size, scales=scales, zeros=optional.get("zeros"), offsets=optional.get("offsets")
+    )
 
 
 def take_rows(qweight: np.ndarray, bits: int, order: np.ndarray) -> np.ndarray:

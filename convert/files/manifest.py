@@ -10,13 +10,14 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
+from awq_jax.convert.config_json import JsonObject
 from awq_jax.convert.files.shards import part_name
 from awq_jax.convert.format import Record
-from awq_jax.convert.source import Source
+from awq_jax.convert.source import Source, path_of
 from awq_jax.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -37,18 +38,16 @@ class Manifest:
         self._file, self._directory = file, directory
         self.records: list[Record] = []
         self.shards: list[list[str]] = []
-        self.notes: list[dict[str, Any]] = []
+        self.notes: list[JsonObject] = []
 
-    def add(
-        self, number: int, records: Sequence[Record], names: Sequence[str], note: Mapping[str, Any] | None = None
-    ) -> None:
+    def add(self, number: int, records: Sequence[Record], names: Sequence[str], note: JsonObject | None = None) -> None:
         """Shard ``number`` is on disk; ``note``: plain JSON data to keep with it."""
         size = (self._directory / part_name(number)).stat().st_size
         line = {"bytes": size, "names": list(names), "records": [dataclasses.asdict(r) for r in records]}
-        line |= {"note": dict(note)} if note else {}
+        line |= {"note": note} if note else {}
         self._write(line)
 
-    def _write(self, line: dict[str, Any]) -> None:
+    def _write(self, line: JsonObject) -> None:
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -122,13 +121,14 @@ def written_for(directory: Path) -> str | None:
         return None
 
 
-def fingerprint(source: Source, **settings: Any) -> str:
+def fingerprint(source: Source, **settings: object) -> str:
     """Identifies a job: its source files and everything that decides the output.
 
     Files are told apart by name, size and time of change: one that was only touched counts as another; one
     whose bytes were changed and whose time was then set back, or not kept by the file system, does not.
     """
-    where = Path(getattr(source, "directory", None) or source.file.path)
+    where = path_of(source)
+    assert where is not None
     files = sorted(where.iterdir()) if where.is_dir() else [where]
     state = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
     identity = getattr(source, "identity", "")  # of a source that changes what the files hold

@@ -7,19 +7,22 @@ open then gives an error instead of killing the process, and memory holds one te
 
 from __future__ import annotations
 
+import abc
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypeGuard
 
 import ml_dtypes
 import numpy as np
 
-from awq_jax.convert.files.slices import read_block
+from awq_jax.convert.config_json import JsonObject
+from awq_jax.convert.files.slices import Index, read_block, read_bytes
 from awq_jax.errors import CheckpointError
 
 DTYPES: Mapping[str, np.dtype] = {
@@ -57,7 +60,55 @@ class Entry:
     nbytes: int
 
 
-class SafetensorsDir:
+class TensorFiles(abc.ABC):
+    """Tensors in files, read one at a time.
+
+    Attributes:
+      directory: where they are.
+      entries: where each tensor lies.
+      metadata: of each file.
+    """
+
+    directory: Path
+    entries: dict[str, Entry]
+    metadata: dict[str, dict[str, str]]
+
+    @abc.abstractmethod
+    def __init__(self, directory: Path) -> None: ...
+
+    def names(self) -> list[str]:
+        """Tensor names, sorted."""
+        return sorted(self.entries)
+
+    def entry(self, name: str) -> Entry:
+        """Where a tensor lies.
+
+        Raises:
+          CheckpointError: if there is no such tensor.
+        """
+        if name not in self.entries:
+            raise CheckpointError(f"no tensor {name!r} in {self.directory}")
+        return self.entries[name]
+
+    @abc.abstractmethod
+    def read(self, name: str) -> np.ndarray:
+        """One tensor as a fresh array in its stored dtype.
+
+        Raises:
+          CheckpointError: if there is no such tensor, or it is damaged.
+        """
+
+    def read_slice(self, name: str, index: Index) -> np.ndarray | None:
+        """``tensor[index]`` (a slice for each axis, without steps) as a fresh array, the rest not kept; None if the
+        files have to be read whole.
+
+        Raises:
+          CheckpointError: as `read`.
+        """
+        return None
+
+
+class SafetensorsDir(TensorFiles):
     """Lazy view of the safetensors of a directory.
 
     Which files: ``model.safetensors``; else those of ``model.safetensors.index.json``; else a whole
@@ -74,8 +125,8 @@ class SafetensorsDir:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.entries: dict[str, Entry] = {}
-        self.metadata: dict[str, dict[str, str]] = {}
+        self.entries = {}
+        self.metadata = {}
         index, files = find_files(directory)
         for file in files:
             entries, self.metadata[file.name] = read_header(file)
@@ -94,43 +145,13 @@ class SafetensorsDir:
                     "download the checkpoint again"
                 )
 
-    def names(self) -> list[str]:
-        """Tensor names, sorted."""
-        return sorted(self.entries)
-
     def read(self, name: str) -> np.ndarray:
-        """One tensor as a fresh array in its stored dtype.
-
-        Raises:
-          CheckpointError: if there is no such tensor, or the file no longer holds its bytes.
-        """
         e = self.entry(name)
-        try:
-            raw = np.fromfile(e.file, np.uint8, count=e.nbytes, offset=e.offset)
-        except OSError as error:
-            raise CheckpointError(f"cannot read tensor {name!r} from {e.file}: {error}") from error
-        if raw.size != e.nbytes:
-            raise CheckpointError(f"{e.file} became shorter while it was read (tensor {name!r}); copy it again")
-        return raw.view(e.dtype).reshape(e.shape)
+        return read_bytes(e.file, e.offset, e.nbytes, name).view(e.dtype).reshape(e.shape)
 
-    def read_slice(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """``tensor[index]`` (a slice for each axis, without steps) as a fresh array; the rest is not kept.
-
-        Raises:
-          CheckpointError: as `read`.
-        """
+    def read_slice(self, name: str, index: Index) -> np.ndarray:
         e = self.entry(name)
         return read_block(e.file, e.offset, e.dtype, e.shape, index)
-
-    def entry(self, name: str) -> Entry:
-        """Where a tensor lies.
-
-        Raises:
-          CheckpointError: if there is no such tensor.
-        """
-        if name not in self.entries:
-            raise CheckpointError(f"no tensor {name!r} in {self.directory}")
-        return self.entries[name]
 
 
 def find_files(directory: Path) -> tuple[dict[str, str], list[Path]]:
@@ -213,23 +234,17 @@ def refuse_outside(path: Path, directory: Path) -> None:
         )
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> JsonObject:
     """A JSON object from a file of a checkpoint.
 
     Raises:
       CheckpointError: if it cannot be read, is something else, or is a link out of its directory.
     """
-    try:
+    with _explained(path, "is not valid JSON"):
         refuse_outside(path, path.parent)
         if path.stat().st_size > MAX_HEADER:
             raise CheckpointError(f"{path} has over {MAX_HEADER} bytes, too many for a JSON file; download it again")
         data = _loads(path.read_bytes())
-    except OSError as e:
-        raise CheckpointError(f"cannot read {path}: {e}") from e
-    except (ValueError, RecursionError) as e:
-        if isinstance(e, CheckpointError):
-            raise
-        raise CheckpointError(f"{path} is not valid JSON: {_short(e)}; download it again") from e
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} must hold a JSON object; it holds a {type(data).__name__}")
     return data
@@ -243,23 +258,16 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     Raises:
       CheckpointError: naming the file and the tensor at fault.
     """
-    try:
-        with path.open("rb") as f:
-            size = os.fstat(f.fileno()).st_size
-            if size < 8:
-                raise CheckpointError(f"{path} is truncated: {size} bytes, less than a header; download it again")
-            length = int.from_bytes(f.read(8), "little")
-            if length > MAX_HEADER or length > size - 8:
-                raise CheckpointError(
-                    f"{path} is truncated or not safetensors: its header claims {length} bytes, the file has {size}"
-                )
-            header = _loads(f.read(length))
-    except OSError as e:
-        raise CheckpointError(f"cannot read {path}: {e}") from e
-    except (ValueError, RecursionError) as e:
-        if isinstance(e, CheckpointError):
-            raise
-        raise CheckpointError(f"{path} has a corrupt header: {_short(e)}; download it again") from e
+    with _explained(path, "has a corrupt header"), path.open("rb") as f:
+        size = os.fstat(f.fileno()).st_size
+        if size < 8:
+            raise CheckpointError(f"{path} is truncated: {size} bytes, less than a header; download it again")
+        length = int.from_bytes(f.read(8), "little")
+        if length > MAX_HEADER or length > size - 8:
+            raise CheckpointError(
+                f"{path} is truncated or not safetensors: its header claims {length} bytes, the file has {size}"
+            )
+        header = _loads(f.read(length))
     if not isinstance(header, dict):
         raise CheckpointError(f"{path} has a corrupt header: a {type(header).__name__} instead of an object")
     metadata = header.pop("__metadata__", {})
@@ -278,7 +286,20 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     return entries, metadata
 
 
-def _entry(path: Path, name: str, info: Any, start: int, available: int) -> Entry:
+@contextlib.contextmanager
+def _explained(path: Path, problem: str) -> Iterator[None]:
+    """What goes wrong when a file is read and its JSON parsed, as a `CheckpointError`."""
+    try:
+        yield
+    except OSError as e:
+        raise CheckpointError(f"cannot read {path}: {e}") from e
+    except CheckpointError:  # is a ValueError
+        raise
+    except (ValueError, RecursionError) as e:
+        raise CheckpointError(f"{path} {problem}: {_short(e)}; download it again") from e
+
+
+def _entry(path: Path, name: str, info: object, start: int, available: int) -> Entry:
     where = f"{path}: tensor {name!r}"
     if not isinstance(info, dict) or set(info) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{where} lacks dtype, shape or data_offsets")
@@ -300,15 +321,15 @@ def _entry(path: Path, name: str, info: Any, start: int, available: int) -> Entr
     return Entry(path, DTYPES[dtype], tuple(shape), start + begin, nbytes)
 
 
-def _sizes(value: Any) -> bool:
+def _sizes(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(v) is int and 0 <= v < 2**63 for v in value)
 
 
-def _loads(data: bytes) -> Any:
+def _loads(data: bytes) -> object:
     return json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     out = dict(pairs)
     if not _is_text("".join(out)):
         raise ValueError("a name holds half of a surrogate pair")
@@ -328,6 +349,6 @@ def _is_text(value: str) -> bool:
     return True
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = str(value) if isinstance(value, Exception) else repr(value)
     return text if len(text) <= 200 else text[:200] + "..."

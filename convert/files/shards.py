@@ -12,7 +12,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 
@@ -50,7 +50,7 @@ class ShardWriter:
         self._directory = directory
         self._limit = max_shard_bytes
         self._spool = directory / SPOOL if spool else None
-        self._pending: dict[str, Any] = {}
+        self._pending: dict[str, np.ndarray | _Spooled] = {}
         self._metadata: dict[str, str] = {}
         self._shards: list[list[str]] = [list(names) for names in done]
         self._on_shard = on_shard
@@ -117,7 +117,7 @@ class _Spooled:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    def __array__(self, dtype: None = None, copy: bool | None = None) -> np.ndarray:
         count = math.prod(self.shape)
         return np.fromfile(self.path, self.dtype, count=count, offset=self.offset).reshape(self.shape)
 
@@ -125,15 +125,16 @@ class _Spooled:
 def _spooled(path: Path, array: np.ndarray) -> _Spooled:
     with path.open("ab") as f:
         offset = f.tell()
-        f.write(_bytes(array))
+        f.write(raw_bytes(array))
     return _Spooled(path, offset, array.dtype, array.shape)
 
 
-def _bytes(array: Any) -> memoryview:
+def raw_bytes(array: np.ndarray | _Spooled) -> memoryview:
+    """The bytes of an array in C order, without a copy where they lie so."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
-def write_file(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
+def write_file(path: Path, tensors: Mapping[str, np.ndarray | _Spooled], metadata: Mapping[str, str]) -> None:
     """One safetensors file, flushed to disk. Same tensors, same bytes: the safetensors package (0.5 to 0.8) puts
     the metadata in another order at every run, and wants all tensors in memory."""
     # Widest dtype first keeps every tensor aligned to its item size.
@@ -153,7 +154,7 @@ def write_file(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, st
     with path.open("wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            f.write(_bytes(tensors[name]))
+            f.write(raw_bytes(tensors[name]))
         _sync(f)
 
 
@@ -244,7 +245,7 @@ def part_name(i: int) -> str:
     return f"part-{i:05}.safetensors"
 
 
-def _sync(f: IO[Any]) -> None:
+def _sync(f: IO[bytes] | IO[str]) -> None:
     f.flush()
     os.fsync(f.fileno())
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -15,6 +14,7 @@ from awq_jax.errors import CheckpointError
 from awq_jax.qtensor import QuantizedTensor
 
 Index = tuple[slice, ...]
+Tensor = np.ndarray | QuantizedTensor
 WHOLE_ROWS = 4096  # bytes of a run below which rows are read whole: one call each would take longer
 BLOCK = 8 << 20  # bytes of whole rows read at once
 
@@ -57,7 +57,22 @@ def read_block(file: Path, offset: int, dtype: np.dtype, shape: tuple[int, ...],
     return out
 
 
-def _by_rows(f: Any, target: np.ndarray, rows: np.ndarray, offset: int, row: int, wanted: slice, file: Path) -> None:
+def read_bytes(file: Path, offset: int, count: int, tensor: str) -> np.ndarray:
+    """uint8 ``[count]`` from a file.
+
+    Raises:
+      CheckpointError: if the file cannot be read or no longer holds them; it names ``tensor``.
+    """
+    try:
+        raw = np.fromfile(file, np.uint8, count=count, offset=offset)
+    except OSError as e:
+        raise CheckpointError(f"cannot read tensor {tensor!r} from {file}: {e}") from e
+    if raw.size != count:
+        raise CheckpointError(f"{file} became shorter while it was read (tensor {tensor!r}); copy it again")
+    return raw
+
+
+def _by_rows(f: IO[bytes], out: np.ndarray, rows: np.ndarray, offset: int, row: int, wanted: slice, file: Path) -> None:
     """Runs of neighbouring rows, whole, some at a time."""
     most = max(1, BLOCK // row)
     starts = np.flatnonzero(np.diff(rows, prepend=rows[0] - 2) != 1)
@@ -66,10 +81,10 @@ def _by_rows(f: Any, target: np.ndarray, rows: np.ndarray, offset: int, row: int
             count = min(most, int(last) - at)
             lines = np.empty((count, row), np.uint8)
             _fill(f, lines.reshape(-1), offset + int(rows[at]) * row, file)
-            target[at : at + count] = lines[:, wanted]
+            out[at : at + count] = lines[:, wanted]
 
 
-def _fill(f: Any, into: np.ndarray, offset: int, file: Path) -> None:
+def _fill(f: IO[bytes], into: np.ndarray, offset: int, file: Path) -> None:
     view, done = memoryview(into.data), 0
     while done < len(view):
         got = os.preadv(f.fileno(), [view[done:]], offset + done)
@@ -88,7 +103,7 @@ def scaled(part: slice, size: int, stored: int) -> slice | None:
     return slice(start * stored // size, stop * stored // size)
 
 
-def cut(value: Any, index: Index) -> Any:
+def cut(value: Tensor, index: Index) -> Tensor:
     """``value[index]`` for a decoded tensor; an index of a packed one has a slice for each axis of its shape.
 
     Raises:
@@ -113,33 +128,3 @@ def cut(value: Any, index: Index) -> Any:
         if (array := getattr(value, field)) is not None:
             fields[field] = np.ascontiguousarray(array[(*batch, slice(k0, k1))])
     return dataclasses.replace(value, **fields, k_dims=(k1 - k0,), n_dims=(n1 - n0,))
-
-
-class Reader:
-    """Blocks of a source's tensors; what its format cannot read in blocks is decoded whole, one at a time."""
-
-    def __init__(self, source: Any) -> None:
-        self._source = source
-        self._whole: tuple[str, Any] | None = None
-        self.blocks = self.wholes = 0
-
-    def read(self, name: str, index: Sequence[slice]) -> Any:
-        """``tensor[index]``, one slice for each axis of its shape in PyTorch's orientation."""
-        read_slice = getattr(self._source, "read_slice", None)
-        index = tuple(index)
-        shape = self._source.info(name).shape
-        all_of_it = all(bounds(p, s) == (0, s) for p, s in zip(index, shape, strict=True))
-        if not all_of_it and read_slice is not None:
-            found = read_slice(name, index)
-            if found is not None:
-                self.blocks += 1
-                return found
-        if self._whole is None or self._whole[0] != name:
-            self._whole = None  # before the next is read
-            self._whole = name, self._source.read(name)
-            self.wholes += 1
-        return self._whole[1] if all_of_it else cut(self._whole[1], index)
-
-    def forget(self) -> None:
-        """Free what is kept."""
-        self._whole = None

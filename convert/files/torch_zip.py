@@ -49,7 +49,7 @@ class _Storage:
     size: int
 
 
-def load(path: Path) -> Any:
+def load(path: Path) -> object:
     """The object in a file: dictionaries with string keys, lists, tuples, strings, numbers, and arrays.
 
     Raises:
@@ -65,7 +65,7 @@ def load(path: Path) -> Any:
                 "torch: torch.save(torch.load(FILE), FILE)"
             )
         with zipfile.ZipFile(path) as archive:
-            return _Archive(path, archive).object()
+            return _Archive(path, archive).content()
     except AwqError:
         raise
     except OSError as e:
@@ -85,7 +85,7 @@ class _Archive:
         self.left = path.stat().st_size  # bytes of storages that may still be claimed
         self.storages: dict[str, np.ndarray] = {}
 
-    def object(self) -> Any:
+    def content(self) -> object:
         order = f"{self.prefix}byteorder"
         if order in self.entries and self._bytes(order, 16) != b"little":
             raise FormatError(f"{self.path} was written on a big-endian machine")
@@ -121,7 +121,7 @@ class _Archive:
             raise CheckpointError(f"{self.path}: storage {storage.key!r:.80} is used with two types")
         return found
 
-    def tensor(self, arguments: Any) -> np.ndarray:
+    def tensor(self, arguments: tuple[Any, ...]) -> np.ndarray:
         """A tensor from the arguments of torch's ``_rebuild_tensor_v2``."""
         storage, offset, shape, strides = arguments[:4]
         lists = isinstance(shape, tuple) and isinstance(strides, tuple) and len(shape) == len(strides) <= MAX_AXES
@@ -148,7 +148,7 @@ class _Machine:
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
 
-    def run(self, pickle: bytes) -> Any:
+    def run(self, pickle: bytes) -> object:
         for opcode, argument, _ in pickletools.genops(pickle):
             if opcode.name == "STOP":
                 return self.stack.pop()
@@ -161,29 +161,29 @@ class _Machine:
             step(self, argument)
         raise CheckpointError(f"{self.archive.path} holds a pickle without an end; download it again")
 
-    def push(self, value: Any) -> None:
+    def push(self, value: object) -> None:
         self.stack.append(value)
 
-    def above_mark(self) -> list[Any]:
+    def above_mark(self) -> list[object]:
         mark = self.marks.pop()
         values = self.stack[mark:]
         del self.stack[mark:]
         return values
 
-    def last(self, count: int) -> tuple[Any, ...]:
+    def last(self, count: int) -> tuple[object, ...]:
         if len(self.stack) < count:
             raise IndexError
         values = tuple(self.stack[-count:])
         del self.stack[-count:]
         return values
 
-    def append(self, values: list[Any]) -> None:
+    def append(self, values: list[object]) -> None:
         target = self.stack[-1]
         if not isinstance(target, list):
             raise TypeError
         target.extend(values)
 
-    def set_items(self, values: list[Any]) -> None:
+    def set_items(self, values: list[object]) -> None:
         target = self.stack[-1]
         if not isinstance(target, dict) or len(values) % 2 or not all(isinstance(k, str) for k in values[::2]):
             raise TypeError

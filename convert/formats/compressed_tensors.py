@@ -14,15 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
 from awq_jax.convert.arrays import codes, linear, rearrange
-from awq_jax.convert.arrays.fitting import DEFAULT_FLOAT, check_integer, integer_zeros
+from awq_jax.convert.arrays.fitting import check_integer, integer_zeros
+from awq_jax.convert.config_json import HfConfig, JsonObject
 from awq_jax.convert.files.safetensors import Entry
-from awq_jax.convert.format import BaseEncoder, Format, Record
+from awq_jax.convert.format import BaseEncoder, Format, Record, Stored, named
 from awq_jax.convert.formats import compressed_tensors_config
+from awq_jax.convert.formats.records import float_by_default
 from awq_jax.convert.source import Packed, PackedSource
 from awq_jax.dtypes import FLOATS
 from awq_jax.errors import CheckpointError, FormatError
@@ -81,7 +83,7 @@ class CompressedSource(PackedSource):
         "weight_g_idx": "k",
     }
 
-    def __init__(self, directory: Path, config: dict[str, Any]) -> None:
+    def __init__(self, directory: Path, config: JsonObject) -> None:
         self.settings = compressed_tensors_config.parse(config)
         super().__init__(directory, config)
 
@@ -100,7 +102,7 @@ class CompressedSource(PackedSource):
         p, s = entries["weight_packed"], entries["weight_scale"]
         groups = -(-k // scheme.group_size) if scheme.group_size else 1
         scale_shapes = [(1,), ()] if scheme.strategy == "tensor" else [(n, groups)]
-        fits = p.shape[:1] == (n,) and len(p.shape) == 2 and spacings(scheme.bits, [(p.shape[1], k)])
+        fits = p.shape[:1] == (n,) and len(p.shape) == 2 and bool(spacings(scheme.bits, [(p.shape[1], k)]))
         if not fits or s.shape not in scale_shapes:
             raise CheckpointError(
                 f"{self.directory}: {module} has weight_packed {p.shape} and weight_scale {s.shape}, which do not fit "
@@ -125,7 +127,7 @@ class CompressedSource(PackedSource):
             else:
                 packable = zero.dtype == np.int32 and scheme.strategy != "tensor" and not scheme.symmetric
                 fits = packable and zero.shape[1:] == (groups,)
-                fits = fits and spacings(scheme.bits, [(p.shape[1], k), (zero.shape[0], n)])
+                fits = fits and bool(spacings(scheme.bits, [(p.shape[1], k), (zero.shape[0], n)]))
             if not fits:
                 raise CheckpointError(
                     f"{self.directory}: {module}.weight_zero_point is {zero.dtype} {zero.shape}, which does not fit "
@@ -200,13 +202,12 @@ class CompressedEncoder(BaseEncoder):
     """Writer; see `awq_jax.convert.format.Encoder`."""
 
     def fit(self, name: str, q: QuantizedTensor) -> QuantizedTensor | None:
-        if DEFAULT_FLOAT.search(name.removesuffix(".weight")):
+        if float_by_default(name):
             return None
         check_integer(name, q, bits=range(2, 9), format=compressed_tensors_config.METHOD, perm=True)
         return rearrange.settled(integer_zeros(q))
 
-    def encode(self, name: str, q: QuantizedTensor) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-        module = name.removesuffix(".weight")
+    def encode(self, name: str, q: QuantizedTensor) -> Stored:
         arrays = {
             "weight_packed": rearrange.transposed(rearrange.unpermuted(q)).view(np.int32),
             "weight_scale": np.ascontiguousarray(np.asarray(q.scales).T),
@@ -217,14 +218,14 @@ class CompressedEncoder(BaseEncoder):
             arrays["weight_zero_point"] = codes.pack(zeros, q.bits).view(np.int32)
         if q.perm is not None:
             arrays["weight_g_idx"] = rearrange.group_index(np.asarray(q.perm), q.group_size)
-        return {f"{module}.{part}": array for part, array in arrays.items()}, {}
+        return named(name, **arrays), {}
 
-    def config(self, records: Sequence[Record]) -> dict[str, Any]:
+    def config(self, records: Sequence[Record]) -> JsonObject:
         """The ``quantization_config`` vLLM and transformers expect."""
         return {"quantization_config": compressed_tensors_config.written(records)}
 
 
-def _matches(config: Mapping[str, Any], names: Collection[str]) -> bool:
+def _matches(config: HfConfig, names: Collection[str]) -> bool:
     found = compressed_tensors_config.entry(config)
     method = found.get("quant_method") if isinstance(found, dict) else None
     return isinstance(method, str) and method.lower() == compressed_tensors_config.METHOD

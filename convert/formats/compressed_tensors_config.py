@@ -8,11 +8,11 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-from awq_jax.convert.arrays.fitting import packed_records
+from awq_jax.convert.config_json import HfConfig, JsonObject
 from awq_jax.convert.format import Record
 from awq_jax.convert.formats import joined_linears, patterns
+from awq_jax.convert.formats.records import float_linears, packed_records
 from awq_jax.errors import CheckpointError, FormatError
 
 METHOD = "compressed-tensors"
@@ -27,7 +27,7 @@ EMBEDDINGS = re.compile(r"(^|\.)(embed(?!_out)\w*|wte|wpe)$")
 
 
 @dataclasses.dataclass(frozen=True)
-class Scheme:
+class CompressedScheme:
     """How the modules of one config group are packed.
 
     Attributes:
@@ -46,7 +46,7 @@ class Scheme:
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class CompressedSettings:
     """What `parse` found.
 
     Attributes:
@@ -56,11 +56,11 @@ class Settings:
         stream of bits.
     """
 
-    groups: tuple[tuple[tuple[str, ...], Scheme], ...]
+    groups: tuple[tuple[tuple[str, ...], CompressedScheme], ...]
     ignore: tuple[str, ...]
     spaced: bool
 
-    def of(self, module: str) -> Scheme:
+    def of(self, module: str) -> CompressedScheme:
         """The scheme of a packed module: a target that names it, else one whose pattern matches, else its class.
 
         Raises:
@@ -82,12 +82,12 @@ class Settings:
         return linear
 
 
-def entry(config: Mapping[str, Any]) -> Any:
+def entry(config: HfConfig) -> JsonObject | None:
     """The quantization's part of ``config.json`` (under its old name, too), or None."""
     return config.get("quantization_config", config.get("compression_config"))
 
 
-def parse(config: Mapping[str, Any]) -> Settings:
+def parse(config: HfConfig) -> CompressedSettings:
     """Settings of a checkpoint in the packed format.
 
     Raises:
@@ -95,6 +95,7 @@ def parse(config: Mapping[str, Any]) -> Settings:
         not say: quantized activations or caches, sparsity, transforms.
     """
     quant = entry(config)
+    assert quant is not None
     for key in ("sparsity_config", "transform_config"):
         value = quant.get(key)
         absent = not value or (isinstance(value, dict) and not value.get("config_groups") and _dense(value))
@@ -109,10 +110,11 @@ def parse(config: Mapping[str, Any]) -> Settings:
     live = tuple((targets, scheme) for targets, scheme in groups if scheme is not None)
     if not live:
         raise FormatError("quantization_config quantizes no weights")
-    return Settings(live, _strings("ignore", quant.get("ignore") or []), _before_streams(quant.get("version")))
+    ignore = _strings("ignore", quant.get("ignore") or [])
+    return CompressedSettings(live, ignore, _before_streams(quant.get("version")))
 
 
-def _group(name: str, value: Any, default: Any) -> tuple[tuple[str, ...], Scheme | None]:
+def _group(name: str, value: object, default: object) -> tuple[tuple[str, ...], CompressedScheme | None]:
     where = f"config group {name!r} of quantization_config"
     if isinstance(value, list):  # a preset: its name, and what it applies to
         preset = PRESET.fullmatch(name)
@@ -136,7 +138,7 @@ def _group(name: str, value: Any, default: Any) -> tuple[tuple[str, ...], Scheme
     return targets, _scheme(where, weights)
 
 
-def _scheme(where: str, weights: dict[str, Any]) -> Scheme:
+def _scheme(where: str, weights: HfConfig) -> CompressedScheme:
     unknown = sorted(set(weights) - MEANT - UNUSED)
     if unknown:
         raise FormatError(f"weights of {where} have the unknown entry {unknown[0][:100]!r}")
@@ -162,29 +164,29 @@ def _scheme(where: str, weights: dict[str, Any]) -> Scheme:
     if order not in (None, True, False, "group", "dynamic", "weight", "static"):
         raise FormatError(f"actorder of {where} must be null, 'group' or 'weight'; got {order!r:.100}")
     by_index = strategy == "group" and order in (True, "group", "dynamic")
-    return Scheme(bits, symmetric, strategy, 0 if size is None or size < 0 else size, by_index)
+    return CompressedScheme(bits, symmetric, strategy, 0 if size is None or size < 0 else size, by_index)
 
 
 def _matches(target: str, module: str) -> bool:
     return patterns.match(target[3:], module) if target.startswith("re:") else target == module
 
 
-def _strings(what: str, value: Any) -> tuple[str, ...]:
+def _strings(what: str, value: object) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
         raise FormatError(f"{what} must be a list of names; got {str(value)[:100]!r}")
     return tuple(value)
 
 
-def _dense(value: dict[str, Any]) -> bool:
+def _dense(value: HfConfig) -> bool:
     return set(value) <= {"config_groups"} or value.get("format") == "dense"
 
 
-def _before_streams(version: Any) -> bool:
+def _before_streams(version: object) -> bool:
     numbers = re.match(r"(\d{1,6})\.(\d{1,6})", version) if isinstance(version, str) else None
     return numbers is not None and (int(numbers[1]), int(numbers[2])) < (0, 18)
 
 
-def written(records: Sequence[Record]) -> dict[str, Any]:
+def written(records: Sequence[Record]) -> JsonObject:
     """The ``quantization_config`` that vLLM, transformers and compressed-tensors itself expect.
 
     One way of packing: it targets the class ``Linear`` and the float modules are listed. Several: each
@@ -194,13 +196,13 @@ def written(records: Sequence[Record]) -> dict[str, Any]:
     Raises:
       FormatError: if nothing is packed.
     """
-    schemes: dict[Scheme, list[str]] = {}
+    schemes: dict[CompressedScheme, list[str]] = {}
     packed = packed_records(records, METHOD)
     sizes = {r.group_size for r in packed if r.group_size < r.shape[-1]}
     for r in packed:
         whole = r.group_size == r.shape[-1] and r.group_size not in sizes
         strategy, size = ("channel", 0) if whole else ("group", r.group_size)
-        schemes.setdefault(Scheme(r.bits, r.symmetric, strategy, size, r.act_order), []).append(r.module)
+        schemes.setdefault(CompressedScheme(r.bits, r.symmetric, strategy, size, r.act_order), []).append(r.module)
     groups = {
         f"group_{i}": {
             "targets": ["Linear"] if len(schemes) == 1 else _targets(modules, schemes),
@@ -225,7 +227,7 @@ def written(records: Sequence[Record]) -> dict[str, Any]:
     }
 
 
-def _targets(modules: list[str], schemes: Mapping[Scheme, list[str]]) -> list[str]:
+def _targets(modules: list[str], schemes: Mapping[CompressedScheme, list[str]]) -> list[str]:
     """Names of modules, with one pattern for each layer whose packed experts are all among them."""
     layers = {m: match["layer"] for m in modules if (match := joined_linears.EXPERT.fullmatch(m))}
     others = (match for found in schemes.values() if found is not modules for m in found
@@ -237,8 +239,7 @@ def _targets(modules: list[str], schemes: Mapping[Scheme, list[str]]) -> list[st
 
 def _ignored(records: Sequence[Record]) -> list[str]:
     """Float linears, and always the head, which a tied checkpoint does not store."""
-    names = [r.module for r in records if not r.bits and len(r.shape) == 2 and r.module != r.name]
-    names = [n for n in names if not EMBEDDINGS.search(n)]
+    names = [n for n in float_linears(records) if not EMBEDDINGS.search(n)]
     experts = map(joined_linears.under, joined_linears.float_experts(records))
     # PhiMoE's router is a linear under this name in transformers 5, which renames what it reads.
     routers = [n.removesuffix(ROUTER) + "mlp.router" for n in names if n.endswith(ROUTER)]
@@ -252,7 +253,7 @@ def _towers(names: Sequence[str], packed: Sequence[str]) -> list[str]:
     return [f"re:(.*[.])?{re.escape(root)}[.].+" for root in roots - inside]
 
 
-def _weights(bits: int, symmetric: bool, group_size: int, act_order: bool) -> dict[str, Any]:
+def _weights(bits: int, symmetric: bool, group_size: int, act_order: bool) -> JsonObject:
     return {
         "num_bits": bits,
         "type": "int",

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
-from awq_jax.convert.source import COMPANIONS, DirectorySource
+from awq_jax.convert.config_json import JsonObject
+from awq_jax.convert.format import BaseEncoder, Format, Stored
+from awq_jax.convert.source import COMPANIONS, MARKS, DirectorySource
 from awq_jax.errors import CheckpointError, FormatError
+from awq_jax.qtensor import QuantizedTensor
 
 HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 CONFIGS = ("config.json", "quant_config.json")
-PACKED = (".qweight", ".weight_packed", ".biases")
 
 
-class HfSource(DirectorySource):
+class FloatSource(DirectorySource):
     """A directory with ``config.json`` and float safetensors.
 
     Raises:
@@ -23,16 +24,25 @@ class HfSource(DirectorySource):
       CheckpointError: on damaged or unsafe files.
     """
 
-    format = "hf"
-
-    def __init__(self, directory: Path, config: dict[str, Any]) -> None:
+    def __init__(self, directory: Path, config: JsonObject) -> None:
         super().__init__(directory, config)
-        packed = next((n for n in self.names() if n.endswith(PACKED)), None)
+        packed = next((n for n in self.names() if n.rpartition(".")[2] in MARKS), None)
         if packed:
             raise FormatError(
                 f"{directory} holds packed weights ({packed}) but its config.json has no quantization_config to say "
                 "how; take config.json from where the checkpoint was published"
             )
+
+
+class FloatEncoder(BaseEncoder):
+    """Every packed weight is stored dequantized."""
+
+    def fit(self, name: str, q: QuantizedTensor) -> QuantizedTensor | None:
+        """None: all tensors are float."""
+        return None
+
+    def encode(self, name: str, q: QuantizedTensor) -> Stored:
+        raise AssertionError("never called: fit returns None")
 
 
 def refuse_pickles(directory: Path) -> None:
@@ -86,3 +96,14 @@ def download(hub_id: str) -> Path:
     if not any(directory.glob("*.safetensors")):
         raise FormatError(f"{hub_id!r} publishes no safetensors in its top folder; find a repository that does")
     return directory
+
+
+FORMAT = Format(
+    name="float",
+    title="Hugging Face float checkpoint: transformers, vLLM and everything else",
+    holds="any weight, dequantized",
+    matches=lambda config, names: "quantization_config" not in config and "quantization" not in config,
+    reader=FloatSource,
+    encoder=FloatEncoder,
+    example=None,
+)

@@ -17,15 +17,17 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
 from awq_jax.convert.arrays import codes, linear, rearrange
-from awq_jax.convert.arrays.fitting import DEFAULT_FLOAT, check_integer, half_scales, integer_zeros
+from awq_jax.convert.arrays.fitting import cast_scales, check_integer, integer_zeros
+from awq_jax.convert.config_json import HfConfig, JsonObject
 from awq_jax.convert.files.safetensors import Entry
-from awq_jax.convert.format import BaseEncoder, Example, Format, Record, quant_method
+from awq_jax.convert.format import BaseEncoder, Example, Format, Record, Stored, named, quant_method
 from awq_jax.convert.formats import gptq_config
+from awq_jax.convert.formats.records import float_by_default
 from awq_jax.convert.source import Packed, PackedSource
 from awq_jax.dtypes import FLOATS
 from awq_jax.errors import CheckpointError, FormatError
@@ -69,7 +71,7 @@ class GptqSource(PackedSource):
     optional = ("g_idx",)
     roles: ClassVar[Mapping[str, str]] = {**dict.fromkeys(PARTS, "kn"), "g_idx": "k"}
 
-    def __init__(self, directory: Path, config: dict[str, Any]) -> None:
+    def __init__(self, directory: Path, config: JsonObject) -> None:
         self.settings = gptq_config.parse(config)
         self.format = "gptq" if self.settings.v1 else "gptq-v2"
         super().__init__(directory, config)
@@ -120,13 +122,12 @@ class GptqSource(PackedSource):
         n, k = shape
         bits, groups = packed.bits, k // packed.group_size
         zeros = unpack_qzeros(arrays["qzeros"], bits, n, self.settings.v1, self.settings.carries)
-        implied = packed.symmetric and bool(np.all(zeros == 2 ** (bits - 1)))
         qweight = arrays["qweight"].view(np.uint32)
         index = arrays.get("g_idx")
         perm = rearrange.permutation(index, groups) if packed.act_order and index is not None else None
         if perm is not None:
             qweight = rearrange.take_rows(qweight, bits, perm)
-        stored = None if implied else zeros
+        stored = linear.explicit_zeros(zeros, packed.bits, packed.symmetric)
         return linear.build(qweight, arrays["scales"], stored, bits, packed.group_size, k, n, "float32", perm=perm)
 
 
@@ -137,13 +138,13 @@ class GptqEncoder(BaseEncoder):
     v1 = True
 
     def fit(self, name: str, q: QuantizedTensor) -> QuantizedTensor | None:
-        if DEFAULT_FLOAT.search(name.removesuffix(".weight")):
+        if float_by_default(name):
             return None
         unit = 32 // math.gcd(32, q.bits)
         check_integer(name, q, bits=gptq_config.BITS, columns=unit, format=self.name, perm=True)
         if q.k % unit:
             raise FormatError(f"{name} has {q.k} inputs, {self.name} needs a multiple of {unit}{REMEDY}")
-        fitted = rearrange.settled(half_scales(integer_zeros(q)))
+        fitted = rearrange.settled(cast_scales(integer_zeros(q)))
         if self.v1 and fitted.zeros is not None and not np.asarray(fitted.zeros).all():
             raise FormatError(
                 f"{name} has zero points 0, which gptq (v1) stores as z - 1 and its readers disagree on; convert to "
@@ -151,20 +152,20 @@ class GptqEncoder(BaseEncoder):
             )
         return fitted
 
-    def encode(self, name: str, q: QuantizedTensor) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-        module = name.removesuffix(".weight")
+    def encode(self, name: str, q: QuantizedTensor) -> Stored:
         scales = np.asarray(q.scales).astype(np.float16)
         zeros = np.full(scales.shape, 2 ** (q.bits - 1), np.uint8) if q.zeros is None else np.asarray(q.zeros)
         index = np.arange(q.k, dtype=np.int32) // q.group_size
-        arrays = {
-            "qweight": rearrange.unpermuted(q).view(np.int32),
-            "qzeros": pack_qzeros(zeros, q.bits, self.v1),
-            "scales": scales,
-            "g_idx": index if q.perm is None else rearrange.group_index(np.asarray(q.perm), q.group_size),
-        }
-        return {f"{module}.{part}": array for part, array in arrays.items()}, {}
+        arrays = named(
+            name,
+            qweight=rearrange.unpermuted(q).view(np.int32),
+            qzeros=pack_qzeros(zeros, q.bits, self.v1),
+            scales=scales,
+            g_idx=index if q.perm is None else rearrange.group_index(np.asarray(q.perm), q.group_size),
+        )
+        return arrays, {}
 
-    def config(self, records: Sequence[Record]) -> dict[str, Any]:
+    def config(self, records: Sequence[Record]) -> JsonObject:
         """The ``quantization_config`` GPTQModel, vLLM and transformers expect."""
         return {"quantization_config": gptq_config.written(records, self.v1)}
 
@@ -176,11 +177,11 @@ class GptqV2Encoder(GptqEncoder):
     v1 = False
 
 
-def _matches(config: Mapping[str, Any], names: Collection[str]) -> bool:
+def _matches(config: HfConfig, names: Collection[str]) -> bool:
     return quant_method(config) == "gptq" and not _matches_v2(config, names)
 
 
-def _matches_v2(config: Mapping[str, Any], names: Collection[str]) -> bool:
+def _matches_v2(config: HfConfig, names: Collection[str]) -> bool:
     return quant_method(config) == "gptq" and gptq_config.layout(config["quantization_config"]) == gptq_config.V2
 
 

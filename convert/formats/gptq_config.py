@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from awq_jax.convert.arrays.fitting import DEFAULT_FLOAT, common_group, packed_records
+from awq_jax.convert.config_json import HfConfig, JsonObject
 from awq_jax.convert.format import Record
 from awq_jax.convert.formats import patterns
+from awq_jax.convert.formats.records import common_group, float_by_default, float_linears, packed_records
 from awq_jax.errors import CheckpointError, FormatError
 
 BITS = (2, 3, 4, 8)
@@ -18,7 +18,7 @@ OVERRIDES = {"bits", "group_size", "sym", "desc_act"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Scheme:
+class GptqScheme:
     """How a module is packed: bits, group size (-1: the whole column), and what the config says of zeros and order."""
 
     bits: int
@@ -28,7 +28,7 @@ class Scheme:
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class GptqSettings:
     """What `parse` found.
 
     Attributes:
@@ -39,12 +39,12 @@ class Settings:
         that matches counts.
     """
 
-    base: Scheme
+    base: GptqScheme
     v1: bool
     carries: bool
-    dynamic: tuple[tuple[str, Scheme | None], ...]
+    dynamic: tuple[tuple[str, GptqScheme | None], ...]
 
-    def of(self, module: str) -> Scheme:
+    def of(self, module: str) -> GptqScheme:
         """The scheme of a packed module.
 
         Raises:
@@ -60,12 +60,12 @@ class Settings:
         return self.base
 
 
-def layout(quant: Mapping[str, Any]) -> str:
+def layout(quant: HfConfig) -> str:
     """``checkpoint_format`` (newer: ``format``) in lower case, ``"gptq"`` where it is not said."""
     return str(quant.get("checkpoint_format") or quant.get("format") or V1).lower()
 
 
-def parse(config: Mapping[str, Any]) -> Settings:
+def parse(config: HfConfig) -> GptqSettings:
     """Settings of a checkpoint whose ``quant_method`` is ``gptq``.
 
     Raises:
@@ -93,10 +93,10 @@ def parse(config: Mapping[str, Any]) -> Settings:
     if not isinstance(dynamic, dict):
         raise FormatError(f"quantization_config: dynamic must be a table of patterns; got {str(dynamic)[:100]!r}")
     rules = tuple(_rule(base, pattern, values) for pattern, values in dynamic.items())
-    return Settings(base, layout(quant) == V1, carries, rules)
+    return GptqSettings(base, layout(quant) == V1, carries, rules)
 
 
-def _rule(base: Scheme, pattern: str, values: Any) -> tuple[str, Scheme | None]:
+def _rule(base: GptqScheme, pattern: str, values: object) -> tuple[str, GptqScheme | None]:
     raw = pattern[2:] if pattern[:2] in ("+:", "-:") else pattern
     if pattern.startswith("-:"):
         return raw, None
@@ -110,7 +110,7 @@ def _rule(base: Scheme, pattern: str, values: Any) -> tuple[str, Scheme | None]:
     return raw, _scheme(f"dynamic[{pattern[:100]!r}]", own, own["desc_act"])
 
 
-def _scheme(where: str, values: Mapping[str, Any], act_order: Any) -> Scheme:
+def _scheme(where: str, values: HfConfig, act_order: object) -> GptqScheme:
     bits, size, symmetric = values["bits"], values["group_size"], values["sym"]
     if type(bits) is not int or bits not in BITS:
         raise FormatError(f"{where}: bits must be 2, 3, 4 or 8 to be readable; got {bits!r:.100}")
@@ -118,10 +118,10 @@ def _scheme(where: str, values: Mapping[str, Any], act_order: Any) -> Scheme:
         raise FormatError(f"{where}: group_size must be a positive integer or -1; got {size!r:.100}")
     if not isinstance(symmetric, bool) or not isinstance(act_order, bool):
         raise FormatError(f"{where}: sym and desc_act must be true or false; got {symmetric!r:.50}, {act_order!r:.50}")
-    return Scheme(bits, size, symmetric, act_order)
+    return GptqScheme(bits, size, symmetric, act_order)
 
 
-def written(records: Sequence[Record], v1: bool) -> dict[str, Any]:
+def written(records: Sequence[Record], v1: bool) -> JsonObject:
     """The ``quantization_config`` of what was written.
 
     Float linears are excluded twice: by ``dynamic``, which GPTQModel and vLLM look at, and by
@@ -139,9 +139,8 @@ def written(records: Sequence[Record], v1: bool) -> dict[str, Any]:
             "one number of bits only; convert to 'compressed-tensors', which can hold both"
         )
     modules = [r.module for r in packed]
-    keep = [r.module for r in records if not r.bits and len(r.shape) == 2 and r.module != r.name]
-    keep = sorted(m for m in keep if not DEFAULT_FLOAT.search(m))
-    quant: dict[str, Any] = {
+    keep = sorted(m for m in float_linears(records) if not float_by_default(m))
+    quant: JsonObject = {
         "quant_method": "gptq",
         "bits": packed[0].bits,
         "group_size": common_group(packed, name),

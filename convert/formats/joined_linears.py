@@ -34,7 +34,7 @@ def alike(a: Record, b: Record) -> bool:
     return same and (columns or a.group_size == b.group_size)
 
 
-def torn(records: Sequence[Record]) -> list[str]:
+def mismatches(records: Sequence[Record]) -> list[str]:
     """What is packed unlike what it is joined with, one line for each case, with the remedy."""
     matrices = {r.module: r for r in records if len(r.shape) == 2}
     out = []
@@ -43,7 +43,7 @@ def torn(records: Sequence[Record]) -> list[str]:
         packed = [m for m in group if matrices[m].bits]
         odd = next((m for m in packed if not alike(matrices[m], matrices[packed[0]])), None)
         if packed and float_:
-            out.append(f"{_some(float_)} float and {_some(packed)} packed: vLLM joins them; quantize all or none")
+            out.append(f"{_listed(float_)} float and {_listed(packed)} packed: vLLM joins them; quantize all or none")
         elif odd:
             out.append(f"{odd} is packed unlike {packed[0]}: vLLM joins them; give both the same bits and group size")
     return out
@@ -82,7 +82,7 @@ def _joined(modules: Collection[str]) -> Iterator[list[str]]:
     yield from experts.values()
 
 
-def _some(modules: list[str]) -> str:
+def _listed(modules: list[str]) -> str:
     if len(modules) == 1:
         return f"{modules[0]} is"
     more = f" and {len(modules) - 2} more" if len(modules) > 2 else ""

@@ -20,16 +20,16 @@ import dataclasses
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from awq_jax.convert.arrays import linear
-from awq_jax.convert.arrays.fitting import cast_scales, check_integer, packed_records
-from awq_jax.convert.arrays.layout import regroup, transposed
-from awq_jax.convert.config_json import is_tied
+from awq_jax.convert.arrays.fitting import cast_scales, check_integer, with_offsets
+from awq_jax.convert.arrays.rearrange import regroup, transposed
+from awq_jax.convert.config_json import HfConfig, JsonObject, is_tied
 from awq_jax.convert.files.safetensors import Entry, SafetensorsDir
-from awq_jax.convert.format import BaseEncoder, Example, Format, Record, quant_method
+from awq_jax.convert.format import BaseEncoder, Example, Format, Record, Stored, named, quant_method
+from awq_jax.convert.formats.records import packed_records
 from awq_jax.convert.source import Packed, PackedSource
 from awq_jax.dtypes import FLOATS
 from awq_jax.errors import CheckpointError, FormatError
@@ -46,7 +46,7 @@ MIXTRAL = {"gate": "w1", "up": "w3", "down": "w2"}
 MAX_EXPERTS = 4096
 
 
-def settings(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def settings(config: HfConfig) -> tuple[JsonObject, JsonObject]:
     """The default settings, and the modules that have their own (settings, or False for float).
 
     Raises:
@@ -56,7 +56,7 @@ def settings(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
     if not isinstance(quant, Mapping):
         raise FormatError("config.json: quantization must be an object with group_size and bits")
     default = _checked("quantization", {k: v for k, v in quant.items() if k in DEFAULTS})
-    modules: dict[str, Any] = {}
+    modules: JsonObject = {}
     for name, value in quant.items():
         if name in DEFAULTS or value is True:
             continue
@@ -69,7 +69,7 @@ def settings(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
     return default, modules
 
 
-def _checked(where: str, given: Mapping[str, Any]) -> dict[str, Any]:
+def _checked(where: str, given: HfConfig) -> JsonObject:
     unknown = sorted(set(given) - set(DEFAULTS))
     if unknown:
         raise FormatError(
@@ -126,7 +126,7 @@ class MlxSource(PackedSource):
     container = MlxFiles
     files: MlxFiles
 
-    def __init__(self, directory: Path, config: dict[str, Any]) -> None:
+    def __init__(self, directory: Path, config: JsonObject) -> None:
         self.default, self.modules = settings(config)
         super().__init__(directory, config)
         there = {module for module, _ in self.packed.values()}
@@ -177,7 +177,7 @@ class MlxEncoder(BaseEncoder):
     """Writer; see `awq_jax.convert.format.Encoder`. Scales and biases have ``target.dtype``, if that is given."""
 
     def fit(self, name: str, q: QuantizedTensor) -> QuantizedTensor | None:
-        kind = self.target.config.get("model_type")
+        kind = self.destination.config.get("model_type")
         if EXPERT.search(name) and kind not in STACKERS:
             raise FormatError(f"{name} is one of several experts, which mlx-lm wants stacked; save as 'awq-jax'")
         if kind in TRANSPOSED:
@@ -190,34 +190,23 @@ class MlxEncoder(BaseEncoder):
                 "those, or save as 'awq-jax'"
             )
         dtype = self._dtype(q)
-        q = cast_scales(q, dtype)
-        if q.offsets is None:
-            zeros = 2.0 ** (q.bits - 1) if q.zeros is None else np.asarray(q.zeros).astype(np.float32)
-            with np.errstate(over="ignore"):
-                offsets = (np.asarray(q.scales).astype(np.float32) * -zeros).astype(dtype)
-            q = dataclasses.replace(q, offsets=offsets, zeros=None)
-        return regroup(q, size)
+        return regroup(with_offsets(cast_scales(q, dtype), dtype), size)
 
-    def encode(self, name: str, q: QuantizedTensor) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-        module = name.removesuffix(".weight")
-        if module == "lm_head" and is_tied(self.target.config):
+    def encode(self, name: str, q: QuantizedTensor) -> Stored:
+        if name == "lm_head.weight" and is_tied(self.destination.config):
             return {}, {}  # the embedding; mlx-lm has no place for another
         dtype = self._dtype(q)
-        arrays = {
-            f"{module}.weight": transposed(np.asarray(q.qweight)),
-            f"{module}.scales": transposed(np.asarray(q.scales).astype(dtype, copy=False)),
-            f"{module}.biases": transposed(np.asarray(q.offsets).astype(dtype, copy=False)),
-        }
-        return arrays, {}
+        scales, biases = (transposed(np.asarray(a).astype(dtype, copy=False)) for a in (q.scales, q.offsets))
+        return named(name, weight=transposed(np.asarray(q.qweight)), scales=scales, biases=biases), {}
 
     def _dtype(self, q: QuantizedTensor) -> np.dtype:
         """Of scales and biases: MLX has one for both."""
-        if self.target.dtype:
-            return FLOATS[self.target.dtype]
+        if self.destination.dtype:
+            return FLOATS[self.destination.dtype]
         scales = np.asarray(q.scales).dtype
         return scales if q.offsets is None else np.promote_types(scales, np.asarray(q.offsets).dtype)
 
-    def config(self, records: Sequence[Record]) -> dict[str, Any]:
+    def config(self, records: Sequence[Record]) -> JsonObject:
         """``quantization`` as mlx-lm reads it: the commonest settings, and by name the modules that differ.
 
         Raises:
@@ -225,7 +214,7 @@ class MlxEncoder(BaseEncoder):
         """
         packed = packed_records(records, "mlx")
         common = collections.Counter((r.group_size, r.bits) for r in packed).most_common(1)[0][0]
-        quant: dict[str, Any] = _entry(*common)
+        quant: JsonObject = _entry(*common)
         experts = [r for r in records if EXPERT.search(r.name) and len(r.shape) == 2]
         odd = next((r for r in experts if (r.group_size, r.bits) != common), None)
         if odd is not None and any(r.bits for r in experts):
@@ -241,11 +230,11 @@ class MlxEncoder(BaseEncoder):
         return {"quantization": quant, "quantization_config": quant}
 
 
-def _entry(group_size: int, bits: int) -> dict[str, Any]:
+def _entry(group_size: int, bits: int) -> JsonObject:
     return {"group_size": group_size, "bits": bits, "mode": "affine"}
 
 
-def _matches(config: Mapping[str, Any], names: Collection[str]) -> bool:
+def _matches(config: HfConfig, names: Collection[str]) -> bool:
     bare = config.get("quantization_config")
     named = isinstance(bare, dict) and "bits" in bare and "group_size" in bare
     named = named and any(n.endswith(".biases") for n in names)

@@ -13,15 +13,14 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from awq_jax import pack
 from awq_jax.convert.arrays import linear
+from awq_jax.convert.config_json import HfConfig, JsonObject
 from awq_jax.convert.files import slices
-from awq_jax.convert.files.safetensors import SafetensorsDir
-from awq_jax.convert.format import BaseEncoder, Format, Record, quant_method
+from awq_jax.convert.format import BaseEncoder, Format, Record, Stored, quant_method
 from awq_jax.convert.source import DirectorySource, Info, Packed
 from awq_jax.dtypes import FLOATS
 from awq_jax.errors import CheckpointError, FormatError, WeightError
@@ -44,12 +43,12 @@ class NativeSource(DirectorySource):
 
     format = "awq-jax"
 
-    def __init__(self, directory: Path, config: dict[str, Any]) -> None:
+    def __init__(self, directory: Path, config: JsonObject) -> None:
         version = config["quantization_config"].get("format_version")
         if version != VERSION:
             raise FormatError(f"{directory} has awq-jax format version {version!r}; this library reads {VERSION}")
         super().__init__(directory, config)
-        self.packed: dict[str, dict[str, Any]] = {}
+        self.packed: dict[str, JsonObject] = {}
         parts: set[str] = set()
         for metadata in self.files.metadata.values():
             for key, text in metadata.items():
@@ -62,7 +61,7 @@ class NativeSource(DirectorySource):
         if lost:
             raise CheckpointError(f"{directory}: {lost} has no metadata; download the checkpoint again")
 
-    def _check(self, name: str, text: str) -> dict[str, Any]:
+    def _check(self, name: str, text: str) -> JsonObject:
         where = f"{self.directory}: the metadata of packed weight {name!r}"
         try:
             info = json.loads(text)
@@ -112,18 +111,18 @@ class NativeSource(DirectorySource):
         packed = Packed(known["bits"], known["group_size"], symmetric, scales, known["offsets"], known["perm"])
         return Info(shape, known["dtype"], nbytes, packed)
 
-    def read(self, name: str) -> np.ndarray | QuantizedTensor:
+    def read(self, name: str) -> slices.Tensor:
         if name not in self.packed:
             return super().read(name)
         info = self.packed[name]
         arrays = {p.removeprefix(f"{name}."): self.files.read(p) for p in _parts(name, info)}
         return self._built(name, arrays, tuple(info["k_dims"]), tuple(info["n_dims"]))
 
-    def read_slice(self, name: str, index: slices.Index) -> np.ndarray | QuantizedTensor | None:
+    def read_slice(self, name: str, index: slices.Index) -> slices.Tensor | None:
         if name not in self.packed:
             return super().read_slice(name, index)
         info = self.packed[name]
-        plain = len(info["k_dims"]) == len(info["n_dims"]) == 1 and isinstance(self.files, SafetensorsDir)
+        plain = len(info["k_dims"]) == len(info["n_dims"]) == 1
         parts = dict(zip(info["axes"], index, strict=True)) if plain and info["axes"].count("b") < 2 else {}
         if not parts or (info["perm"] and parts["k"] != slice(0, info["k_dims"][0])):
             return None
@@ -136,7 +135,10 @@ class NativeSource(DirectorySource):
             rows = slices.scaled(parts["k"], k, shape[-2 if across else -1])
             if rows is None or (k % info["group_size"] and rows != slice(0, shape[-2 if across else -1])):
                 return None
-            arrays[part] = self.files.read_slice(whole, (*lead, rows, parts["n"]) if across else (*lead, rows))
+            array = self.files.read_slice(whole, (*lead, rows, parts["n"]) if across else (*lead, rows))
+            if array is None:
+                return None
+            arrays[part] = array
         (k0, k1), (n0, n1) = slices.bounds(parts["k"], k), slices.bounds(parts["n"], n)
         return self._built(name, arrays, (k1 - k0,), (n1 - n0,))
 
@@ -172,7 +174,7 @@ class NativeEncoder(BaseEncoder):
         """``q``: everything fits."""
         return q
 
-    def encode(self, name: str, q: QuantizedTensor) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    def encode(self, name: str, q: QuantizedTensor) -> Stored:
         """Arrays to store and the header metadata that describes them."""
         info = {
             "bits": q.bits,
@@ -186,19 +188,19 @@ class NativeEncoder(BaseEncoder):
         arrays = {part: np.asarray(getattr(q, part.removeprefix(f"{name}."))) for part in _parts(name, info)}
         return arrays, {KEY + name: json.dumps(info)}
 
-    def config(self, records: Sequence[Record]) -> dict[str, Any]:
+    def config(self, records: Sequence[Record]) -> JsonObject:
         """The ``quantization_config`` that `NativeSource` looks for."""
-        settings = None if self.target.settings is None else self.target.settings.to_dict()
+        settings = None if self.destination.settings is None else self.destination.settings.to_dict()
         return {"quantization_config": {"quant_method": METHOD, "format_version": VERSION, "settings": settings}}
 
 
-def _parts(name: str, info: Mapping[str, Any]) -> list[str]:
+def _parts(name: str, info: HfConfig) -> list[str]:
     optional = [p for p in OPTIONAL if info[p]]
     return [f"{name}.{p}" for p in ("qweight", "scales", *optional)]
 
 
-def _sane(info: Mapping[str, Any]) -> bool:
-    def sizes(value: Any) -> bool:
+def _sane(info: HfConfig) -> bool:
+    def sizes(value: object) -> bool:
         return isinstance(value, list) and bool(value) and all(type(v) is int and 0 < v < 2**40 for v in value)
 
     axes = info["axes"]
@@ -213,6 +215,7 @@ def _sane(info: Mapping[str, Any]) -> bool:
         and not set(axes) - set("bkn")
         and axes.count("k") == len(info["k_dims"])
         and axes.count("n") == len(info["n_dims"])
+        and isinstance(info["dtype"], str)
         and info["dtype"] in FLOATS
         and all(isinstance(info[f], bool) for f in OPTIONAL)
         and not (info["zeros"] and info["offsets"])

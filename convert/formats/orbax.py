@@ -13,15 +13,16 @@ Orbax's documentation: https://orbax.readthedocs.io/en/latest/guides/checkpoint/
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from awq_jax import paths
+from awq_jax.convert.config_json import JsonObject
 from awq_jax.convert.files.shards import atomic_directory, write_json
-from awq_jax.convert.format import Format, Record, Target, quant_method
+from awq_jax.convert.format import Destination, Format, Record, quant_method
 from awq_jax.convert.formats.native import VERSION, NativeEncoder, NativeSource
 from awq_jax.convert.formats.orbax_files import OrbaxFiles, Spool, nested, orbax
 from awq_jax.convert.source import Source, copy_companions
@@ -94,7 +95,7 @@ class OrbaxSource(NativeSource):
 class OrbaxEncoder(NativeEncoder):
     """Writer; see `awq_jax.convert.format.Encoder`."""
 
-    def config(self, records: Sequence[Record]) -> dict[str, Any]:
+    def config(self, records: Sequence[Record]) -> JsonObject:
         """The ``quantization_config`` that tells these checkpoints from others, float ones too."""
         return {"quantization_config": {**super().config(records)["quantization_config"], "quant_method": METHOD}}
 
@@ -105,7 +106,7 @@ class OrbaxSink:
     Orbax saves a tree at a time, so the arrays wait in one file that is mapped when all are there.
     """
 
-    def __init__(self, directory: Path, target: Target, source: Source) -> None:
+    def __init__(self, directory: Path, destination: Destination, source: Source) -> None:
         orbax()  # missing is reported before the work
         self._directory, self._source = directory, source
         self._spool = Spool(directory)
@@ -114,7 +115,7 @@ class OrbaxSink:
         """See `awq_jax.convert.format.Sink`."""
         self._spool.add(arrays, metadata)
 
-    def close(self, config: dict[str, Any]) -> Path:
+    def close(self, config: JsonObject) -> Path:
         """See `awq_jax.convert.format.Sink`."""
         self._spool.close()
         write_json(self._directory / "config.json", config)
@@ -122,15 +123,11 @@ class OrbaxSink:
         return self._directory
 
 
-def _matches(config: Mapping[str, Any], names: Collection[str]) -> bool:
-    return quant_method(config) == METHOD
-
-
 FORMAT = Format(
     name="orbax",
     title="Orbax: Flax apps (awq_jax.convert.restore)",
     holds="everything awq_jax has, as a nested dict of arrays",
-    matches=_matches,
+    matches=lambda config, names: quant_method(config) == METHOD,
     reader=OrbaxSource,
     encoder=OrbaxEncoder,
     sink=OrbaxSink,

@@ -9,12 +9,14 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeGuard
 
 import numpy as np
 
-from awq_jax.convert.files.safetensors import DTYPES, Entry, read_json
-from awq_jax.convert.files.shards import write_json
+from awq_jax.convert.config_json import HfConfig, JsonObject
+from awq_jax.convert.files.safetensors import DTYPES, Entry, TensorFiles, read_json
+from awq_jax.convert.files.shards import raw_bytes, write_json
 from awq_jax.convert.formats.native import KEY, VERSION
 from awq_jax.errors import BackendError, CheckpointError
 
@@ -36,8 +38,8 @@ def is_path(name: str) -> bool:
     return bool(name) and "" not in name.split(".") and not set(name) & set("/\\\0") and len(name.encode()) < 250
 
 
-class OrbaxFiles:
-    """The arrays of a checkpoint by name; has the interface of `SafetensorsDir`.
+class OrbaxFiles(TensorFiles):
+    """The arrays of a checkpoint by name.
 
     Names, shapes and dtypes come from the file beside Orbax's directory, and an array must agree with
     it before it is read: zarr pads and compresses, so its files do not bound what it claims to hold.
@@ -63,7 +65,7 @@ class OrbaxFiles:
         if total > BOMB * stored:
             raise CheckpointError(f"{self._path} claims {total} bytes of arrays and has {stored}; write it again")
 
-    def _entry(self, name: str, info: Mapping[str, Any]) -> Entry:
+    def _entry(self, name: str, info: HfConfig) -> Entry:
         """An array's shape and dtype."""
         dtype, shape = info.get("dtype"), info.get("shape")
         sizes = isinstance(shape, list) and all(type(d) is int and 0 <= d < 2**40 for d in shape) and len(shape) <= 32
@@ -73,20 +75,6 @@ class OrbaxFiles:
             )
         assert isinstance(shape, list)
         return Entry(self._path / name, NAMED[dtype], tuple(shape), 0, math.prod(shape) * NAMED[dtype].itemsize)
-
-    def names(self) -> list[str]:
-        """Array names, sorted."""
-        return sorted(self.entries)
-
-    def entry(self, name: str) -> Entry:
-        """Shape and dtype of an array.
-
-        Raises:
-          CheckpointError: if there is no such array.
-        """
-        if name not in self.entries:
-            raise CheckpointError(f"no array {name!r} in {self._path}")
-        return self.entries[name]
 
     def read(self, name: str) -> np.ndarray:
         """One array, by TensorStore; the others are not touched.
@@ -115,7 +103,7 @@ class Spool:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._places: dict[str, tuple[int, np.dtype, tuple[int, ...]]] = {}
-        self._static: dict[str, Any] = {}
+        self._static: JsonObject = {}
         self._end = 0
         (directory / SPOOL).touch()
 
@@ -132,7 +120,7 @@ class Spool:
                 if not is_path(name):
                     raise CheckpointError(f"array {name!r} cannot be a path in an Orbax tree; rename it")
                 self._places[name] = self._end, array.dtype, array.shape
-                f.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+                f.write(raw_bytes(array))
                 f.write(bytes(-array.nbytes % ALIGN))
                 self._end += array.nbytes + -array.nbytes % ALIGN
         self._static |= {k.removeprefix(KEY): json.loads(v) for k, v in (metadata or {}).items()}
@@ -178,7 +166,7 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _objects(value: Any) -> TypeGuard[dict[str, dict[str, Any]]]:
+def _objects(value: object) -> TypeGuard[dict[str, JsonObject]]:
     return isinstance(value, dict) and all(isinstance(v, dict) for v in value.values())
 
 
@@ -190,7 +178,7 @@ def _refuse_links(path: Path) -> None:
                 raise CheckpointError(f"{root}/{name} is a link, which no Orbax checkpoint has; copy the file there")
 
 
-def orbax() -> Any:
+def orbax() -> ModuleType:
     """``orbax.checkpoint``.
 
     Raises:

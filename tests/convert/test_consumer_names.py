@@ -21,7 +21,7 @@ from transformers import AutoConfig
 
 from awq_jax import models, paths
 from awq_jax.convert import registry
-from awq_jax.convert.format import Record, Target
+from awq_jax.convert.format import Destination, Record
 from awq_jax.convert.formats import compressed_tensors_config, joined_linears
 from awq_jax.convert.writing import final_config
 from awq_jax.models.weights import params
@@ -142,7 +142,7 @@ def written(format: str, found: Sequence[Record]) -> dict[str, Any]:
     """The ``quantization_config``."""
     encoder = registry.get(format).encoder
     assert encoder is not None
-    return (encoder(Target()).config(found) or {})["quantization_config"]
+    return (encoder(Destination()).config(found) or {})["quantization_config"]
 
 
 def layers_of(loader: Loader, found: Iterable[Record]) -> list[str]:
@@ -221,7 +221,7 @@ def test_vllm_finds_what_it_joins_and_skips_nothing_packed(family):
             assert not ct_float_experts(loader, layer, ct["ignore"])
             left -= experts
     assert not left, f"vLLM has no linear for {sorted(left)}"
-    assert joined_linears.torn(found) == []
+    assert joined_linears.mismatches(found) == []
 
 
 @pytest.mark.parametrize("family", MOE)

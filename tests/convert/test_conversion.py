@@ -22,7 +22,8 @@ from awq_jax import convert
 from awq_jax.convert import conversion, exactness, pipeline, registry
 from awq_jax.convert.arrays import codes, linear
 from awq_jax.convert.files import manifest, shards
-from awq_jax.convert.format import BaseEncoder, Example, FloatEncoder, Target
+from awq_jax.convert.format import BaseEncoder, Destination, Example
+from awq_jax.convert.formats.float_weights import FloatEncoder
 from awq_jax.errors import CheckpointError, ConfigError, FormatError
 
 CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 32}
@@ -227,7 +228,7 @@ class Coarse(BaseEncoder):
     def fit(self, name: str, q: Any) -> Any:
         import dataclasses
 
-        return dataclasses.replace(q, scales=q.scales.astype(np.float32) * (1 + self.target.config["shift"]))
+        return dataclasses.replace(q, scales=q.scales.astype(np.float32) * (1 + self.destination.config["shift"]))
 
     encode = FloatEncoder.encode
 
@@ -235,14 +236,14 @@ class Coarse(BaseEncoder):
 def test_how_far_a_weight_moved_is_measured_in_steps() -> None:
     q = exactness.example(Example(form="symmetric"))
     for shift in (0.0, 2.0**-10, 2.0**-5):
-        target = Target(config={"shift": shift})
+        target = Destination(config={"shift": shift})
         fitted = Coarse(target).fit("w.weight", q)
         # the code furthest from the zero point, 8 steps, moves by 8 * shift of a step
         assert pipeline.steps("w.weight", q, fitted) == pytest.approx(8 * shift, rel=1e-3)
     with pytest.raises(FormatError, match=r"w\.weight is not held exactly .* 0\.0078 of a quantization step"):
-        pipeline.encode(Coarse(Target(config={"shift": 2.0**-10})), "w.weight", q, Target(), lossy=False)
+        pipeline.encode(Coarse(Destination(config={"shift": 2.0**-10})), "w.weight", q, lossy=False)
     with pytest.raises(FormatError, match="another quantization"):
-        pipeline.encode(Coarse(Target(config={"shift": 0.25})), "w.weight", q, Target(), lossy=True)
+        pipeline.encode(Coarse(Destination(config={"shift": 0.25})), "w.weight", q, lossy=True)
 
 
 @pytest.mark.parametrize("bits", range(2, 9))

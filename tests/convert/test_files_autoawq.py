@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 from awq_jax import convert
 from awq_jax.convert import pipeline, registry
 from awq_jax.convert.arrays import codes, nibbles
-from awq_jax.convert.format import Target
+from awq_jax.convert.format import Destination
 from awq_jax.convert.formats.awq import gemm as autoawq
 from awq_jax.convert.formats.awq import gemv_fast, marlin
 from awq_jax.convert.formats.awq.common import zeros_width
@@ -293,7 +293,7 @@ def test_what_a_layout_cannot_hold(case: str) -> None:
     make_encoder = registry.get(to).encoder
     assert make_encoder is not None
     with pytest.raises(FormatError, match=message):
-        pipeline.encode(make_encoder(Target()), NAME, q, Target(), lossy=True)
+        pipeline.encode(make_encoder(Destination()), NAME, q, lossy=True)
 
 
 def test_groups_are_cut_to_a_size_that_exists(tmp_path: Path) -> None:
@@ -365,7 +365,7 @@ SCALES = "transformer.h.0.mlp.gelu_impl.scales"
 
 @pytest.mark.parametrize("layout", ["gemm", "gemv", "gemv_fast"])
 def test_scaled_activations(tmp_path: Path, layout: str) -> None:
-    """The scale of an activation is a part of the linear behind it, in and out."""
+    """The scale of an activation is a part of the linear after it, in and out."""
     q = make(64, 8, 64, form="offsets" if layout == "gemv_fast" else "zeros")
     s = np.random.default_rng(3).uniform(0.3, 3, 64).astype(np.float16)
     directory = write(tmp_path / "bloom", {f"{DOWN}.weight": q}, layout, BLOOM)
@@ -404,11 +404,11 @@ def test_scaled_activations_that_do_not_fit(tmp_path: Path) -> None:
             source.read(f"{DOWN}.weight")
     floats = {SCALES: np.ones(8, np.float16), f"{DOWN}.weight": np.ones((8, 8), np.float16)}
     packed = {k.replace(DOWN, "a"): v for k, v in stored.items() if k != SCALES}
-    with pytest.raises(FormatError, match=r"scales an activation, but the linear behind it is not packed"):
+    with pytest.raises(FormatError, match=r"scales an activation, but the linear after it is not packed"):
         registry.open_source(save(tmp_path / "bad", packed | floats, quant))
 
 
-def test_explicit_scale_behind_an_activation(tmp_path: Path) -> None:
+def test_explicit_scale_after_an_activation(tmp_path: Path) -> None:
     """Our own quantizer's ``inv_scale`` becomes AutoAWQ's scaled activation, rounded to float16."""
     inverse = np.random.default_rng(4).uniform(0.5, 2, 64).astype(np.float32)
     q = dataclasses.replace(make(64, 8, 64), inv_scale=inverse)
@@ -420,5 +420,5 @@ def test_explicit_scale_behind_an_activation(tmp_path: Path) -> None:
     inf = dataclasses.replace(q, inv_scale=np.full(64, 1e-9, np.float32))
     with pytest.raises(FormatError, match=r"inv_scale that float16 cannot hold"):
         write(tmp_path / "out", {f"{DOWN}.weight": inf}, "gemm", BLOOM, allow_lossy=True)
-    with pytest.raises(FormatError, match=r"holds only behind the activations of .*bloom"):
+    with pytest.raises(FormatError, match=r"holds only after the activations of .*bloom"):
         write(tmp_path / "out", {"transformer.h.0.mlp.up.weight": q}, "gemm", BLOOM)

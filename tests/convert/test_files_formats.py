@@ -291,7 +291,7 @@ def test_float_format_holds_the_dequantized_weights(tmp_path: Path) -> None:
     q = make(32, 8, inv_scale=jnp.linspace(0.5, 2, 32))
     flax = dataclasses.replace(q, axes="kn")
     source = registry.open_source(write(tmp_path, [("a.weight", flax), ("n.weight", np.ones(3, np.float32))], "float"))
-    assert source.format == "hf"
+    assert source.format == "float"
     codes, zeros = np.asarray(q.codes(), np.float64), np.asarray(q.zeros, np.float64)
     want = (codes - np.repeat(zeros, 16, 0)) * np.repeat(np.asarray(q.scales, np.float64), 16, 0)
     want = (want * np.asarray(q.inv_scale, np.float64)[:, None]).T

@@ -16,8 +16,8 @@ from safetensors.numpy import load_file
 from awq_jax import QuantizedTensor
 from awq_jax.convert import pipeline, registry
 from awq_jax.convert.arrays import codes, linear
-from awq_jax.convert.format import Target
-from awq_jax.convert.formats.gguf.blocks import KINDS, from_blocks, to_blocks
+from awq_jax.convert.format import Destination
+from awq_jax.convert.formats.gguf.blocks import BLOCK_TYPES, from_blocks, to_blocks
 from awq_jax.convert.formats.gguf.encoder import FORMATS
 from awq_jax.errors import CheckpointError, FormatError, WeightError
 
@@ -57,13 +57,13 @@ def encode(to: str, q: QuantizedTensor, lossy: bool = False, name: str = NAME) -
     """The weight as ``gguf.quants`` reads what is stored, its block type, and the deviation reported."""
     make_encoder = ENCODERS[to]
     assert make_encoder is not None
-    out = pipeline.encode(make_encoder(Target()), name, q, Target(), lossy)
+    out = pipeline.encode(make_encoder(Destination()), name, q, lossy)
     ((stored, array),) = out.arrays.items()
     kind = out.metadata[stored]
     return gguf.quants.dequantize(array, T[kind]), kind, out.record.deviation
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", BLOCK_TYPES)
 def test_blocks_there_and_back(kind: str) -> None:
     block, size = gguf.GGML_QUANT_SIZES[T[kind]]
     for seed in range(25):
@@ -71,7 +71,7 @@ def test_blocks_there_and_back(kind: str) -> None:
         n, blocks = int(rng.integers(1, 70)), int(rng.integers(1, 9))
         raw = gguf_files.random_blocks(T[kind], n, blocks, seed)  # all codes, also -128, and scales of both signs
         q = from_blocks(raw, kind, n, blocks * block)
-        assert (q.shape, q.bits, q.group_size, q.zeros) == ((n, blocks * block), KINDS[kind].bits, 32, None)
+        assert (q.shape, q.bits, q.group_size, q.zeros) == ((n, blocks * block), BLOCK_TYPES[kind].bits, 32, None)
         np.testing.assert_array_equal(dense(q), gguf.quants.dequantize(raw, T[kind]))
         back = to_blocks(q, kind)
         assert back.shape == (n, blocks * size)

@@ -24,7 +24,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from awq_jax import QuantizedTensor, convert
 from awq_jax.convert import registry
 from awq_jax.convert.arrays import codes, linear
-from awq_jax.convert.format import Target
+from awq_jax.convert.format import Destination
 from awq_jax.convert.formats.gguf import metadata
 from awq_jax.convert.formats.gguf.sink import GgufSink
 from awq_jax.errors import AwqError, CheckpointError, ConfigError, FormatError
@@ -335,7 +335,7 @@ class Nothing:
 
 
 def test_the_sink_keeps_no_tensor(tmp_path: Path) -> None:
-    sink = GgufSink(tmp_path, Target(config()), Nothing(Path("x")), file_type=2)  # type: ignore[arg-type]
+    sink = GgufSink(tmp_path, Destination(config()), Nothing(Path("x")), file_type=2)  # type: ignore[arg-type]
     block = np.zeros(1 << 20, np.float32)
     tracemalloc.start()
     for i in range(12):

@@ -108,7 +108,7 @@ def test_bfloat16_is_kept_only_if_zeros_have_it() -> None:
     encoder = registry.get("llm-awq").encoder
     assert encoder is not None
     q = make(128, 16, 64, dtype=ml_dtypes.bfloat16)
-    encoded = pipeline.encode(encoder(awq_jax.convert.format.Target()), NAME, q, awq_jax.convert.format.Target(), True)
+    encoded = pipeline.encode(encoder(awq_jax.convert.format.Destination()), NAME, q, True)
     assert encoded.arrays[NAME.replace("weight", "scales")].dtype == np.float16
     assert encoded.record.deviation < 0.0074
 
@@ -216,7 +216,7 @@ def test_search_applied_as_llm_awq_does(tmp_path: Path, dtype: torch.dtype, pref
 
 
 def test_folding_leaves_the_function_as_it_is(tmp_path: Path) -> None:
-    """Without clipping: norm, products and the linear behind give the same, in float64 of float32 weights."""
+    """Without clipping: norm, products and the linear after them give the same, in float64 of float32 weights."""
     model, search = Tiny(torch.float32), random_search(torch.float32)
     directory = float_checkpoint(tmp_path / "float", model)
     torch.save({**search, "clip": []}, tmp_path / "search.pt")
@@ -307,7 +307,7 @@ WRONG: list[tuple[Any, type[AwqError], str]] = [
     (with_entry("scale", (L0 + "norm", (L0 + "gate",), torch.ones(31))), FormatError, "norm.weight.*against 31 scales"),
     (with_entry("scale", (L0 + "norm", (L0 + "down",), torch.ones(32))), FormatError, "down.weight.*against 32 scales"),
     (with_entry("scale", (L0 + "norm", (L0 + "norm",), torch.ones(32))), FormatError, "norm.weight.*against a linear"),
-    (with_entry("scale", (L0 + "norm", (L0 + "gate",), torch.zeros(32))), WeightError, "behind model.layers.0.norm"),
+    (with_entry("scale", (L0 + "norm", (L0 + "gate",), torch.zeros(32))), WeightError, "after model.layers.0.norm"),
     (with_entry("scale", (L0 + "norm", (L0 + "gate",), torch.ones(32) / 0)), WeightError, "positive and finite"),
     (with_entry("scale", (L0 + "act", (L0 + "down",), torch.ones(64))), FormatError, "scales the activation .*0.act"),
     (with_entry("scale", (L0 + "other", (L0 + "down",), torch.ones(64))), FormatError, "names model.layers.0.other"),

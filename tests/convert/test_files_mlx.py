@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from awq_jax import QuantizedTensor, convert
 from awq_jax.convert import pipeline, registry
 from awq_jax.convert.arrays import codes, linear
-from awq_jax.convert.format import Target
+from awq_jax.convert.format import Destination
 from awq_jax.convert.formats.mlx import MlxEncoder
 from awq_jax.errors import AwqError, CheckpointError, FormatError
 
@@ -103,7 +103,7 @@ def test_mlx_own_arrays_are_written_back_bit_for_bit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_round_trips(bits: int) -> None:
-    encoder = MlxEncoder(Target())
+    encoder = MlxEncoder(Destination())
     for seed in range(12):
         rng = np.random.default_rng(seed)
         group = int(rng.choice([32, 64, 128]))
@@ -155,29 +155,29 @@ def test_whole_zero_points_become_offsets() -> None:
     q = make(128, 8, 4, 64, form="zeros")
     zeros = np.repeat(np.asarray(q.zeros, np.float64), 64, 0)
     want = (codes.codes_of(q) - zeros) * np.repeat(np.asarray(q.scales, np.float64), 64, 0)
-    loss = pipeline.encode(MlxEncoder(Target()), "a.weight", q, Target(), lossy=True).record
+    loss = pipeline.encode(MlxEncoder(Destination()), "a.weight", q, lossy=True).record
     assert 0 < loss.deviation <= 0.0073  # half a unit in the last place of a float16 near 15 steps
     with pytest.raises(FormatError, match=r"a\.weight is not held exactly"):
-        pipeline.encode(MlxEncoder(Target()), "a.weight", q, Target(), lossy=False)
-    single = Target(dtype="float32")
-    exact = pipeline.encode(MlxEncoder(single), "a.weight", q, single, lossy=False)
+        pipeline.encode(MlxEncoder(Destination()), "a.weight", q, lossy=False)
+    single = Destination(dtype="float32")
+    exact = pipeline.encode(MlxEncoder(single), "a.weight", q, lossy=False)
     assert exact.record.deviation == 0
     scales, offsets = (np.repeat(exact.arrays[f"a.{p}"].T, 64, 0) for p in ("scales", "biases"))
     assert scales.dtype == offsets.dtype == np.float32
     np.testing.assert_array_equal(codes.codes_of(q) * scales.astype(np.float64) + offsets, want)
     middle = make(128, 8, 4, 64, form="symmetric")
-    assert pipeline.encode(MlxEncoder(Target()), "a.weight", middle, Target(), lossy=False).record.deviation == 0
+    assert pipeline.encode(MlxEncoder(Destination()), "a.weight", middle, lossy=False).record.deviation == 0
 
 
 def test_scales_of_two_types_and_groups_that_are_larger() -> None:
     q = make(256, 8, 3, 256)
     mixed = dataclasses.replace(q, offsets=np.asarray(q.offsets).astype(np.float32) / 3)
-    encoded = pipeline.encode(MlxEncoder(Target()), "a.weight", mixed, Target(), lossy=False)
+    encoded = pipeline.encode(MlxEncoder(Destination()), "a.weight", mixed, lossy=False)
     assert (encoded.record.group_size, encoded.record.deviation) == (128, 0)
     assert encoded.arrays["a.biases"].dtype == encoded.arrays["a.scales"].dtype == np.float32
     np.testing.assert_array_equal(encoded.arrays["a.biases"], np.repeat(mixed.offsets, 2, 0).T)
-    target = Target(dtype="bfloat16")
-    brain = pipeline.encode(MlxEncoder(target), "a.weight", mixed, target, lossy=True)
+    target = Destination(dtype="bfloat16")
+    brain = pipeline.encode(MlxEncoder(target), "a.weight", mixed, lossy=True)
     assert brain.arrays["a.biases"].dtype == ml_dtypes.bfloat16
     assert brain.record.deviation > 0
 

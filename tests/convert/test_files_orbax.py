@@ -23,7 +23,7 @@ import awq_jax
 from awq_jax import convert
 from awq_jax.convert import conversion, registry
 from awq_jax.convert.arrays import linear
-from awq_jax.convert.format import Target
+from awq_jax.convert.format import Destination
 from awq_jax.convert.formats.orbax import OrbaxSink
 from awq_jax.convert.writing import write_checkpoint
 from awq_jax.errors import AwqError, BackendError, CheckpointError, FormatError
@@ -137,7 +137,7 @@ def test_headers_say_what_is_read(native: Path, orbax: Path) -> None:
     a, b = registry.open_source(native), registry.open_source(orbax)
     assert b.format == "orbax"
     assert {n: a.info(n) for n in a.names()} == {n: b.info(n) for n in b.names()}
-    with pytest.raises(CheckpointError, match="no array 'nowhere'"):
+    with pytest.raises(CheckpointError, match="no tensor 'nowhere'"):
         b.read("nowhere")
 
 
@@ -176,7 +176,7 @@ def test_names_that_make_no_tree(tmp_path: Path) -> None:
         (("a..b",), "cannot be a path"),
         (("../a",), "cannot be a path"),
     ):
-        sink = OrbaxSink(tmp_path, Target(), None)  # type: ignore[arg-type]
+        sink = OrbaxSink(tmp_path, Destination(), None)  # type: ignore[arg-type]
         with pytest.raises(CheckpointError, match=message):
             [sink.add({name: one}) for name in names], sink.close({})
         (tmp_path / "spool.bin").unlink()
@@ -256,7 +256,7 @@ def test_writing_holds_a_few_tensors(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     tracemalloc.start()
     try:
-        sink = OrbaxSink(tmp_path, Target(), Nothing())  # type: ignore[arg-type]
+        sink = OrbaxSink(tmp_path, Destination(), Nothing())  # type: ignore[arg-type]
         for i in range(48):
             sink.add({f"t{i}": rng.integers(0, 255, 1 << 20, np.uint8)})
         sink.close({})

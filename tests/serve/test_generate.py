@@ -20,7 +20,7 @@ from awq_jax.serve.model import from_source
 class Memory:
     """A checkpoint in memory, in the shape of `awq_jax.convert.source.Source`."""
 
-    format = "hf"
+    format = "float"
     generation_config = {"eos_token_id": [257, 3]}  # noqa: RUF012
 
     def __init__(self, model: torch.nn.Module, tokenizer=None):

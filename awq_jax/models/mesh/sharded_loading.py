@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from awq_jax import paths
 from awq_jax.convert.arrays import codes
 from awq_jax.convert.files import slices
-from awq_jax.convert.source import Source
+from awq_jax.convert.source import SliceReader, Source
 from awq_jax.errors import WeightError
 from awq_jax.kernels import parallel
 from awq_jax.models.config import ModelConfig
@@ -55,7 +55,7 @@ class Loader:
             dtype = source.info(names[0]).dtype
         self.base, self.dtype, self.shapes = base, dtype, shapes
         self.weights = model_params.Weights(source, config, shapes, dtype)
-        self.source, self.reader = source, slices.Reader(source)
+        self.source, self.reader = source, SliceReader(source)
         self.leaves = leaves_of(source, self.weights, shapes, np.dtype(dtype).itemsize)
         self.cuts = sharding.rule(config, self.leaves, base.size)
 
@@ -115,6 +115,7 @@ class Loader:
                 index[-2:] = index[:-3:-1]
             value = self.reader.read(name, index)
         if self.leaves[path].group is not None:
+            assert isinstance(value, QuantizedTensor)
             return _packed(value, name, self.dtype)
         if isinstance(value, QuantizedTensor):
             value = codes.dequantize(value).T

@@ -5,24 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
-from awq_jax.convert.arrays.fitting import (
-    DEFAULT_FLOAT,
-    check_integer,
-    common_group,
-    float_modules,
-    half_scales,
-    integer_zeros,
-    packed_records,
-)
-from awq_jax.convert.arrays.layout import regroup
+from awq_jax.convert.arrays.fitting import cast_scales, check_integer, integer_zeros
+from awq_jax.convert.arrays.rearrange import regroup
+from awq_jax.convert.config_json import HfConfig, JsonObject
 from awq_jax.convert.files import slices
 from awq_jax.convert.files.safetensors import Entry
-from awq_jax.convert.format import BaseEncoder, Record, quant_method
+from awq_jax.convert.format import BaseEncoder, Record, named, quant_method
 from awq_jax.convert.formats.awq import scaled_activations
+from awq_jax.convert.formats.records import common_group, float_by_default, float_modules, packed_records
 from awq_jax.convert.source import Info, Packed, PackedSource
 from awq_jax.dtypes import FLOATS
 from awq_jax.errors import CheckpointError, FormatError
@@ -32,18 +26,18 @@ from awq_jax.qtensor import QuantizedTensor
 KERNELS = {"exllama": "gemm", "exllamav2": "gemm", "ipex": "gemm"}
 
 
-def is_version(config: Mapping[str, Any], *versions: str) -> bool:
+def is_version(config: HfConfig, *versions: str) -> bool:
     """Whether ``quant_method`` is ``awq`` and the layout one of these."""
     return quant_method(config) == "awq" and version(config["quantization_config"]) in versions
 
 
-def version(quant: Mapping[str, Any]) -> str:
+def version(quant: HfConfig) -> str:
     """The layout that a ``quantization_config`` names, in lower case."""
     name = quant.get("version") or quant.get("checkpoint_format") or quant.get("format") or "gemm"
     return KERNELS.get(str(name).lower(), str(name).lower())
 
 
-def settings(quant: Mapping[str, Any], format: str, words: str = "int32") -> tuple[int, bool]:
+def settings(quant: HfConfig, format: str, words: str = "int32") -> tuple[int, bool]:
     """``(group_size, zero_point)`` of a ``quantization_config``.
 
     Args:
@@ -94,7 +88,7 @@ class AwqSource(PackedSource):
 
     words: ClassVar[str] = "int32"
 
-    def __init__(self, directory: Path, config: dict[str, Any]) -> None:
+    def __init__(self, directory: Path, config: JsonObject) -> None:
         quant = config["quantization_config"]
         self.group_size, self.zero_point = settings(quant, self.format, self.words)
         self.layer_groups = bool(quant.get("dynamic"))
@@ -103,13 +97,13 @@ class AwqSource(PackedSource):
         hidden = set(self._activations.values())
         self._names = [n for n in super().names() if n not in hidden]
 
-    def read(self, name: str) -> np.ndarray | QuantizedTensor:
+    def read(self, name: str) -> slices.Tensor:
         value = super().read(name)
         if isinstance(value, QuantizedTensor) and name in self._activations:
             return scaled_activations.undone(value, self._activations[name], self.files)
         return value
 
-    def read_slice(self, name: str, index: slices.Index) -> np.ndarray | QuantizedTensor | None:
+    def read_slice(self, name: str, index: slices.Index) -> slices.Tensor | None:
         return None if name in self._activations else super().read_slice(name, index)
 
     def info(self, name: str) -> Info:
@@ -169,7 +163,7 @@ class AwqEncoder(BaseEncoder):
     padded_groups: ClassVar[bool] = False  # the width of the zeros is only defined for some group sizes
 
     def fit(self, name: str, q: QuantizedTensor) -> QuantizedTensor | None:
-        if DEFAULT_FLOAT.search(name.removesuffix(".weight")):
+        if float_by_default(name):
             return None
         scaled_activations.check(name, q, self._activation(name), self.version)
         fitted = scaled_activations.fitted(q, self._activation(name))
@@ -185,9 +179,9 @@ class AwqEncoder(BaseEncoder):
 
     def values(self, name: str, q: QuantizedTensor) -> QuantizedTensor:
         """Whole zero points and float16 scales."""
-        return half_scales(integer_zeros(q))
+        return cast_scales(integer_zeros(q))
 
-    def config(self, records: Sequence[Record]) -> dict[str, Any]:
+    def config(self, records: Sequence[Record]) -> JsonObject:
         """The ``quantization_config`` that AutoAWQ, transformers and vLLM expect.
 
         Raises:
@@ -207,11 +201,10 @@ class AwqEncoder(BaseEncoder):
 
     def stored(self, name: str, q: QuantizedTensor, **parts: np.ndarray) -> dict[str, np.ndarray]:
         """The arrays of a module by their full names, with the scale of the activation before it."""
-        module = name.removesuffix(".weight")
-        return {f"{module}.{p}": a for p, a in parts.items()} | scaled_activations.stored(q, self._activation(name))
+        return named(name, **parts) | scaled_activations.stored(q, self._activation(name))
 
     def _activation(self, name: str) -> str | None:
-        return scaled_activations.before(name, self.target.config)
+        return scaled_activations.before(name, self.destination.config)
 
 
 def whole_zeros(q: QuantizedTensor) -> np.ndarray:

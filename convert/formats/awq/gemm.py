@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from awq_jax.convert.arrays import linear, nibbles
+from awq_jax.convert.config_json import JsonObject
 from awq_jax.convert.files.safetensors import Entry
-from awq_jax.convert.format import Format, quant_method
+from awq_jax.convert.format import Format, Stored, quant_method
 from awq_jax.convert.formats.awq.common import AwqEncoder, AwqSource, packed_of, version, whole_zeros
 from awq_jax.convert.source import Packed
 from awq_jax.errors import FormatError
@@ -85,7 +85,7 @@ class GemmSource(AwqSource):
     required = ("qweight", "qzeros", "scales")
     roles = dict.fromkeys(required, "kn")
 
-    def __init__(self, directory: Path, config: dict[str, Any]) -> None:
+    def __init__(self, directory: Path, config: JsonObject) -> None:
         found = version(config["quantization_config"])
         if found != self.format:
             raise FormatError(
@@ -103,13 +103,10 @@ class GemmSource(AwqSource):
         return (n, k), packed_of(k, groups, self.zero_point, entries["scales"])
 
     def decode(self, arrays: Mapping[str, np.ndarray], shape: tuple[int, int], packed: Packed) -> QuantizedTensor:
-        zeros = unpack_qzeros(arrays["qzeros"])
-        implied = packed.symmetric and bool(np.all(zeros == 8))
+        zeros = linear.explicit_zeros(unpack_qzeros(arrays["qzeros"]), 4, packed.symmetric)
         qweight = unpack_qweight(arrays["qweight"])
         n, k = shape
-        return linear.build(
-            qweight, arrays["scales"], None if implied else zeros, 4, packed.group_size, k, n, "float32"
-        )
+        return linear.build(qweight, arrays["scales"], zeros, 4, packed.group_size, k, n, "float32")
 
 
 class GemmEncoder(AwqEncoder):
@@ -117,7 +114,7 @@ class GemmEncoder(AwqEncoder):
 
     version = "gemm"
 
-    def encode(self, name: str, q: QuantizedTensor) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    def encode(self, name: str, q: QuantizedTensor) -> Stored:
         qweight, qzeros = pack_qweight(np.asarray(q.qweight), q.k), pack_qzeros(whole_zeros(q))
         return self.stored(name, q, qweight=qweight, qzeros=qzeros, scales=np.asarray(q.scales).astype(np.float16)), {}
 

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from awq_jax.convert.arrays import codes, linear
-from awq_jax.convert.arrays.layout import transposed
+from awq_jax.convert.arrays.rearrange import transposed
 from awq_jax.convert.files.safetensors import Entry
-from awq_jax.convert.format import Format
+from awq_jax.convert.format import Format, Stored
 from awq_jax.convert.formats.awq.common import AwqEncoder, AwqSource, is_version, packed_of, whole_zeros, zeros_width
 from awq_jax.convert.source import Packed
 from awq_jax.errors import FormatError
@@ -46,11 +46,11 @@ class GemvSource(AwqSource):
     def decode(self, arrays: Mapping[str, np.ndarray], shape: tuple[int, int], packed: Packed) -> QuantizedTensor:
         n, k = shape
         groups = k // packed.group_size
-        zeros = codes.unpack(arrays["qzeros"][:, : math.ceil(groups / 8)].T.view(np.uint32), 4, groups)
-        implied = packed.symmetric and bool(np.all(zeros == 8))
+        stored = codes.unpack(arrays["qzeros"][:, : math.ceil(groups / 8)].T.view(np.uint32), 4, groups)
+        zeros = linear.explicit_zeros(stored, 4, packed.symmetric)
         qweight = transposed(arrays["qweight"].view(np.uint32))
         scales = transposed(arrays["scales"][:, :groups])
-        return linear.build(qweight, scales, None if implied else zeros, 4, packed.group_size, k, n, "float32")
+        return linear.build(qweight, scales, zeros, 4, packed.group_size, k, n, "float32")
 
 
 class GemvEncoder(AwqEncoder):
@@ -65,7 +65,7 @@ class GemvEncoder(AwqEncoder):
             raise FormatError(f"{name} has {q.k} inputs, gemv needs a multiple of 8; convert to 'gemm'")
         return fitted
 
-    def encode(self, name: str, q: QuantizedTensor) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    def encode(self, name: str, q: QuantizedTensor) -> Stored:
         groups = q.scales.shape[0]
         width = zeros_width(q.k, q.group_size)
         assert width is not None

@@ -1,7 +1,7 @@
 """AutoAWQ's GEMV_FAST layout, which is llm-awq's second: 4-bit, four outputs interleaved.
 
 Per linear ``m`` of K inputs and N outputs: ``m.qweight`` int16 ``[N/4, K]``; ``m.scales`` and ``m.qzeros``
-(llm-awq: ``m.scaled_zeros``) float16 ``[8W, N]``, W of `awq_common.zeros_width`, padded with zeros;
+(llm-awq: ``m.scaled_zeros``) float16 ``[8W, N]``, W of `zeros_width`, padded with zeros;
 ``w = q * s + sz``, where sz is ``-s * z`` rounded to float16.
 
 Of 32 inputs ``8b + 2a + c`` (a, b in 0 … 3, c in 0, 1) of one output, nibble ``4c + b`` of the 32-bit
@@ -10,16 +10,15 @@ word a holds one each. The words of four outputs alternate every 64 inputs.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 
 import numpy as np
 
 from awq_jax.convert.arrays import linear, nibbles
-from awq_jax.convert.arrays.fitting import cast_scales
+from awq_jax.convert.arrays.fitting import cast_scales, with_offsets
 from awq_jax.convert.files.safetensors import Entry
-from awq_jax.convert.format import Example, Format
-from awq_jax.convert.formats.awq.common import AwqEncoder, AwqSource, is_version, packed_of, whole_zeros, zeros_width
+from awq_jax.convert.format import Example, Format, Stored
+from awq_jax.convert.formats.awq.common import AwqEncoder, AwqSource, is_version, packed_of, zeros_width
 from awq_jax.convert.source import Packed
 from awq_jax.errors import FormatError
 from awq_jax.qtensor import QuantizedTensor
@@ -101,15 +100,9 @@ class FastEncoder(AwqEncoder):
 
     def values(self, name: str, q: QuantizedTensor) -> QuantizedTensor:
         """Scales and offsets in float16."""
-        q = cast_scales(q, np.float16)
-        if q.offsets is not None:
-            return q
-        scales = np.asarray(q.scales).astype(np.float16)
-        with np.errstate(over="ignore", invalid="ignore"):  # the caller judges what overflows
-            offsets = -(scales.astype(np.float32) * whole_zeros(q)).astype(np.float16)
-        return dataclasses.replace(q, zeros=None, offsets=offsets)
+        return with_offsets(cast_scales(q))
 
-    def encode(self, name: str, q: QuantizedTensor) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    def encode(self, name: str, q: QuantizedTensor) -> Stored:
         width = zeros_width(q.k, q.group_size)
         assert width is not None
         assert q.offsets is not None

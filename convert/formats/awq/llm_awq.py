@@ -7,14 +7,14 @@ write, or ``safetensors.torch.save_file(torch.load(...))`` makes. Scales may be 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from awq_jax.convert.arrays.fitting import cast_scales
+from awq_jax.convert.config_json import HfConfig, JsonObject
 from awq_jax.convert.files.safetensors import SafetensorsDir
 from awq_jax.convert.format import Example, Format, Record, quant_method
 from awq_jax.convert.formats.awq.common import zeros_width
@@ -47,7 +47,7 @@ def group_size(directory: Path) -> int:
     return fits[0]
 
 
-def is_llm_awq(config: Mapping[str, Any], names: Collection[str]) -> bool:
+def is_llm_awq(config: HfConfig, names: Collection[str]) -> bool:
     """Told by the tensor names: configs seldom say."""
     return quant_method(config) in ("awq", "") and any(n.endswith(MARK) for n in names)
 
@@ -63,7 +63,7 @@ class LlmAwqSource(FastSource):
     format = "llm-awq"
     required = ("qweight", "scales", "scaled_zeros")
 
-    def __init__(self, directory: Path, config: dict[str, Any]) -> None:
+    def __init__(self, directory: Path, config: JsonObject) -> None:
         quant = config.get("quantization_config")
         if not isinstance(quant, dict):
             quant = {"quant_method": "awq", "group_size": group_size(directory)}
@@ -86,7 +86,7 @@ class LlmAwqEncoder(FastEncoder):
         both = {np.asarray(a).dtype.name for a in (q.scales, q.offsets)}
         return np.dtype(ml_dtypes.bfloat16 if both == {"bfloat16"} else np.float16)
 
-    def config(self, records: Sequence[Record]) -> dict[str, Any]:
+    def config(self, records: Sequence[Record]) -> JsonObject:
         """``quantization_config`` as transformers (4 and 5) and GPTQModel know llm-awq's checkpoints.
 
         Raises:

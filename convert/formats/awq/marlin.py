@@ -15,7 +15,7 @@ import numpy as np
 
 from awq_jax.convert.arrays import linear, nibbles
 from awq_jax.convert.files.safetensors import Entry
-from awq_jax.convert.format import Example, Format
+from awq_jax.convert.format import Example, Format, Stored
 from awq_jax.convert.formats.awq.common import AwqEncoder, AwqSource, is_version, packed_of
 from awq_jax.convert.source import Packed
 from awq_jax.errors import FormatError
@@ -118,7 +118,7 @@ class MarlinEncoder(AwqEncoder):
             )
         return dataclasses.replace(q, zeros=None)
 
-    def encode(self, name: str, q: QuantizedTensor) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    def encode(self, name: str, q: QuantizedTensor) -> Stored:
         scales = np.asarray(q.scales).astype(np.float16)
         order = _order(scales.shape[0])
         scales = scales.reshape(-1, order.size)[:, order].reshape(scales.shape)

@@ -2,27 +2,26 @@
 
 Nothing before a GELU can absorb a scale, so AutoAWQ and llm-awq divide its output: the module
 ``ScaledActivation`` with a tensor ``mlp.act.scales`` ``[K]``, in the models below in every layer (ones
-where nothing was scaled). Here it is a part of the linear behind it, as ``inv_scale = 1 / scales``.
+where nothing was scaled). Here it is a part of the linear that it feeds, as ``inv_scale = 1 / scales``.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
-from awq_jax.convert.files.safetensors import SafetensorsDir
+from awq_jax.convert.config_json import HfConfig
+from awq_jax.convert.files.safetensors import TensorFiles
 from awq_jax.convert.source import PackedSource
 from awq_jax.dtypes import FLOATS
 from awq_jax.errors import CheckpointError, FormatError, WeightError
 from awq_jax.qtensor import QuantizedTensor
 
 STORED = re.compile(r"(?P<parent>.+)\.(act|gelu_impl)\.scales")
-BEHIND = ("dense_4h_to_h", "down_proj", "fc_out", "c_proj")
-# model_type: the activation and the linear behind it (transformers: AWQ_SCALES_MAPPINGS)
+FED = ("dense_4h_to_h", "down_proj", "fc_out", "c_proj")
+# model_type: the activation and the linear that it feeds (transformers: AWQ_SCALES_MAPPINGS)
 MODELS = {
     "starcoder2": ("act", "c_proj"),
     "gpt_bigcode": ("act", "c_proj"),
@@ -37,10 +36,10 @@ PARENTS = {"mpt": "ffn"}
 
 
 def found(source: PackedSource) -> dict[str, str]:
-    """Packed weights behind a scaled activation, and the names of its scales.
+    """Packed weights that a scaled activation feeds, and the names of its scales.
 
     Raises:
-      CheckpointError: a scale does not fit the linear behind it.
+      CheckpointError: a scale does not fit the linear that it feeds.
       FormatError: that linear is not packed.
     """
     out = {}
@@ -48,22 +47,20 @@ def found(source: PackedSource) -> dict[str, str]:
         match = STORED.fullmatch(name)
         if match is None:
             continue
-        behind = [w for w in (f"{match['parent']}.{m}.weight" for m in BEHIND) if w in source.packed]
-        if len(behind) != 1:
+        fed = [w for w in (f"{match['parent']}.{m}.weight" for m in FED) if w in source.packed]
+        if len(fed) != 1:
             raise FormatError(
-                f"{source.directory}: {name} scales an activation, but the linear behind it is not packed; quantize it "
+                f"{source.directory}: {name} scales an activation, but the linear after it is not packed; quantize it "
                 "too, or take the float checkpoint"
             )
-        entry, k = source.files.entry(name), source.shape(behind[0])[1]
+        entry, k = source.files.entry(name), source.shape(fed[0])[1]
         if entry.shape != (k,) or entry.dtype.name not in FLOATS:
-            raise CheckpointError(
-                f"{source.directory}: {name} is {entry.dtype} {entry.shape}; {behind[0]} has {k} inputs"
-            )
-        out[behind[0]] = name
+            raise CheckpointError(f"{source.directory}: {name} is {entry.dtype} {entry.shape}; {fed[0]} has {k} inputs")
+        out[fed[0]] = name
     return out
 
 
-def undone(q: QuantizedTensor, name: str, files: SafetensorsDir) -> QuantizedTensor:
+def undone(q: QuantizedTensor, name: str, files: TensorFiles) -> QuantizedTensor:
     """The weight that takes the activation as it is; ``q`` if the scales are ones.
 
     Raises:
@@ -75,13 +72,13 @@ def undone(q: QuantizedTensor, name: str, files: SafetensorsDir) -> QuantizedTen
     return q if (scales == 1).all() else dataclasses.replace(q, inv_scale=1 / scales)
 
 
-def before(name: str, config: Mapping[str, Any]) -> str | None:
+def before(name: str, config: HfConfig) -> str | None:
     """Name of the scales of the activation that feeds a weight, in models that have one."""
     model_type = config.get("model_type")
-    act, behind = MODELS.get(model_type, ("", "")) if isinstance(model_type, str) else ("", "")
+    act, fed = MODELS.get(model_type, ("", "")) if isinstance(model_type, str) else ("", "")
     parent, _, last = name.removesuffix(".weight").rpartition(".")
     inside = parent.rpartition(".")[2] == PARENTS.get(str(model_type), "mlp")
-    return f"{parent}.{act}.scales" if act and last == behind and inside else None
+    return f"{parent}.{act}.scales" if act and last == fed and inside else None
 
 
 def fitted(q: QuantizedTensor, activation: str | None) -> QuantizedTensor:
@@ -103,7 +100,7 @@ def check(name: str, q: QuantizedTensor, activation: str | None, format: str) ->
         return
     if activation is None:
         raise FormatError(
-            f"{name} has an explicit inv_scale, which {format} holds only behind the activations of "
+            f"{name} has an explicit inv_scale, which {format} holds only after the activations of "
             f"{', '.join(sorted(MODELS))}; quantize with explicit_scale=False, or save as 'awq-jax'"
         )
     scales = _scales(q)

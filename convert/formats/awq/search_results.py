@@ -13,7 +13,7 @@ import functools
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,7 +23,10 @@ from awq_jax.dtypes import FLOATS
 from awq_jax.errors import FormatError, WeightError
 from awq_jax.qtensor import QuantizedTensor
 
-Step = Callable[[np.ndarray], np.ndarray]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Change = Callable[[np.ndarray], np.ndarray]
 
 ACTIVATIONS = ("act", "act_fn", "gelu_impl", "activation", "activation_fn")
 # Models whose norms multiply by 1 + weight, and such whose linears are stored [in, out].
@@ -57,16 +60,16 @@ def read_search(path: str | Path) -> SearchResult:
     if not isinstance(data, dict) or not {"scale", "clip"} <= set(data):
         raise FormatError(f'{path} is not a search result of llm-awq: that has the entries "scale" and "clip"')
     scale, clip = [], []
-    for entry in _entries(path, data, "scale", 3):
+    for entry in _entries(path, data["scale"], "scale", 3):
         before, layers, s = entry
         names = isinstance(before, str) and isinstance(layers, tuple | list) and bool(layers)
         if not names or not all(isinstance(m, str) for m in layers) or not isinstance(s, np.ndarray):
             raise _unlike(path, "scale")
         s = s.reshape(-1)
         if not np.isfinite(s).all() or not (s > 0).all():
-            raise WeightError(f"{path}: the scales behind {before} are not all positive and finite")
+            raise WeightError(f"{path}: the scales after {before} are not all positive and finite")
         scale.append((before, tuple(layers), s))
-    for name, bounds in _entries(path, data, "clip", 2):
+    for name, bounds in _entries(path, data["clip"], "clip", 2):
         if not isinstance(name, str) or not isinstance(bounds, np.ndarray) or bounds.ndim not in (2, 3):
             raise _unlike(path, "clip")
         if bounds.shape[2:] not in ((), (1,)):
@@ -101,7 +104,7 @@ def apply_search(source: Source, path: str | Path) -> SearchedSource:
 class SearchedSource:
     """See `apply_search`; a `Source`."""
 
-    format = "hf"
+    format = "float"
 
     def __init__(self, source: Source, path: Path) -> None:
         self.source, self.path = source, path
@@ -111,7 +114,7 @@ class SearchedSource:
             raise FormatError(f"{path}: linears of {model_type} are stored transposed, which llm-awq does not know")
         self._offset = float(model_type in PLUS_ONE)
         self._known = set(source.names())
-        self._steps: dict[str, list[Step]] = {}
+        self._changes: dict[str, list[Change]] = {}
         result = read_search(path)
         for before, layers, s in result.scale:
             self._divide(before, s)
@@ -147,24 +150,24 @@ class SearchedSource:
 
     def read(self, name: str) -> np.ndarray | QuantizedTensor:
         value = self.source.read(name)
-        if name not in self._steps:
+        if name not in self._changes:
             return value
         assert isinstance(value, np.ndarray)
-        for step in self._steps[name]:
+        for change in self._changes[name]:
             with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
-                value = step(value)
+                value = change(value)
             if not np.isfinite(value).all():  # before a clip could hide it
                 raise WeightError(f"{name} overflows {value.dtype} or holds NaN when {self.path} is applied")
         return value
 
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
         return self.source.tokenizer()
 
     def companions(self) -> list[Path]:
         return self.source.companions()
 
-    def _add(self, name: str, step: Step) -> None:
-        self._steps.setdefault(name, []).append(step)
+    def _add(self, name: str, change: Change) -> None:
+        self._changes.setdefault(name, []).append(change)
 
     def _divide(self, before: str, s: np.ndarray) -> None:
         """Divide the norm's weight, or the last rows of the linear's, and the bias, by the scales."""
@@ -238,11 +241,8 @@ def _clipped(w: np.ndarray, bounds: np.ndarray) -> np.ndarray:
     return np.minimum(np.maximum(w.reshape(*bounds.shape, -1), -limit), limit).reshape(w.shape)
 
 
-def _entries(path: Path, data: dict[str, Any], part: str, length: int) -> list[Any]:
-    entries = data[part]
-    if not isinstance(entries, list):
-        raise _unlike(path, part)
-    if not all(isinstance(e, tuple | list) and len(e) == length for e in entries):
+def _entries(path: Path, entries: object, part: str, length: int) -> list[Any]:
+    if not isinstance(entries, list) or not all(isinstance(e, tuple | list) and len(e) == length for e in entries):
         raise _unlike(path, part)
     return entries
 

@@ -13,7 +13,7 @@ import dataclasses
 import numpy as np
 
 from awq_jax.convert.arrays import linear
-from awq_jax.convert.arrays.layout import transposed
+from awq_jax.convert.arrays.rearrange import transposed
 from awq_jax.qtensor import QuantizedTensor
 
 BLOCK = 32
@@ -21,7 +21,7 @@ STRIP = 1 << 14  # blocks converted at a time: they stay in cache
 
 
 @dataclasses.dataclass(frozen=True)
-class Kind:
+class BlockType:
     """A block type: ``halves`` float16 in front of ``words`` uint32 of codes; ``offset``: the second half is ``m``."""
 
     bits: int
@@ -33,7 +33,7 @@ class Kind:
         return self.halves == 2
 
 
-KINDS = {"Q4_0": Kind(4, 1, 4), "Q4_1": Kind(4, 2, 4), "Q8_0": Kind(8, 1, 8)}
+BLOCK_TYPES = {"Q4_0": BlockType(4, 1, 4), "Q4_1": BlockType(4, 2, 4), "Q8_0": BlockType(8, 1, 8)}
 
 
 def to_blocks(q: QuantizedTensor, name: str) -> np.ndarray:
@@ -41,7 +41,7 @@ def to_blocks(q: QuantizedTensor, name: str) -> np.ndarray:
 
     Q4_0 and Q8_0: symmetric; Q4_1: with offsets. Scales and offsets are cast to float16.
     """
-    kind = KINDS[name]
+    kind = BLOCK_TYPES[name]
     blocks, n = q.k // BLOCK, q.n
     halves = [np.asarray(a).astype(np.float16) for a in (q.scales, q.offsets)[: kind.halves]]
     words = np.asarray(q.qweight).reshape(blocks, kind.words, n)
@@ -60,7 +60,7 @@ def to_blocks(q: QuantizedTensor, name: str) -> np.ndarray:
 
 def from_blocks(raw: np.ndarray, name: str, n: int, k: int) -> QuantizedTensor:
     """Inverse of `to_blocks`: bytes of ``n`` rows to a weight in groups of 32 with float16 scales."""
-    kind = KINDS[name]
+    kind = BLOCK_TYPES[name]
     blocks = k // BLOCK
     stored = raw.view(np.uint16).reshape(n, blocks, kind.halves + 2 * kind.words)
     halves = [np.empty((blocks, n), np.float16) for _ in range(kind.halves)]

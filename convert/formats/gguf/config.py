@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
-from awq_jax.convert.config_json import TIED
+from awq_jax.convert.config_json import TIED, JsonObject
 from awq_jax.convert.formats.gguf.families import READ_ONLY, Architecture
 from awq_jax.convert.formats.gguf.file import GgufFile
 from awq_jax.errors import CheckpointError, FormatError, UnsupportedModelError
@@ -35,7 +34,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 READ: Mapping[str, Architecture] = {**ARCHITECTURES, **READ_ONLY}
 
 
-def hf_config(file: GgufFile) -> dict[str, Any]:
+def hf_config(file: GgufFile) -> JsonObject:
     """The config a Hugging Face reader expects for this file.
 
     Raises:
@@ -44,7 +43,7 @@ def hf_config(file: GgufFile) -> dict[str, Any]:
       FormatError: constants of the rotation are stored as something else than float32.
     """
     arch = file.metadata.get("general.architecture")
-    if arch not in READ:
+    if not isinstance(arch, str) or arch not in READ:
         raise UnsupportedModelError(
             f"{file.path} has architecture {str(arch)[:100]!r}; GGUF files are read for {', '.join(READ)}"
         )
@@ -108,7 +107,7 @@ class _Keys:
     def __init__(self, file: GgufFile, arch: str) -> None:
         self._file, self._arch = file, arch
 
-    def __call__(self, key: str, default: Any) -> Any:
+    def __call__(self, key: str, default: float) -> float:
         value = self._file.metadata.get(f"{self._arch}.{key}", default)
         if isinstance(value, np.ndarray):  # one value per layer
             if len(set(value.tolist())) != 1:
@@ -155,7 +154,7 @@ def _check_heads(file: GgufFile, heads: int, kv_heads: int, head_dim: int) -> No
                 )
 
 
-def _rope(file: GgufFile, get: _Keys) -> tuple[float, dict[str, Any] | None]:
+def _rope(file: GgufFile, get: _Keys) -> tuple[float, JsonObject | None]:
     """``(rope_theta, rope_scaling)``."""
     theta = float(get("rope.freq_base", 10000.0))
     kind = get.text("rope.scaling.type") or "none"
@@ -191,9 +190,9 @@ def _eps(get: _Keys, spec: Architecture) -> float:
     return get.number("attention.layer_norm_epsilon", 1e-5)
 
 
-def _longrope(file: GgufFile, get: _Keys) -> dict[str, Any]:
+def _longrope(file: GgufFile, get: _Keys) -> JsonObject:
     """The divisors of the frequencies of short and of long rows, which GGUF keeps as tensors."""
-    scaling: dict[str, Any] = {"rope_type": "longrope"}
+    scaling: JsonObject = {"rope_type": "longrope"}
     for key, tensor in (("short_factor", SHORT), ("long_factor", LONG)):
         if file.tensors[tensor].type_id != 0:
             raise FormatError(f"{file.path}: tensor {tensor!r} is not float32; download the file again")
@@ -207,7 +206,7 @@ def _longrope(file: GgufFile, get: _Keys) -> dict[str, Any]:
     return scaling
 
 
-def _llama3(file: GgufFile, get: _Keys, theta: float) -> dict[str, Any]:
+def _llama3(file: GgufFile, get: _Keys, theta: float) -> JsonObject:
     """Llama 3's scaling, of which GGUF keeps only the divisors of the frequencies.
 
     Where the file does not say more, the constants are `LLAMA3` and the factor is the largest divisor.

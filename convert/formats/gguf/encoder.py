@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from awq_jax.convert.arrays import codes
-from awq_jax.convert.arrays.fitting import cast_scales, check_integer
-from awq_jax.convert.arrays.layout import regroup
+from awq_jax.convert.arrays.fitting import cast_scales, check_integer, with_offsets
+from awq_jax.convert.arrays.rearrange import regroup
 from awq_jax.convert.config_json import is_tied
-from awq_jax.convert.format import BaseEncoder, Example, Format
+from awq_jax.convert.format import BaseEncoder, Destination, Example, Format, Stored
 from awq_jax.convert.formats.gguf.blocks import BLOCK, to_blocks
 from awq_jax.convert.formats.gguf.config import ARCHITECTURES
 from awq_jax.convert.formats.gguf.metadata import GGUF_OF, architecture
@@ -35,7 +34,9 @@ class GgufEncoder(BaseEncoder):
     as metadata: what `awq_jax.convert.formats.gguf.sink.GgufSink` takes.
     """
 
-    kind = ""
+    def __init__(self, kind: str, destination: Destination) -> None:
+        super().__init__(destination)
+        self.kind = kind
 
     def fit(self, name: str, q: QuantizedTensor) -> QuantizedTensor | None:
         format = f"gguf-{self.kind.lower()}"
@@ -49,7 +50,7 @@ class GgufEncoder(BaseEncoder):
         fitted = FITS[self.kind if q.bits <= 4 else "Q8_0"](name, q)
         return regroup(cast_scales(fitted, np.float16), BLOCK)
 
-    def encode(self, name: str, q: QuantizedTensor) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    def encode(self, name: str, q: QuantizedTensor) -> Stored:
         if self._is_redundant(name):
             return {}, {}
         kind = "Q8_0" if q.bits == 8 else "Q4_0" if q.offsets is None else "Q4_1"
@@ -71,37 +72,19 @@ class GgufEncoder(BaseEncoder):
 
     def _is_redundant(self, name: str) -> bool:
         """A head that is the embedding: llama.cpp takes that where there is no head."""
-        return name == "lm_head.weight" and is_tied(self.target.config)
+        return name == "lm_head.weight" and is_tied(self.destination.config)
 
     def _rows(self, name: str, array: np.ndarray) -> np.ndarray:
         """Rows of q/k in the order in which llama.cpp rotates them."""
         which = rotated(name)
-        if not which or not ARCHITECTURES[architecture(self.target.config)].interleaved_rope:
+        if not which or not ARCHITECTURES[architecture(self.destination.config)].interleaved_rope:
             return array
-        heads = self.target.config.get("num_attention_heads")
+        heads = self.destination.config.get("num_attention_heads")
         if which == "k":
-            heads = self.target.config.get("num_key_value_heads") or heads
+            heads = self.destination.config.get("num_key_value_heads") or heads
         if type(heads) is not int or heads < 1 or array.shape[0] % (2 * heads):
             raise FormatError(f"{name} has {array.shape[0]} rows, not {heads!r} heads (config.json) of even size")
         return permute(array, heads)
-
-
-class Q40Encoder(GgufEncoder):
-    """For ``gguf-q4_0``."""
-
-    kind = "Q4_0"
-
-
-class Q41Encoder(GgufEncoder):
-    """For ``gguf-q4_1``."""
-
-    kind = "Q4_1"
-
-
-class Q80Encoder(GgufEncoder):
-    """For ``gguf-q8_0``."""
-
-    kind = "Q8_0"
 
 
 def fit_q4_0(name: str, q: QuantizedTensor) -> QuantizedTensor:
@@ -124,11 +107,7 @@ def fit_q4_0(name: str, q: QuantizedTensor) -> QuantizedTensor:
 
 def fit_q4_1(name: str, q: QuantizedTensor) -> QuantizedTensor:
     """For ``w = d * q + m``."""
-    if q.offsets is None:
-        zeros = 2.0 ** (q.bits - 1) if q.zeros is None else np.asarray(q.zeros).astype(np.float32)
-        with np.errstate(over="ignore"):
-            offsets = (np.asarray(q.scales).astype(np.float32) * -zeros).astype(np.float16)
-        q = dataclasses.replace(q, zeros=None, offsets=offsets)
+    q = with_offsets(q)
     return q if q.bits == 4 else _recoded(q, codes.codes_of(q), 4)
 
 
@@ -186,19 +165,17 @@ def smallest(value: np.ndarray) -> np.ndarray:
 
 
 def _recoded(q: QuantizedTensor, wide: np.ndarray, bits: int) -> QuantizedTensor:
-    changes: dict[str, Any] = {"qweight": codes.pack(wide, bits), "bits": bits}
-    return dataclasses.replace(q, **changes)
+    return dataclasses.replace(q, qweight=codes.pack(wide, bits), bits=bits)
 
 
-def _format(encoder: type[GgufEncoder], file_type: int, holds: str, example: Example) -> Format:
-    kind = encoder.kind
+def _format(kind: str, file_type: int, holds: str, example: Example) -> Format:
     return Format(
         name=f"gguf-{kind.lower()}",
         title=f"GGUF with {kind} blocks, one file: llama.cpp and what is built on it",
         holds=f"{holds}; groups in multiples of 32, float16 scales; {', '.join(sorted({*ARCHITECTURES, *GGUF_OF}))}",
         matches=lambda config, names: False,
         reader=None,
-        encoder=encoder,
+        encoder=functools.partial(GgufEncoder, kind),
         sink=functools.partial(GgufSink, file_type=file_type),
         suffix=".gguf",
         example=example,
@@ -207,7 +184,7 @@ def _format(encoder: type[GgufEncoder], file_type: int, holds: str, example: Exa
 
 # The numbers are general.file_type: mostly Q4_0, Q4_1, Q8_0.
 FORMATS = (
-    _format(Q40Encoder, 2, "4 bits, symmetric", Example("symmetric", group_size=BLOCK)),
-    _format(Q41Encoder, 3, "4 bits with an offset", Example("offsets", group_size=BLOCK)),
-    _format(Q80Encoder, 7, "8 bits, symmetric, and whole zero points below", Example("symmetric", 8, BLOCK)),
+    _format("Q4_0", 2, "4 bits, symmetric", Example("symmetric", group_size=BLOCK)),
+    _format("Q4_1", 3, "4 bits with an offset", Example("offsets", group_size=BLOCK)),
+    _format("Q8_0", 7, "8 bits, symmetric, and whole zero points below", Example("symmetric", 8, BLOCK)),
 )

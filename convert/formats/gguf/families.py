@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
+from awq_jax.convert.config_json import HfConfig, JsonObject
 from awq_jax.errors import CheckpointError
 
 
 class Keys(Protocol):
     """Numbers of the metadata under ``<architecture>.``: see `awq_jax.convert.formats.gguf.config`."""
 
-    def __call__(self, key: str, default: Any) -> Any: ...
+    def __call__(self, key: str, default: float) -> float: ...
     def number(self, key: str, default: float) -> float: ...
     def positive(self, key: str, default: int = 0) -> int: ...
     def flags(self, key: str) -> list[bool] | None: ...
@@ -41,17 +42,17 @@ class Architecture:
 
     hf_class: str
     interleaved_rope: bool = False
-    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    extra: HfConfig = dataclasses.field(default_factory=dict)
     model_type: str | None = None
     layer: Mapping[str, str] = dataclasses.field(default_factory=dict)
     whole: Mapping[str, str] = dataclasses.field(default_factory=dict)
     norm_eps: str = "rms_norm_eps"
     norm_offset: float = 0.0
     partial_rope: bool = False
-    keys: Callable[[Keys, Mapping[str, Any]], dict[str, Any]] | None = None
+    keys: Callable[[Keys, HfConfig], JsonObject] | None = None
 
 
-def _sliding(get: Keys, common: Mapping[str, Any], period: int, window: int) -> dict[str, Any]:
+def _sliding(get: Keys, common: HfConfig, period: int, window: int) -> JsonObject:
     """``sliding_window`` and ``layer_types``: the last layer of each ``period`` sees everything, or as listed."""
     count = common["num_hidden_layers"]
     slides = get.flags("attention.sliding_window_pattern")
@@ -65,19 +66,19 @@ def _sliding(get: Keys, common: Mapping[str, Any], period: int, window: int) -> 
     return {"sliding_window": window, "layer_types": types}
 
 
-def _gemma_attention(common: Mapping[str, Any], largest: int) -> dict[str, Any]:
+def _gemma_attention(common: HfConfig, largest: int) -> JsonObject:
     """The divisor of the scores: the one model of ``largest`` layers has another than the head size."""
     per_head = common["hidden_size"] // common["num_attention_heads"]
     scalar = per_head if common["num_hidden_layers"] == largest else common["head_dim"]
     return {"query_pre_attn_scalar": scalar, "hidden_activation": "gelu_pytorch_tanh"}
 
 
-def _gemma2(get: Keys, common: Mapping[str, Any]) -> dict[str, Any]:
+def _gemma2(get: Keys, common: HfConfig) -> JsonObject:
     caps = {k: get.number(k, 0.0) or None for k in ("attn_logit_softcapping", "final_logit_softcapping")}
     return _sliding(get, common, 2, 4096) | caps | _gemma_attention(common, 46)
 
 
-def _gemma3(get: Keys, common: Mapping[str, Any]) -> dict[str, Any]:
+def _gemma3(get: Keys, common: HfConfig) -> JsonObject:
     out = {"final_logit_softcapping": get.number("final_logit_softcapping", 0.0) or None}
     out |= {"rope_local_base_freq": get.number("rope.freq_base_swa", 10000.0)} | _gemma_attention(common, 62)
     if get("attention.sliding_window", 0):
@@ -85,7 +86,7 @@ def _gemma3(get: Keys, common: Mapping[str, Any]) -> dict[str, Any]:
     return out | {"layer_types": ["full_attention"] * common["num_hidden_layers"]}
 
 
-def _phi3(get: Keys, common: Mapping[str, Any]) -> dict[str, Any]:
+def _phi3(get: Keys, common: HfConfig) -> JsonObject:
     return {
         "sliding_window": int(get("attention.sliding_window", 0)) or None,
         "original_max_position_embeddings": get.positive(
@@ -94,7 +95,7 @@ def _phi3(get: Keys, common: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _starcoder2(get: Keys, common: Mapping[str, Any]) -> dict[str, Any]:
+def _starcoder2(get: Keys, common: HfConfig) -> JsonObject:
     return {
         "hidden_act": "gelu_pytorch_tanh",
         "use_bias": common["attention_bias"],
@@ -102,7 +103,7 @@ def _starcoder2(get: Keys, common: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _granite(get: Keys, common: Mapping[str, Any]) -> dict[str, Any]:
+def _granite(get: Keys, common: HfConfig) -> JsonObject:
     return {
         "attention_multiplier": get.number("attention.scale", common["head_dim"] ** -0.5),
         "embedding_multiplier": get.number("embedding_scale", 1.0),
@@ -111,25 +112,25 @@ def _granite(get: Keys, common: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _olmo2(get: Keys, common: Mapping[str, Any]) -> dict[str, Any]:
+def _olmo2(get: Keys, common: HfConfig) -> JsonObject:
     if not get("attention.sliding_window", 0):
         return {}
     return _sliding(get, common, 4, 0) | {"model_type": "olmo3", "architectures": ["Olmo3ForCausalLM"]}
 
 
-def _cohere(get: Keys, common: Mapping[str, Any]) -> dict[str, Any]:
+def _cohere(get: Keys, common: HfConfig) -> JsonObject:
     return {
         "logit_scale": get.number("logit_scale", 1.0),
         "use_qk_norm": get.has("blk.0.attn_q_norm.weight"),
     }
 
 
-def _cohere2(get: Keys, common: Mapping[str, Any]) -> dict[str, Any]:
+def _cohere2(get: Keys, common: HfConfig) -> JsonObject:
     return _cohere(get, common) | _sliding(get, common, 4, 4096)
 
 
-_BEHIND = {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
-_AROUND = _BEHIND | {"ffn_norm": "pre_feedforward_layernorm"}
+_AFTER = {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
+_AROUND = _AFTER | {"ffn_norm": "pre_feedforward_layernorm"}
 
 READ_ONLY: Mapping[str, Architecture] = {
     "gemma": Architecture("GemmaForCausalLM", norm_offset=1.0, extra={"hidden_act": "gelu_pytorch_tanh"}),
@@ -149,7 +150,7 @@ READ_ONLY: Mapping[str, Architecture] = {
         keys=_starcoder2,
     ),
     "granite": Architecture("GraniteForCausalLM", interleaved_rope=True, keys=_granite),
-    "olmo2": Architecture("Olmo2ForCausalLM", layer=_BEHIND, keys=_olmo2),
+    "olmo2": Architecture("Olmo2ForCausalLM", layer=_AFTER, keys=_olmo2),
     "command-r": Architecture("CohereForCausalLM", model_type="cohere", norm_eps="layer_norm_eps", keys=_cohere),
     "cohere2": Architecture("Cohere2ForCausalLM", norm_eps="layer_norm_eps", keys=_cohere2),
 }

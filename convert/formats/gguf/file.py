@@ -16,6 +16,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from awq_jax.convert.files.slices import read_bytes
 from awq_jax.errors import CheckpointError, FormatError
 
 MAGIC = b"GGUF"
@@ -67,7 +68,7 @@ class GgufFile:
         self.tensors: dict[str, TensorInfo] = {}
         try:
             with path.open("rb") as f:
-                self._parse(_Reader(path, f))
+                self._parse(_HeaderReader(path, f))
         except OSError as e:
             raise CheckpointError(f"cannot read {path}: {e}") from e
 
@@ -78,15 +79,9 @@ class GgufFile:
           CheckpointError: if the file no longer holds them.
         """
         info = self.tensors[name]
-        try:
-            data = np.fromfile(self.path, np.uint8, count=info.nbytes, offset=info.offset)
-        except OSError as e:
-            raise CheckpointError(f"cannot read tensor {name!r} from {self.path}: {e}") from e
-        if data.size != info.nbytes:
-            raise CheckpointError(f"{self.path} became shorter while it was read (tensor {name!r}); copy it again")
-        return data
+        return read_bytes(self.path, info.offset, info.nbytes, name)
 
-    def _parse(self, r: _Reader) -> None:
+    def _parse(self, r: _HeaderReader) -> None:
         if r.take(4) != MAGIC:
             raise FormatError(f"{self.path} is not a GGUF file: it does not start with 'GGUF'")
         version = r.scalar("I")
@@ -123,7 +118,7 @@ class GgufFile:
                 )
             end, last = info.offset + info.nbytes, info.name
 
-    def _row(self, r: _Reader) -> tuple[str, tuple[int, ...], int, int]:
+    def _row(self, r: _HeaderReader) -> tuple[str, tuple[int, ...], int, int]:
         name, ndim = r.string(), r.scalar("I")
         if len(name) > MAX_NAME:
             raise CheckpointError(f"{self.path}: a tensor's name has {len(name)} characters; download it again")
@@ -147,7 +142,7 @@ class GgufFile:
         return math.prod(shape) // block * size
 
 
-class _Reader:
+class _HeaderReader:
     """Sequential little-endian reads that never ask for more than the file has left."""
 
     def __init__(self, path: Path, f: IO[bytes]) -> None:
@@ -181,7 +176,7 @@ class _Reader:
         # Vocabularies of some models hold token pieces that are not valid UTF-8.
         return self.take(self.scalar("Q")).decode("utf-8", errors="replace")
 
-    def value(self, kind: int, key: str) -> Any:
+    def value(self, kind: int, key: str) -> float | str | list[str] | np.ndarray:
         if kind == STRING:
             return self.string()
         if kind in SCALARS:

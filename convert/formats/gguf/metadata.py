@@ -9,11 +9,10 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
-from awq_jax.convert.config_json import is_tied
+from awq_jax.convert.config_json import HfConfig, JsonObject, is_tied
 from awq_jax.convert.formats.gguf.config import ARCHITECTURES, LLAMA3, llama3_divisors
 from awq_jax.errors import CheckpointError, FormatError
 
@@ -32,7 +31,7 @@ _BIASES = {
 _LINEARS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 
 
-def architecture(config: Mapping[str, Any]) -> str:
+def architecture(config: HfConfig) -> str:
     """llama.cpp's name for the architecture of a ``config.json``.
 
     Raises:
@@ -46,7 +45,7 @@ def architecture(config: Mapping[str, Any]) -> str:
     return arch
 
 
-def metadata(config: Mapping[str, Any]) -> tuple[dict[str, Any], np.ndarray | None]:
+def metadata(config: HfConfig) -> tuple[JsonObject, np.ndarray | None]:
     """Keys of the architecture, and the tensor ``rope_freqs.weight`` if the rotation needs one.
 
     Returns:
@@ -78,7 +77,7 @@ def metadata(config: Mapping[str, Any]) -> tuple[dict[str, Any], np.ndarray | No
     return {f"{arch}.{k}": v for k, v in keys.items()}, freqs
 
 
-def check_tensors(config: Mapping[str, Any], metadata: Mapping[str, Any], names: Mapping[str, tuple[int, ...]]) -> None:
+def check_tensors(config: HfConfig, metadata: HfConfig, names: Mapping[str, tuple[int, ...]]) -> None:
     """Check that llama.cpp finds the tensors it looks for, and no others.
 
     Args:
@@ -117,7 +116,7 @@ def check_tensors(config: Mapping[str, Any], metadata: Mapping[str, Any], names:
             raise CheckpointError(f"{name} has shape {shape}, config.json implies {known}")
 
 
-def _refuse(config: Mapping[str, Any], arch: str, square: bool) -> None:
+def _refuse(config: HfConfig, arch: str, square: bool) -> None:
     """Raise for what llama.cpp computes in another way."""
     act = config.get("hidden_act", "silu")
     if act not in ("silu", "swish"):
@@ -138,7 +137,7 @@ def _refuse(config: Mapping[str, Any], arch: str, square: bool) -> None:
             )
 
 
-def _context(config: Mapping[str, Any]) -> int:
+def _context(config: HfConfig) -> int:
     length = _size(config, "max_position_embeddings")
     types = config.get("layer_types")
     slides = config.get("use_sliding_window", config.get("model_type") == "mistral")
@@ -152,9 +151,9 @@ def _context(config: Mapping[str, Any]) -> int:
     return length
 
 
-def _rope_data(config: Mapping[str, Any]) -> dict[str, Any]:
+def _rope_data(config: HfConfig) -> JsonObject:
     """Of both spellings, ``rope_parameters`` (transformers 5) and ``rope_scaling``."""
-    out: dict[str, Any] = {}
+    out: JsonObject = {}
     for key in ("rope_parameters", "rope_scaling"):
         data = config.get(key) or {}
         if not isinstance(data, Mapping):
@@ -163,11 +162,11 @@ def _rope_data(config: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _rope(config: Mapping[str, Any], arch: str, head_dim: int) -> tuple[dict[str, Any], np.ndarray | None]:
+def _rope(config: HfConfig, arch: str, head_dim: int) -> tuple[JsonObject, np.ndarray | None]:
     data = _rope_data(config)
     theta = data.get("rope_theta") or config.get("rope_theta") or THETA.get(arch, 1e4)
     kind = data.get("rope_type") or data.get("type") or "default"
-    keys: dict[str, Any] = {"freq_base": _number({"rope_theta": theta}, "rope_theta")}
+    keys: JsonObject = {"freq_base": _number({"rope_theta": theta}, "rope_theta")}
     freqs = None
     if kind == "linear":
         keys |= {"scaling.type": "linear", "scaling.factor": _number(data, "factor")}
@@ -185,7 +184,7 @@ def _rope(config: Mapping[str, Any], arch: str, head_dim: int) -> tuple[dict[str
     return {f"rope.{k}": v for k, v in keys.items()}, freqs
 
 
-def _yarn(config: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
+def _yarn(config: HfConfig, data: HfConfig) -> JsonObject:
     """llama.cpp has the constants of the paper; only the stretch is given."""
     factor = _number(data, "factor")
     usual: dict[str, float | None] = {
@@ -205,16 +204,14 @@ def _yarn(config: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
     return {"scaling.type": "yarn", "scaling.factor": factor, "scaling.original_context_length": original}
 
 
-def _llama3(
-    config: Mapping[str, Any], data: Mapping[str, Any], theta: float, head_dim: int
-) -> tuple[np.ndarray, dict[str, float]]:
+def _llama3(config: HfConfig, data: HfConfig, theta: float, head_dim: int) -> tuple[np.ndarray, dict[str, float]]:
     """The divisors of the frequencies, and the constants they come from, which only our reader looks at."""
     outside = {k: config[k] for k in LLAMA3 if k in config}
     constants = {k: _number({**outside, **data}, k) for k in LLAMA3}
     return llama3_divisors(theta, head_dim // 2, **constants), constants
 
 
-def _size(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+def _size(config: HfConfig, key: str, default: int | None = None) -> int:
     value = config.get(key)
     value = default if value is None else value
     if type(value) is not int or not 0 < value < 2**31:
@@ -222,7 +219,7 @@ def _size(config: Mapping[str, Any], key: str, default: int | None = None) -> in
     return value
 
 
-def _number(config: Mapping[str, Any], key: str, default: float | None = None) -> float:
+def _number(config: HfConfig, key: str, default: float | None = None) -> float:
     value = config.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
         raise CheckpointError(f"config.json: {key} must be a positive number; got {str(value)[:100]!r}")

@@ -12,15 +12,15 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from awq_jax.convert.format import Target
-from awq_jax.convert.formats.gguf import metadata as gguf_metadata
-from awq_jax.convert.formats.gguf import tokenizer
+from awq_jax.convert.config_json import JsonObject
+from awq_jax.convert.files.shards import raw_bytes
+from awq_jax.convert.format import Destination
+from awq_jax.convert.formats.gguf import metadata, tokenizer
 from awq_jax.convert.formats.gguf.config import ROPE
-from awq_jax.convert.source import Source
+from awq_jax.convert.source import Source, path_of
 from awq_jax.errors import CheckpointError
 
 QUANTIZATION_VERSION = 2  # of ggml's block layouts
@@ -37,7 +37,7 @@ class GgufSink:
 
     Args:
       directory: an empty one to work in, with room for twice the result.
-      target: its config is that of the source.
+      destination: its config is that of the source.
       source: its tokenizer goes into the file.
       file_type: ``general.file_type``, the commonest block type.
 
@@ -46,20 +46,20 @@ class GgufSink:
       CheckpointError: config or tokenizer lack something.
     """
 
-    def __init__(self, directory: Path, target: Target, source: Source, file_type: int) -> None:
+    def __init__(self, directory: Path, destination: Destination, source: Source, file_type: int) -> None:
         import gguf  # takes half a second where mistral_common is installed
 
         self._path = directory / "model.gguf"
-        self._config = target.config
-        self._writer = gguf.GGUFWriter(self._path, gguf_metadata.architecture(target.config))
-        keys, freqs = gguf_metadata.metadata(target.config)
-        self._keys: dict[str, Any] = {
+        self._config = destination.config
+        self._writer = gguf.GGUFWriter(self._path, metadata.architecture(destination.config))
+        keys, freqs = metadata.metadata(destination.config)
+        self._keys: JsonObject = {
             "general.type": "model",
             "general.name": _name(source),
             "general.quantization_version": QUANTIZATION_VERSION,
             "general.file_type": file_type,
             **keys,
-            **tokenizer.metadata(source.tokenizer(), target.config),
+            **tokenizer.metadata(source.tokenizer(), destination.config),
         }
         for key, value in self._keys.items():
             getattr(self._writer, PUT.get(type(value), "add_array"))(key, value)
@@ -80,10 +80,10 @@ class GgufSink:
                 raise CheckpointError(f"tensor {name!r} was given twice; every name is written once")
             kind = gguf.GGMLQuantizationType[(metadata or {}).get(name) or TYPES[array.dtype.name]]
             self._writer.add_tensor_info(name, array.shape, array.dtype, array.nbytes, kind)
-            self._data.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            self._data.write(raw_bytes(array))
             self._writer.write_padding(self._data, array.nbytes)
 
-    def close(self, config: dict[str, Any]) -> Path:
+    def close(self, config: JsonObject) -> Path:
         """Write the file.
 
         Returns:
@@ -95,7 +95,7 @@ class GgufSink:
         """
         self._data.close()
         shapes = {name: tuple(info.shape) for name, info in self._writer.tensors[0].items() if name != ROPE}
-        gguf_metadata.check_tensors(self._config, self._keys, shapes)
+        metadata.check_tensors(self._config, self._keys, shapes)
         self._writer.write_header_to_file()
         self._writer.write_kv_data_to_file()
         self._writer.write_ti_data_to_file()
@@ -111,7 +111,8 @@ class GgufSink:
 
 def _name(source: Source) -> str:
     """What to call the model: its file or directory, or the repository of a snapshot in the hub's cache."""
-    path = Path(getattr(source, "directory", None) or source.file.path)
+    path = path_of(source)
+    assert path is not None
     if path.parent.name == "snapshots":
         return path.parent.parent.name.rpartition("--")[2]
     return path.name.removesuffix(".gguf")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from awq_jax.convert import tokenizer
-from awq_jax.convert.formats.gguf.blocks import BLOCK, KINDS, from_blocks
+from awq_jax.convert.config_json import JsonObject
+from awq_jax.convert.formats.gguf.blocks import BLOCK, BLOCK_TYPES, from_blocks
 from awq_jax.convert.formats.gguf.config import IN_CONFIG, READ, hf_config
 from awq_jax.convert.formats.gguf.file import GgufFile
 from awq_jax.convert.formats.gguf.names import rotated, to_hf_name, unpermute
@@ -16,6 +17,9 @@ from awq_jax.convert.source import Info, Packed
 from awq_jax.dtypes import FLOATS
 from awq_jax.errors import CheckpointError, FormatError, WeightError
 from awq_jax.qtensor import QuantizedTensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q6_K", "Q4_K")
 GGML_FLOATS = {"F32": FLOATS["float32"], "F16": FLOATS["float16"], "BF16": FLOATS["bfloat16"]}
@@ -42,8 +46,8 @@ class GgufSource:
         import gguf  # takes half a second where mistral_common is installed
 
         self.file = GgufFile(path)
-        self.config: dict[str, Any] = hf_config(self.file)
-        self.generation_config: dict[str, Any] = {}
+        self.config = hf_config(self.file)
+        self.generation_config: JsonObject = {}
         self._packed = packed
         self._arch = str(self.file.metadata["general.architecture"])
         self._spec = READ[self._arch]
@@ -76,7 +80,8 @@ class GgufSource:
         tensor = self.file.tensors[stored]
         packed = None
         if self._is_packed(name):
-            packed = Packed(KINDS[kind].bits, BLOCK, not KINDS[kind].offset, "float16", offsets=KINDS[kind].offset)
+            block = BLOCK_TYPES[kind]
+            packed = Packed(block.bits, BLOCK, not block.offset, "float16", offsets=block.offset)
         dtype = GGML_FLOATS[kind].name if self._packed and kind in GGML_FLOATS else "float32"
         return Info(tensor.shape, dtype, tensor.nbytes, packed)
 
@@ -108,7 +113,7 @@ class GgufSource:
             weight = weight - np.asarray(self._spec.norm_offset, weight.dtype)
         return unpermute(weight, heads) if heads else weight
 
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """A transformers ``PreTrainedTokenizerFast`` built from the metadata; None if it has no vocabulary."""
         return tokenizer.from_gguf(self.file.metadata, self.file.path)
 
@@ -123,7 +128,7 @@ class GgufSource:
 
     def _is_packed(self, name: str) -> bool:
         stored, kind = self._stored(name)
-        return self._packed and kind in KINDS and len(self.file.tensors[stored].shape) == 2
+        return self._packed and kind in BLOCK_TYPES and len(self.file.tensors[stored].shape) == 2
 
     def _rotated_heads(self, name: str) -> int:
         """Heads of a query or key projection whose rows llama.cpp reordered; 0 for the others."""

@@ -12,11 +12,14 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
+from awq_jax.convert.config_json import HfConfig, JsonObject
 from awq_jax.convert.tokenizer import CONTROL, KEY, SPACE, SPLITS, USER_DEFINED, merges_from_scores
 from awq_jax.errors import CheckpointError, FormatError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +37,7 @@ PRE = {
 TURN = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")  # found by llama.cpp by their text
 
 
-def metadata(tokenizer: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+def metadata(tokenizer: PreTrainedTokenizerBase | None, config: HfConfig) -> JsonObject:
     """Keys and values for the header of a GGUF file.
 
     Args:
@@ -64,7 +67,7 @@ def metadata(tokenizer: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{KEY}{k}": v for k, v in (out | _special(tokenizer, config)).items()} | _template(tokenizer)
 
 
-def _tokens(data: Mapping[str, Any], config: Mapping[str, Any], unknown: str | None) -> tuple[list[str], list[int]]:
+def _tokens(data: JsonObject, config: HfConfig, unknown: str | None) -> tuple[list[str], list[int]]:
     """Every token by id, and its type; ids without one are padding."""
     size = config.get("vocab_size")
     added = {t["id"]: t for t in data["added_tokens"]}
@@ -88,7 +91,7 @@ def _tokens(data: Mapping[str, Any], config: Mapping[str, Any], unknown: str | N
     return [by_id.get(i, f"[PAD{i}]") for i in range(size)], kinds
 
 
-def _bpe(data: Mapping[str, Any]) -> dict[str, Any]:
+def _bpe(data: JsonObject) -> JsonObject:
     """Byte-level BPE."""
     model, steps = data["model"], _flat(data.get("pre_tokenizer"), "pretokenizers")
     rule = (_pattern(steps), bool(model.get("ignore_merges")))
@@ -105,7 +108,7 @@ def _bpe(data: Mapping[str, Any]) -> dict[str, Any]:
     return {"pre": pre, "merges": [f"{a} {b}" for a, b in merges] or [""]}
 
 
-def _pattern(steps: list[dict[str, Any]]) -> str:
+def _pattern(steps: list[JsonObject]) -> str:
     """How text is split, as a key of `PRE`; "" if in no known way."""
     if not steps or steps[-1].get("type") != "ByteLevel" or steps[-1].get("add_prefix_space"):
         return ""
@@ -121,7 +124,7 @@ def _pattern(steps: list[dict[str, Any]]) -> str:
     return str(split.get("pattern", {}).get("Regex", ""))
 
 
-def _spm(data: Mapping[str, Any], tokens: list[str], kinds: list[int]) -> dict[str, Any]:
+def _spm(data: JsonObject, tokens: list[str], kinds: list[int]) -> JsonObject:
     """SentencePiece BPE: a token's score is the rank of the first merge that makes it."""
     prefix = _prefix(data)
     merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in data["model"]["merges"]]
@@ -142,7 +145,7 @@ def _spm(data: Mapping[str, Any], tokens: list[str], kinds: list[int]) -> dict[s
     return {"pre": "default", "add_space_prefix": prefix, "scores": scores}
 
 
-def _prefix(data: Mapping[str, Any]) -> bool:
+def _prefix(data: JsonObject) -> bool:
     """Whether a space is put before the text."""
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     prepend = {"type": "Prepend", "prepend": SPACE}
@@ -162,7 +165,7 @@ def _prefix(data: Mapping[str, Any]) -> bool:
     )
 
 
-def _special(tokenizer: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+def _special(tokenizer: PreTrainedTokenizerBase, config: HfConfig) -> JsonObject:
     """Ids of special tokens, and which surround a text."""
     ids = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
     ids |= {"unknown": tokenizer.unk_token_id, "padding": tokenizer.pad_token_id}
@@ -180,13 +183,13 @@ def _special(tokenizer: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     raise FormatError(f"the tokenizer puts tokens around a text that are not its bos and eos: {whole}{OTHER}")
 
 
-def _template(tokenizer: Any) -> dict[str, Any]:
+def _template(tokenizer: PreTrainedTokenizerBase) -> JsonObject:
     template = tokenizer.chat_template
     template = template.get("default") if isinstance(template, dict) else template
     return {"tokenizer.chat_template": template} if isinstance(template, str) else {}
 
 
-def _flat(step: Any, inside: str) -> list[dict[str, Any]]:
+def _flat(step: JsonObject | None, inside: str) -> list[JsonObject]:
     """A step, or the steps of a sequence, without the settings that change nothing."""
     steps = [] if step is None else [step]
     while any(s.get("type") == "Sequence" for s in steps):
