@@ -24,7 +24,7 @@ def main(
     print(f"{report.bits_per_weight:.2f} bits per weight, format {written}")
 
     packed = awq_jax.load(destination)
-    chat = bool(packed.tokenizer.chat_template)
+    chat = packed.tokenizer is not None and bool(packed.tokenizer.chat_template)
     [answer] = packed.generate(
         question, chat=chat, max_new_tokens=max_new_tokens, stream=lambda s: print(s, end="", flush=True)
     )

@@ -120,4 +120,6 @@ def token_ids(model: Model, text: Path) -> np.ndarray:
     """All tokens of a text, int32 ``[T]``; a ``.npy`` file has them already."""
     if text.suffix == ".npy":
         return np.load(text).reshape(-1)
+    if model.tokenizer is None:
+        raise SystemExit(f"the model has no tokenizer: give the ids of {text} as a .npy file")
     return np.asarray(model.tokenizer(text.read_text())["input_ids"], np.int32)
