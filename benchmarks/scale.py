@@ -44,6 +44,7 @@ from awq_jax import models
 from awq_jax.algorithm.compensation import BLOCK
 from awq_jax.algorithm.round_matrix import ROUNDS
 from awq_jax.config import AwqConfig
+from awq_jax.data import BATCH_TOKENS_ELSEWHERE
 from awq_jax.models.weights import params as model_params
 from awq_jax.plan import fold
 from awq_jax.plan.plan import Group, Plan
@@ -51,10 +52,10 @@ from awq_jax.qtensor import QuantizedTensor
 from awq_jax.quantizer import column_pieces as columns
 from awq_jax.quantizer.scale_groups import GroupScale, find_scale, round_group
 from awq_jax.quantizer.targets import Target
-from awq_jax.stream import job as stream_job
-from awq_jax.stream import parts as stream_parts
-from awq_jax.stream import run
-from awq_jax.stream.session import BATCH_TOKENS_ELSEWHERE, Session
+from awq_jax.stream import parts
+from awq_jax.stream.job import Options, prepare
+from awq_jax.stream.run import BlockReader
+from awq_jax.stream.session import Session
 
 OPS = 14  # of rounding a number on its grid and taking the error: counted in `quantize_dequantize`, `column_loss`
 PAIRS = 100  # of clipping factors
@@ -133,7 +134,7 @@ def count(args: argparse.Namespace) -> running.Row:
     rates = np.array([args.products, args.products, args.numbers])
     weights = sum(g.k * g.n for g in groups)
     moved = {
-        "weights read": 2 * block.elements,
+        "weights read": 2 * block.count_elements(),
         # Codes, a float16 scale and a byte of zero point for each group.
         "packed weights written": int(weights * (settings.bits / 8 + 3 / settings.group_size)),
         "Grams on a device": sum(4 * math.ceil(g.k / d) * g.k for g in groups),
@@ -205,22 +206,21 @@ def measure(directory: Path, hidden: int, samples: int, length: int, group_size:
     checkpoints.make(checkpoint, 2, hidden, inner, vocab)
     part.mkdir(exist_ok=True)
     tokens = checkpoints.random_tokens(vocab, samples, length)
-    options, chosen = stream_job.Options(seq_len=length), {"group_size": group_size}
-    job = stream_job.prepare(checkpoint, directory / "out", tokens, options, chosen)
-    session, batches = job.session, len(job.batches)
-    states, _ = job.open_hidden(0, None)
+    options, chosen = Options(seq_len=length), {"group_size": group_size}
+    job = prepare(checkpoint, directory / "out", tokens, options, chosen)
+    session, (states, _) = job.session, job.open_hidden(0)
     embed, first, block = session.blocks[:3]
-    with run.Reader(job, [embed, first]) as reader:
+    with BlockReader(job, [embed, first]) as reader:
         for each in (embed, first):
             leaves = reader(each)
-            session.quantize(each, leaves, session.calibrate(each, leaves, states, batches))
-    # Not by `Reader`, whose thread reads the next block while this one is at work.
+            session.quantize(each, leaves, session.calibrate(each, leaves, states))
+    # Not by `BlockReader`, whose thread reads the next block while this one is at work.
     tensors, reading = running.measured(
         lambda: {p: list(job.weights.read(block.prefix + p)) for p in session.read_by(block)}
     )
     leaves = {block.prefix + p: job.weights.leaf(block.prefix + p, t) for p, t in tensors.items()}
     inside = {path.removeprefix(block.prefix): leaf for path, leaf in leaves.items()}
-    fetch, calibration = running.measured(session.calibrate, block, inside, states, batches)
+    fetch, calibration = running.measured(session.calibrate, block, inside, states)
     work, settings = session.work(block), job.settings
     groups = [
         shape(g, targets, columns.PIECE.get(jax.default_backend(), columns.PIECE_ELSEWHERE)) for g, targets in work
@@ -247,12 +247,12 @@ def measure(directory: Path, hidden: int, samples: int, length: int, group_size:
     counted = calibrating(groups, tokens.size, length, hidden)
     rows.append(Spent("calibrate", Shape("all", 0, 0, 0), counted, calibration.cpu))
     ready = list(model_params.tensors(leaves | packed, session.chain.config))
-    _, writing = running.measured(stream_parts.write_tensors, part, 0, ready)
+    _, writing = running.measured(parts.write_tensors, part, 0, ready)
     written = sum(f.stat().st_size for f in part.iterdir())
     shutil.rmtree(part)
     shutil.rmtree(checkpoint)
     files = {
-        "read": {"bytes": block.elements * 4, "cpu_s": reading.cpu},
+        "read": {"bytes": block.count_elements() * 4, "cpu_s": reading.cpu},
         "write": {"bytes": written, "cpu_s": writing.cpu},
     }
     return Size(hidden, inner, tokens.size, rows, files)

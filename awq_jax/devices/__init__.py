@@ -1,1 +1,1 @@
-"""The devices and processes that share the work, and the host's memory."""
+"""The devices and processes that share the work of a run, and the host's memory."""

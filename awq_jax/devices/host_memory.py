@@ -1,4 +1,4 @@
-"""Memory that the C library keeps to itself (glibc); elsewhere nothing happens."""
+"""Freed memory that the C library (glibc) keeps, given back to the system; with other libraries nothing happens."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from awq_jax.devices.team import Team
 from awq_jax.errors import ConfigError
 
-T = TypeVar("T")
+T = TypeVar("T")  # any tree of arrays
 AXIS = "devices"
 
 
@@ -58,14 +58,14 @@ class Pool:
         """Whether a device of this process works on ``piece``."""
         return self.team is None or self.devices[piece % self.size].process_index == self.rank
 
-    def spread(self, tree: Any) -> Callable[[int], Any]:
+    def spread(self, tree: T) -> Callable[[int], T]:
         """A copy of ``tree`` on every device: a function from the number of a piece to the copy it can use."""
         if not self.devices:
             return lambda piece: tree
         copies = {d: jax.device_put(tree, d) for d in self.local}
         return lambda piece: copies[self._device(piece)]
 
-    def place(self, piece: int, tree: Any) -> Any:
+    def place(self, piece: int, tree: T) -> T:
         """``tree`` on the device that works on ``piece``."""
         return jax.device_put(tree, self._device(piece)) if self.devices else tree
 
@@ -99,7 +99,7 @@ class Pool:
     def _device(self, piece: int) -> jax.Device:
         return self.devices[piece % self.size] if self.mine(piece) else self.local[0]
 
-    def _exchange(self, numbers: range, done: dict[int, Any], like: Any) -> list[Any]:
+    def _exchange(self, numbers: range, done: dict[int, T], like: T) -> list[T]:
         """All results of one round, from those of this process."""
         like = next(iter(done.values()), like)
         leaves, tree = jax.tree.flatten(like)
@@ -145,16 +145,16 @@ def pool_of(mesh: Mesh | None, team: Team | None) -> Pool:
 
 
 @functools.cache
-def replicator(mesh: Mesh) -> Callable[[Any], Any]:
-    """A function that brings arrays on ``mesh`` to all of its devices, whole."""
+def replicator(mesh: Mesh) -> Callable[[T], T]:
+    """A function that brings a tree of arrays on ``mesh`` to all of its devices, whole."""
     return jax.jit(lambda a: a, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
-def _bytes(a: Any) -> np.ndarray:
+def _bytes(a: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(a).reshape(-1).view(np.uint8)
 
 
-def _arrays(row: np.ndarray, like: list[Any]) -> list[np.ndarray]:
+def _arrays(row: np.ndarray, like: list[np.ndarray]) -> list[np.ndarray]:
     out, start = [], 0
     for a in like:
         out.append(row[start : start + a.nbytes].view(a.dtype).reshape(a.shape))

@@ -1,4 +1,4 @@
-"""The processes of one run: they hand one another short texts, and all know at once when one of them ends.
+"""The processes of one run: they exchange short texts, and each learns at once when another ends.
 
 JAX's own collectives wait, some of them for ever, for a process that has died, and its coordination service
 notices only after a while. So every process keeps a connection to the first one: the kernel closes it the
@@ -20,7 +20,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import numpy as np
@@ -35,6 +34,7 @@ CONNECT = 60.0  # seconds
 HELLO = 5.0  # seconds for a process that has connected to say which it is
 AGAIN = "Run the same command again in every process: it continues after the last finished block"
 _ADDRESS = 1024  # bytes
+_Message = tuple[str, str | list[str]]  # what it is, and its text or texts
 
 
 class Team:
@@ -51,7 +51,7 @@ class Team:
         self._links, self._closed = links, False
         self._came = threading.Condition()
         self._sending = threading.Lock()
-        self._inbox: dict[int, deque[Any]] = {r: deque() for r in links}
+        self._inbox: dict[int, deque[str | list[str]]] = {r: deque() for r in links}
         for r in links:
             threading.Thread(target=self._listen, args=(r,), daemon=True, name=f"process {r}").start()
 
@@ -62,11 +62,11 @@ class Team:
           ProcessError: one of them has ended.
         """
         if self.rank:
-            self._send(0, ["mine", text])
+            self._send(0, ("mine", text))
             return [str(t) for t in self._next(0)]
         texts = [text, *(str(self._next(r)) for r in sorted(self._links))]
         for r in self._links:
-            self._send(r, ["all", texts])
+            self._send(r, ("all", texts))
         return texts
 
     def close(self, error: str = "") -> None:
@@ -76,24 +76,24 @@ class Team:
                 return
             self._closed = True
         for r, link in self._links.items():
-            self._send(r, ["lost", f"process {self.rank} stopped: {error}"] if error else ["done", ""])
+            self._send(r, ("lost", f"process {self.rank} stopped: {error}") if error else ("done", ""))
             with contextlib.suppress(OSError):
                 link.shutdown(socket.SHUT_WR)
 
-    def explanation(self) -> str:
+    def wait_for_loss(self) -> str:
         """`lost`, once it is known; "" if nothing is for some seconds."""
         with self._came:
             self._came.wait_for(lambda: bool(self.lost), NOTICE)
         return self.lost
 
-    def _next(self, rank: int) -> Any:
+    def _next(self, rank: int) -> str | list[str]:
         with self._came:
             self._came.wait_for(lambda: bool(self._inbox[rank]) or bool(self.lost))
             if self._inbox[rank]:
                 return self._inbox[rank].popleft()
         raise ProcessError(f"{self.lost}. {AGAIN}")
 
-    def _send(self, rank: int, message: list[Any]) -> None:
+    def _send(self, rank: int, message: _Message) -> None:
         with self._sending, contextlib.suppress(OSError):  # the listener says why it failed
             _write(self._links[rank], message)
 
@@ -119,7 +119,7 @@ class Team:
             self._came.notify_all()
         if not self.rank:
             for r in self._links:
-                self._send(r, ["lost", what])
+                self._send(r, ("lost", what))
         time.sleep(GRACE)  # this thread has nothing else to do
         if not self._closed:
             _end(f"{what}. {AGAIN}")
@@ -145,7 +145,7 @@ def team() -> Iterator[Team | None]:
         here.close(str(e))
         raise
     except Exception as e:
-        lost = here.explanation()
+        lost = here.wait_for_loss()
         here.close(f"{type(e).__name__}: {e}")
         if lost:
             raise ProcessError(f"{lost}. {AGAIN}") from e
@@ -208,22 +208,22 @@ def _form() -> Team:
                 link, _ = server.accept()
             except OSError as e:
                 raise ConfigError(f"{size - 1 - len(links)} processes did not connect to process 0 ({e})") from e
-            other = _welcomed(link, token)
+            other = _welcome(link, token)
             if other is None:  # a stranger
                 link.close()
             else:
-                links[other] = _prepared(link)
+                links[other] = _configured(link)
     return Team(rank, size, links)
 
 
-def _welcomed(link: socket.socket, token: str) -> int | None:
-    """The number of the process that has connected, or None if it is not one of this run."""
+def _welcome(link: socket.socket, token: str) -> int | None:
+    """Greet a process that has connected: its number, or None if it is not one of this run."""
     try:
         link.settimeout(HELLO)
         _, greeting = _read(link, 4096)
         if not isinstance(greeting, list) or len(greeting) != 2 or greeting[0] != token:
             return None
-        _write(link, ["welcome", token])
+        _write(link, ("welcome", token))
         return int(greeting[1])
     except (OSError, EOFError, ValueError, TypeError):
         return None
@@ -233,9 +233,9 @@ def _connect(hosts: list[str], port: int, token: str, rank: int) -> socket.socke
     for host in hosts:
         with contextlib.suppress(OSError, EOFError, ValueError):
             link = socket.create_connection((host, port), timeout=CONNECT / 6)
-            _write(link, ["hello", [token, rank]])
+            _write(link, ("hello", [token, str(rank)]))
             if _read(link)[1] == token:
-                return _prepared(link)
+                return _configured(link)
     where = " or ".join(hosts)
     raise ConfigError(f"process {rank} cannot reach process 0 at port {port} of {where}: open its firewall")
 
@@ -251,7 +251,7 @@ def _own_addresses() -> list[str]:
     return [*dict.fromkeys(a for a in found[:8] if not a.startswith("127.")), "127.0.0.1"]
 
 
-def _prepared(link: socket.socket) -> socket.socket:
+def _configured(link: socket.socket) -> socket.socket:
     link.settimeout(None)
     link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a machine without power closes nothing
@@ -261,19 +261,19 @@ def _prepared(link: socket.socket) -> socket.socket:
     return link
 
 
-def _write(link: socket.socket, message: list[Any]) -> None:
+def _write(link: socket.socket, message: _Message) -> None:
     data = json.dumps(message).encode()
     link.sendall(struct.pack(">Q", len(data)) + data)
 
 
-def _read(link: socket.socket, limit: int | None = None) -> list[Any]:
+def _read(link: socket.socket, limit: int | None = None) -> _Message:
     (size,) = struct.unpack(">Q", _exactly(link, 8))
     if limit is not None and size > limit:
         raise ValueError("not a message")
     message = json.loads(_exactly(link, size))
     if not isinstance(message, list) or len(message) != 2:
         raise ValueError("not a message")
-    return message
+    return message[0], message[1]
 
 
 def _exactly(link: socket.socket, size: int) -> bytes:

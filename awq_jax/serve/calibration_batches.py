@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
 import numpy as np
 
@@ -13,7 +13,6 @@ from awq_jax.models.config import ModelConfig
 from awq_jax.models.vision import inputs as vision
 from awq_jax.serve.generate import check_tokens
 from awq_jax.serve.prompts import Tokenizer
-from awq_jax.stream import session
 
 
 def are_images(calib: object) -> TypeGuard[Sequence[Mapping[str, Any]]]:
@@ -36,14 +35,14 @@ def of_text(
       CalibrationError: see `awq_jax.data.load`.
     """
     text = data.load(
-        calib,
+        cast(data.CalibrationSource, calib),  # `load` refuses what is not
         tokenizer,
         samples=samples,
         seq_len=min(seq_len, architecture.max_length),
         vocab_size=architecture.vocab_size,
         seed=seed,
     )
-    return list(session.batched(text.tokens, architecture.vocab_size, batch_size))
+    return text.batches(batch_size)
 
 
 def unpadded(architecture: ModelConfig, batch: Mapping[str, Any], number: int) -> dict[str, np.ndarray]:

@@ -20,7 +20,7 @@ from awq_jax import models
 from awq_jax.config import AwqConfig
 from awq_jax.convert import registry, writing
 from awq_jax.convert.source import Source
-from awq_jax.devices import pool
+from awq_jax.devices.pool import pool_of
 from awq_jax.devices.team import team
 from awq_jax.dtypes import FLOATS
 from awq_jax.errors import ConfigError, ShapeError
@@ -35,7 +35,7 @@ from awq_jax.serve.detokenize import Detokenizer
 from awq_jax.serve.generate import check_tokens
 from awq_jax.serve.sampling import Sampling
 from awq_jax.serve.served_weights import ServedWeights
-from awq_jax.stream import session as blockwise
+from awq_jax.stream.session import Session
 
 log = logging.getLogger(__name__)
 
@@ -323,9 +323,9 @@ class Model:
             raise ConfigError("the model is already quantized; load the float checkpoint")
         with team() as processes:
             start = time.perf_counter()
-            devices = pool.pool_of(mesh, processes)
+            pool = pool_of(mesh, processes)
             # What cannot be done is refused before the long work.
-            session = blockwise.Session(self.config, config, devices)
+            session = Session(self.config, config, pool)
             planned = time.perf_counter() - start
             if calibration_batches.are_images(calib):
                 seen = [calibration_batches.unpadded(self.config, b, i) for i, b in enumerate(calib[:samples])]
@@ -336,8 +336,8 @@ class Model:
                 read = calibration_batches.of_text(
                     self.config, self.tokenizer, calib, samples, seq_len, batch_size, seed
                 )
-                shown = progress and devices.rank == 0
-                params, report = blockwise.in_memory(self.take_params(), session, read, shown)
+                shown = progress and pool.rank == 0
+                params, report = session.run_in_memory(self.take_params(), read, shown)
             self._weights.replace(params)
         report.seconds["calibrate"] += planned
         self.settings = config

@@ -6,20 +6,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, cast
 
 from awq_jax.convert.config_json import HfConfig
+from awq_jax.data import TextTokenizer
 from awq_jax.errors import ConfigError
 
 Message = Mapping[str, object]  # ``{"role": ..., "content": ...}``
 Prompt = str | Sequence[int] | Sequence[Message]  # a text, token ids, or (with ``chat``) a conversation
 
 
-class Tokenizer(Protocol):
+class Tokenizer(TextTokenizer, Protocol):
     """What generation needs of a transformers tokenizer."""
 
     chat_template: Any
-    eos_token_id: int | None
-
-    def __call__(self, text: str) -> Mapping[str, Any]:
-        """``{"input_ids": [...]}`` and more."""
 
     def apply_chat_template(self, conversation: object, *, add_generation_prompt: bool, return_dict: bool) -> Any:
         """The ids of a conversation up to where the answer begins."""

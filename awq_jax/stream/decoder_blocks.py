@@ -1,11 +1,10 @@
-"""The reference decoder as a chain of blocks: embedding, layers, head; each a function of its own parameters."""
+"""The reference decoder as a chain of blocks: the embedding, each layer, the head; their functions and scale groups."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +20,9 @@ from awq_jax.models.vision.config import TOWER
 from awq_jax.models.weights import params as model_params
 from awq_jax.plan.discover import discover
 from awq_jax.plan.plan import Group, Plan
+from awq_jax.qtensor import Weight
 
-Leaves = Mapping[str, Any]  # by path within the block
+Leaves = Mapping[str, Weight]  # float parameters by path within the block
 Apply = Callable[[Leaves, jax.Array], jax.Array]
 
 EMBED, HEAD, REST = "embed", "head", "rest"
@@ -32,11 +32,11 @@ HEADS = ("norm", "project_out", "lm_head")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Block:
-    """One block.
+class DecoderBlock:
+    """One block of a decoder.
 
     Attributes:
-      name: ``"embed"``, ``"layers/0"`` ..., ``"head"``, or ``"rest"`` (what no text goes through).
+      name: ``"embed"``, ``"layers/0"`` ..., ``"head"``, or ``"rest"`` (parameters that text does not pass through).
       kind: blocks of the same kind run the same program on parameters of the same shapes.
       prefix: what the paths of its parameters begin with.
       leaves: shape of every parameter it reads, by path within the block.
@@ -49,8 +49,7 @@ class Block:
     leaves: dict[str, tuple[int, ...]]
     owned: tuple[str, ...]
 
-    @property
-    def elements(self) -> int:
+    def count_elements(self) -> int:
         """Numbers in its own parameters."""
         return sum(math.prod(self.leaves[p]) for p in self.owned)
 
@@ -71,7 +70,7 @@ class Chain:
         self._apply |= {layer: self._layer(layer) for layer in self._inner}
         self.blocks = self._blocks()
 
-    def apply(self, block: Block) -> Apply:
+    def apply(self, block: DecoderBlock) -> Apply:
         """The block's function of its parameters and what goes in; the same object for all of a kind.
 
         In: int32 tokens ``[B, T]`` (embedding), or hidden states ``[B, T, hidden]``. Out: hidden states;
@@ -87,7 +86,7 @@ class Chain:
         short = dataclasses.replace(self.config, layers=tuple(self._inner))
         graphdef, state = model_params.abstract(short)
 
-        def apply(params: Any, tokens: jax.Array) -> jax.Array:
+        def apply(params: nnx.State, tokens: jax.Array) -> jax.Array:
             return nnx.merge(graphdef, params)(tokens)
 
         found = discover(apply, state, jax.ShapeDtypeStruct((1, min(8, self.config.max_length)), jnp.int32))
@@ -104,31 +103,31 @@ class Chain:
         for group in found.groups:
             prefix, kind = where(group.name)
             if any(where(a.path) != (prefix, kind) for a in group.absorbers):
-                group = dataclasses.replace(group, absorbers=(), shared_channels=None, reason=ELSEWHERE)
-            groups.setdefault(kind, []).append(moved(group, prefix, ""))
+                group = without_absorbers(group, ELSEWHERE)
+            groups.setdefault(kind, []).append(renamed(group, prefix, ""))
         for path, why in found.skipped.items():
             prefix, kind = where(path)
             skipped.setdefault(kind, {})[path[len(prefix) :]] = why
         towers = {b.prefix + p: TOWER for b in self.blocks if b.kind == REST for p in b.leaves if p.endswith("/kernel")}
         return Plan(
-            tuple(moved(g, "", b.prefix) for b in self.blocks for g in groups.get(b.kind, ())),
+            tuple(renamed(g, "", b.prefix) for b in self.blocks for g in groups.get(b.kind, ())),
             {b.prefix + p: why for b in self.blocks for p, why in skipped.get(b.kind, {}).items()} | towers,
         )
 
-    def _blocks(self) -> list[Block]:
+    def _blocks(self) -> list[DecoderBlock]:
         outer = {p: tuple(leaf.shape) for p, leaf in paths.flatten(self._outer).items()}
         tops = {p: p.split("/")[0] for p in outer}
         embed = {p: s for p, s in outer.items() if tops[p] in EMBEDDING}
         tied = {p: s for p, s in embed.items() if self.config.tied and tops[p] == "embed_tokens"}
         head = {p: s for p, s in outer.items() if tops[p] in HEADS}
         rest = {p: s for p, s in outer.items() if p not in embed and p not in head}
-        blocks = [Block(EMBED, EMBED, "", embed, tuple(embed))]
+        blocks = [DecoderBlock(EMBED, EMBED, "", embed, tuple(embed))]
         for i, layer in enumerate(self.config.layers):
             shapes = {p: tuple(leaf.shape) for p, leaf in paths.flatten(self._inner[layer][1]).items()}
-            blocks.append(Block(f"layers/{i}", layer, f"layers/{i}/", shapes, tuple(shapes)))
-        blocks.append(Block(HEAD, HEAD, "", {**tied, **head}, tuple(head)))
+            blocks.append(DecoderBlock(f"layers/{i}", layer, f"layers/{i}/", shapes, tuple(shapes)))
+        blocks.append(DecoderBlock(HEAD, HEAD, "", {**tied, **head}, tuple(head)))
         if rest:
-            blocks.append(Block(REST, REST, "", rest, tuple(rest)))
+            blocks.append(DecoderBlock(REST, REST, "", rest, tuple(rest)))
         return blocks
 
     def _embed(self, leaves: Leaves, tokens: jax.Array) -> jax.Array:
@@ -152,7 +151,12 @@ class Chain:
         return run
 
 
-def moved(group: Group, old: str, new: str) -> Group:
+def without_absorbers(group: Group, reason: str) -> Group:
+    """``group`` when nothing absorbs its scale, for ``reason``."""
+    return dataclasses.replace(group, absorbers=(), shared_channels=None, reason=reason)
+
+
+def renamed(group: Group, old: str, new: str) -> Group:
     """``group`` with paths that begin with ``new`` instead of ``old``."""
 
     def name(path: str) -> str:
@@ -166,12 +170,12 @@ def moved(group: Group, old: str, new: str) -> Group:
     )
 
 
-def _abstract_layer(config: ModelConfig, layer: LayerConfig) -> tuple[Any, nnx.State]:
+def _abstract_layer(config: ModelConfig, layer: LayerConfig) -> tuple[nnx.GraphDef, nnx.State]:
     return nnx.split(nnx.eval_shape(lambda: Layer(config, layer, nnx.Rngs(0))))
 
 
 def _filled(state: nnx.State, leaves: Leaves) -> nnx.State:
-    """The abstract state with arrays where there are any; what is missing is not read."""
+    """The abstract state with arrays in the places of ``leaves``; the block does not read the others."""
     return paths.map_with_path(lambda path, leaf: leaves.get(path, leaf), state)
 
 

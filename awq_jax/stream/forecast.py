@@ -10,16 +10,15 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from awq_jax.calibration import expert_grams
 from awq_jax.quantizer.column_pieces import ALIGNED, PIECE, PIECE_ELSEWHERE
-from awq_jax.stream.decoder_blocks import Block
+from awq_jax.stream.decoder_blocks import DecoderBlock
 from awq_jax.stream.hidden_states import InMemory
 from awq_jax.stream.job import Job
-from awq_jax.stream.run import Reader
+from awq_jax.stream.run import BlockReader
 
 TRIAL_BATCHES = 2
 COPIES = 12  # float32 copies of a piece of a group's weights, at most, while it is rounded (as XLA counts them)
@@ -51,7 +50,7 @@ class Forecast:
     disk_free: int
     seconds: dict[str, float]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Plain JSON data."""
         totals = {"memory_total": sum(self.memory.values()), "seconds_total": sum(self.seconds.values())}
         return dataclasses.asdict(self) | totals
@@ -60,7 +59,7 @@ class Forecast:
 def forecast(job: Job) -> Forecast:
     """Estimate from shapes, and from a trial on the embedding and the first layer; writes nothing."""
     blocks = job.session.blocks
-    sizes = [b.elements for b in blocks]
+    sizes = [b.count_elements() for b in blocks]
     parent = next(p for p in job.path.parents if p.exists())
     _forget_peak()
     seconds = _trial(job)
@@ -157,21 +156,21 @@ def _trial(job: Job) -> dict[str, float]:
     first = session.blocks[:2]
     batches = job.batches[:TRIAL_BATCHES]
     start = clock()
-    with Reader(job, first) as reader:
+    with BlockReader(job, first) as reader:
         hidden = InMemory(batches, job.options.hidden_dtype)
-        session.calibrate(first[0], reader(first[0]), hidden, len(batches))
+        session.calibrate(first[0], reader(first[0]), hidden)
         leaves = reader(first[1])
     before = InMemory([hidden.get(i) for i in range(len(batches))], job.options.hidden_dtype)
-    stats = session.calibrate(first[1], leaves, hidden, len(batches))
+    stats = session.calibrate(first[1], leaves, hidden)
     session.quantize(first[1], leaves, stats)
     compiled = clock() - start
     start = clock()
-    stats = session.calibrate(first[1], leaves, before, len(batches))
-    calibrated, again = clock() - start, session.asked_again
+    stats = session.calibrate(first[1], leaves, before)
+    calibrated, again = clock() - start, session.collecting
     done = session.quantize(first[1], leaves, stats)
-    again = session.asked_again - again  # grows with the tokens, as calibration does; the rest does not
+    again = session.collecting - again  # grows with the tokens, as calibration does; the rest does not
     rest = 1 - again / max(done.seconds["search"] + done.seconds["round"], again, 1e-9)
-    share = sum(b.elements for b in _with_weights(job)) / max(first[1].elements, 1)
+    share = sum(b.count_elements() for b in _with_weights(job)) / max(first[1].count_elements(), 1)
     tokens = sum(b.size for b in job.batches) / sum(b.size for b in batches)
     return {
         "compile": max(0.0, compiled - calibrated - sum(done.seconds.values())),
@@ -181,7 +180,7 @@ def _trial(job: Job) -> dict[str, float]:
     }
 
 
-def _with_weights(job: Job) -> list[Block]:
+def _with_weights(job: Job) -> list[DecoderBlock]:
     return [b for b in job.session.blocks if job.session.work(b)]
 
 

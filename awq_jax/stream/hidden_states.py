@@ -1,4 +1,4 @@
-"""Hidden states between two blocks: on the host, or in files that survive the process."""
+"""Hidden states between two blocks: in host memory, or in files from which a later run continues."""
 
 from __future__ import annotations
 
@@ -14,13 +14,19 @@ from awq_jax.dtypes import FLOATS
 
 
 class Hidden(Protocol):
-    """What goes into the next block, one batch at a time; what comes out takes its place."""
+    """What goes into the next block, one batch at a time, by the number of the batch; what comes out replaces it.
+
+    Attributes:
+      batches: how many there are, those of other processes included.
+    """
+
+    batches: int
 
     def get(self, batch: int) -> np.ndarray:
         """What goes in: tokens ``[B, T]``, or hidden states ``[B, T, hidden]``."""
 
     def put(self, batch: int, value: np.ndarray) -> None:
-        """What came out, batches in order."""
+        """What came out; this process's batches in order."""
 
     def turn(self) -> None:
         """All batches came out: they are what goes in from now on."""
@@ -33,19 +39,20 @@ class InMemory:
     """Hidden states in host memory; each batch is replaced as it comes out.
 
     Args:
-      tokens: int32 ``[B, T]`` batches.
+      tokens: int32 ``[B, T]``, all batches.
       dtype: to keep hidden states in; None for the one they come in.
     """
 
     def __init__(self, tokens: Sequence[np.ndarray], dtype: str | None = None) -> None:
-        self._batches = list(tokens)
+        self.batches = len(tokens)
+        self._values = list(tokens)
         self._dtype = dtype
 
     def get(self, batch: int) -> np.ndarray:
-        return self._batches[batch]
+        return self._values[batch]
 
     def put(self, batch: int, value: np.ndarray) -> None:
-        self._batches[batch] = value if self._dtype is None else value.astype(FLOATS[self._dtype], copy=False)
+        self._values[batch] = value if self._dtype is None else value.astype(FLOATS[self._dtype], copy=False)
 
     def turn(self) -> None:
         pass
@@ -59,17 +66,25 @@ class OnDisk:
 
     Args:
       directory: made if need be.
-      tokens: as for `InMemory`.
+      tokens: int32 ``[B, T]``, all batches.
+      own: numbers of this process's batches, rising: those in the files.
       dtype: to keep hidden states in; None for the one they come in.
       size: channels of a hidden state.
-      boundary: how many blocks are behind; unless it is 0, `holds` must be true of it.
+      boundary: blocks that the hidden states come out of; unless it is 0, `holds` must be true of it.
     """
 
     def __init__(
-        self, directory: Path, tokens: Sequence[np.ndarray], dtype: str | None, size: int, boundary: int = 0
+        self,
+        directory: Path,
+        tokens: Sequence[np.ndarray],
+        own: Sequence[int],
+        dtype: str | None,
+        size: int,
+        boundary: int = 0,
     ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        self._directory, self._tokens, self._size = directory, list(tokens), size
+        self.batches = len(tokens)
+        self._directory, self._tokens, self._own, self._size = directory, tokens, list(own), size
         self._dtype = None if dtype is None else FLOATS[dtype]
         self._boundary = boundary
 
@@ -78,16 +93,16 @@ class OnDisk:
             return self._tokens[batch]
         assert self._dtype is not None
         shape = (*self._tokens[batch].shape, self._size)
-        offset = sum(t.size for t in self._tokens[:batch]) * self._size * self._dtype.itemsize
-        path = _file(self._directory, self._boundary)
+        before = sum(self._tokens[i].size for i in self._own if i < batch)
+        path, offset = _file(self._directory, self._boundary), before * self._size * self._dtype.itemsize
         return np.fromfile(path, self._dtype, count=math.prod(shape), offset=offset).reshape(shape)
 
     def put(self, batch: int, value: np.ndarray) -> None:
         if self._dtype is None:
             self._dtype = value.dtype
-        with _file(self._directory, self._boundary + 1).open("ab" if batch else "wb") as f:
+        with _file(self._directory, self._boundary + 1).open("wb" if batch == self._own[0] else "ab") as f:
             f.write(np.ascontiguousarray(value.astype(self._dtype, copy=False)).reshape(-1).view(np.uint8).data)
-            if batch == len(self._tokens) - 1:
+            if batch == self._own[-1]:
                 f.flush()
                 os.fsync(f.fileno())
 
@@ -100,32 +115,8 @@ class OnDisk:
                 path.unlink(missing_ok=True)
 
 
-class Some:
-    """The hidden states of some batches, by the numbers that those have among all.
-
-    Args:
-      kept: theirs.
-      numbers: of the batches, in the order in which ``kept`` has them.
-    """
-
-    def __init__(self, kept: Hidden, numbers: Sequence[int]) -> None:
-        self._kept, self._places = kept, {n: i for i, n in enumerate(numbers)}
-
-    def get(self, batch: int) -> np.ndarray:
-        return self._kept.get(self._places[batch])
-
-    def put(self, batch: int, value: np.ndarray) -> None:
-        self._kept.put(self._places[batch], value)
-
-    def turn(self) -> None:
-        self._kept.turn()
-
-    def forget(self, before: int) -> None:
-        self._kept.forget(before)
-
-
 def holds(directory: Path, boundary: int, tokens: Sequence[np.ndarray], dtype: str, size: int) -> bool:
-    """Whether the hidden states behind ``boundary`` blocks are there; see `OnDisk`."""
+    """Whether all that came of a process's ``tokens`` out of ``boundary`` blocks is there; see `OnDisk`."""
     path = _file(directory, boundary)
     nbytes = sum(t.size for t in tokens) * size * FLOATS[dtype].itemsize
     return boundary > 0 and path.is_file() and path.stat().st_size == nbytes

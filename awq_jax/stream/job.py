@@ -1,4 +1,4 @@
-"""What a streamed quantization is to do: everything that can be refused is refused here, before the work."""
+"""What a streamed quantization is to do, checked: everything that can be refused is refused before the work."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from awq_jax.dtypes import FLOATS
 from awq_jax.errors import CheckpointError, ConfigError, FormatError, Setting
 from awq_jax.models.weights.params import Weights
 from awq_jax.qtensor import QuantizedTensor
-from awq_jax.stream.decoder_blocks import Block
-from awq_jax.stream.hidden_states import Hidden, InMemory, OnDisk, Some, holds
-from awq_jax.stream.session import Session, batched
+from awq_jax.stream.decoder_blocks import HEAD, REST, DecoderBlock
+from awq_jax.stream.hidden_states import Hidden, InMemory, OnDisk, holds
+from awq_jax.stream.session import Session
 
 FLOAT_FORMATS = ("float", "gguf")
 HIDDEN = "hidden"  # in the working directory: hidden states
@@ -54,7 +54,7 @@ class Options:
 
 @dataclasses.dataclass
 class Job:
-    """A checked job.
+    """A quantization that `prepare` has checked, and its working directory.
 
     Attributes:
       source: the float checkpoint.
@@ -78,8 +78,7 @@ class Job:
     batches: list[np.ndarray]
     description: str
 
-    @property
-    def identity(self) -> dict[str, str]:
+    def digest(self) -> dict[str, str]:
         """What decides the result, digested; a run is continued only if none of it changed."""
         tokens = hashlib.sha256()
         for batch in self.batches:
@@ -93,9 +92,24 @@ class Job:
             "environment": f"awq_jax {__version__}, jax {jax.__version__} on {jax.default_backend()}",
         }
 
-    @property
     def fingerprint(self) -> str:
-        return json.dumps(self.identity, sort_keys=True)
+        """`digest` as one text, for the manifest."""
+        return json.dumps(self.digest(), sort_keys=True)
+
+    def agree(self) -> None:
+        """See that all processes are to do the same.
+
+        Raises:
+          ConfigError: naming what differs.
+          ProcessError: another process has ended.
+        """
+        mine = self.digest() | {"target": str(self.path), "options": repr(self.options)}
+        first, *others = map(json.loads, self.session.pool.meet(json.dumps(mine)))
+        for rank, other in enumerate(others, 1):
+            if differs := [what for what in first if first[what] != other[what]]:
+                raise ConfigError(
+                    f"process {rank} has other {' and other '.join(differs)} than process 0; start all alike"
+                )
 
     def unfinished(self) -> bool:
         """Whether an earlier run of this job left something.
@@ -106,7 +120,7 @@ class Job:
         left = manifest.written_for(self.work)
         if left is None:
             return False
-        before, now = _identity(left), self.identity
+        before, now = _parsed(left), self.digest()
         changed = [what for what, value in now.items() if before.get(what) != value]
         if changed:
             discard = Setting("restart", True)
@@ -123,30 +137,30 @@ class Job:
             (self.work / FINISHED).is_file()
             and not (self.work / OUT).exists()
             and self.path.is_dir()
-            and manifest.written_for(self.work) == self.fingerprint
+            and manifest.written_for(self.work) == self.fingerprint()
         )
 
-    def open_hidden(self, done: int, activations: str | None) -> tuple[Hidden, int]:
-        """Hidden states of this process's batches, and the number of blocks that they have behind them.
+    def open_hidden(self, finished: int) -> tuple[Hidden, int]:
+        """Hidden states of this process's batches, and the number of blocks that they come out of.
 
         Args:
-          done: blocks that are finished.
-          activations: dtype that came out of them.
+          finished: blocks that are done, which the session has been told of (`Session.restore`).
         """
-        pool = self.session.pool
-        mine = [i for i in range(len(self.batches)) if pool.mine(i)]
-        batches = [self.batches[i] for i in mine]
-        if self.options.hidden == "memory":
-            return Some(InMemory(batches, self.options.hidden_dtype), mine), 0
-        dtype = self.options.hidden_dtype or activations
-        size = self.session.chain.config.hidden_size
+        session, pool, o = self.session, self.session.pool, self.options
+        if all(b.kind in (HEAD, REST) and not session.work(b) for b in session.blocks[finished:]):
+            return InMemory(self.batches), finished  # nothing is left to calibrate: nobody will look at them
+        if o.hidden == "memory":
+            return InMemory(self.batches, o.hidden_dtype), 0
+        own = [i for i in range(len(self.batches)) if pool.mine(i)]
+        dtype, size = o.hidden_dtype or session.activations, session.chain.config.hidden_size
         directory = self.work / HIDDEN
         if pool.team is not None:  # named after the batches: another number of processes keeps others
-            directory /= hashlib.sha256(json.dumps(mine).encode()).hexdigest()[:16]
-        there = dtype is not None and (not mine or holds(directory, done, batches, dtype, size))
+            directory /= hashlib.sha256(json.dumps(own).encode()).hexdigest()[:16]
+        tokens = [self.batches[i] for i in own]
+        there = dtype is not None and (not own or holds(directory, finished, tokens, dtype, size))
         if not all(pool.meet("there" if there else "")):
-            done, dtype = 0, self.options.hidden_dtype
-        return Some(OnDisk(directory, batches, dtype, size, done), mine), done
+            finished, dtype = 0, o.hidden_dtype
+        return OnDisk(directory, self.batches, own, dtype, size, finished), finished
 
     def disk(self) -> int:
         """Bytes that the run will need on the disk, roughly (from above), with what it has written by now.
@@ -158,7 +172,7 @@ class Job:
         boundary = self.hidden_bytes() if self.options.hidden == "disk" else 0
         return packed + max(packed + min(packed, writing.SHARD) + boundary, 3 * boundary)
 
-    def packed_bytes(self, block: Block) -> int:
+    def packed_bytes(self, block: DecoderBlock) -> int:
         """Bytes that a block will take, roughly (from above)."""
         itemsize = FLOATS[self.float_dtype()].itemsize
         total = 0.0
@@ -172,9 +186,9 @@ class Job:
                 total += n * rows * (target.leaf.bits / 8 + 5 / target.leaf.group_size)
         return math.ceil(total)
 
-    def float_bytes(self, block: Block) -> int:
+    def float_bytes(self, block: DecoderBlock) -> int:
         """Bytes of a block's own parameters as they are read."""
-        return block.elements * FLOATS[self.float_dtype()].itemsize
+        return block.count_elements() * FLOATS[self.float_dtype()].itemsize
 
     def hidden_bytes(self) -> int:
         """Bytes of the hidden states of all calibration tokens."""
@@ -208,7 +222,7 @@ class Job:
 def prepare(
     src: str | Path | Source,
     dst: str | Path,
-    calib: Any,
+    calib: data.CalibrationSource,
     options: Options,
     settings: Mapping[str, Any],
     pool: Pool = HERE,
@@ -232,8 +246,7 @@ def prepare(
         raise FormatError(f"{o.format} is not written block by block; write awq-jax and convert it (awq-jax convert)")
     path = Path(dst).expanduser().absolute()
     source = registry.open_source(src) if isinstance(src, str | Path) else src
-    if (where := getattr(source, "directory", None)) is not None and where.resolve() == path.resolve():
-        raise CheckpointError(f"{path} is the source; choose another target")
+    writing.refuse_source(path, source)
     if isinstance(calib, str):
         data.check_source(calib)
     architecture = models.config_of(source)
@@ -253,15 +266,14 @@ def prepare(
         vocab_size=architecture.vocab_size,
         seed=o.seed,
     )
-    batches = batched(text.tokens, architecture.vocab_size, o.batch_size)
     work = path.parent / f".{path.name}.quantizing"
-    job = Job(source, path, work, options, config, session, weights, batches, text.description)
+    job = Job(source, path, work, o, config, session, weights, text.batches(o.batch_size), text.description)
     if not job.installed():
         refuse_existing(path, o.overwrite)
     return job
 
 
-def _identity(fingerprint: str) -> dict[str, str]:
+def _parsed(fingerprint: str) -> dict[str, str]:
     try:
         found = json.loads(fingerprint)
     except ValueError:
@@ -269,7 +281,7 @@ def _identity(fingerprint: str) -> dict[str, str]:
     return found if isinstance(found, dict) else {}
 
 
-def _needs_tokenizer(calib: Any) -> bool:
+def _needs_tokenizer(calib: data.CalibrationSource) -> bool:
     """Whether the calibration data are text, or may be."""
     if isinstance(calib, data.CalibrationSet) or (hasattr(calib, "ndim") and calib.ndim == 2):
         return False

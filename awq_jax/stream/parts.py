@@ -1,36 +1,122 @@
 """Finished blocks on disk, and the checkpoint made of them.
 
-A block is written as it is in memory (our own format, which holds everything), and the format of the
-result is chosen when all are there, as `awq_jax.serve.model.Model.save` chooses it: by what holds every weight.
+A block is written as it is in memory (our own format, which holds everything), in a file of its own: a part. The
+format of the result is chosen when all are there, as `awq_jax.serve.model.Model.save` chooses it: by what holds every
+weight. With several processes each writes some of the parts, and the first keeps the manifest.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import io
+import json
 import logging
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
 
 from awq_jax.convert import pipeline, writing
+from awq_jax.convert.files import manifest
 from awq_jax.convert.files.manifest import Manifest
 from awq_jax.convert.files.safetensors import INDEX
-from awq_jax.convert.files.shards import ShardWriter, part_name, write_file, write_json
+from awq_jax.convert.files.shards import ShardWriter, install, part_name, write_file, write_json
 from awq_jax.convert.format import Destination, Record
 from awq_jax.convert.formats import native
 from awq_jax.convert.source import Source, copy_companions
 from awq_jax.errors import FormatError
 from awq_jax.qtensor import QuantizedTensor
+from awq_jax.stream.job import FINISHED, HIDDEN, OUT, Job
+from awq_jax.stream.session import Note
 
 log = logging.getLogger(__name__)
 
 Tensors = Iterable[tuple[str, np.ndarray | QuantizedTensor]]
+Written = tuple[list[Record], list[str]]  # of a part: what was made of its tensors, and their names in the file
 
 
-def write_tensors(work: Path, number: int, tensors: Tensors) -> tuple[list[Record], list[str]]:
-    """A block's tensors in the file of its part, on the disk: what was made of them, and their names."""
+@contextlib.contextmanager
+def opened(job: Job) -> Iterator[Manifest]:
+    """The manifest: in process 0 the file, in the others what stands in it."""
+    pool = job.session.pool
+    if pool.rank:
+        done = Manifest(io.StringIO(), job.work)
+        records, done.shards, done.notes = json.loads(pool.meet()[0])
+        done.records = list(map(_record, records))
+        yield done
+    else:
+        with manifest.opened(job.work, job.fingerprint(), {HIDDEN, OUT, FINISHED}) as done:
+            pool.meet(json.dumps([[dataclasses.asdict(r) for r in done.records], done.shards, done.notes]))
+            yield done
+
+
+class PartWriter:
+    """Writes one part while the next is made; the last is on the disk when the context ends.
+
+    Of several processes, part ``number`` is written by process ``number`` modulo their number, and its line comes
+    into the manifest when all have met after that. All have the same parts in memory.
+    """
+
+    def __init__(self, job: Job, done: Manifest) -> None:
+        self._work, self._done, self._team = job.work, done, job.session.pool.team
+        self._thread = ThreadPoolExecutor(1, "write")
+        self._pending: tuple[int, Note, Future[Written] | None] | None = None
+
+    def __enter__(self) -> PartWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        try:
+            if kind is None or self._team is None:
+                self._settle()
+        except OSError:
+            if kind is None:  # otherwise there is an older error to report
+                raise
+        finally:
+            self._thread.shutdown()
+
+    def put(self, number: int, tensors: Tensors, note: Note) -> None:
+        """Start writing a part, when the one before is on the disk."""
+        self._settle()
+        own = self._team is None or number % self._team.size == self._team.rank
+        writing = self._thread.submit(self._write, number, tensors, note) if own else None
+        self._pending = number, note, writing
+
+    def _write(self, number: int, tensors: Tensors, note: Note) -> Written:
+        written = write_tensors(self._work, number, tensors)
+        if self._team is None:  # at once: what is on the disk is not made again
+            self._add(number, written, note)
+        return written
+
+    def _settle(self) -> None:
+        """Wait for the part before, which then stands in the manifest."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        number, note, writing = pending
+        written = writing.result() if writing is not None else None
+        if self._team is None:
+            return
+        text = json.dumps([[dataclasses.asdict(r) for r in written[0]], written[1]]) if written is not None else ""
+        records, names = json.loads(self._team.gather(text)[number % self._team.size])
+        self._add(number, (list(map(_record, records)), names), note)
+
+    def _add(self, number: int, written: Written, note: Note) -> None:
+        records, names = written
+        if self._team is None or not self._team.rank:
+            self._done.add(number, records, names, note)
+        self._done.records += records
+        self._done.shards.append(names)
+        self._done.notes.append(note)
+
+
+def write_tensors(work: Path, number: int, tensors: Tensors) -> Written:
+    """Write a block's tensors into the file of its part, to the disk."""
     encoder = native.NativeEncoder()
     arrays: dict[str, np.ndarray] = {}
     metadata: dict[str, str] = {}
@@ -44,34 +130,27 @@ def write_tensors(work: Path, number: int, tensors: Tensors) -> tuple[list[Recor
     return records, list(arrays)
 
 
-def write_part(manifest: Manifest, work: Path, number: int, tensors: Tensors, note: dict[str, Any]) -> None:
-    """A block's tensors, and its line in the manifest once they are on the disk."""
-    records, names = write_tensors(work, number, tensors)
-    manifest.add(number, records, names, note)
-    take(manifest, records, names, note)
+def finish(job: Job, done: Manifest) -> tuple[str, str]:
+    """Put the checkpoint made of all parts in its place: its format, and why it is not the one asked for."""
+    if job.installed():
+        return str(json.loads((job.work / FINISHED).read_text())["format"]), ""
+    (job.work / FINISHED).unlink(missing_ok=True)
+    problem = ""
+    try:
+        format = assemble(job, done, job.options.format)
+    except FormatError as e:
+        problem = str(e)
+        format = assemble(job, done, native.METHOD)
+    write_json(job.work / FINISHED, {"format": format})
+    install(job.work / OUT, job.path, job.options.overwrite)
+    return format, problem
 
 
-def take(manifest: Manifest, records: list[Record], names: list[str], note: dict[str, Any]) -> None:
-    """A part that has its line in the manifest."""
-    manifest.records += records
-    manifest.shards.append(names)
-    manifest.notes.append(note)
-
-
-def assemble(
-    manifest: Manifest,
-    work: Path,
-    out: Path,
-    format: str,
-    destination: Destination,
-    source: Source,
-) -> str:
-    """Make the checkpoint ``out`` of all parts.
+def assemble(job: Job, done: Manifest, format: str) -> str:
+    """Make a checkpoint of all parts, in the working directory.
 
     Args:
       format: a name, or ``"auto"``.
-      destination: the config that it is made for, and the settings.
-      source: its tokenizer files and generation config are copied.
 
     Returns:
       The format written.
@@ -79,13 +158,15 @@ def assemble(
     Raises:
       FormatError: the format cannot hold a tensor.
     """
-    files = {name: part_name(i) for i, names in enumerate(manifest.shards) for name in names}
-    write_json(work / INDEX, {"weight_map": files})
-    parts = native.NativeSource(work, {"quantization_config": {"format_version": native.VERSION}})
+    files = {name: part_name(i) for i, names in enumerate(done.shards) for name in names}
+    write_json(job.work / INDEX, {"weight_map": files})
+    parts = native.NativeSource(job.work, {"quantization_config": {"format_version": native.VERSION}})
+    destination = Destination(config=job.source.config, settings=job.settings)
+    names = [r.name for r in done.records]
     reasons = []
     for choice in writing.AUTO if format == "auto" else (format,):
         try:
-            _write(choice, parts, [r.name for r in manifest.records], out, destination, source, strict=format == "auto")
+            _write_checkpoint(choice, parts, names, job.work / OUT, destination, job.source, strict=format == "auto")
         except FormatError as e:
             if format != "auto" or choice == writing.AUTO[-1]:
                 raise
@@ -96,7 +177,7 @@ def assemble(
     raise AssertionError("the last format holds everything")
 
 
-def _write(
+def _write_checkpoint(
     format: str,
     parts: native.NativeSource,
     names: list[str],
@@ -122,3 +203,7 @@ def _write(
     writer.close()
     write_json(out / "config.json", writing.final_config(destination.config, changes, records))
     copy_companions(out, None, source)
+
+
+def _record(fields: dict[str, Any]) -> Record:
+    return Record(**{**fields, "shape": tuple(fields["shape"])})

@@ -2,7 +2,8 @@
 
 While a block is calibrated and quantized, one thread reads the next block and another writes the one
 before. What survives a crash: a directory beside the target with a part for each finished block and a
-manifest (see `awq_jax.convert.files.manifest`), and, if they are kept on disk, the hidden states behind it.
+manifest (see `awq_jax.convert.files.manifest`), and, if they are kept on disk, the hidden states that came out
+of the last one.
 """
 
 from __future__ import annotations
@@ -17,27 +18,24 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
 from awq_jax.convert.files.manifest import Manifest
-from awq_jax.convert.files.shards import install, write_json
-from awq_jax.convert.format import Destination
-from awq_jax.convert.formats import native
 from awq_jax.convert.source import Source
+from awq_jax.data import CalibrationSource
 from awq_jax.devices import host_memory
 from awq_jax.devices.pool import pool_of
 from awq_jax.devices.team import team
 from awq_jax.errors import CheckpointError, ConfigError, FormatError, Setting
 from awq_jax.models.weights import naming
 from awq_jax.models.weights import params as model_params
-from awq_jax.report import LayerReport, Report
-from awq_jax.stream import writers
-from awq_jax.stream.decoder_blocks import HEAD, REST, Block
-from awq_jax.stream.hidden_states import Hidden, InMemory
-from awq_jax.stream.job import FINISHED, OUT, Job, Options, prepare
-from awq_jax.stream.parts import assemble, write_part
-from awq_jax.stream.session import Done
+from awq_jax.qtensor import QuantizedTensor
+from awq_jax.report import Report
+from awq_jax.stream import parts
+from awq_jax.stream.decoder_blocks import DecoderBlock, Leaves
+from awq_jax.stream.job import Job, Options, prepare
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +56,7 @@ class Outcome:
 def quantize_checkpoint(
     src: str | Path | Source,
     dst: str | Path,
-    calib: Any = "pileval",
+    calib: CalibrationSource = "pileval",
     *,
     samples: int = 128,
     seq_len: int = 512,
@@ -126,7 +124,7 @@ def run(job: Job, *, resume: bool = False, restart: bool = False, progress: bool
     if resume and restart:
         raise ConfigError("resume continues an unfinished run and restart discards it: give one of them")
     pool = job.session.pool
-    writers.agree(pool, job)
+    job.agree()
     if not pool.rank:
         if restart:
             _tidy(job)
@@ -135,16 +133,16 @@ def run(job: Job, *, resume: bool = False, restart: bool = False, progress: bool
             raise CheckpointError(f"there is no unfinished run of {job.path} to continue; leave {given} out", given)
         job.check_space()
     try:
-        with writers.opened(pool, job) as done:
+        with parts.opened(job) as done:
             resumed = len(done.shards)
             silent = not progress or pool.rank > 0
             with tqdm(total=len(job.session.blocks), desc="quantize", unit="block", disable=silent) as bar:
                 _quantize(job, done, bar)
             start = time.perf_counter()
-            ended = ["", ""] if pool.rank else _finish(job, done)
+            ended = ("", "") if pool.rank else parts.finish(job, done)
             format, problem = json.loads(pool.meet(json.dumps(ended))[0])
-            report = _report(job, done)
-            report.seconds["save"] += time.perf_counter() - start
+            report = job.session.report(filter(None, done.notes), job.batches)
+            report.seconds["save"] = time.perf_counter() - start
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             told = f"cannot write {job.path}: {e}. Free some space and"
@@ -159,59 +157,52 @@ def run(job: Job, *, resume: bool = False, restart: bool = False, progress: bool
 
 
 def _quantize(job: Job, done: Manifest, bar: tqdm) -> None:
-    """The parts that are not there yet."""
-    session = job.session
+    """Make the parts that are not there yet."""
+    session, config = job.session, job.session.chain.config
     blocks = session.blocks
     finished = len(done.shards)
     for block, note in zip(blocks, done.notes, strict=False):
-        session.restore(block, note["refused"], note["activations"])
+        session.restore(block, note)
     bar.update(min(finished, len(blocks)))
-    if finished < len(blocks):
-        hidden, behind = _hidden(job, finished)
-        with Reader(job, blocks[behind:]) as reader, writers.writer(job, done) as writer:
-            for block in blocks[behind:finished]:
-                session.pass_on(block, reader(block), hidden, len(job.batches))
+    if finished > len(blocks):
+        return
+    with parts.PartWriter(job, done) as writer:
+        hidden, reached = job.open_hidden(finished)
+        with BlockReader(job, blocks[reached:]) as reader:
+            for block in blocks[reached:finished]:
+                session.pass_on(block, reader(block), hidden)
             number = finished
-            for result in session.run(blocks[finished:], reader, hidden, len(job.batches)):
-                writer.put(number, list(model_params.tensors(result.leaves, session.chain.config)), _note(job, result))
+            for result in session.run(blocks[finished:], reader, hidden):
+                writer.put(number, list(model_params.tensors(result.leaves, config)), session.note(result))
                 hidden.forget(len(done.shards))
                 bar.update()
                 number += 1  # `enumerate` would hold on to the block while the next is at work
                 del result
                 host_memory.trim()
-    if len(done.shards) == len(blocks) and not session.pool.rank:
-        write_part(done, job.work, len(blocks), naming.carried(job.source, session.chain.config), {})
+        writer.put(len(blocks), naming.carried(job.source, config), {})
 
 
-def _hidden(job: Job, finished: int) -> tuple[Hidden, int]:
-    """Hidden states, and how many blocks they have behind them; any will do where nothing is left to calibrate."""
-    session = job.session
-    if all(b.kind in (HEAD, REST) and not session.work(b) for b in session.blocks[finished:]):
-        return InMemory(job.batches), finished
-    return job.open_hidden(finished, session.activations)
-
-
-class Reader:
-    """A block's parameters, and the next block's tensors read meanwhile.
+class BlockReader:
+    """Reads a block's parameters, and the next block's tensors meanwhile.
 
     Args:
       job: whose weights.
       blocks: the order in which they will be asked for.
     """
 
-    def __init__(self, job: Job, blocks: Sequence[Block]) -> None:
+    def __init__(self, job: Job, blocks: Sequence[DecoderBlock]) -> None:
         self._job, self._blocks = job, iter(blocks)
         self._pool = ThreadPoolExecutor(1, "read")
-        self._coming: Future[dict[str, list[Any]]] | None = None
+        self._coming: Future[dict[str, list[np.ndarray | QuantizedTensor]]] | None = None
 
-    def __enter__(self) -> Reader:
+    def __enter__(self) -> BlockReader:
         self._start()
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def __call__(self, block: Block) -> dict[str, Any]:
+    def __call__(self, block: DecoderBlock) -> Leaves:
         assert self._coming is not None
         tensors = self._coming.result()
         self._coming = None
@@ -231,44 +222,3 @@ class Reader:
 
 def _tidy(job: Job) -> None:
     shutil.rmtree(job.work, ignore_errors=True)
-
-
-def _note(job: Job, done: Done) -> dict[str, Any]:
-    """What a later run must know of a block."""
-    return {
-        "block": done.block.name,
-        "rows": [dataclasses.asdict(r) for r in done.rows],
-        "seconds": done.seconds,
-        "bytes": [done.bytes_before, done.bytes_after],
-        "refused": job.session.refused.get(done.block.kind),
-        "activations": job.session.activations,
-    }
-
-
-def _finish(job: Job, done: Manifest) -> tuple[str, str]:
-    """Put the checkpoint made of all parts in its place: its format, and why it is not the one asked for."""
-    if job.installed():
-        return str(json.loads((job.work / FINISHED).read_text())["format"]), ""
-    (job.work / FINISHED).unlink(missing_ok=True)
-    destination = Destination(config=job.source.config, settings=job.settings)
-    out, problem = job.work / OUT, ""
-    try:
-        format = assemble(done, job.work, out, job.options.format, destination, job.source)
-    except FormatError as e:
-        problem = str(e)
-        format = assemble(done, job.work, out, native.METHOD, destination, job.source)
-    write_json(job.work / FINISHED, {"format": format})
-    install(out, job.path, job.options.overwrite)
-    return format, problem
-
-
-def _report(job: Job, done: Manifest) -> Report:
-    notes = [n for n in done.notes if n]
-    rows = [LayerReport(**{**row, "shape": tuple(row["shape"])}) for note in notes for row in note["rows"]]
-    seconds = dict.fromkeys(("load", "calibrate", "search", "round", "save"), 0.0)
-    for note in notes:
-        for phase, spent in note["seconds"].items():
-            seconds[phase] += spent
-    before, after = (sum(note["bytes"][i] for note in notes) for i in (0, 1))
-    tokens = sum(b.size for b in job.batches)
-    return Report(job.settings.to_dict(), rows, job.session.skipped, tokens, seconds, before, after)

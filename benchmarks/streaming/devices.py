@@ -26,8 +26,8 @@ from shared import checkpoints, running
 from awq_jax.calibration.calibration import Stats
 from awq_jax.devices import team as processes
 from awq_jax.devices.pool import pool_of
-from awq_jax.stream import job as stream_job
-from awq_jax.stream import run
+from awq_jax.stream.job import Options, prepare
+from awq_jax.stream.run import BlockReader
 
 Measured = dict[str, int | float | str]
 
@@ -57,16 +57,16 @@ def measure(checkpoint: Path, samples: int, length: int, rank: int, size: int, p
     mesh = Mesh(np.asarray(devices), ("d",)) if len(devices) > 1 else None
     with processes.team() as all_of_them:
         pool = pool_of(mesh, all_of_them)
-        options = stream_job.Options(seq_len=length, batch_size=1)
-        job = stream_job.prepare(checkpoint, checkpoint.with_name("nothing"), tokens, options, {}, pool)
+        options = Options(seq_len=length, batch_size=1)
+        job = prepare(checkpoint, checkpoint.with_name("nothing"), tokens, options, {}, pool)
         blocks = [b for b in job.session.blocks if b.name == "embed" or b.name.startswith("layers/")]
-        hidden, _ = job.open_hidden(0, None)
+        hidden, _ = job.open_hidden(0)
         costs = []
-        with run.Reader(job, blocks) as reader:
+        with BlockReader(job, blocks) as reader:
             for block in blocks:
                 leaves = reader(block)
                 pool.meet()
-                fetch, cost = running.measured(job.session.calibrate, block, leaves, hidden, samples)
+                fetch, cost = running.measured(job.session.calibrate, block, leaves, hidden)
                 costs.append(cost)
         sums = [fetch(group.name) for group, _ in job.session.work(blocks[-1])]
         grams = [np.asarray(s.gram) for s in sums if isinstance(s, Stats)]

@@ -254,7 +254,7 @@ def test_a_lost_process_is_an_error_in_all_others(no_end, victim):
     others = [t for t in three if t.rank != victim]
     got = in_threads(*(t.gather for t in others))
     assert all(re.match(rf"process {victim} died.*Run the same command again", str(e)) for e in got)
-    assert others[0].explanation()
+    assert others[0].wait_for_loss()
     for t in others:
         t.close()
 
@@ -297,9 +297,18 @@ def test_meshes_are_checked(made, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_some_hidden_states_by_their_numbers():
-    some = hidden.Some(hidden.InMemory([TOKENS[1:2], TOKENS[4:5]]), [1, 4])
-    some.put(4, np.ones(3))
-    some.turn()
-    np.testing.assert_array_equal(some.get(1), TOKENS[1:2])
-    np.testing.assert_array_equal(some.get(4), np.ones(3))
+@pytest.mark.parametrize("disk", [False, True])
+def test_hidden_states_of_some_batches(tmp_path, disk):
+    """Each process keeps those of its own batches, by the numbers that they have among all."""
+    batches = [TOKENS[i : i + 1] for i in range(5)]
+    own = hidden.OnDisk(tmp_path, batches, [1, 4], "float32", 3) if disk else hidden.InMemory(batches)
+    assert own.batches == 5
+    np.testing.assert_array_equal(own.get(4), batches[4])
+    for seed in range(2):
+        rng = np.random.default_rng(seed)
+        made = {i: rng.random((*batches[i].shape, 3), np.float32) for i in (1, 4)}
+        for i, value in made.items():
+            own.put(i, value)
+        own.turn()
+        for i, value in made.items():
+            np.testing.assert_array_equal(own.get(i), value)

@@ -25,12 +25,10 @@ from awq_jax.cli import entry
 from awq_jax.config import AwqConfig
 from awq_jax.convert.files import manifest
 from awq_jax.models.weights import params
-from awq_jax.stream import decoder_blocks, parts
-from awq_jax.stream import forecast as stream_forecast
-from awq_jax.stream import job as stream_job
-from awq_jax.stream import run as stream
-from awq_jax.stream import session as blockwise
+from awq_jax.stream import decoder_blocks, forecast, job, parts, run
 from awq_jax.stream.hidden_states import InMemory, OnDisk, holds
+from awq_jax.stream.job import Options, prepare
+from awq_jax.stream.session import Done, Session
 
 TOKENS = np.random.default_rng(1).integers(0, 256, (6, 16)).astype(np.int32)
 # The least that needs all of calibration, search and rounding: compilation is what takes time here.
@@ -77,13 +75,13 @@ def test_statistics_are_those_of_the_model_run_as_a_whole(checkpoint):
     """Against `awq_jax.calibrate`, which runs all layers in one program and knows no blocks."""
     model = awq_jax.load(checkpoint)
     want = awq_jax.calibrate(model.apply, model.params, [TOKENS[:4], TOKENS[4:]], include_head=True, progress=False)
-    session = blockwise.Session(model.config, AwqConfig(group_size=16, quantize_head=True))
+    session = Session(model.config, AwqConfig(group_size=16, quantize_head=True))
     assert session.plan.to_dict() == awq_jax.discover(model.apply, model.params, TOKENS[:1, :8]).to_dict()
     leaves = paths.flatten(model.params)
     hidden = InMemory([TOKENS[:4], TOKENS[4:]])
     got = {}
     for block in session.blocks:
-        fetch = session.calibrate(block, {p: leaves[block.prefix + p] for p in block.leaves}, hidden, 2)
+        fetch = session.calibrate(block, {p: leaves[block.prefix + p] for p in block.leaves}, hidden)
         got |= {group.name: fetch(group.name) for group, _ in session.work(block)}
     assert got.keys() == want.stats.keys()
     for name, stats in want.stats.items():
@@ -92,14 +90,14 @@ def test_statistics_are_those_of_the_model_run_as_a_whole(checkpoint):
 
 
 def test_the_time_of_all_that_is_done_with_a_block_is_counted(checkpoint, monkeypatch):
-    session = blockwise.Session(awq_jax.load(checkpoint).config, AwqConfig(group_size=16))
+    session = Session(awq_jax.load(checkpoint).config, AwqConfig(group_size=16))
     spent = {"calibrate": 1.0, "search": 2.0, "round": 4.0}
-    done = blockwise.Done(session.blocks[1], {}, [], spent, 0, 0)
+    done = Done(session.blocks[1], {}, [], spent, 0, 0)
     monkeypatch.setattr(session, "calibrate", lambda *_: time.sleep(0.1))
     monkeypatch.setattr(session, "quantize", lambda *_: done)
-    monkeypatch.setattr(session, "grams_in_parts", lambda _: {"experts": 1})
+    monkeypatch.setattr(session, "experts_at_a_time", lambda _: {"experts": 1})
     monkeypatch.setattr(session, "pass_on", lambda *_: time.sleep(0.2))
-    (got,) = session.run(session.blocks[1:2], lambda _: time.sleep(0.05), InMemory([]), 0)
+    (got,) = session.run(session.blocks[1:2], lambda _: time.sleep(0.05), InMemory([]))
     assert got.seconds["load"] >= 0.05
     assert 1.3 <= got.seconds["calibrate"] < 2
     assert (got.seconds["search"], got.seconds["round"]) == (2, 4)
@@ -126,8 +124,8 @@ def killer(monkeypatch, at):
     monkeypatch.setattr(parts, "write_file", counted(parts.write_file))
     monkeypatch.setattr(manifest.Manifest, "add", counted(manifest.Manifest.add))
     monkeypatch.setattr(OnDisk, "put", counted(OnDisk.put))
-    monkeypatch.setattr(stream, "assemble", counted(stream.assemble))
-    monkeypatch.setattr(stream, "install", counted(stream.install))
+    monkeypatch.setattr(parts, "assemble", counted(parts.assemble))
+    monkeypatch.setattr(parts, "install", counted(parts.install))
 
 
 @pytest.mark.parametrize(("hidden", "at"), [("memory", 8), ("disk", 14), ("memory", 13)])
@@ -146,7 +144,7 @@ def test_a_run_that_breaks_off_continues_with_the_same_bytes(checkpoint, whole, 
 
 def test_a_run_killed_when_the_result_was_in_place_is_only_tidied_up(checkpoint, whole, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stream, "_tidy", lambda job: (_ for _ in ()).throw(Killed))
+        patch.setattr(run, "_tidy", lambda job: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             quantize(checkpoint, tmp_path / "out")
     before = os.stat(tmp_path / "out" / "config.json").st_ino
@@ -228,19 +226,19 @@ def test_a_full_disk_is_one_error_and_the_run_continues(checkpoint, whole, tmp_p
 
 def test_a_disk_that_is_too_small_is_refused_before_any_work(checkpoint, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(stream_job.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    monkeypatch.setattr(job.shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(errors.CheckpointError, match=r"GiB free, and the run needs"):
         quantize(checkpoint, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
 def test_two_runs_do_not_share_a_target(checkpoint, tmp_path):
-    job = stream_job.prepare(checkpoint, tmp_path / "out", TOKENS, stream_job.Options(batch_size=4), {"group_size": 16})
+    work = prepare(checkpoint, tmp_path / "out", TOKENS, Options(batch_size=4), {"group_size": 16})
     with (
-        manifest.opened(job.work, job.fingerprint),
+        manifest.opened(work.work, work.fingerprint()),
         pytest.raises(errors.CheckpointError, match="another process is writing"),
     ):
-        stream.run(job, progress=False)
+        run.run(work, progress=False)
 
 
 def test_what_cannot_work_is_refused_before_any_work(checkpoint, whole, tmp_path):
@@ -251,7 +249,7 @@ def test_what_cannot_work_is_refused_before_any_work(checkpoint, whole, tmp_path
     refuses(errors.ShapeError, r"layers/2/mlp/down_proj/kernel: 32 rows, group size 64", group_size=64)
     refuses(errors.FormatError, "gemm cannot hold this.*3 bits", bits=3, format="gemm")
     refuses(errors.FormatError, "not written block by block", format="gguf-q4_1")
-    refuses(errors.CheckpointError, "is the source", dst=checkpoint, overwrite=True)
+    refuses(errors.CheckpointError, "is where the weights come from", dst=checkpoint, overwrite=True)
     refuses(errors.CheckpointError, "exists", dst=whole[0])
     refuses(errors.ConfigError, "quantized already", src=whole[0])
     refuses(errors.ConfigError, "hidden must be", hidden="clouds")
@@ -267,9 +265,9 @@ def test_the_command_forecasts_and_continues(checkpoint, whole, tmp_path, capsys
     argv = ["quantize", str(checkpoint), str(out), "--calib", str(tmp_path / "tokens.npy"), "--quiet"]
     argv += ["--group-size", "16", "--method", "awq", "--no-clip", "--batch-size", "4"]
     assert entry.main([*argv, "--dry-run", "--json"]) == 0
-    forecast = json.loads(capsys.readouterr().out)
-    assert forecast["blocks"] == 3
-    assert forecast["memory_total"] == sum(forecast["memory"].values())
+    said = json.loads(capsys.readouterr().out)
+    assert said["blocks"] == 3
+    assert said["memory_total"] == sum(said["memory"].values())
     assert not out.exists()
     assert entry.main([*argv, "--resume"]) == 2
     assert "leave --resume out" in capsys.readouterr().err
@@ -287,7 +285,7 @@ def test_the_command_forecasts_and_continues(checkpoint, whole, tmp_path, capsys
 def test_hidden_states_on_disk_are_those_in_memory(tmp_path):
     batches = [TOKENS[:4], TOKENS[4:]]
     rng = np.random.default_rng(0)
-    kept = InMemory(batches, "bfloat16"), OnDisk(tmp_path, batches, "bfloat16", 8)
+    kept = InMemory(batches, "bfloat16"), OnDisk(tmp_path, batches, range(2), "bfloat16", 8)
     for _ in range(2):
         for i, batch in enumerate(batches):
             value = rng.standard_normal((*batch.shape, 8)).astype(np.float32)
@@ -301,7 +299,7 @@ def test_hidden_states_on_disk_are_those_in_memory(tmp_path):
     assert not holds(tmp_path, 1, batches, "bfloat16", 8)
     assert holds(tmp_path, 2, batches, "bfloat16", 8)
     assert not holds(tmp_path, 2, batches, "float32", 8)
-    again = OnDisk(tmp_path, batches, "bfloat16", 8, 2)
+    again = OnDisk(tmp_path, batches, range(2), "bfloat16", 8, 2)
     np.testing.assert_array_equal(again.get(1), kept[0].get(1))
 
 
@@ -313,14 +311,14 @@ def test_nothing_is_compiled_after_the_first_block_of_a_shape(tmp_path):
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, *_, **__: compiled.append(name) if name.endswith("backend_compile_duration") else None
     )
-    job = stream_job.prepare(directory, tmp_path / "out", TOKENS, stream_job.Options(batch_size=4), _settings())
+    work = prepare(directory, tmp_path / "out", TOKENS, Options(batch_size=4), _settings())
 
     class Bar:
         def update(self, n=1):
             marks.append(len(compiled))
 
-    with manifest.opened(job.work, job.fingerprint) as done:
-        stream._quantize(job, done, Bar())
+    with manifest.opened(work.work, work.fingerprint()) as done:
+        run._quantize(work, done, Bar())
     assert len(marks) == 12  # at the start, embedding, nine layers, head
     assert marks[2] > marks[1]
     assert len(set(marks[2:11])) == 1, marks
@@ -331,21 +329,21 @@ def _settings():
 
 
 def test_the_forecast_is_of_the_right_size(checkpoint, tmp_path):
-    job = stream_job.prepare(checkpoint, tmp_path / "out", TOKENS, stream_job.Options(batch_size=4), _settings())
-    forecast = stream_forecast.forecast(job)
+    work = prepare(checkpoint, tmp_path / "out", TOKENS, Options(batch_size=4), _settings())
+    needs = forecast.forecast(work)
     assert not list(tmp_path.iterdir())
-    assert (forecast.blocks, forecast.parameters) == (3, sum(b.elements for b in job.session.blocks))
-    assert forecast.memory["hidden states"] == TOKENS.size * 32 * 4
-    assert forecast.memory["statistics"] == 4 * 4 * 32 * 32
-    assert set(forecast.seconds) == {"compile", "calibrate", "search", "round"}
-    assert all(s >= 0 for s in forecast.seconds.values())
-    text = stream_forecast.table(forecast)
+    assert (needs.blocks, needs.parameters) == (3, sum(b.count_elements() for b in work.session.blocks))
+    assert needs.memory["hidden states"] == TOKENS.size * 32 * 4
+    assert needs.memory["statistics"] == 4 * 4 * 32 * 32
+    assert set(needs.seconds) == {"compile", "calibrate", "search", "round"}
+    assert all(s >= 0 for s in needs.seconds.values())
+    text = forecast.table(needs)
     assert "parameters in 3 layers" in text
     assert "hidden states" in text
-    written = stream.run(job, progress=False)
+    written = run.run(work, progress=False)
     size = sum(f.stat().st_size for f in (tmp_path / "out").glob("*.safetensors"))
-    assert size <= job.disk() / 2 + 20000  # headers
-    assert size > job.disk() / 8
+    assert size <= work.disk() / 2 + 20000  # headers
+    assert size > work.disk() / 8
     assert written.format == "gemm"
 
 
@@ -395,7 +393,7 @@ def test_a_thousand_blocks_leak_nothing_and_compile_nothing(tmp_path):
     save_file({**weights, **many}, deep / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((deep / "config.json").read_text())
     (deep / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1000}))
-    job = stream_job.prepare(deep, tmp_path / "out", TOKENS, stream_job.Options(batch_size=4), _settings())
+    work = prepare(deep, tmp_path / "out", TOKENS, Options(batch_size=4), _settings())
     marks, compiled = [], []
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, *_, **__: compiled.append(name) if name.endswith("backend_compile_duration") else None
@@ -407,8 +405,8 @@ def test_a_thousand_blocks_leak_nothing_and_compile_nothing(tmp_path):
             resident = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS"))
             marks.append((len(compiled), resident))
 
-    with manifest.opened(job.work, job.fingerprint) as done:
-        stream._quantize(job, done, Bar())
+    with manifest.opened(work.work, work.fingerprint()) as done:
+        run._quantize(work, done, Bar())
     assert len({n for n, _ in marks[2:1002]}) == 1
     assert marks[1000][1] - marks[100][1] < 30 << 10, marks[::100]  # KiB
 

@@ -18,8 +18,8 @@ from awq_jax.calibration.means import means_of
 from awq_jax.config import AwqConfig
 from awq_jax.plan.plan import Group
 from awq_jax.report import Report
-from awq_jax.stream import parts as stream_parts
-from awq_jax.stream import session as blockwise
+from awq_jax.stream import parts
+from awq_jax.stream import session as stream_session
 from awq_jax.stream.hidden_states import InMemory
 
 TOKENS = np.random.default_rng(0).integers(3, 64, (8, 16)).astype(np.int32)
@@ -59,7 +59,7 @@ def test_experts_some_at_a_time_end_alike(checkpoint, whole, tmp_path, monkeypat
 
             super().__init__(layer, size, watch)
 
-    monkeypatch.setattr(blockwise, "ExpertGrams", Watched)
+    monkeypatch.setattr(stream_session, "ExpertGrams", Watched)
     files, report = quantize(checkpoint, tmp_path / "out")
     assert held
     assert {n for _, n in held} == {limit}
@@ -78,15 +78,15 @@ def test_a_run_that_breaks_off_among_such_blocks_continues_with_the_same_bytes(
     """What comes out of the finished blocks is made by the program that made it before."""
     monkeypatch.setattr(expert_grams, "BUDGET", 2 * 4 * 32**2)
     want, _ = quantize(checkpoint, tmp_path / "want")
-    write, parts = stream_parts.write_file, iter(range(100))
+    write, written = parts.write_file, iter(range(100))
 
     def stopped(*args):
-        if next(parts) == 2:
+        if next(written) == 2:
             raise KeyboardInterrupt
         return write(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stream_parts, "write_file", stopped)
+        patch.setattr(parts, "write_file", stopped)
         with pytest.raises(KeyboardInterrupt):
             quantize(checkpoint, tmp_path / "out", hidden=hidden)
     got, _ = quantize(checkpoint, tmp_path / "out", hidden=hidden, resume=True)
@@ -99,18 +99,18 @@ def test_grams_of_some_experts_are_those_of_all(checkpoint, monkeypatch):
     found = []
     for budget in (expert_grams.BUDGET, 4 * 32**2):
         monkeypatch.setattr(expert_grams, "BUDGET", budget)
-        session = blockwise.Session(model.config, AwqConfig(group_size=16, method="awq"))
+        session = stream_session.Session(model.config, AwqConfig(group_size=16, method="awq"))
         hidden = InMemory([TOKENS[:4], TOKENS[4:]])
         for block in session.blocks[:3]:
             mine = {p: leaves[block.prefix + p] for p in block.leaves}
-            fetch = session.calibrate(block, mine, hidden, 2)
+            fetch = session.calibrate(block, mine, hidden)
             down = next((g for g, _ in session.work(block) if g.name == "layers/1/mlp/experts/down_proj/kernel"), None)
             if down is not None:
                 stats = fetch(down.name)
                 grams = [stats.grams(down).collect(e) for e in range(4)]
                 found.append((np.stack(grams), stats.count))
-            if budget < 2**20 and session.grams_in_parts(block):
-                session.pass_on(block, mine, hidden, 2)
+            if budget < 2**20 and session.experts_at_a_time(block):
+                session.pass_on(block, mine, hidden)
     (all_grams, all_counts), (some, counts) = found
     np.testing.assert_array_equal(counts, all_counts)
     np.testing.assert_allclose(some, all_grams, rtol=1e-5, atol=1e-5 * np.abs(all_grams).max())

@@ -16,9 +16,9 @@ import tiny_checkpoints
 import awq_jax
 from awq_jax import errors
 from awq_jax.convert.files import manifest, shards
-from awq_jax.stream import job as stream_job
 from awq_jax.stream import parts
 from awq_jax.stream.hidden_states import InMemory
+from awq_jax.stream.job import Job, Options, prepare
 
 TOKENS = np.random.default_rng(1).integers(0, 256, (6, 16)).astype(np.int32)
 # Rounding to nearest takes the least compilation; which numbers are written does not matter here.
@@ -121,7 +121,7 @@ def test_what_a_power_cut_leaves_is_made_again(checkpoint, left, work, tmp_path,
 
 
 def test_a_line_without_its_end_does_not_spoil_the_next(checkpoint, left, work, tmp_path):
-    """Killed again right after: what came behind the damaged line still counts."""
+    """Killed again right after: what came after the damaged line still counts."""
     cut(work / manifest.NAME, -1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards, "_sync_directory", lambda _: (_ for _ in ()).throw(Killed))
@@ -179,8 +179,8 @@ SOURCES = {
 @pytest.mark.parametrize("what", SOURCES)
 def test_a_source_that_changed_is_refused(checkpoint, tmp_path, what):
     source = Path(shutil.copytree(checkpoint, tmp_path / "float"))
-    job = stream_job.prepare(source, tmp_path / "out", TOKENS, stream_job.Options(batch_size=4), settings())
-    with manifest.opened(job.work, job.fingerprint):
+    job = prepare(source, tmp_path / "out", TOKENS, Options(batch_size=4), settings())
+    with manifest.opened(job.work, job.fingerprint()):
         pass
     assert job.unfinished()
     SOURCES[what](source)
@@ -218,7 +218,7 @@ def test_other_settings_are_refused(checkpoint, work, tmp_path, change, what):
 
 
 def test_another_program_is_refused(checkpoint, work, tmp_path, monkeypatch):
-    monkeypatch.setattr(awq_jax, "__version__", "9.9")
+    monkeypatch.setattr("awq_jax.stream.job.__version__", "9.9")
     with pytest.raises(errors.CheckpointError, match="had other environment;"):
         quantize(checkpoint, tmp_path / "out")
 
@@ -257,7 +257,7 @@ def test_a_disk_that_fills_up(checkpoint, left, disk, hidden):
         quantize(checkpoint, where / "out", hidden=hidden)
     assert not list(where.iterdir())
     disk(128)
-    checked = stream_job.Job.check_space
+    checked = Job.check_space
     stopped, resumed = [], []
     for room in range(0, 1 << 20, 12 << 10):
         with pytest.MonkeyPatch.context() as patch:
@@ -267,7 +267,7 @@ def test_a_disk_that_fills_up(checkpoint, left, disk, hidden):
                 with (where / "filler").open("wb") as f:
                     f.write(bytes(shutil.disk_usage(where).free - room))
 
-            patch.setattr(stream_job.Job, "check_space", vanish)
+            patch.setattr(Job, "check_space", vanish)
             try:
                 resumed.append(quantize(checkpoint, where / "out", hidden=hidden).resumed)
             except errors.CheckpointError as e:

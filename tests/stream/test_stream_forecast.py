@@ -12,7 +12,7 @@ import tiny_checkpoints
 
 from awq_jax.calibration import expert_grams
 from awq_jax.stream import forecast
-from awq_jax.stream import job as stream_job
+from awq_jax.stream.job import Options, prepare
 
 TOKENS = np.random.default_rng(1).integers(0, 256, (6, 16)).astype(np.int32)
 SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_key_value_heads": 4, "num_hidden_layers": 2}
@@ -23,8 +23,8 @@ ENDS = 288 * 32  # in the embedding, and in the head but for its norm
 
 def job(tmp_path, family="llama", hidden="memory", **sizes):
     tiny_checkpoints.checkpoint(tmp_path / "float", family, **SIZES | sizes)
-    options = stream_job.Options(batch_size=2, hidden=hidden)
-    return stream_job.prepare(tmp_path / "float", tmp_path / "out", TOKENS, options, {"group_size": 16})
+    options = Options(batch_size=2, hidden=hidden)
+    return prepare(tmp_path / "float", tmp_path / "out", TOKENS, options, {"group_size": 16})
 
 
 def test_memory_of_a_dense_model_by_hand(tmp_path):
