@@ -13,10 +13,10 @@ from pathlib import Path
 
 from awq_jax.convert import pipeline, registry
 from awq_jax.convert.files import manifest
-from awq_jax.convert.files.shards import ShardWriter, install, write_json
+from awq_jax.convert.files.shards import ShardWriter, install
 from awq_jax.convert.format import Destination, Encoder, Format, Record
-from awq_jax.convert.source import Source, copy_companions
-from awq_jax.convert.writing import check_path, encoder_of, final_config, into_sink, refuse_source
+from awq_jax.convert.source import Source
+from awq_jax.convert.writing import check_path, encoder_of, finish, into_sink, refuse_source
 from awq_jax.dtypes import FLOATS
 from awq_jax.errors import AwqError, CheckpointError, ConfigError
 
@@ -164,10 +164,7 @@ def _to_directory(job: _Job, path: Path, overwrite: bool, max_shard_bytes: int) 
                 writer.add(encoded.arrays, encoded.metadata)  # may finish the shard of those before it
                 new.append(encoded)
                 records.append(encoded.record)
-            changes = job.encoder.config(records)
-            writer.close()
-            write_json(work / "config.json", final_config(job.source.config, changes, records))
-            copy_companions(work, None, job.source)
+            finish(work, writer, job.encoder, records, None, job.source)
             (work / manifest.NAME).unlink()
             install(work, path, overwrite)
         except AwqError:  # running it again would end the same way

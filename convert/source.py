@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
@@ -26,27 +27,11 @@ if TYPE_CHECKING:
 
 # Besides weights and config.json, what makes a checkpoint directory usable. Never code, never pickles.
 COMPANIONS = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "tekken.json",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    "processor_config.json",
-    "LICENSE",
-    "LICENSE.txt",
-    "LICENSE.md",
-    "NOTICE",
-    "NOTICE.txt",
-)
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json",
+    "tekken.json", "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json",
+    "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt",
+)  # fmt: skip
 # Names of codes in one layout or another; a float tensor is never called so.
 MARKS = ("qweight", "weight_packed", "biases")
 # Buffers that old checkpoints store and every reader recomputes.
@@ -201,7 +186,8 @@ class PackedSource(DirectorySource):
                 raise CheckpointError(f"{directory} {problem}; download the checkpoint again")
             present = [p for p in (*self.required, *self.optional) if f"{module}.{p}" in stored]
             entries = {p: self.files.entry(f"{module}.{p}") for p in present}
-            shape, packed = self.describe(module, entries)
+            with self._named():
+                shape, packed = self.describe(module, entries)
             self.packed[name] = module, Info(shape, "float32", sum(e.nbytes for e in entries.values()), packed)
             parts.update(f"{module}.{p}" for p in present)
         self._refuse_stray(stored - parts)
@@ -223,7 +209,7 @@ class PackedSource(DirectorySource):
         """``([N, K], how it is packed)`` from the headers of a module's tensors.
 
         Raises:
-          CheckpointError: if shapes or dtypes do not fit each other, naming the tensor.
+          CheckpointError: if shapes or dtypes do not fit each other, naming the tensor (the caller adds the directory).
         """
 
     @abc.abstractmethod
@@ -290,10 +276,16 @@ class PackedSource(DirectorySource):
             if array.dtype.name in FLOATS and not np.isfinite(array).all():
                 raise WeightError(f"{module}.{part} of {self.directory} holds NaN or inf; download it again")
         assert info.packed is not None
-        try:
+        with self._named(f"{module}: "):
             return self.decode(arrays, shape, info.packed)
+
+    @contextlib.contextmanager
+    def _named(self, where: str = "") -> Iterator[None]:
+        """Puts the directory before the message of an error."""
+        try:
+            yield
         except CheckpointError as e:
-            raise CheckpointError(f"{self.directory}: {module}: {e}") from e
+            raise type(e)(f"{self.directory}: {where}{e}", *e.settings) from e
 
 
 class SliceReader:

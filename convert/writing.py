@@ -120,10 +120,27 @@ def write_checkpoint(
             writer.add(encoded.arrays, encoded.metadata)
             records.append(encoded.record)
             del value, encoded  # only the writer's shard stays in memory
-        writer.close()
-        write_json(directory / "config.json", final_config(config, encoder.config(records), records))
-        copy_companions(directory, tokenizer, extra)
+        finish(directory, writer, encoder, records, tokenizer, extra)
     return records
+
+
+def finish(
+    directory: Path,
+    writer: ShardWriter,
+    encoder: Encoder,
+    records: Sequence[Record],
+    tokenizer: PreTrainedTokenizerBase | None,
+    extra: Source | None,
+) -> None:
+    """After the last tensor: the files get their names, and ``config.json`` and the tokenizer are put beside them.
+
+    Raises:
+      FormatError: the tensors do not go together in this format.
+    """
+    changes = encoder.config(records)
+    writer.close()
+    write_json(directory / "config.json", final_config(encoder.destination.config, changes, records))
+    copy_companions(directory, tokenizer, extra)
 
 
 def into_sink(

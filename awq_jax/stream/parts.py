@@ -28,7 +28,7 @@ from awq_jax.convert.files.safetensors import INDEX
 from awq_jax.convert.files.shards import ShardWriter, install, part_name, write_file, write_json
 from awq_jax.convert.format import Destination, Record
 from awq_jax.convert.formats import native
-from awq_jax.convert.source import Source, copy_companions
+from awq_jax.convert.source import Source
 from awq_jax.errors import FormatError
 from awq_jax.qtensor import QuantizedTensor
 from awq_jax.stream.job import FINISHED, HIDDEN, OUT, Job
@@ -199,10 +199,7 @@ def _write_checkpoint(
         writer.add(encoded.arrays, encoded.metadata)
         records.append(encoded.record)
         del value, encoded
-    changes = encoder.config(records)
-    writer.close()
-    write_json(out / "config.json", writing.final_config(destination.config, changes, records))
-    copy_companions(out, None, source)
+    writing.finish(out, writer, encoder, records, None, source)
 
 
 def _record(fields: dict[str, Any]) -> Record:

@@ -8,7 +8,7 @@ import numpy as np
 
 from awq_jax.convert.arrays import codes
 from awq_jax.errors import CheckpointError
-from awq_jax.qtensor import QuantizedTensor
+from awq_jax.qtensor import Array, QuantizedTensor
 
 ROWS, COLUMNS = 64, 512  # of a tile, which fits in the cache either way round
 CODES = 1 << 22  # codes unpacked at a time
@@ -29,11 +29,12 @@ def regroup(q: QuantizedTensor, size: int) -> QuantizedTensor:
     times = q.group_size // size
     if times == 1:
         return q
-    optional = {p: np.repeat(np.asarray(a), times, 0) for p in ("zeros", "offsets") if (a := getattr(q, p)) is not None}
-    scales = np.repeat(np.asarray(q.scales), times, axis=0)
-    return dataclasses.replace(
-        q, group_size=size, scales=scales, zeros=optional.get("zeros"), offsets=optional.get("offsets")
-    )
+
+    def finer(a: Array) -> np.ndarray:
+        return np.repeat(np.asarray(a), times, axis=0)
+
+    zeros, offsets = (a if a is None else finer(a) for a in (q.zeros, q.offsets))
+    return dataclasses.replace(q, group_size=size, scales=finer(q.scales), zeros=zeros, offsets=offsets)
 
 
 def take_rows(qweight: np.ndarray, bits: int, order: np.ndarray) -> np.ndarray:

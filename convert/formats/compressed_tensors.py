@@ -33,16 +33,9 @@ from awq_jax.qtensor import QuantizedTensor
 PARTS = ("weight_packed", "weight_scale", "weight_shape")
 # Left over after the packed modules, these mean that something else is quantized as well.
 FOREIGN = (
-    "weight_scale",
-    "weight_zero_point",
-    "weight_global_scale",
-    "weight_g_idx",
-    "input_scale",
-    "output_scale",
-    "k_scale",
-    "v_scale",
-    "bitmask",
-)
+    "weight_scale", "weight_zero_point", "weight_global_scale", "weight_g_idx", "input_scale", "output_scale",
+    "k_scale", "v_scale", "bitmask",
+)  # fmt: skip
 
 
 def words(count: int, bits: int, spaced: bool = False) -> int:
@@ -105,22 +98,20 @@ class CompressedSource(PackedSource):
         fits = p.shape[:1] == (n,) and len(p.shape) == 2 and bool(spacings(scheme.bits, [(p.shape[1], k)]))
         if not fits or s.shape not in scale_shapes:
             raise CheckpointError(
-                f"{self.directory}: {module} has weight_packed {p.shape} and weight_scale {s.shape}, which do not fit "
+                f"{module} has weight_packed {p.shape} and weight_scale {s.shape}, which do not fit "
                 f"its weight_shape ({n}, {k}), {scheme.bits} bits and strategy {scheme.strategy!r} with group size "
                 f"{scheme.group_size}"
             )
         if groups > 1 and k != groups * scheme.group_size:
-            raise CheckpointError(
-                f"{self.directory}: {module} has {k} inputs, which its group size {scheme.group_size} does not divide"
-            )
+            raise CheckpointError(f"{module} has {k} inputs, which its group size {scheme.group_size} does not divide")
         if p.dtype != np.int32 or s.dtype.name not in FLOATS:
             raise CheckpointError(
-                f"{self.directory}: {module} has weight_packed of {p.dtype} and weight_scale of {s.dtype}; packed "
+                f"{module} has weight_packed of {p.dtype} and weight_scale of {s.dtype}; packed "
                 "checkpoints have int32 and a floating-point type"
             )
         zero, index = entries.get("weight_zero_point"), entries.get("weight_g_idx")
         if zero is None and not scheme.symmetric:
-            raise CheckpointError(f"{self.directory} lacks {module}.weight_zero_point; download the checkpoint again")
+            raise CheckpointError(f"{module} lacks its weight_zero_point; download the checkpoint again")
         if zero is not None:
             if zero.dtype == np.int8:
                 fits = zero.shape in scale_shapes
@@ -130,38 +121,36 @@ class CompressedSource(PackedSource):
                 fits = fits and bool(spacings(scheme.bits, [(p.shape[1], k), (zero.shape[0], n)]))
             if not fits:
                 raise CheckpointError(
-                    f"{self.directory}: {module}.weight_zero_point is {zero.dtype} {zero.shape}, which does not fit "
+                    f"{module}.weight_zero_point is {zero.dtype} {zero.shape}, which does not fit "
                     f"{n} outputs, {groups} groups, {scheme.bits} bits and symmetric={scheme.symmetric}"
                 )
         if scheme.act_order and index is None and groups > 1:
-            raise CheckpointError(f"{self.directory} lacks {module}.weight_g_idx; download the checkpoint again")
+            raise CheckpointError(f"{module} lacks its weight_g_idx; download the checkpoint again")
         if index is not None and (index.shape != (k,) or index.dtype not in (np.int32, np.int64)):
-            raise CheckpointError(
-                f"{self.directory}: {module}.weight_g_idx is {index.dtype} {index.shape}; it must hold {k} integers"
-            )
+            raise CheckpointError(f"{module}.weight_g_idx is {index.dtype} {index.shape}; it must hold {k} integers")
         symmetric = scheme.symmetric and zero is None
         ordered = index is not None and self._ordered(f"{module}.weight_g_idx", groups)
         if ordered and not scheme.act_order:
             raise CheckpointError(
-                f"{self.directory}: {module}.weight_g_idx is in act-order, and actorder of its config group not 'group'"
+                f"{module}.weight_g_idx is in act-order, and actorder of its config group not 'group'"
             )
         return (n, k), Packed(scheme.bits, k // groups, symmetric, s.dtype.name, act_order=ordered)
 
     def _ordered(self, part: str, groups: int) -> bool:
         index = self.files.read(part)
         empty = bool((index == -1).all())  # made, never filled in
-        return not empty and rearrange.permutation(index, groups, f"{self.directory}: {part}") is not None
+        return not empty and rearrange.permutation(index, groups, part) is not None
 
     def _shape(self, module: str, entry: Entry) -> tuple[int, int]:
         """``(N, K)``, the only tensor whose values say what the others should be."""
         if entry.shape != (2,) or entry.dtype not in (np.int32, np.int64):
             raise CheckpointError(
-                f"{self.directory}: {module}.weight_shape is {entry.dtype} {entry.shape}; only matrices, of a shape of "
+                f"{module}.weight_shape is {entry.dtype} {entry.shape}; only matrices, of a shape of "
                 "two integers, are readable"
             )
         n, k = (int(v) for v in self.files.read(f"{module}.weight_shape"))
         if not (0 < n < 2**31 and 0 < k < 2**31):
-            raise CheckpointError(f"{self.directory}: {module}.weight_shape is ({n}, {k}); download it again")
+            raise CheckpointError(f"{module}.weight_shape is ({n}, {k}); download it again")
         return n, k
 
     def decode(self, arrays: Mapping[str, np.ndarray], shape: tuple[int, int], packed: Packed) -> QuantizedTensor:

@@ -83,13 +83,10 @@ class GptqSource(PackedSource):
         index = entries.get("g_idx")
         if any(len(e.shape) != 2 or 0 in e.shape for e in (q, z, s)):
             raise CheckpointError(
-                f"{self.directory}: {module} has qweight {q.shape}, qzeros {z.shape} and scales {s.shape}; only "
-                "matrices are readable"
+                f"{module} has qweight {q.shape}, qzeros {z.shape} and scales {s.shape}; only matrices are readable"
             )
         if index is not None and (len(index.shape) != 1 or index.dtype not in (np.int32, np.int64)):
-            raise CheckpointError(
-                f"{self.directory}: {module}.g_idx is {index.dtype} {index.shape}, not a list of integers"
-            )
+            raise CheckpointError(f"{module}.g_idx is {index.dtype} {index.shape}, not a list of integers")
         n, groups = q.shape[1], s.shape[0]
         k = index.shape[0] if index else groups * size if size > 0 else q.shape[0] * 32 // bits
         expected = -(-k // size) if size > 0 else 1
@@ -100,22 +97,18 @@ class GptqSource(PackedSource):
             or (z.shape[0], z.shape[1] * 32) != (groups, n * bits)
         ):
             raise CheckpointError(
-                f"{self.directory}: {module} has qweight {q.shape}, qzeros {z.shape}, scales {s.shape} and {k} inputs, "
+                f"{module} has qweight {q.shape}, qzeros {z.shape}, scales {s.shape} and {k} inputs, "
                 f"which do not fit each other or the {bits} bits and group size {size} of its config"
             )
         if groups > 1 and k != groups * size:
-            raise CheckpointError(
-                f"{self.directory}: {module} has {k} inputs, which its group size {size} does not divide"
-            )
+            raise CheckpointError(f"{module} has {k} inputs, which its group size {size} does not divide")
         if q.dtype != np.int32 or z.dtype != q.dtype or s.dtype.name not in FLOATS:
             raise CheckpointError(
-                f"{self.directory}: {module} has dtypes {q.dtype}, {z.dtype}, {s.dtype}; the GPTQ layout has int32, "
+                f"{module} has dtypes {q.dtype}, {z.dtype}, {s.dtype}; the GPTQ layout has int32, "
                 "int32 and a floating-point type"
             )
         part = f"{module}.g_idx"
-        ordered = (
-            index and rearrange.permutation(self.files.read(part), groups, f"{self.directory}: {part}") is not None
-        )
+        ordered = index and rearrange.permutation(self.files.read(part), groups, part) is not None
         return (n, k), Packed(bits, k // groups, scheme.symmetric, s.dtype.name, act_order=bool(ordered))
 
     def decode(self, arrays: Mapping[str, np.ndarray], shape: tuple[int, int], packed: Packed) -> QuantizedTensor:

@@ -141,11 +141,11 @@ class MlxSource(PackedSource):
         w, s, b = (entries[p] for p in ("weight", "scales", "biases"))
         chosen = self.modules.get(self.files.stack_of.get(module, module), self.default)
         if not chosen:
-            raise CheckpointError(f"{self.directory}: {module} is quantized, but config.json says it is not")
+            raise CheckpointError(f"{module} is quantized, but config.json says it is not")
         bits, group = chosen["bits"], chosen["group_size"]
         if len(w.shape) == 3:
             raise FormatError(
-                f"{self.directory}: {module}.weight is a stack of {w.shape[0]} matrices, of which those of switch_mlp "
+                f"{module}.weight is a stack of {w.shape[0]} matrices, of which those of switch_mlp "
                 "are readable; convert the float checkpoint it was made from"
             )
         if (
@@ -156,13 +156,12 @@ class MlxSource(PackedSource):
             or b.shape != s.shape
         ):
             raise CheckpointError(
-                f"{self.directory}: {module} has weight {w.shape}, scales {s.shape} and biases {b.shape}, which do not "
+                f"{module} has weight {w.shape}, scales {s.shape} and biases {b.shape}, which do not "
                 f"fit each other with {bits} bits in groups of {group}, as config.json says"
             )
         if w.dtype != np.uint32 or s.dtype.name not in FLOATS or b.dtype.name not in FLOATS:
             raise CheckpointError(
-                f"{self.directory}: {module} has dtypes {w.dtype}, {s.dtype}, {b.dtype}; MLX has uint32 and two "
-                "floating-point types"
+                f"{module} has dtypes {w.dtype}, {s.dtype}, {b.dtype}; MLX has uint32 and two floating-point types"
             )
         shape = w.shape[0], s.shape[1] * group
         return shape, Packed(bits, group, False, s.dtype.name, offsets=True)

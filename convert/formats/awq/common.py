@@ -118,7 +118,7 @@ class AwqSource(PackedSource):
         """What to raise where shapes do not go together."""
         shapes = ", ".join(f"{part} {entry.shape}" for part, entry in entries.items())
         return CheckpointError(
-            f"{self.directory}: {module} has {shapes}, which do not fit each other or the group size "
+            f"{module} has {shapes}, which do not fit each other or the group size "
             f"{self.group_size} of config.json in the {self.format} layout"
         )
 
@@ -132,14 +132,12 @@ class AwqSource(PackedSource):
         """
         for part, entry in entries.items():
             if len(entry.shape) != 2 or 0 in entry.shape:
-                raise CheckpointError(f"{self.directory}: {module}.{part} has shape {entry.shape}; it must be a matrix")
+                raise CheckpointError(f"{module}.{part} has shape {entry.shape}; it must be a matrix")
         wrong = any(entries[p].dtype.name != t for p, t in integers.items())
         if wrong or any(entries[p].dtype.name not in FLOATS for p in floats):
             found = ", ".join(str(e.dtype) for e in entries.values())
             wanted = ", ".join(integers.get(p, "a floating-point type") for p in entries)
-            raise CheckpointError(
-                f"{self.directory}: {module} has dtypes {found}; the {self.format} layout has {wanted}"
-            )
+            raise CheckpointError(f"{module} has dtypes {found}; the {self.format} layout has {wanted}")
 
     def groups(self, k: int, stored: int | None = None) -> int | None:
         """Groups of a column of K inputs, or None if they do not divide it.

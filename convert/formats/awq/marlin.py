@@ -70,7 +70,7 @@ class MarlinSource(AwqSource):
         if self.zero_point:
             raise FormatError("quantization_config: the marlin layout has no zero points; zero_point is true")
         if f"{module}.qzeros" in self.files.entries:
-            raise FormatError(f"{self.directory}: {module} has qzeros, which the marlin layout has not")
+            raise FormatError(f"{module} has qzeros, which the marlin layout has not")
         self.check_types(module, entries, {"qweight": "int32"}, ["scales"])
         q, s = (entries[p].shape for p in self.required)
         k, n = q[0] * 16, q[1] // 2

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from awq_jax.convert.config_json import TIED, JsonObject
-from awq_jax.convert.formats.gguf.families import READ_ONLY, Architecture
+from awq_jax.convert.formats.gguf.families import READ_ONLY, Architecture, Keys, shortest
 from awq_jax.convert.formats.gguf.file import GgufFile
 from awq_jax.errors import CheckpointError, FormatError, UnsupportedModelError
 
@@ -48,7 +48,7 @@ def hf_config(file: GgufFile) -> JsonObject:
             f"{file.path} has architecture {str(arch)[:100]!r}; GGUF files are read for {', '.join(READ)}"
         )
     spec = READ[arch]
-    get = _Keys(file, arch)
+    get = Keys(file, arch)
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise CheckpointError(f"{file.path} has no tensor 'token_embd.weight'; download it again")
@@ -101,49 +101,6 @@ def hf_config(file: GgufFile) -> JsonObject:
     return config | (spec.keys(get, config) if spec.keys else {})
 
 
-class _Keys:
-    """Numbers under ``<architecture>.``."""
-
-    def __init__(self, file: GgufFile, arch: str) -> None:
-        self._file, self._arch = file, arch
-
-    def __call__(self, key: str, default: float) -> float:
-        value = self._file.metadata.get(f"{self._arch}.{key}", default)
-        if isinstance(value, np.ndarray):  # one value per layer
-            if len(set(value.tolist())) != 1:
-                raise UnsupportedModelError(f"{self._file.path}: {self._arch}.{key} differs between layers")
-            value = value.tolist()[0]
-        if not isinstance(value, int | float) or not 0 <= value < float("inf"):
-            raise CheckpointError(f"{self._file.path}: metadata {self._arch}.{key} is {value!r}, not a number >= 0")
-        return value
-
-    def text(self, key: str) -> str | None:
-        value = self._file.metadata.get(f"{self._arch}.{key}")
-        return value if isinstance(value, str) else None
-
-    def number(self, key: str, default: float) -> float:
-        """As stored in float32, in its shortest decimal."""
-        return _shortest(self(key, default))
-
-    def flags(self, key: str) -> list[bool] | None:
-        """One for each layer; None if the key is absent or a single number."""
-        value = self._file.metadata.get(f"{self._arch}.{key}")
-        return [bool(v) for v in value.tolist()] if isinstance(value, np.ndarray) else None
-
-    def has(self, tensor: str) -> bool:
-        return tensor in self._file.tensors
-
-    def positive(self, key: str, default: int = 0) -> int:
-        """A whole number from 1 up; an absent or zero one is ``default``."""
-        value = self(key, 0) or default
-        if not isinstance(value, int) or not 0 < value < 2**31:
-            raise CheckpointError(
-                f"{self._file.path}: metadata {self._arch}.{key} must be a positive integer, got {value!r}; "
-                "download the file again"
-            )
-        return value
-
-
 def _check_heads(file: GgufFile, heads: int, kv_heads: int, head_dim: int) -> None:
     """The q and k rows must be whole heads before their order can be undone."""
     for name, info in file.tensors.items():
@@ -154,7 +111,7 @@ def _check_heads(file: GgufFile, heads: int, kv_heads: int, head_dim: int) -> No
                 )
 
 
-def _rope(file: GgufFile, get: _Keys) -> tuple[float, JsonObject | None]:
+def _rope(file: GgufFile, get: Keys) -> tuple[float, JsonObject | None]:
     """``(rope_theta, rope_scaling)``."""
     theta = float(get("rope.freq_base", 10000.0))
     kind = get.text("rope.scaling.type") or "none"
@@ -173,7 +130,7 @@ def _rope(file: GgufFile, get: _Keys) -> tuple[float, JsonObject | None]:
         ):
             value = get(f"rope.scaling.{theirs}", 0)
             if value:
-                scaling[ours] = _shortest(value)
+                scaling[ours] = shortest(value)
         return theta, scaling
     if kind == "linear" or (kind == "none" and factor not in (0.0, 1.0)):
         return theta, {"rope_type": "linear", "factor": factor}
@@ -184,29 +141,29 @@ def _rope(file: GgufFile, get: _Keys) -> tuple[float, JsonObject | None]:
     return theta, None
 
 
-def _eps(get: _Keys, spec: Architecture) -> float:
+def _eps(get: Keys, spec: Architecture) -> float:
     if spec.norm_eps == "rms_norm_eps":
         return get.number("attention.layer_norm_rms_epsilon", 1e-6)
     return get.number("attention.layer_norm_epsilon", 1e-5)
 
 
-def _longrope(file: GgufFile, get: _Keys) -> JsonObject:
+def _longrope(file: GgufFile, get: Keys) -> JsonObject:
     """The divisors of the frequencies of short and of long rows, which GGUF keeps as tensors."""
     scaling: JsonObject = {"rope_type": "longrope"}
     for key, tensor in (("short_factor", SHORT), ("long_factor", LONG)):
         if file.tensors[tensor].type_id != 0:
             raise FormatError(f"{file.path}: tensor {tensor!r} is not float32; download the file again")
-        scaling[key] = [_shortest(v) for v in file.raw(tensor).view("<f4")]
+        scaling[key] = [shortest(v) for v in file.raw(tensor).view("<f4")]
     length, original = get.positive("context_length"), get.positive("rope.scaling.original_context_length")
     factor, usual = get("rope.scaling.attn_factor", 0), 1.0
     if original > 1 and length > original:
         usual = math.sqrt(1 + math.log(length / original) / math.log(original))
     if factor and not math.isclose(factor, usual, rel_tol=1e-6):
-        scaling["attention_factor"] = _shortest(factor)
+        scaling["attention_factor"] = shortest(factor)
     return scaling
 
 
-def _llama3(file: GgufFile, get: _Keys, theta: float) -> JsonObject:
+def _llama3(file: GgufFile, get: Keys, theta: float) -> JsonObject:
     """Llama 3's scaling, of which GGUF keeps only the divisors of the frequencies.
 
     Where the file does not say more, the constants are `LLAMA3` and the factor is the largest divisor.
@@ -214,7 +171,7 @@ def _llama3(file: GgufFile, get: _Keys, theta: float) -> JsonObject:
     """
     stored = file.raw(ROPE).view("<f4").astype(np.float64)
     usual = {**LLAMA3, "factor": float(stored.max(initial=0.0))}
-    constants = {k: _shortest(get(f"rope.scaling.llama3.{k}", v)) for k, v in usual.items()}
+    constants = {k: shortest(get(f"rope.scaling.llama3.{k}", v)) for k, v in usual.items()}
     expected = llama3_divisors(theta, stored.size, **constants) if all(constants.values()) else np.zeros(1)
     if not np.isfinite(stored).all() or not np.allclose(stored, expected, rtol=1e-3):
         raise UnsupportedModelError(f"{file.path}: the frequency factors in {ROPE!r} are not Llama 3's")
@@ -247,8 +204,3 @@ def _eos(file: GgufFile) -> int | list[int] | None:
     ids = [i for i in (_token(file, "eos"), _token(file, "eot")) if i is not None]
     unique = list(dict.fromkeys(ids))
     return unique if len(unique) > 1 else (unique[0] if unique else None)
-
-
-def _shortest(value: float) -> float:
-    """The shortest decimal of a float32: 1e-05 rather than 9.999999747378752e-06."""
-    return float(str(np.float32(value)))

@@ -1,4 +1,4 @@
-"""GGUF architectures that are read but not written: what llama.cpp's converter changes, and what its graphs imply.
+"""GGUF architectures: what llama.cpp's converter changes and its graphs imply; how their metadata are read.
 
 Sources: ``conversion/`` (what is stored) and ``src/models/`` (defaults that no key tells) of llama.cpp.
 """
@@ -7,20 +7,60 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Protocol
+
+import numpy as np
 
 from awq_jax.convert.config_json import HfConfig, JsonObject
-from awq_jax.errors import CheckpointError
+from awq_jax.convert.formats.gguf.file import GgufFile
+from awq_jax.errors import CheckpointError, UnsupportedModelError
 
 
-class Keys(Protocol):
-    """Numbers of the metadata under ``<architecture>.``: see `awq_jax.convert.formats.gguf.config`."""
+class Keys:
+    """Numbers of the metadata under ``<architecture>.``."""
 
-    def __call__(self, key: str, default: float) -> float: ...
-    def number(self, key: str, default: float) -> float: ...
-    def positive(self, key: str, default: int = 0) -> int: ...
-    def flags(self, key: str) -> list[bool] | None: ...
-    def has(self, tensor: str) -> bool: ...
+    def __init__(self, file: GgufFile, arch: str) -> None:
+        self._file, self._arch = file, arch
+
+    def __call__(self, key: str, default: float) -> float:
+        value = self._file.metadata.get(f"{self._arch}.{key}", default)
+        if isinstance(value, np.ndarray):  # one value per layer
+            if len(set(value.tolist())) != 1:
+                raise UnsupportedModelError(f"{self._file.path}: {self._arch}.{key} differs between layers")
+            value = value.tolist()[0]
+        if not isinstance(value, int | float) or not 0 <= value < float("inf"):
+            raise CheckpointError(f"{self._file.path}: metadata {self._arch}.{key} is {value!r}, not a number >= 0")
+        return value
+
+    def text(self, key: str) -> str | None:
+        value = self._file.metadata.get(f"{self._arch}.{key}")
+        return value if isinstance(value, str) else None
+
+    def number(self, key: str, default: float) -> float:
+        """As stored in float32, in its shortest decimal."""
+        return shortest(self(key, default))
+
+    def flags(self, key: str) -> list[bool] | None:
+        """One for each layer; None if the key is absent or a single number."""
+        value = self._file.metadata.get(f"{self._arch}.{key}")
+        return [bool(v) for v in value.tolist()] if isinstance(value, np.ndarray) else None
+
+    def has(self, tensor: str) -> bool:
+        return tensor in self._file.tensors
+
+    def positive(self, key: str, default: int = 0) -> int:
+        """A whole number from 1 up; an absent or zero one is ``default``."""
+        value = self(key, 0) or default
+        if not isinstance(value, int) or not 0 < value < 2**31:
+            raise CheckpointError(
+                f"{self._file.path}: metadata {self._arch}.{key} must be a positive integer, got {value!r}; "
+                "download the file again"
+            )
+        return value
+
+
+def shortest(value: float) -> float:
+    """The shortest decimal of a float32: 1e-05 rather than 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
 
 
 @dataclasses.dataclass(frozen=True)

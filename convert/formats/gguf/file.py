@@ -23,19 +23,7 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MAX_NAME = 256  # characters of a tensor's name; ggml's own limit is 64 bytes
 STRING, ARRAY = 8, 9
-SCALARS = {  # value type -> struct code
-    0: "B",
-    1: "b",
-    2: "H",
-    3: "h",
-    4: "I",
-    5: "i",
-    6: "f",
-    7: "?",
-    10: "Q",
-    11: "q",
-    12: "d",
-}
+SCALARS = {**dict(enumerate("BbHhIif?")), 10: "Q", 11: "q", 12: "d"}  # value type -> struct code
 
 
 @dataclasses.dataclass(frozen=True)
