@@ -1,4 +1,4 @@
-"""Checkpoint files: readers, writers and the mapping of names. Knows files and names only."""
+"""Checkpoint files: read, written and converted. Of models it knows the names of tensors and ``config.json`` only."""
 
 from __future__ import annotations
 

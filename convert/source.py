@@ -32,7 +32,7 @@ COMPANIONS = (
     "tekken.json", "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json",
     "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt",
 )  # fmt: skip
-# Names of codes in one layout or another; a float tensor is never called so.
+# What formats call the codes of a packed weight; no float tensor is called so.
 MARKS = ("qweight", "weight_packed", "biases")
 # Buffers that old checkpoints store and every reader recomputes.
 IGNORED = re.compile(r"\.rotary_emb\.inv_freq$|(^|\.)(attn|attention)\.(masked_)?bias$")

@@ -25,18 +25,7 @@ def build(
 ) -> QuantizedTensor:
     """A linear in PyTorch's orientation (``axes="nk"``); arrays as `QuantizedTensor` describes them."""
     return QuantizedTensor(
-        qweight=qweight,
-        scales=scales,
-        zeros=zeros,
-        inv_scale=inv_scale,
-        bits=bits,
-        group_size=group_size,
-        axes="nk",
-        k_dims=(k,),
-        n_dims=(n,),
-        dtype=dtype,
-        offsets=offsets,
-        perm=perm,
+        qweight, scales, zeros, inv_scale, bits, group_size, "nk", (k,), (n,), dtype, offsets=offsets, perm=perm
     )
 
 

@@ -79,7 +79,7 @@ def permutation(index: np.ndarray, groups: int, where: str = "g_idx") -> np.ndar
     return np.argsort(index, kind="stable").astype(np.int32)
 
 
-def settled(q: QuantizedTensor) -> QuantizedTensor:
+def without_trivial_perm(q: QuantizedTensor) -> QuantizedTensor:
     """``q`` without a permutation that moves no channel to another group; ``q`` itself where there is none."""
     if q.perm is None:
         return q

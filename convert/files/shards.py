@@ -143,11 +143,7 @@ def write_file(path: Path, tensors: Mapping[str, np.ndarray | _Spooled], metadat
     offset = 0
     for name in names:
         a = tensors[name]
-        header[name] = {
-            "dtype": NAMES[a.dtype],
-            "shape": list(a.shape),
-            "data_offsets": [offset, offset + a.nbytes],
-        }
+        header[name] = {"dtype": NAMES[a.dtype], "shape": list(a.shape), "data_offsets": [offset, offset + a.nbytes]}
         offset += a.nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)

@@ -1,1 +1,1 @@
-"""One format a file, which ends in its Format."""
+"""Checkpoint formats: a file or folder for each, which ends in its `Format`; `awq_jax.convert.registry` lists them."""

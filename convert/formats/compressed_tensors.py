@@ -194,7 +194,7 @@ class CompressedEncoder(BaseEncoder):
         if float_by_default(name):
             return None
         check_integer(name, q, bits=range(2, 9), format=compressed_tensors_config.METHOD, perm=True)
-        return rearrange.settled(integer_zeros(q))
+        return rearrange.without_trivial_perm(integer_zeros(q))
 
     def encode(self, name: str, q: QuantizedTensor) -> Stored:
         arrays = {

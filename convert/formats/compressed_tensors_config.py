@@ -233,14 +233,14 @@ def _targets(modules: list[str], schemes: Mapping[CompressedScheme, list[str]]) 
     others = (match for found in schemes.values() if found is not modules for m in found
               if (match := joined_linears.EXPERT.fullmatch(m)))  # fmt: skip
     whole = set(layers.values()) - {match["layer"] for match in others}
-    short = {m: joined_linears.under(layer) for m, layer in layers.items() if layer in whole}
+    short = {m: joined_linears.experts_pattern(layer) for m, layer in layers.items() if layer in whole}
     return list(dict.fromkeys(short.get(m, m) for m in modules))
 
 
 def _ignored(records: Sequence[Record]) -> list[str]:
     """Float linears, and always the head, which a tied checkpoint does not store."""
     names = [n for n in float_linears(records) if not EMBEDDINGS.search(n)]
-    experts = map(joined_linears.under, joined_linears.float_experts(records))
+    experts = map(joined_linears.experts_pattern, joined_linears.float_experts(records))
     # PhiMoE's router is a linear under this name in transformers 5, which renames what it reads.
     routers = [n.removesuffix(ROUTER) + "mlp.router" for n in names if n.endswith(ROUTER)]
     return sorted({"lm_head", *experts, *names, *routers, *_towers(names, [r.module for r in records if r.bits])})

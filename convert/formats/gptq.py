@@ -137,7 +137,7 @@ class GptqEncoder(BaseEncoder):
         check_integer(name, q, bits=gptq_config.BITS, columns=unit, format=self.name, perm=True)
         if q.k % unit:
             raise FormatError(f"{name} has {q.k} inputs, {self.name} needs a multiple of {unit}{REMEDY}")
-        fitted = rearrange.settled(cast_scales(integer_zeros(q)))
+        fitted = rearrange.without_trivial_perm(cast_scales(integer_zeros(q)))
         if self.v1 and fitted.zeros is not None and not np.asarray(fitted.zeros).all():
             raise FormatError(
                 f"{name} has zero points 0, which gptq (v1) stores as z - 1 and its readers disagree on; convert to "

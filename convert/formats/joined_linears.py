@@ -60,7 +60,7 @@ def float_experts(records: Sequence[Record]) -> list[str]:
     return sorted(layer for layer, all_float in found.items() if all_float)
 
 
-def under(layer: str) -> str:
+def experts_pattern(layer: str) -> str:
     """Pattern, in compressed-tensors' notation, of all linears of a layer's experts, however they are called.
 
     vLLM asks for ``experts.0.gate_proj`` of every model, also where the files say ``experts.0.w1``.

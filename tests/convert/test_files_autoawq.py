@@ -20,8 +20,7 @@ from awq_jax import convert
 from awq_jax.convert import pipeline, registry
 from awq_jax.convert.arrays import codes, nibbles
 from awq_jax.convert.format import Destination
-from awq_jax.convert.formats.awq import gemm as autoawq
-from awq_jax.convert.formats.awq import gemv_fast, marlin
+from awq_jax.convert.formats.awq import gemm, gemv_fast, marlin
 from awq_jax.convert.formats.awq.common import zeros_width
 from awq_jax.errors import CheckpointError, FormatError, WeightError
 from awq_jax.qtensor import QuantizedTensor
@@ -40,8 +39,8 @@ def test_words_nibble_by_nibble(k: int, n: int) -> None:
     for module, want in ((gemv_fast, fast_words(w)), (marlin, marlin_words(w))):
         np.testing.assert_array_equal(module.pack_qweight(packed), want)
         np.testing.assert_array_equal(module.unpack_qweight(want), packed)
-    np.testing.assert_array_equal(autoawq.pack_qweight(packed, k), gemm_words(w))
-    np.testing.assert_array_equal(autoawq.unpack_qweight(gemm_words(w)), packed)
+    np.testing.assert_array_equal(gemm.pack_qweight(packed, k), gemm_words(w))
+    np.testing.assert_array_equal(gemm.unpack_qweight(gemm_words(w)), packed)
 
 
 def test_words_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,8 +49,8 @@ def test_words_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     packed = codes.pack(w, 4)
     for sets in (1, 80, 96, 512):
         monkeypatch.setattr(nibbles, "SETS", sets)
-        np.testing.assert_array_equal(autoawq.unpack_qweight(autoawq.pack_qweight(packed, 448)), packed)
-        np.testing.assert_array_equal(autoawq.pack_qweight(packed, 448), gemm_words(w))
+        np.testing.assert_array_equal(gemm.unpack_qweight(gemm.pack_qweight(packed, 448)), packed)
+        np.testing.assert_array_equal(gemm.pack_qweight(packed, 448), gemm_words(w))
         np.testing.assert_array_equal(gemv_fast.pack_qweight(packed), fast_words(w))
         np.testing.assert_array_equal(gemv_fast.unpack_qweight(fast_words(w)), packed)
         np.testing.assert_array_equal(marlin.pack_qweight(packed), marlin_words(w))
@@ -271,9 +270,13 @@ def test_group_sizes_by_module(tmp_path: Path) -> None:
 
 REFUSED: dict[str, tuple[str, QuantizedTensor, str]] = {
     "group": ("gemv", make(80, 8, 16), "up_proj.weight has groups of 16, gemv has groups of 32, 64 or at least 128"),
-    "inputs": ("gemv", make(132, 8, 132), "up_proj.weight has 132 inputs, gemv needs a multiple of 8"),
+    "inputs": (
+        "gemv",
+        make(132, 8, 132),
+        "132 inputs and 8 outputs, gemv needs multiples of 8 and 8",
+    ),
     "outputs": ("gemv", make(64, 12, 64), "has 12 outputs, gemv needs a multiple of 8"),
-    "strides": ("gemv_fast", make(96, 8, 32), "has 96 inputs, gemv_fast needs a multiple of 64"),
+    "strides": ("gemv_fast", make(96, 8, 32), "has 96 inputs and 8 outputs, gemv_fast needs multiples of 64 and 8"),
     "tile": ("marlin", make(24, 64, 8, form="symmetric"), "has 24 inputs and 64 outputs, marlin needs multiples of 16"),
     "columns": ("marlin", make(32, 32, 32, form="symmetric"), "has 32 inputs and 32 outputs, marlin needs"),
     "asymmetric": ("marlin", make(32, 64, 32), "has zero points, marlin holds symmetric weights"),

@@ -93,14 +93,14 @@ class AwqSource(PackedSource):
         self.group_size, self.zero_point = settings(quant, self.format, self.words)
         self.layer_groups = bool(quant.get("dynamic"))
         super().__init__(directory, config)
-        self._activations = scaled_activations.found(self)
+        self._activations = scaled_activations.scales_by_weight(self)
         hidden = set(self._activations.values())
         self._names = [n for n in super().names() if n not in hidden]
 
     def read(self, name: str) -> slices.Tensor:
         value = super().read(name)
         if isinstance(value, QuantizedTensor) and name in self._activations:
-            return scaled_activations.undone(value, self._activations[name], self.files)
+            return scaled_activations.with_inv_scale(value, self._activations[name], self.files)
         return value
 
     def read_slice(self, name: str, index: slices.Index) -> slices.Tensor | None:
@@ -158,14 +158,15 @@ class AwqEncoder(BaseEncoder):
     """Writer of a layout; see `awq_jax.convert.format.Encoder`."""
 
     version: ClassVar[str]
+    multiples: ClassVar[tuple[int, int]] = (1, 8)  # that inputs and outputs must be of
     padded_groups: ClassVar[bool] = False  # the width of the zeros is only defined for some group sizes
 
     def fit(self, name: str, q: QuantizedTensor) -> QuantizedTensor | None:
         if float_by_default(name):
             return None
         scaled_activations.check(name, q, self._activation(name), self.version)
-        fitted = scaled_activations.fitted(q, self._activation(name))
-        check_integer(name, scaled_activations.without(fitted), bits=(4,), columns=8, format=self.version)
+        fitted = scaled_activations.rounded(q, self._activation(name))
+        check_integer(name, scaled_activations.without_inv_scale(fitted), bits=(4,), columns=8, format=self.version)
         if self.padded_groups and zeros_width(q.k, q.group_size) is None:
             if q.group_size % 32:
                 raise FormatError(
@@ -173,6 +174,12 @@ class AwqEncoder(BaseEncoder):
                     "convert to 'gemm', or quantize with group_size=128"
                 )
             fitted = regroup(fitted, 32)
+        rows, columns = self.multiples
+        if q.k % rows or q.n % columns:
+            raise FormatError(
+                f"{name} has {q.k} inputs and {q.n} outputs, {self.version} needs multiples of {rows} and {columns}; "
+                "convert to 'gemm'"
+            )
         return self.values(name, fitted)
 
     def values(self, name: str, q: QuantizedTensor) -> QuantizedTensor:
@@ -198,11 +205,11 @@ class AwqEncoder(BaseEncoder):
         return {"quantization_config": quant}
 
     def stored(self, name: str, q: QuantizedTensor, **parts: np.ndarray) -> dict[str, np.ndarray]:
-        """The arrays of a module by their full names, with the scale of the activation before it."""
+        """The arrays of a module by their full names, with the scale of the activation that feeds it."""
         return named(name, **parts) | scaled_activations.stored(q, self._activation(name))
 
     def _activation(self, name: str) -> str | None:
-        return scaled_activations.before(name, self.destination.config)
+        return scaled_activations.scales_name(name, self.destination.config)
 
 
 def whole_zeros(q: QuantizedTensor) -> np.ndarray:

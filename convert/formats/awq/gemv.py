@@ -18,7 +18,6 @@ from awq_jax.convert.files.safetensors import Entry
 from awq_jax.convert.format import Format, Stored
 from awq_jax.convert.formats.awq.common import AwqEncoder, AwqSource, is_version, packed_of, whole_zeros, zeros_width
 from awq_jax.convert.source import Packed
-from awq_jax.errors import FormatError
 from awq_jax.qtensor import QuantizedTensor
 
 
@@ -57,13 +56,8 @@ class GemvEncoder(AwqEncoder):
     """Writer; see `awq_jax.convert.format.Encoder`."""
 
     version = "gemv"
+    multiples = (8, 8)
     padded_groups = True
-
-    def fit(self, name: str, q: QuantizedTensor) -> QuantizedTensor | None:
-        fitted = super().fit(name, q)
-        if fitted is not None and q.k % 8:
-            raise FormatError(f"{name} has {q.k} inputs, gemv needs a multiple of 8; convert to 'gemm'")
-        return fitted
 
     def encode(self, name: str, q: QuantizedTensor) -> Stored:
         groups = q.scales.shape[0]

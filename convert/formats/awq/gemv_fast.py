@@ -20,7 +20,6 @@ from awq_jax.convert.files.safetensors import Entry
 from awq_jax.convert.format import Example, Format, Stored
 from awq_jax.convert.formats.awq.common import AwqEncoder, AwqSource, is_version, packed_of, zeros_width
 from awq_jax.convert.source import Packed
-from awq_jax.errors import FormatError
 from awq_jax.qtensor import QuantizedTensor
 
 STRIDE = 64  # inputs after which the next of four outputs follows
@@ -87,16 +86,9 @@ class FastEncoder(AwqEncoder):
     """Writer; see `awq_jax.convert.format.Encoder`."""
 
     version = "gemv_fast"
+    multiples = (STRIDE, 8)
     padded_groups = True
     zeros_name = "qzeros"
-
-    def fit(self, name: str, q: QuantizedTensor) -> QuantizedTensor | None:
-        fitted = super().fit(name, q)
-        if fitted is not None and q.k % STRIDE:
-            raise FormatError(
-                f"{name} has {q.k} inputs, {self.version} needs a multiple of {STRIDE}; convert to 'gemm'"
-            )
-        return fitted
 
     def values(self, name: str, q: QuantizedTensor) -> QuantizedTensor:
         """Scales and offsets in float16."""

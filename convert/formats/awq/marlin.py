@@ -92,15 +92,7 @@ class MarlinEncoder(AwqEncoder):
     """Writer; see `awq_jax.convert.format.Encoder`."""
 
     version = "marlin"
-
-    def fit(self, name: str, q: QuantizedTensor) -> QuantizedTensor | None:
-        fitted = super().fit(name, q)
-        if fitted is not None and (q.k % TILE[0] or q.n % TILE[1]):
-            raise FormatError(
-                f"{name} has {q.k} inputs and {q.n} outputs, marlin needs multiples of {TILE[0]} and {TILE[1]}; "
-                "convert to 'gemm'"
-            )
-        return fitted
+    multiples = TILE
 
     def values(self, name: str, q: QuantizedTensor) -> QuantizedTensor:
         """Without zero points, if all are 8.

@@ -35,7 +35,7 @@ MODELS = {
 PARENTS = {"mpt": "ffn"}
 
 
-def found(source: PackedSource) -> dict[str, str]:
+def scales_by_weight(source: PackedSource) -> dict[str, str]:
     """Packed weights that a scaled activation feeds, and the names of its scales.
 
     Raises:
@@ -60,7 +60,7 @@ def found(source: PackedSource) -> dict[str, str]:
     return out
 
 
-def undone(q: QuantizedTensor, name: str, files: TensorFiles) -> QuantizedTensor:
+def with_inv_scale(q: QuantizedTensor, name: str, files: TensorFiles) -> QuantizedTensor:
     """The weight that takes the activation as it is; ``q`` if the scales are ones.
 
     Raises:
@@ -72,7 +72,7 @@ def undone(q: QuantizedTensor, name: str, files: TensorFiles) -> QuantizedTensor
     return q if (scales == 1).all() else dataclasses.replace(q, inv_scale=1 / scales)
 
 
-def before(name: str, config: HfConfig) -> str | None:
+def scales_name(name: str, config: HfConfig) -> str | None:
     """Name of the scales of the activation that feeds a weight, in models that have one."""
     model_type = config.get("model_type")
     act, fed = MODELS.get(model_type, ("", "")) if isinstance(model_type, str) else ("", "")
@@ -81,7 +81,7 @@ def before(name: str, config: HfConfig) -> str | None:
     return f"{parent}.{act}.scales" if act and last == fed and inside else None
 
 
-def fitted(q: QuantizedTensor, activation: str | None) -> QuantizedTensor:
+def rounded(q: QuantizedTensor, activation: str | None) -> QuantizedTensor:
     """With ``1 / inv_scale`` rounded to float16; ``q`` itself if it is that already, or cannot be stored."""
     if q.inv_scale is None or activation is None:
         return q
@@ -108,7 +108,7 @@ def check(name: str, q: QuantizedTensor, activation: str | None, format: str) ->
         raise FormatError(f"{name} has an inv_scale that float16 cannot hold; save as 'awq-jax'")
 
 
-def without(q: QuantizedTensor) -> QuantizedTensor:
+def without_inv_scale(q: QuantizedTensor) -> QuantizedTensor:
     """``q`` less its ``inv_scale``."""
     return q if q.inv_scale is None else dataclasses.replace(q, inv_scale=None)
 

@@ -95,7 +95,7 @@ def fit_q4_0(name: str, q: QuantizedTensor) -> QuantizedTensor:
     """
     middle = 2 ** (q.bits - 1)
     if not q.symmetric:
-        odd = (whole_zeros(name, q) != middle) & (np.asarray(q.scales) != 0)
+        odd = (nearest_zeros(name, q) != middle) & (np.asarray(q.scales) != 0)
         if odd.any():
             raise FormatError(
                 f"{name} has zero points other than {middle} ({int(odd.sum())} of {odd.size}), Q4_0 is symmetric; "
@@ -122,7 +122,7 @@ def fit_q8_0(name: str, q: QuantizedTensor) -> QuantizedTensor:
     """
     if q.bits == 8 and q.symmetric:
         return q
-    zeros = np.float32(2 ** (q.bits - 1)) if q.symmetric else whole_zeros(name, q)
+    zeros = np.float32(2 ** (q.bits - 1)) if q.symmetric else nearest_zeros(name, q)
     zeros = np.broadcast_to(np.where(np.asarray(q.scales) == 0, 0, zeros), q.scales.shape)
     wide = codes.codes_of(q).reshape(-1, q.group_size, q.n).astype(np.int16)
     wide += np.clip(128 - zeros, -1000, 1000).astype(np.int16)[:, None]  # far outside is outside
@@ -137,7 +137,7 @@ def fit_q8_0(name: str, q: QuantizedTensor) -> QuantizedTensor:
 FITS = {"Q4_0": fit_q4_0, "Q4_1": fit_q4_1, "Q8_0": fit_q8_0}
 
 
-def whole_zeros(name: str, q: QuantizedTensor) -> np.ndarray:
+def nearest_zeros(name: str, q: QuantizedTensor) -> np.ndarray:
     """The zero points of an asymmetric weight, float32 ``[K/g, N]``: from offsets, the nearest whole ones.
 
     Raises:
