@@ -23,7 +23,7 @@ from awq_jax.errors import CheckpointError, WeightError
 from awq_jax.qtensor import QuantizedTensor
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from awq_jax.convert.text import TokenizerLike
 
 # Besides weights and config.json, what makes a checkpoint directory usable. Never code, never pickles.
 COMPANIONS = (
@@ -106,8 +106,8 @@ class Source(Protocol):
           CheckpointError: if it is absent or damaged.
         """
 
-    def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """A transformers ``PreTrainedTokenizerFast``, or None if the checkpoint has none."""
+    def tokenizer(self) -> TokenizerLike | None:
+        """That of its files, see `awq_jax.convert.tokenizer`; None if the checkpoint has none."""
 
     def companions(self) -> list[Path]:
         """Files to copy along with the weights (tokenizer, generation config)."""
@@ -147,7 +147,7 @@ class DirectorySource:
         """
         return self.files.read_slice(name, index)
 
-    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+    def tokenizer(self) -> TokenizerLike | None:
         return tokenizer.from_directory(self.directory)
 
     def companions(self) -> list[Path]:
@@ -331,7 +331,7 @@ def read_config(directory: Path) -> JsonObject:
     return read_json(path)
 
 
-def copy_companions(directory: Path, tokenizer: PreTrainedTokenizerBase | None, extra: Source | None) -> None:
+def copy_companions(directory: Path, tokenizer: TokenizerLike | None, extra: Source | None) -> None:
     """Tokenizer files and generation config of ``extra`` into ``directory``, or else ``tokenizer`` saved there."""
     files = [] if extra is None else [p for p in extra.companions() if p.name in COMPANIONS]
     for path in files:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+
+from awq_jax.convert import tokenizer_files
+from awq_jax.convert.text import DEFAULT, TEMPLATE_NAME, ChatTemplate, Tokenizer, TokenizerLike, surround
 from awq_jax.errors import CheckpointError, FormatError
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerBase
+log = logging.getLogger(__name__)
 
 GgufMetadata = Mapping[str, Any]
 """Keys and values of the header of a GGUF file; see `awq_jax.convert.formats.gguf.file.GgufFile`."""
@@ -39,33 +42,37 @@ BOS_BY_DEFAULT = ("llama3", "llama-v3", "llama-bpe", "tekken")  # and take a wor
 
 CONTROL, USER_DEFINED = 3, 4  # token types: special; matched whole, yet ordinary text
 KEY = "tokenizer.ggml."
+TEMPLATE = "tokenizer.chat_template"
 SPACE = "\u2581"
 
 
-def from_directory(directory: Path) -> PreTrainedTokenizerBase | None:
+def from_directory(directory: Path) -> TokenizerLike | None:
     """The tokenizer of a checkpoint directory; no code from it is ever run.
 
     Returns:
-      A transformers tokenizer, or None if the directory has no tokenizer files.
+      None if the directory has no tokenizer files; a tokenizer of transformers if they make none of the ``tokenizers``
+      package.
 
     Raises:
       CheckpointError: if its files cannot be made into a tokenizer.
     """
     if not any((directory / name).is_file() for name in FILES):
         return None
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # takes seconds
-
     try:
-        if (directory / "tokenizer.json").is_file() and _names_code(directory):
-            return PreTrainedTokenizerFast.from_pretrained(str(directory), local_files_only=True)
-        return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
+        if (directory / "tokenizer.json").is_file():
+            return tokenizer_files.from_json(directory)
+        log.info("%s has no tokenizer.json; transformers makes the tokenizer of the other files", directory)
+        from transformers import AutoTokenizer  # takes seconds
+
+        made = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
+        return tokenizer_files.adopt(made)
     except Exception as e:  # transformers and tokenizers raise whatever the damage leads to
         raise CheckpointError(
             f"the tokenizer files of {directory} cannot be read: {type(e).__name__}: {str(e)[:300]}; copy them again"
         ) from e
 
 
-def from_gguf(metadata: GgufMetadata, path: Path | str = "GGUF file") -> PreTrainedTokenizerBase | None:
+def from_gguf(metadata: GgufMetadata, path: Path | str = "GGUF file") -> Tokenizer | None:
     """The tokenizer described by the metadata of a GGUF file.
 
     Args:
@@ -73,7 +80,7 @@ def from_gguf(metadata: GgufMetadata, path: Path | str = "GGUF file") -> PreTrai
       path: named in error messages.
 
     Returns:
-      A ``PreTrainedTokenizerFast`` with special tokens and chat template; None if there is no vocabulary.
+      A tokenizer with special tokens and chat templates; None if there is no vocabulary.
 
     Raises:
       FormatError: an unknown tokenizer model or pre-tokenizer.
@@ -89,28 +96,21 @@ def from_gguf(metadata: GgufMetadata, path: Path | str = "GGUF file") -> PreTrai
     tokens = metadata.get(f"{KEY}tokens")
     if not isinstance(tokens, list) or not tokens or not all(isinstance(t, str) for t in tokens):
         raise CheckpointError(f"{path}: {KEY}tokens is missing or not a list of strings; download it again")
-    from transformers import PreTrainedTokenizerFast  # takes seconds
-
     try:
         backend = _bpe(metadata, tokens, path) if model == "gpt2" else _spm(metadata, tokens)
         _add_tokens(backend, metadata, tokens)
         names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
         special = {f"{ours}_token": _token(metadata, theirs, tokens, path) for ours, theirs in names.items()}
         add_bos = _flag(metadata, "add_bos_token", model == "llama" or metadata.get(f"{KEY}pre") in BOS_BY_DEFAULT)
-        _surround(
+        surround(
             backend,
             special["bos_token"] if add_bos else None,
             special["eos_token"] if _flag(metadata, "add_eos_token", False) else None,
         )
-        arch = metadata.get("general.architecture")
-        length = metadata.get(f"{arch}.context_length")
-        return PreTrainedTokenizerFast(
-            tokenizer_object=backend,
-            clean_up_tokenization_spaces=False,
-            chat_template=metadata.get("tokenizer.chat_template"),
-            **({"model_max_length": int(length)} if length else {}),
-            **{k: v for k, v in special.items() if v is not None},
-        )
+        given = {k: v for k, v in special.items() if v is not None}
+        tokenizer_files.mark_special(backend, given)
+        length = metadata.get(f"{metadata.get('general.architecture')}.context_length")
+        return Tokenizer(backend, given, _chat_template(metadata), None if length is None else int(length))
     except (FormatError, CheckpointError):
         raise
     except Exception as e:  # the tokenizers package raises plain Exception
@@ -119,10 +119,8 @@ def from_gguf(metadata: GgufMetadata, path: Path | str = "GGUF file") -> PreTrai
         ) from e
 
 
-def _bpe(metadata: GgufMetadata, tokens: list[str], path: Path | str) -> Tokenizer:
+def _bpe(metadata: GgufMetadata, tokens: list[str], path: Path | str) -> tokenizers.Tokenizer:
     """Byte-level BPE, as GPT-2 and after."""
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-
     pre = metadata.get(f"{KEY}pre", "default")
     if pre not in SPLITS and pre not in DIGITS and pre not in GPT2:
         known = ", ".join((*SPLITS, *DIGITS, *GPT2))
@@ -130,7 +128,7 @@ def _bpe(metadata: GgufMetadata, tokens: list[str], path: Path | str) -> Tokeniz
     merges = metadata.get(f"{KEY}merges")
     if not isinstance(merges, list):
         raise CheckpointError(f"{path}: {KEY}merges is missing; download it again")
-    tokenizer = Tokenizer(
+    tokenizer = tokenizers.Tokenizer(
         models.BPE(
             vocab={t: i for i, t in enumerate(tokens)},
             merges=[_merge(m, path) for m in merges if m != ""],
@@ -150,15 +148,13 @@ def _bpe(metadata: GgufMetadata, tokens: list[str], path: Path | str) -> Tokeniz
     return tokenizer
 
 
-def _spm(metadata: GgufMetadata, tokens: list[str]) -> Tokenizer:
+def _spm(metadata: GgufMetadata, tokens: list[str]) -> tokenizers.Tokenizer:
     """SentencePiece BPE with byte fallback; the merges follow from the pieces' scores."""
-    from tokenizers import Tokenizer, decoders, models, normalizers
-
     scores = metadata.get(f"{KEY}scores")
     ranks = [0.0] * len(tokens) if scores is None else [float(s) for s in scores]
     unknown = metadata.get(f"{KEY}unknown_token_id", 0)
     prefix = _flag(metadata, "add_space_prefix", True)
-    tokenizer = Tokenizer(
+    tokenizer = tokenizers.Tokenizer(
         models.BPE(
             vocab={t: i for i, t in enumerate(tokens)},
             merges=merges_from_scores(tokens, ranks),
@@ -200,10 +196,8 @@ def _merge(text: object, path: Path | str) -> tuple[str, str]:
     return left, right
 
 
-def _add_tokens(tokenizer: Tokenizer, metadata: GgufMetadata, tokens: list[str]) -> None:
+def _add_tokens(tokenizer: tokenizers.Tokenizer, metadata: GgufMetadata, tokens: list[str]) -> None:
     """Mark control tokens as special, and user-defined ones as never split."""
-    from tokenizers import AddedToken
-
     types = metadata.get(f"{KEY}token_type")
     kinds = [] if types is None else [int(t) for t in types]
     named = list(zip(tokens, kinds, strict=False))
@@ -224,29 +218,10 @@ def _flag(metadata: GgufMetadata, key: str, default: bool) -> bool:
     return bool(metadata.get(f"{KEY}{key}", default))
 
 
-def _surround(tokenizer: Tokenizer, bos: str | None, eos: str | None) -> None:
-    """Begin and end every encoded text with these tokens."""
-    from tokenizers import processors
-
-    around = [t for t in (bos, eos) if t is not None]
-    if not around:
-        return
-
-    def template(n: int) -> list[str]:
-        pieces = [bos, f"${'AB'[n]}", eos]
-        return [f"{p}:{n}" for p in pieces if p is not None]
-
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=template(0),
-        pair=template(0) + template(1),
-        special_tokens=[(t, tokenizer.token_to_id(t)) for t in dict.fromkeys(around)],
-    )
-
-
-def _names_code(directory: Path) -> bool:
-    """True if tokenizer_config.json asks for a Python class of its own."""
-    path = directory / "tokenizer_config.json"
-    if not path.is_file():
-        return False
-    data = json.loads(path.read_bytes())
-    return isinstance(data, dict) and "auto_map" in data
+def _chat_template(metadata: GgufMetadata) -> ChatTemplate | None:
+    """The template, or several by name, as llama.cpp's converter stores them."""
+    names = metadata.get("tokenizer.chat_templates")
+    named = {n: metadata.get(f"{TEMPLATE}.{n}") for n in names or () if TEMPLATE_NAME.fullmatch(str(n))}
+    found = {DEFAULT: metadata.get(TEMPLATE), **named}
+    templates = {n: t for n, t in found.items() if isinstance(t, str)}
+    return templates[DEFAULT] if set(templates) == {DEFAULT} else templates or None

@@ -24,7 +24,7 @@ from awq_jax.errors import CheckpointError, ConfigError, FormatError
 from awq_jax.qtensor import QuantizedTensor
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from awq_jax.convert.text import TokenizerLike
 
 SHARD = 4 << 30  # bytes of a file, if nothing else is asked for
 AUTO = ("gemm", "compressed-tensors", "awq-jax")  # the first that holds the weights as they are
@@ -73,7 +73,7 @@ def write_checkpoint(
     config: HfConfig,
     format: str,
     settings: AwqConfig | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: TokenizerLike | None = None,
     extra: Source | None = None,
     max_shard_bytes: int = SHARD,
     overwrite: bool = False,

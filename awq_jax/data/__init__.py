@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from awq_jax.convert.text import TextTokenizer, ids_of
 from awq_jax.data import sources
 from awq_jax.errors import CalibrationError
 
@@ -67,15 +67,6 @@ class CalibrationSet:
 CalibrationSource = str | Path | CalibrationSet | Iterable[str] | npt.ArrayLike  # see `load`
 
 
-class TextTokenizer(Protocol):
-    """What texts need of a `transformers` tokenizer."""
-
-    eos_token_id: int | None
-
-    def __call__(self, text: str | list[str], *, verbose: bool = True) -> Mapping[str, Any]:
-        """``{"input_ids": [...]}`` and more; a list of each for a list of texts."""
-
-
 def load(
     source: CalibrationSource,
     tokenizer: TextTokenizer | None = None,
@@ -99,7 +90,7 @@ def load(
         path to ``.txt``, ``.md``, ``.jsonl``, ``.parquet`` or ``.npy``; a list of strings; a list of
         token lists (packed like texts); an integer array ``[S, T]``, used whole and as it stands;
         or a `CalibrationSet`, returned after the vocabulary check.
-      tokenizer: a `transformers` tokenizer; required for text.
+      tokenizer: a model's, or one of transformers; required for text.
       samples: sequences wanted.
       seq_len: tokens per sequence.
       vocab_size: tokens must lie in ``[0, vocab_size)``; None checks only the lower bound.
@@ -165,7 +156,7 @@ def encode(text: str, tokenizer: TextTokenizer | None) -> np.ndarray:
     Raises:
       CalibrationError: if there is no tokenizer.
     """
-    return np.asarray(_ids([text], _needed(tokenizer, "text"))[0], np.int32)
+    return np.asarray(ids_of(_needed(tokenizer, "text"), [text])[0], np.int32)
 
 
 def _is_file(name: str) -> bool:
@@ -180,11 +171,6 @@ def _needed(tokenizer: TextTokenizer | None, source: str) -> TextTokenizer:
             f"{source!r} needs a tokenizer and the model has none: put tokenizer.json beside it or pass tokens"
         )
     return tokenizer
-
-
-def _ids(batch: list[str], tokenizer: TextTokenizer) -> list[list[int]]:
-    # verbose=False: no warning about texts longer than the model; they are cut later.
-    return tokenizer(batch, verbose=False)["input_ids"]
 
 
 def _excerpts(documents: Sequence[str], name: str, size: int, seed: int) -> list[_Excerpt]:
@@ -213,7 +199,7 @@ def _cut(text: str, size: int) -> Iterator[str]:
 def _encode(excerpts: Iterator[_Excerpt], tokenizer: TextTokenizer) -> Iterator[_Encoded]:
     """The tokens of excerpts, 16 texts at a time."""
     while batch := list(itertools.islice(excerpts, 16)):
-        for (i, text), ids in zip(batch, _ids([t for _, t in batch], tokenizer), strict=True):
+        for (i, text), ids in zip(batch, ids_of(tokenizer, [t for _, t in batch]), strict=True):
             yield i, np.asarray(ids, np.int64), len(text)
 
 

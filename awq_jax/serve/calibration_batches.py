@@ -8,11 +8,11 @@ from typing import Any, TypeGuard, cast
 import numpy as np
 
 from awq_jax import data
+from awq_jax.convert.text import TokenizerLike
 from awq_jax.errors import CalibrationError
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.vision import inputs as vision
 from awq_jax.serve.generate import check_tokens
-from awq_jax.serve.prompts import Tokenizer
 
 
 def are_images(calib: object) -> TypeGuard[Sequence[Mapping[str, Any]]]:
@@ -22,7 +22,7 @@ def are_images(calib: object) -> TypeGuard[Sequence[Mapping[str, Any]]]:
 
 def of_text(
     architecture: ModelConfig,
-    tokenizer: Tokenizer | None,
+    tokenizer: TokenizerLike | None,
     calib: object,
     samples: int,
     seq_len: int,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from awq_jax.serve.prompts import Tokenizer
+from awq_jax.convert.text import TokenizerLike
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
@@ -22,14 +22,14 @@ class Detokenizer:
     together with the tokens of the text before it, which begin with a whole character.
 
     Args:
-      tokenizer: a transformers tokenizer.
+      tokenizer: ours or of transformers.
       prompt: token ids before the first new one.
       stop: strings that end the text; they and what follows are not part of it.
     """
 
     CONTEXT = 64  # tokens of the prompt: more than it has special tokens, or bytes of one run, at its end
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str] = ()):
+    def __init__(self, tokenizer: TokenizerLike, prompt: Sequence[int], stop: Sequence[str] = ()):
         self.tokenizer, self.stop = tokenizer, tuple(stop)
         self.ids = list(prompt[-self.CONTEXT :])
         self.read = len(self.ids)  # of these the text is released

@@ -20,6 +20,7 @@ from awq_jax import models
 from awq_jax.config import AwqConfig
 from awq_jax.convert import registry, writing
 from awq_jax.convert.source import Source
+from awq_jax.convert.text import TokenizerLike
 from awq_jax.devices.pool import pool_of
 from awq_jax.devices.team import team
 from awq_jax.dtypes import FLOATS
@@ -100,7 +101,8 @@ class Model:
       hf_config: content of the checkpoint's ``config.json``.
       params: ``nnx.State``; leaves are arrays or `QuantizedTensor`. Short for `take_params`, and for
         replacing them by assignment.
-      tokenizer: a transformers tokenizer, or None.
+      tokenizer: `awq_jax.convert.text.Tokenizer`, which has the methods of transformers' for texts and chats, and
+        splits as ``tokenizer.json`` says; None if the checkpoint has none. One of transformers may be set instead.
       source: where it was loaded from.
       apply: ``apply(params, input_ids [B, T] int32) -> logits [B, T, vocab] float32``: pure, without a
         cache; what calibration and evaluation trace. A model that looks at images takes them as further
@@ -114,7 +116,7 @@ class Model:
         hf_config: dict[str, Any],
         graphdef: nnx.GraphDef,
         params: nnx.State,
-        tokenizer: prompts.Tokenizer | None,
+        tokenizer: TokenizerLike | None,
         source: Source,
         merge: bool | None = None,
         resident: bool | None = None,

@@ -3,33 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, cast
+from typing import cast
 
 from awq_jax.convert.config_json import HfConfig
-from awq_jax.data import TextTokenizer
+from awq_jax.convert.text import Message, TokenizerLike, ids_of
 from awq_jax.errors import ConfigError
 
-Message = Mapping[str, object]  # ``{"role": ..., "content": ...}``
 Prompt = str | Sequence[int] | Sequence[Message]  # a text, token ids, or (with ``chat``) a conversation
 
 
-class Tokenizer(TextTokenizer, Protocol):
-    """What generation needs of a transformers tokenizer."""
-
-    chat_template: Any
-
-    def apply_chat_template(self, conversation: object, *, add_generation_prompt: bool, return_dict: bool) -> Any:
-        """The ids of a conversation up to where the answer begins."""
-
-    def decode(self, ids: list[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> str:
-        """The text of ids."""
-
-
-def encode(tokenizer: Tokenizer, prompt: str | Sequence[Message] | Sequence[Prompt], chat: bool) -> list[list[int]]:
+def encode(tokenizer: TokenizerLike, prompt: str | Sequence[Message] | Sequence[Prompt], chat: bool) -> list[list[int]]:
     """Token ids of each prompt.
 
     Args:
-      tokenizer: of transformers.
+      tokenizer: ours or of transformers.
       prompt: a text, or texts or lists of token ids; with ``chat`` a list of ``{"role", "content"}`` is one
         conversation, and a text is a user's message.
       chat: wrap the prompts in the tokenizer's chat template.
@@ -40,20 +27,21 @@ def encode(tokenizer: Tokenizer, prompt: str | Sequence[Message] | Sequence[Prom
     if isinstance(prompt, str):
         prompt = [prompt]
     if not chat:
-        return [tokenizer(p)["input_ids"] if isinstance(p, str) else list(cast(Sequence[int], p)) for p in prompt]
+        return [ids_of(tokenizer, [p])[0] if isinstance(p, str) else list(cast(Sequence[int], p)) for p in prompt]
     if not tokenizer.chat_template:
         raise ConfigError("the tokenizer has no chat template; generate without chat")
     one = bool(prompt) and isinstance(prompt[0], Mapping)
     talks = [prompt] if one else [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompt]
-    return [tokenizer.apply_chat_template(t, add_generation_prompt=True, return_dict=False) for t in talks]
+    conversations = cast(Sequence[Sequence[Message]], talks)
+    return [tokenizer.apply_chat_template(t, add_generation_prompt=True, return_dict=False) for t in conversations]
 
 
-def eos_ids(generation: HfConfig, config: HfConfig, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+def eos_ids(generation: HfConfig, config: HfConfig, tokenizer: TokenizerLike | None) -> tuple[int, ...]:
     """Ids that end an answer: those of both files and of the tokenizer together.
 
     Args:
       generation, config: contents of ``generation_config.json`` and ``config.json``.
-      tokenizer: of transformers, or None.
+      tokenizer: ours or of transformers, or None.
     """
     ids: set[int] = set()
     text = config.get("text_config")  # of a model that looks at images

@@ -24,7 +24,7 @@ from awq_jax.errors import FormatError, WeightError
 from awq_jax.qtensor import QuantizedTensor
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from awq_jax.convert.text import TokenizerLike
 
 Change = Callable[[np.ndarray], np.ndarray]
 
@@ -160,7 +160,7 @@ class SearchedSource:
                 raise WeightError(f"{name} overflows {value.dtype} or holds NaN when {self.path} is applied")
         return value
 
-    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+    def tokenizer(self) -> TokenizerLike | None:
         return self.source.tokenizer()
 
     def companions(self) -> list[Path]:

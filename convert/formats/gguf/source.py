@@ -19,7 +19,7 @@ from awq_jax.errors import CheckpointError, FormatError, WeightError
 from awq_jax.qtensor import QuantizedTensor
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from awq_jax.convert.text import Tokenizer
 
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q6_K", "Q4_K")
 GGML_FLOATS = {"F32": FLOATS["float32"], "F16": FLOATS["float16"], "BF16": FLOATS["bfloat16"]}
@@ -113,8 +113,8 @@ class GgufSource:
             weight = weight - np.asarray(self._spec.norm_offset, weight.dtype)
         return unpermute(weight, heads) if heads else weight
 
-    def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """A transformers ``PreTrainedTokenizerFast`` built from the metadata; None if it has no vocabulary."""
+    def tokenizer(self) -> Tokenizer | None:
+        """Built from the metadata; None if they have no vocabulary."""
         return tokenizer.from_gguf(self.file.metadata, self.file.path)
 
     def companions(self) -> list[Path]:

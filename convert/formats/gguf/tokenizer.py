@@ -14,12 +14,14 @@ import logging
 import re
 from typing import TYPE_CHECKING
 
+from awq_jax.convert import tokenizer_files
 from awq_jax.convert.config_json import HfConfig, JsonObject
-from awq_jax.convert.tokenizer import CONTROL, KEY, SPACE, SPLITS, USER_DEFINED, merges_from_scores
+from awq_jax.convert.text import DEFAULT, Tokenizer
+from awq_jax.convert.tokenizer import CONTROL, KEY, SPACE, SPLITS, TEMPLATE, USER_DEFINED, merges_from_scores
 from awq_jax.errors import CheckpointError, FormatError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from awq_jax.convert.text import TokenizerLike
 
 log = logging.getLogger(__name__)
 
@@ -37,11 +39,11 @@ PRE = {
 TURN = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")  # found by llama.cpp by their text
 
 
-def metadata(tokenizer: PreTrainedTokenizerBase | None, config: HfConfig) -> JsonObject:
+def metadata(tokenizer: TokenizerLike | None, config: HfConfig) -> JsonObject:
     """Keys and values for the header of a GGUF file.
 
     Args:
-      tokenizer: a transformers fast tokenizer, or None.
+      tokenizer: one backed by the ``tokenizers`` package (ours, or a fast one of transformers), or None.
       config: ``config.json``: ``vocab_size`` is the number of rows of the embedding, and
         ``eos_token_id`` may list several.
 
@@ -55,6 +57,9 @@ def metadata(tokenizer: PreTrainedTokenizerBase | None, config: HfConfig) -> Jso
     if tokenizer is None:
         log.warning("there is no tokenizer: llama.cpp will run the model on token ids only")
         return {f"{KEY}model": "no_vocab"}
+    tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else tokenizer_files.adopt(tokenizer)
+    if not isinstance(tokenizer, Tokenizer):
+        raise FormatError(f"the tokenizer is a {type(tokenizer).__name__}, which has no tokenizer.json{OTHER}")
     data = json.loads(tokenizer.backend_tokenizer.to_str())
     model = data["model"]
     odd = [k for k in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if model.get(k)]
@@ -64,7 +69,7 @@ def metadata(tokenizer: PreTrainedTokenizerBase | None, config: HfConfig) -> Jso
     tokens, kinds = _tokens(data, config, tokenizer.unk_token if spm else None)
     keys = _spm(data, tokens, kinds) if spm else _bpe(data)
     out = {"model": "llama" if spm else "gpt2", **keys, "tokens": tokens, "token_type": kinds}
-    return {f"{KEY}{k}": v for k, v in (out | _special(tokenizer, config)).items()} | _template(tokenizer)
+    return {f"{KEY}{k}": v for k, v in (out | _special(tokenizer, config)).items()} | _templates(tokenizer)
 
 
 def _tokens(data: JsonObject, config: HfConfig, unknown: str | None) -> tuple[list[str], list[int]]:
@@ -165,7 +170,7 @@ def _prefix(data: JsonObject) -> bool:
     )
 
 
-def _special(tokenizer: PreTrainedTokenizerBase, config: HfConfig) -> JsonObject:
+def _special(tokenizer: Tokenizer, config: HfConfig) -> JsonObject:
     """Ids of special tokens, and which surround a text."""
     ids = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
     ids |= {"unknown": tokenizer.unk_token_id, "padding": tokenizer.pad_token_id}
@@ -173,8 +178,7 @@ def _special(tokenizer: PreTrainedTokenizerBase, config: HfConfig) -> JsonObject
     others = [i for i in ends if type(i) is int and i != ids["eos"]] if isinstance(ends, list) else []
     if others and tokenizer.eos_token not in TURN:
         ids["eot"] = others[0]
-    plain = tokenizer("a", add_special_tokens=False).input_ids
-    whole = tokenizer("a").input_ids
+    plain, whole = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")
     for bos in (False, True):
         for eos in (False, True):
             if whole == [ids["bos"]] * bos + plain + [ids["eos"]] * eos:
@@ -183,10 +187,13 @@ def _special(tokenizer: PreTrainedTokenizerBase, config: HfConfig) -> JsonObject
     raise FormatError(f"the tokenizer puts tokens around a text that are not its bos and eos: {whole}{OTHER}")
 
 
-def _template(tokenizer: PreTrainedTokenizerBase) -> JsonObject:
-    template = tokenizer.chat_template
-    template = template.get("default") if isinstance(template, dict) else template
-    return {"tokenizer.chat_template": template} if isinstance(template, str) else {}
+def _templates(tokenizer: Tokenizer) -> JsonObject:
+    """The chat template, and those that have names, as llama.cpp's converter stores them."""
+    have = tokenizer.chat_template or {}
+    named = {DEFAULT: have} if isinstance(have, str) else dict(have)
+    default = {TEMPLATE: named.pop(DEFAULT)} if DEFAULT in named else {}
+    names = {f"{TEMPLATE}s": sorted(named)} if named else {}
+    return {**default, **names, **{f"{TEMPLATE}.{name}": template for name, template in named.items()}}
 
 
 def _flat(step: JsonObject | None, inside: str) -> list[JsonObject]:
