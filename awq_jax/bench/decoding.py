@@ -95,7 +95,7 @@ def largest_tile(params: object, itemsize: int = 2) -> int:
     return max((q.k * q.n * itemsize for q in packed), default=0)
 
 
-def row(timer: DecodingTimer, top: timing.Ceilings, rounds: int = 3) -> timing.Row:
+def row(timer: DecodingTimer, top: timing.Ceilings, rounds: int = 3) -> timing.Measurement:
     """Time one model.
 
     Returns:
@@ -140,7 +140,7 @@ def run(
     steps: int = 64,
     layers: int | None = None,
     dtype: str = "bfloat16",
-) -> timing.Row:
+) -> timing.Measurement:
     """`row` of a model with random weights, with ``model``, ``layers``, ``bits`` (None: dense) and ``group_size``.
 
     Dense weights are merged as packed ones are, so that only the weights differ.
@@ -154,8 +154,8 @@ def run(
     del params  # the form in which they are served may replace them
     timer = DecodingTimer(weights, batch=batch, context=context, steps=steps)
     before = peak_bytes()
-    said = {"model": name, "layers": len(c.layers), "bits": bits, "group_size": group if bits else None}
-    return said | row(timer, top) | {"peak_before_timing_bytes": before}
+    asked = {"model": name, "layers": len(c.layers), "bits": bits, "group_size": group if bits else None}
+    return asked | row(timer, top) | {"peak_before_timing_bytes": before}
 
 
 def paired(timers: Mapping[str, DecodingTimer], against: str, rounds: int) -> dict[str, dict[str, float]]:
@@ -193,7 +193,7 @@ def paired(timers: Mapping[str, DecodingTimer], against: str, rounds: int) -> di
     return out
 
 
-def line(row: timing.Row) -> str:
+def line(row: timing.Measurement) -> str:
     """One row for people."""
     weights = "dense" if row["bits"] is None else f"{row['bits']} bits"
     text = f"{row['model']} ({row['layers']} layers) {weights:7s} prefill {row['prefill_tokens_per_s']:9.1f} tokens/s"

@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 
 from awq_jax import kernels
 from awq_jax.bench import peers, random_models, timing
+from awq_jax.bench.timing import Measurement
 from awq_jax.kernels import dispatch, layout, triton_matmul, tuned
 from awq_jax.pack import Array
 from awq_jax.qtensor import QuantizedTensor
@@ -116,7 +117,7 @@ def measure(
     seconds: float = 0.2,
     seed: int = 0,
     with_peers: bool = True,
-) -> Iterator[timing.Row]:
+) -> Iterator[Measurement]:
     """One row per shape, number of rows and implementation; each is checked on fresh random data.
 
     Yields:
@@ -158,7 +159,7 @@ def measure(
                 }  # fmt: skip
 
 
-def line(row: timing.Row) -> str:
+def line(row: Measurement) -> str:
     """One row for people."""
     if "failed" in row:
         return f"{row['m']:5d} x {row['k']}x{row['n']} {row['impl']:7s} FAILED: {row['failed']}"
@@ -208,7 +209,7 @@ def tune(
     seed: int = 0,
     say: Say = lambda line: None,
     product: Callable[..., jax.Array] = triton_matmul.matmul,
-) -> Iterator[timing.Row]:
+) -> Iterator[Measurement]:
     """Time the candidates; the fastest correct one for each shape and bucket of rows.
 
     Args:
@@ -246,10 +247,10 @@ def tune(
             yield {"k": k, "n": n, "bits": bits, "rows": m} | dataclasses.asdict(ranked[0][1])
 
 
-def table(chip: tuned.Chip, entries: Iterable[timing.Row], before: timing.Row | None = None) -> timing.Row:
+def table(chip: tuned.Chip, entries: Iterable[Measurement], before: Measurement | None = None) -> Measurement:
     """The content of ``kernels/tuned/<chip>.json``; ``before``: one whose other entries are kept."""
 
-    def key(entry: timing.Row) -> tuple[int, ...]:
+    def key(entry: Measurement) -> tuple[int, ...]:
         return entry["k"], entry["n"], entry.get("bits", 4), entry["rows"]
 
     kept = {key(e): e for e in [*(before or {}).get("shapes", ()), *entries]}

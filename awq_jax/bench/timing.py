@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-Row = dict[str, Any]  # one measurement, as JSON
+Measurement = dict[str, Any]  # as JSON
 CACHE_BYTES = 200 << 20  # more than three times the second-level cache of any chip in the tables
 
 
@@ -75,7 +75,7 @@ def ceilings(scale: float = 1.0) -> Ceilings:
     return Ceilings(8 * words / copy, 2 * side**3 / product)
 
 
-def device() -> Row:
+def device() -> Measurement:
     """What is measured on: the device, and the versions of what runs on it."""
     names = ("jax", "jaxlib", "jax-triton", "triton", "torch", "gemlite", "awq-jax")
     versions: dict[str, str | None] = {}

@@ -33,7 +33,7 @@ def files(directory: Path) -> list[str]:
         entries, _ = read_header(path)
         total += sum(e.nbytes for e in entries.values())
         missing = sorted(set(entries) - set(weights))
-        found += [f"{path.name} holds {some(missing)}, of which {INDEX} knows nothing"] if missing else []
+        found += [f"{path.name} holds {first_few(missing)}, of which {INDEX} knows nothing"] if missing else []
     metadata = read_json(directory / INDEX).get("metadata")
     claimed = metadata.get("total_size") if isinstance(metadata, dict) else None
     if isinstance(claimed, int) and claimed != total:
@@ -56,17 +56,17 @@ def config(source: Source) -> list[str]:
         names = [m for m in listed if isinstance(m, str)] if isinstance(listed, list) else []
         wrong = [m for m in packed if any(m == s or m.endswith(f".{s}") for s in names if not s.startswith("re:"))]
         if wrong:
-            found.append(f"config.json lists {some(wrong)} in {key}, but it is packed")
+            found.append(f"config.json lists {first_few(wrong)} in {key}, but it is packed")
     group = quant.get("group_size", quant.get("q_group_size"))
     if type(group) is int and group > 0 and not isinstance(quant.get("dynamic"), dict):
         other = [m for m, p in packed.items() if p.group_size != group and not isinstance(quant.get(m), dict)]
         if other:
-            found.append(f"config.json says group size {group}, {some(other)} has {packed[min(other)].group_size}")
+            found.append(f"config.json says group size {group}, {first_few(other)} has {packed[min(other)].group_size}")
     bits = quant.get("bits", quant.get("w_bit"))
     if type(bits) is int and not isinstance(quant.get("dynamic"), dict):
         other = [m for m, p in packed.items() if p.bits != bits and not isinstance(quant.get(m), dict)]
         if other:
-            found.append(f"config.json says {bits} bits, {some(other)} has {packed[min(other)].bits}")
+            found.append(f"config.json says {bits} bits, {first_few(other)} has {packed[min(other)].bits}")
     return found
 
 
@@ -150,7 +150,7 @@ def _packed(q: QuantizedTensor) -> Iterator[str]:
         )
 
 
-def some(names: list[str]) -> str:
-    """The first few of a list."""
+def first_few(names: list[str]) -> str:
+    """Two of a list, and how many more there are."""
     more = f" and {len(names) - 2} more" if len(names) > 2 else ""
     return ", ".join(sorted(names)[:2]) + more

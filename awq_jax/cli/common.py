@@ -62,6 +62,11 @@ def positive(text: str) -> int:
     return value
 
 
+def devices(text: str) -> int:
+    """An argparse type: a number of devices; 0 for all."""
+    return 0 if text == "all" else positive(text)
+
+
 def to_json(data: Mapping[str, object]) -> str:
     """Strict JSON; numbers that are not finite become null."""
     return json.dumps(_finite(data), indent=2, allow_nan=False)
@@ -86,7 +91,7 @@ def check_new_directory(path: Path, overwrite: bool) -> None:
     """
     if path.exists() and not overwrite:
         raise CheckpointError(f"{path} exists; choose another directory or pass --overwrite")
-    from awq_jax.convert.files.shards import refuse_existing  # imports NumPy
+    from awq_jax.convert.files.shards import refuse_existing  # JAX, for which --help must not wait
 
     refuse_existing(path.expanduser().absolute(), overwrite)
     parent = existing_parent(path)

@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
         return
     if not (args.src and args.dst and args.to):
         raise ConfigError("give SRC, DST and --to FORMAT, or --list to see the formats")
-    from awq_jax import convert
+    from awq_jax import convert  # JAX, for which --help must not wait
 
     source = args.src
     if args.search is not None:
@@ -140,7 +140,7 @@ def _data(dst: str, result: Conversion) -> dict[str, object]:
 
 
 def _list(args: argparse.Namespace) -> None:
-    from awq_jax.convert import exactness
+    from awq_jax.convert import exactness  # as in `run`
     from awq_jax.convert.registry import FORMATS
 
     table = exactness.table()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from awq_jax.cli import common, tables
 
 if TYPE_CHECKING:
-    from awq_jax.cli.demo_model import Row
+    from awq_jax.cli.demo_model import Score
 
 _EXAMPLES = """
 awq-jax demo
@@ -45,7 +45,7 @@ def add(subparsers: common.Commands) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Fetch, compare, answer."""
-    from awq_jax.cli import demo_model
+    from awq_jax.cli import demo_model  # imports JAX, for which --help must not wait
     from awq_jax.serve import model
 
     start = time.perf_counter()
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"\n\n{used['calibration']}\n{total:.0f} seconds in all")
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _cells(row: Score) -> tuple[str, ...]:
     error = "" if row.delta_error is None else f" ± {row.delta_error:.4f}"
     delta = "" if row.name == "float" else f"{row.delta:+.4f}{error}"
     return row.name, f"{row.ppl:.3f}", delta, tables.size(row.nbytes)

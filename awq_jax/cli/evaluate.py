@@ -38,7 +38,7 @@ def add(subparsers: common.Commands) -> None:
 def run(args: argparse.Namespace) -> None:
     """Load, score, print."""
     text = read_text(args.text)
-    from awq_jax import data, evaluate
+    from awq_jax import data, evaluate  # JAX, for which --help must not wait
     from awq_jax.serve import model
 
     quantized = model.load(args.dir, args.dtype)
@@ -76,7 +76,7 @@ def read_text(source: str) -> str:
     Raises:
       CalibrationError: if it cannot be read.
     """
-    from awq_jax.data import sources
+    from awq_jax.data import sources  # imports NumPy
 
     documents = sources.default_documents() if source == "default" else sources.read_file(Path(source))
     return "\n\n".join(documents)

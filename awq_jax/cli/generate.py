@@ -34,12 +34,8 @@ def add(subparsers: common.Commands) -> None:
     p.add_argument("--top-p", type=float, default=1.0, metavar="P", help="smallest set of tokens of probability P")
     p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
     p.add_argument("--seed", type=int, default=0, help="of the random draws (default: %(default)s)")
-    p.add_argument("--devices", type=_devices, metavar="N", help="spread the weights over N devices, or 'all'")
+    p.add_argument("--devices", type=common.devices, metavar="N", help="spread the weights over N devices, or 'all'")
     common.add_dtype(p)
-
-
-def _devices(text: str) -> int | str:
-    return text if text == "all" else common.positive(text)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -49,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
 
     from awq_jax.serve import model
 
-    loaded = model.load(args.dir, args.dtype, mesh=len(jax.devices()) if args.devices == "all" else args.devices)
+    loaded = model.load(args.dir, args.dtype, mesh=len(jax.devices()) if args.devices == 0 else args.devices)
     start = time.perf_counter()
 
     def show(piece: str) -> None:

@@ -101,7 +101,7 @@ def add(subparsers: common.Commands) -> None:
         "same command, each with its own --process-id, on a file system that they share; if one dies\n  the others end "
         "(exit code 3), and the same command in all of them continues.",
     )
-    d.add_argument("--devices", type=_devices, metavar="N",
+    d.add_argument("--devices", type=common.devices, metavar="N",
                    help="use the first N devices, or all (default: 1; of several processes: all)")  # fmt: skip
     d.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens for the others")
     d.add_argument("--processes", type=common.positive, metavar="P", help="how many processes there are")
@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> None:
     several = args.distributed or (args.coordinator, args.processes, args.process_id) != (None, None, None)
     if not several:
         return _run(args)
-    from awq_jax.devices import team
+    from awq_jax.devices import team  # imports JAX, for which --help must not wait
 
     if args.distributed and (args.coordinator, args.processes, args.process_id) != (None, None, None):
         raise ConfigError("--distributed finds out what --coordinator, --processes and --process-id say: drop either")
@@ -140,7 +140,7 @@ def _run(args: argparse.Namespace) -> None:
         common.check_new_directory(args.dst, args.overwrite)
     common.check_report_path(args.report)
     config = settings(args)
-    from awq_jax.devices import host_memory, pool
+    from awq_jax.devices import host_memory, pool  # as in `run`
     from awq_jax.devices.team import team
 
     host_memory.return_arrays_at_once()
@@ -150,7 +150,8 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _quantize(args: argparse.Namespace, config: AwqConfig, pool: Pool) -> None:
-    from awq_jax.quantizer.targets import QUANTIZE_HEAD
+    from awq_jax.quantizer.targets import QUANTIZE_HEAD  # as in `run`
+    from awq_jax.stream import forecast
     from awq_jax.stream import run as stream
     from awq_jax.stream.job import Options, prepare
 
@@ -172,8 +173,6 @@ def _quantize(args: argparse.Namespace, config: AwqConfig, pool: Pool) -> None:
     common.say(job.description, args.quiet or not first)
     read = time.perf_counter() - start
     if args.dry_run:
-        from awq_jax.stream import forecast
-
         needs = forecast.forecast(job)
         if first:
             print(common.to_json(needs.to_dict()) if args.json else forecast.table(needs))
@@ -192,16 +191,11 @@ def _quantize(args: argparse.Namespace, config: AwqConfig, pool: Pool) -> None:
         print(f"\nwrote {args.dst} ({done.format})" + (f" and {args.report}" if args.report else ""))
 
 
-def _devices(text: str) -> int:
-    """An argparse type: a number of devices, 0 for all."""
-    return 0 if text == "all" else common.positive(text)
-
-
 def _mesh(count: int | None) -> Mesh | None:
     """The first ``count`` devices."""
     if count is None:
         return None
-    import jax
+    import jax  # as in `run`
     import numpy as np
     from jax.sharding import Mesh
 

@@ -1,4 +1,4 @@
-"""`dot`: the seam between a model and its weights, packed or not."""
+"""`dot`: a product with a weight that may be packed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model is asked, as token ids, and the ids that end its answer."""
+"""Prompts and conversations as token ids, and the ids that end an answer."""
 
 from __future__ import annotations
 

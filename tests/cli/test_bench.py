@@ -269,14 +269,14 @@ def test_tuning_more_keeps_what_was_tuned():
 
 
 def test_a_table_that_cannot_be_extended_is_refused_before_the_work(tmp_path):
-    from awq_jax.cli import bench
+    from awq_jax.cli import measure
 
     path = tmp_path / "t.json"
-    assert bench._table_before(path, H200) is None
+    assert measure.table_before(path, H200) is None
     for text, why in (("[", "JSONDecodeError"), ("[]", "TypeError"), ('{"chip": "NVIDIA A100"}', "NVIDIA A100"),
                       ('{"chip": "NVIDIA H200", "shapes": [{"k": 1}]}', "KeyError")):  # fmt: skip
         path.write_text(text)
         with pytest.raises(ConfigError, match=f"{why}.*name another file"):
-            bench._table_before(path, H200)
+            measure.table_before(path, H200)
     path.write_text(json.dumps(products.table(H200, [{"k": 1, "n": 2, "rows": 1, "kernel": "gemv"}])))
-    assert len(bench._table_before(path, H200)["shapes"]) == 1
+    assert len(measure.table_before(path, H200)["shapes"]) == 1
