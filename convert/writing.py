@@ -129,7 +129,7 @@ def finish(
     writer: ShardWriter,
     encoder: Encoder,
     records: Sequence[Record],
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: TokenizerLike | None,
     extra: Source | None,
 ) -> None:
     """After the last tensor: the files get their names, and ``config.json`` and the tokenizer are put beside them.
