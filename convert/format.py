@@ -44,6 +44,11 @@ class Record:
     nbytes: int = 0
     deviation: float = 0.0
 
+    @classmethod
+    def from_json(cls, fields: JsonObject) -> Record:
+        """The record whose fields JSON has kept, ``shape`` as a list."""
+        return cls(**{**fields, "shape": tuple(fields["shape"])})
+
     @property
     def module(self) -> str:
         """The name without ``.weight``."""

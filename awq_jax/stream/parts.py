@@ -17,7 +17,6 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 
@@ -47,7 +46,7 @@ def opened(job: Job) -> Iterator[Manifest]:
     if pool.rank:
         done = Manifest(io.StringIO(), job.work)
         records, done.shards, done.notes = json.loads(pool.meet()[0])
-        done.records = list(map(_record, records))
+        done.records = list(map(Record.from_json, records))
         yield done
     else:
         with manifest.opened(job.work, job.fingerprint(), {HIDDEN, OUT, FINISHED}) as done:
@@ -104,7 +103,7 @@ class PartWriter:
             return
         text = json.dumps([[dataclasses.asdict(r) for r in written[0]], written[1]]) if written is not None else ""
         records, names = json.loads(self._team.gather(text)[number % self._team.size])
-        self._add(number, (list(map(_record, records)), names), note)
+        self._add(number, (list(map(Record.from_json, records)), names), note)
 
     def _add(self, number: int, written: Written, note: Note) -> None:
         records, names = written
@@ -200,7 +199,3 @@ def _write_checkpoint(
         records.append(encoded.record)
         del value, encoded
     writing.finish(out, writer, encoder, records, None, source)
-
-
-def _record(fields: dict[str, Any]) -> Record:
-    return Record(**{**fields, "shape": tuple(fields["shape"])})

@@ -66,7 +66,7 @@ class Manifest:
                 path = self._directory / part_name(number)
                 if not path.is_file() or path.stat().st_size != line["bytes"]:
                     break
-                records = [Record(**{**r, "shape": tuple(r["shape"])}) for r in line["records"]]
+                records = list(map(Record.from_json, line["records"]))
                 self.shards.append(line["names"])
                 self.records += records
                 self.notes.append(line.get("note", {}))
