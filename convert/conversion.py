@@ -119,7 +119,7 @@ class _Job:
     workers: int
     progress: Callable[[int, int], None] | None
 
-    def encoded(self, skip: frozenset[str] = frozenset()) -> Iterator[pipeline.Encoded]:
+    def encoded(self, skip: frozenset[str] = frozenset()) -> Iterator[pipeline.EncodedTensor]:
         """All tensors that are not in ``skip``, encoded."""
         names = sorted(self.source.names(), key=_natural)
         sizes = {n: self.source.info(n).nbytes for n in names}
@@ -152,7 +152,7 @@ def _to_directory(job: _Job, path: Path, overwrite: bool, max_shard_bytes: int) 
     with manifest.opened(work, manifest.fingerprint(job.source, **settings)) as done:
         records, resumed = list(done.records), len(done.records)
         _check_space(path, job.estimate() - sum(r.nbytes for r in records))
-        new: list[pipeline.Encoded] = []
+        new: list[pipeline.EncodedTensor] = []
 
         def on_shard(number: int) -> None:
             done.add(number, [e.record for e in new], [name for e in new for name in e.arrays])

@@ -22,7 +22,7 @@ LIMIT = 0.5  # steps; what is further away is another quantization, not a roundi
 
 
 @dataclasses.dataclass(frozen=True)
-class Encoded:
+class EncodedTensor:
     """A tensor ready to be stored."""
 
     record: Record
@@ -36,7 +36,7 @@ def run(
     read: Callable[[str], np.ndarray | QuantizedTensor],
     lossy: bool,
     workers: int = 1,
-) -> Iterator[Encoded]:
+) -> Iterator[EncodedTensor]:
     """Encode tensors in order, ``workers`` at a time in threads (NumPy releases the interpreter lock).
 
     Memory: ``workers + 1`` tensors.
@@ -49,7 +49,7 @@ def run(
             yield encode(encoder, name, read(name), lossy)
         return
     with ThreadPoolExecutor(workers) as pool:
-        waiting: collections.deque[Future[Encoded]] = collections.deque()
+        waiting: collections.deque[Future[EncodedTensor]] = collections.deque()
         try:
             for name in names:
                 if len(waiting) >= workers:
@@ -62,7 +62,7 @@ def run(
                 future.cancel()
 
 
-def encode(encoder: Encoder, name: str, value: np.ndarray | QuantizedTensor, lossy: bool) -> Encoded:
+def encode(encoder: Encoder, name: str, value: np.ndarray | QuantizedTensor, lossy: bool) -> EncodedTensor:
     """One tensor; see `run`."""
     if isinstance(value, QuantizedTensor):
         q = linear.as_linear(value)
@@ -166,7 +166,7 @@ def _whole(q: QuantizedTensor, fitted: QuantizedTensor) -> Iterator[Triple]:
     yield codes.dequantize(q, np.float64), codes.dequantize(fitted, np.float64), step
 
 
-def _dequantized(encoder: Encoder, name: str, q: QuantizedTensor) -> Encoded:
+def _dequantized(encoder: Encoder, name: str, q: QuantizedTensor) -> EncodedTensor:
     """A packed weight stored as float: exact in float32, unless another dtype was asked for."""
     if q.batch:
         raise FormatError(f"{name} is a stack of packed matrices, which cannot be stored as float; save as 'awq-jax'")
@@ -217,5 +217,5 @@ def _relative(a: np.ndarray, b: np.ndarray) -> float:
     return difference / largest if largest else 0.0
 
 
-def _sized(record: Record, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> Encoded:
-    return Encoded(dataclasses.replace(record, nbytes=sum(a.nbytes for a in arrays.values())), arrays, metadata)
+def _sized(record: Record, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> EncodedTensor:
+    return EncodedTensor(dataclasses.replace(record, nbytes=sum(a.nbytes for a in arrays.values())), arrays, metadata)

@@ -341,4 +341,4 @@ def copy_companions(directory: Path, tokenizer: TokenizerLike | None, extra: Sou
     if tokenizer is None and extra is not None:
         tokenizer = extra.tokenizer()
     if tokenizer is not None:
-        tokenizer.save_pretrained(directory)
+        tokenizer.save_pretrained(str(directory))

@@ -148,7 +148,7 @@ def into_sink(
     path: Path,
     source: Source,
     encoder: Encoder,
-    encoded: Iterable[pipeline.Encoded],
+    encoded: Iterable[pipeline.EncodedTensor],
     overwrite: bool,
 ) -> list[Record]:
     """Write a container of its own beside ``path``, and rename it.
