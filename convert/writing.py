@@ -207,7 +207,7 @@ def refuse_source(path: Path, source: Source | None) -> None:
     """Raise `CheckpointError` if ``path`` is where the weights come from."""
     where = None if source is None else path_of(source)
     if where is not None and where.resolve() == path.resolve():
-        raise CheckpointError(f"{path} is where the weights come from; choose another target")
+        raise CheckpointError(f"{path} is the source, where the weights come from; choose another target")
 
 
 def final_config(config: HfConfig, changes: HfConfig | None, records: Sequence[Record]) -> JsonObject:

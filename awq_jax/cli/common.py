@@ -6,7 +6,6 @@ import argparse
 import json
 import math
 import os
-import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -94,7 +93,7 @@ def check_new_directory(path: Path, overwrite: bool) -> None:
     from awq_jax.convert.files.shards import refuse_existing  # JAX, for which --help must not wait
 
     refuse_existing(path.expanduser().absolute(), overwrite)
-    parent = existing_parent(path)
+    parent = next(p for p in path.absolute().parents if p.exists())
     if not parent.is_dir():
         raise CheckpointError(f"cannot create {path}: {parent} is not a directory")
     if not os.access(parent, os.W_OK):
@@ -113,24 +112,6 @@ def check_report_path(path: Path | None) -> None:
         raise ConfigError(f"report {path} must end in .html or .json")
     if not path.absolute().parent.is_dir() or path.is_dir():
         raise ConfigError(f"cannot write report {path}: its directory does not exist, or it is a directory itself")
-
-
-def check_space(path: Path, needed: float) -> None:
-    """Refuse a destination whose disk has fewer than ``needed`` bytes free.
-
-    Raises:
-      CheckpointError: with both numbers.
-    """
-    free = shutil.disk_usage(existing_parent(path)).free
-    if free < needed:
-        raise CheckpointError(
-            f"{path} needs at least {needed / 2**30:.2f} GiB and its disk has {free / 2**30:.2f} GiB free"
-        )
-
-
-def existing_parent(path: Path) -> Path:
-    """The nearest ancestor of ``path`` that exists."""
-    return next(p for p in path.absolute().parents if p.exists())
 
 
 def _finite(value: object) -> object:

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from awq_jax import models
+from awq_jax import data, models
 from awq_jax.config import AwqConfig
 from awq_jax.convert import registry, writing
 from awq_jax.convert.source import Source
@@ -280,7 +280,7 @@ class Model:
 
     def quantize(
         self,
-        calib: object = "pileval",
+        calib: data.CalibrationSource | Sequence[Mapping[str, Any]] = "pileval",
         *,
         samples: int = 128,
         seq_len: int = 512,

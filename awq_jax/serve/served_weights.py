@@ -22,7 +22,7 @@ from awq_jax.serve.generate import Generator
 log = logging.getLogger(__name__)
 
 # Else XLA on CPU, to have work for more threads, writes out the floats of all layers at once.
-FRUGAL = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+LESS_MEMORY = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 
 class ServedWeights:
@@ -58,8 +58,8 @@ class ServedWeights:
         self._fused = self._apart = config
         self._dtypes: dict[str, str] = {}
         self._generators = {(config, False): Generator(graphdef, config, place)}
-        self._frugal = False
-        self._how, self._size = "", 0
+        self._less_memory = False
+        self._explanation, self._size = "", 0
 
     def take_params(self) -> nnx.State:
         """The parameters as they were given, rebuilt if the form that is served has replaced them.
@@ -109,13 +109,13 @@ class ServedWeights:
         """The parameters to generate with, and the programs for them."""
         if self._served is None:
             self._served = self._prepare()
-            log.info("%s", self._how)
-        return self._generators[self._fused, self._frugal], self._served
+            log.info("%s", self._explanation)
+        return self._generators[self._fused, self._less_memory], self._served
 
     def explain(self) -> str:
         """One line on the form in which the weights are served, with its bytes."""
         self.serving()
-        return self._how
+        return self._explanation
 
     def _prepare(self) -> nnx.State:
         params = self.take_params()
@@ -147,10 +147,12 @@ class ServedWeights:
         for path in leaves:
             leaves[path] = kernels.prepare(leaves[path], platform)
         graphdef, served = fuse.assemble(self._fused, leaves)
-        self._frugal = packed and not copy and platform == "cpu"
-        options = FRUGAL if self._frugal else None
-        self._generators.setdefault((self._fused, self._frugal), Generator(graphdef, self._fused, self.place, options))
-        self._how = "served as " + "; ".join(notes)
+        self._less_memory = packed and not copy and platform == "cpu"
+        options = LESS_MEMORY if self._less_memory else None
+        self._generators.setdefault(
+            (self._fused, self._less_memory), Generator(graphdef, self._fused, self.place, options)
+        )
+        self._explanation = "served as " + "; ".join(notes)
         return served
 
     def _choose(self, leaves: Mapping[str, Weight], platform: str) -> tuple[bool, str]:

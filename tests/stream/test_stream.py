@@ -249,7 +249,7 @@ def test_what_cannot_work_is_refused_before_any_work(checkpoint, whole, tmp_path
     refuses(errors.ShapeError, r"layers/2/mlp/down_proj/kernel: 32 rows, group size 64", group_size=64)
     refuses(errors.FormatError, "gemm cannot hold this.*3 bits", bits=3, format="gemm")
     refuses(errors.FormatError, "not written block by block", format="gguf-q4_1")
-    refuses(errors.CheckpointError, "is where the weights come from", dst=checkpoint, overwrite=True)
+    refuses(errors.CheckpointError, "is the source", dst=checkpoint, overwrite=True)
     refuses(errors.CheckpointError, "exists", dst=whole[0])
     refuses(errors.ConfigError, "quantized already", src=whole[0])
     refuses(errors.ConfigError, "hidden must be", hidden="clouds")
