@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
 from awq_jax.errors import PlanError
 from awq_jax.qtensor import is_quantized
 
+T = TypeVar("T")
 
-def path_str(path: tuple[Any, ...]) -> str:
+
+def path_str(path: jax.tree_util.KeyPath) -> str:
     """A JAX key path as ``"layers/0/q_proj/kernel"``.
 
     Attribute keys of variable wrappers (``nnx.Param.value``, Linen partitioning boxes) are dropped.
@@ -21,7 +23,7 @@ def path_str(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(named, simple=True, separator="/")
 
 
-def flatten(params: Any) -> dict[str, Any]:
+def flatten(params: object) -> dict[str, Any]:
     """``{path: leaf}`` in tree order; a `QuantizedTensor` counts as one leaf.
 
     Raises:
@@ -37,11 +39,11 @@ def flatten(params: Any) -> dict[str, Any]:
     return out
 
 
-def map_with_path(f: Callable[[str, Any], Any], params: Any) -> Any:
+def map_with_path(f: Callable[[str, Any], object], params: T) -> T:
     """Map ``f(path, leaf)`` over ``params``, keeping its structure."""
     return jax.tree_util.tree_map_with_path(lambda p, leaf: f(path_str(p), leaf), params, is_leaf=is_quantized)
 
 
-def nbytes(params: Any) -> int:
+def nbytes(params: object) -> int:
     """Bytes of all arrays of ``params``, packed ones as they are stored."""
     return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(params) if hasattr(a, "dtype"))

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from awq_jax.calibration.calibration import Array, Stats, Wanted
+from awq_jax.calibration.calibration import Stats, Wanted
 from awq_jax.devices.pool import AXIS, Pool, replicator
+from awq_jax.pack import Array
 
 ByGroup = dict[str, Stats]  # by the name of the group, without the prefix
 

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +17,16 @@ from tqdm import tqdm
 
 from awq_jax.calibration.grams import ArrayGrams, Grams
 from awq_jax.errors import CalibrationError
+from awq_jax.pack import Array
 from awq_jax.plan.discover import discover
 from awq_jax.plan.plan import Group, Plan
 from awq_jax.plan.validate import validate
 from awq_jax.plan.verify import verify
 from awq_jax.trace import interpret
 
-Array = jax.Array | np.ndarray
+Args = tuple[object, ...]
+Kwargs = dict[str, Any]
+T = TypeVar("T")
 
 SLAB, SLAB_CHANNELS = 128, 512  # see `_in_slabs`
 
@@ -142,14 +145,14 @@ class Calibration:
 
 
 def calibrate(
-    apply_fn: Callable[..., Any],
-    params: Any,
-    batches: Iterable[Any],
+    apply_fn: Callable[..., object],
+    params: object,
+    batches: Iterable[object],
     *,
     plan: Plan | None = None,
     verified: bool = False,
     include_head: bool = False,
-    check: Callable[[Plan], Any] | None = None,
+    check: Callable[[Plan], object] | None = None,
     progress: bool = True,
 ) -> Calibration:
     """Stream ``batches`` through the model once and keep `Stats` of every scale group.
@@ -178,7 +181,7 @@ def calibrate(
         raise CalibrationError(f"batches is a {type(batches).__name__}: pass a list of batches, [batch] if it is one")
     bar = tqdm(batches, desc="calibrate", unit="batch", disable=not progress)
     stats: dict[str, Stats] | None = None
-    step: Callable[..., Any] | None = None
+    step: Callable[..., dict[str, Stats]] | None = None
     tokens = 0
     for batch in bar:
         args, kwargs = _arguments(batch)
@@ -201,13 +204,13 @@ def calibrate(
     return Calibration(plan, stats, tokens)
 
 
-def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _arguments(batch: object) -> tuple[Args, Kwargs]:
     if isinstance(batch, Mapping):
         return (), dict(batch)
     return (tuple(batch), {}) if isinstance(batch, tuple) else ((batch,), {})
 
 
-def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+def _tokens(args: Args, kwargs: Kwargs) -> int:
     """Rows of the first array: ``[B, T]`` integer tokens, or ``[..., K]`` float features."""
     for x in jax.tree.leaves([*args, *kwargs.values()]):
         if hasattr(x, "shape") and len(x.shape):
@@ -242,16 +245,14 @@ class Wanted:
         return Stats(*(cast(Any, jax.ShapeDtypeStruct(shape, jnp.float32)) for shape in shapes))
 
 
-def collector(apply_fn: Callable[..., Any], wanted: Iterable[Wanted]) -> Callable[..., tuple[Any, dict[str, Stats]]]:
+def collector(apply_fn: Callable[..., T], wanted: Iterable[Wanted]) -> Callable[..., tuple[T, dict[str, Stats]]]:
     """A jit-able ``(params, args, kwargs, start=0) -> (output, {group: Stats})``.
 
     ``start``: int32, the first of the experts where only some are wanted.
     """
     first = {w.group.sites[0].path: w for w in wanted}
 
-    def run(
-        params: Any, args: tuple[Any, ...], kwargs: dict[str, Any], start: jax.Array | int = 0
-    ) -> tuple[Any, dict[str, Stats]]:
+    def run(params: object, args: Args, kwargs: Kwargs, start: jax.Array | int = 0) -> tuple[T, dict[str, Stats]]:
         program = interpret.trace(apply_fn, params, *args, **kwargs)
         missing = set(first) - {use.path for use in program.uses}
         if missing:

@@ -9,8 +9,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from awq_jax.calibration.calibration import Array
 from awq_jax.calibration.grams import all_finite
+from awq_jax.pack import Array
 from awq_jax.plan.plan import Group
 
 BUDGET = 2 << 30  # bytes of the Grams of one group

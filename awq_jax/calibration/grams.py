@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from awq_jax.pack import Array
 from awq_jax.plan.plan import Group
 
 
@@ -34,7 +35,7 @@ class ArrayGrams:
       group: whose.
     """
 
-    def __init__(self, gram: jax.Array | np.ndarray, group: Group) -> None:
+    def __init__(self, gram: Array, group: Group) -> None:
         self._gram, self._lead, self._experts = gram, (*group.scan, *group.batch), math.prod(group.batch)
         self._summed: dict[int, jax.Array] = {}  # of the last layer asked for
 
@@ -56,6 +57,6 @@ class ArrayGrams:
 
 
 @jax.jit
-def all_finite(x: jax.Array) -> jax.Array:
+def all_finite(x: Array) -> jax.Array:
     """Whether there is neither NaN nor inf in ``x``."""
     return jnp.isfinite(x).all()

@@ -8,7 +8,6 @@ import itertools
 import math
 from collections.abc import Sequence
 
-import jax.numpy as jnp
 import numpy as np
 
 from awq_jax.plan import channel_labels
@@ -204,7 +203,7 @@ class _Walk:
             raise Blocked(f"it comes straight from {where}")
         if view.axes != View.of_leaf(view.path, view.shape).axes[view.scanned :] or not view.full:
             raise Blocked(f"{view.path} is sliced by a loop in an unusual way")
-        if not jnp.issubdtype(v.dtype, jnp.floating):
+        if not v.is_float:
             raise Blocked(f"{view.path} is not a float parameter")
         mine = self.program.views[self.sites[0].ins[self.sites[0].op.weight]]
         if view.loops != mine.loops:

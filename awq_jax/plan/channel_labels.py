@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
@@ -233,7 +232,7 @@ def through_product(node: Node, pos: int, lab: np.ndarray, shared: SharedChannel
     return np.transpose(lab.reshape([*mine, *[1] * len(c)]), np.argsort(order).tolist())
 
 
-def is_zero(literal: Any) -> bool:
+def is_zero(literal: object) -> bool:
     """A constant that any scale leaves alone."""
     try:
         return not np.any(np.asarray(literal))

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
-from typing import Any
-
-import jax.numpy as jnp
+from collections.abc import Callable, Hashable
 
 from awq_jax.errors import PlanError
 from awq_jax.plan import absorb, channel_labels
@@ -22,7 +19,7 @@ CHOOSERS = frozenset(("top_k", "argmax", "argmin", "sort"))
 VIEWS = SAME_SHAPE | {"reshape", "transpose", "squeeze"}
 
 
-def discover(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Plan:
+def discover(fn: Callable[..., object], params: object, *args: object, **kwargs: object) -> Plan:
     """Scale groups of ``fn(params, *args, **kwargs)``; nothing is computed.
 
     Sites that read the same activation form a group. Its absorbers are found by walking upstream
@@ -53,7 +50,7 @@ def discover(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> 
         if node.use and node.use.path not in skipped:
             by_path.setdefault(node.use.path, []).append((scope, node))
 
-    shared: dict[Any, list[tuple[Scope, Node]]] = {}
+    shared: dict[Hashable, list[tuple[Scope, Node]]] = {}
     for path, uses in by_path.items():
         roots = {(scope, *_activation(scope, node)) for scope, node in uses}
         key = (*roots.pop(), _extent(program, uses[0][1])) if len(roots) == 1 else path
@@ -65,7 +62,7 @@ def discover(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> 
 
 def _skipped(program: Program, where: list[tuple[Scope, Node]]) -> dict[str, str]:
     """Leaves read by a matmul that must stay float, with the reason."""
-    dtypes = {p: v.dtype for p, v in zip(program.leaves, program.graph.ins, strict=False)}
+    values = dict(zip(program.leaves, program.graph.ins, strict=False))
     out: dict[str, str] = {}
     axes: dict[str, str] = {}
     for scope, node in where:
@@ -75,8 +72,8 @@ def _skipped(program: Program, where: list[tuple[Scope, Node]]) -> dict[str, str
             continue
         if use.reason:
             out[use.path] = use.reason
-        elif not jnp.issubdtype(dtypes[use.path], jnp.floating):
-            out[use.path] = f"it is {dtypes[use.path]}, not float"
+        elif not values[use.path].is_float:
+            out[use.path] = f"it is {values[use.path].dtype}, not float"
         elif program.readers.get(use.path):
             out[use.path] = f"it is also read by {_plain(program.readers[use.path][0])}"
         elif axes.setdefault(use.path, use.axes) != use.axes:
@@ -149,7 +146,7 @@ def _extent(program: Program, node: Node) -> tuple[tuple[int, ...], tuple[int, .
     return tuple(sizes["s"]), tuple(sizes["b"]), math.prod(sizes["k"])
 
 
-def _group(program: Program, key: Any, uses: list[tuple[Scope, Node]], feeds_matmul: dict[Node, bool]) -> Group:
+def _group(program: Program, key: Hashable, uses: list[tuple[Scope, Node]], feeds_matmul: dict[Node, bool]) -> Group:
     sites: dict[str, Site] = {}
     for scope, node in uses:
         use = node.use

@@ -6,7 +6,8 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any
+from types import ModuleType
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,12 @@ import numpy as np
 
 from awq_jax import paths
 from awq_jax.errors import PlanError, ShapeError, WeightError
+from awq_jax.pack import Array
 from awq_jax.plan.plan import Absorber, Group, Plan, Site
-from awq_jax.qtensor import is_quantized
+from awq_jax.qtensor import QuantizedTensor, Weight
 
-Scales = Mapping[str, Any]
+Scales = Mapping[str, Array]
+T = TypeVar("T")
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=["kind", "offset"])
@@ -33,7 +36,7 @@ class ScaleStep:
 
     kind: str
     offset: float
-    values: Any
+    values: Array
 
     def apply(self, w: jax.Array) -> jax.Array:
         """``w`` multiplied or divided."""
@@ -70,7 +73,7 @@ class Folder:
             for a in g.absorbers:
                 self._absorbers.setdefault(a.path, []).append((g, a))
 
-    def leaf(self, path: str, leaf: Any) -> Any:
+    def leaf(self, path: str, leaf: Weight) -> Weight:
         """The parameter with its scales folded in: same shape and dtype, computed in float32 or wider.
 
         Raises:
@@ -79,7 +82,7 @@ class Folder:
         steps = self.steps(path)
         if not steps:
             return leaf
-        if is_quantized(leaf):
+        if isinstance(leaf, QuantizedTensor):
             raise WeightError(f"{path} is packed: scales fold into float parameters only")
         return _folded(leaf, steps)
 
@@ -104,7 +107,7 @@ def _folded(leaf: jax.Array, steps: tuple[ScaleStep, ...]) -> jax.Array:
     return scaled(leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), steps).astype(leaf.dtype)
 
 
-def site_scale(group: Group, site: Site, s: Any) -> Any:
+def site_scale(group: Group, site: Site, s: Array) -> Array:
     """``s [*scan, *batch, K]`` laid out to multiply the weight of ``site``."""
     xp = _module(s)
     sizes = {r: [n for n, a in zip(site.shape, site.axes, strict=True) if a == r] for r in "sbk"}
@@ -117,7 +120,7 @@ def site_scale(group: Group, site: Site, s: Any) -> Any:
     return s.reshape([1 if a == "n" else next(it) for a in site.axes])
 
 
-def absorber_scale(group: Group, absorber: Absorber, s: Any) -> Any:
+def absorber_scale(group: Group, absorber: Absorber, s: Array) -> Array:
     """``s [*scan, *batch, K]`` laid out to divide the absorbing parameter; 1 where it is left alone."""
     xp = _module(s)
     s = s.reshape(*group.scan, math.prod(group.batch) * group.channels)
@@ -125,12 +128,12 @@ def absorber_scale(group: Group, absorber: Absorber, s: Any) -> Any:
     return xp.where(index >= 0, s[..., np.maximum(index, 0)], xp.ones((), s.dtype))
 
 
-def _module(s: Any) -> Any:
+def _module(s: Array) -> ModuleType:
     """What computes with ``s``: NumPy where that holds it, without compiling anything."""
     return np if isinstance(s, np.ndarray) else jnp
 
 
-def apply(plan: Plan, params: Any, scales: Scales) -> Any:
+def apply(plan: Plan, params: T, scales: Scales) -> T:
     """``params`` with the scales folded in: the model computes the same function as before.
 
     Args:

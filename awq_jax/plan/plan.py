@@ -185,7 +185,7 @@ class Plan:
         return "\n".join(lines)
 
 
-def _encode(index: np.ndarray) -> dict[str, Any]:
+def _encode(index: np.ndarray) -> dict[str, list[int] | list[list[int]]]:
     """Runs ``[start, step, length]`` of the flattened array."""
     flat = np.asarray(index).ravel().tolist()
     runs: list[list[int]] = []

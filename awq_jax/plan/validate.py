@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
@@ -12,14 +11,16 @@ from awq_jax import paths
 from awq_jax.errors import PlanError
 from awq_jax.plan.plan import Group, Plan, Site
 
+Shapes = Mapping[str, tuple[int, ...]]  # by path
 
-def validate(plan: Plan, params: Any) -> None:
+
+def validate(plan: Plan, params: object) -> None:
     """Check that ``plan`` describes ``params``.
 
     Raises:
       PlanError: names the group and the path: missing, another shape, an index out of range.
     """
-    leaves = paths.flatten(params)
+    shapes = {path: tuple(leaf.shape) for path, leaf in paths.flatten(params).items()}
     names: set[str] = set()
     owner: dict[str, str] = {}
     for g in plan.groups:
@@ -31,24 +32,24 @@ def validate(plan: Plan, params: Any) -> None:
         for site in g.sites:
             if owner.setdefault(site.path, g.name) != g.name:
                 raise PlanError(f"{site.path} is a site of two groups, {owner[site.path]} and {g.name}")
-            _check_site(g, site, leaves)
+            _check_site(g, site, shapes)
         width = math.prod(g.batch) * g.channels
         for a in g.absorbers:
-            _check_absorber(g, a.path, np.asarray(a.index), width, leaves)
+            _check_absorber(g, a.path, np.asarray(a.index), width, shapes)
         if g.shared_channels is not None and (np.shape(g.shared_channels) != (width,)):
             raise PlanError(f"group {g.name}: ties have shape {np.shape(g.shared_channels)}, expected ({width},)")
 
 
-def _leaf_shape(group: Group, path: str, leaves: Mapping[str, Any]) -> tuple[int, ...]:
-    if path not in leaves:
-        close = sorted(p for p in leaves if p.split("/")[-2:] == path.split("/")[-2:])[:3]
+def _leaf_shape(group: Group, path: str, shapes: Shapes) -> tuple[int, ...]:
+    if path not in shapes:
+        close = sorted(p for p in shapes if p.split("/")[-2:] == path.split("/")[-2:])[:3]
         hint = f"; similar: {', '.join(close)}" if close else ""
         raise PlanError(f"group {group.name}: the parameters have no {path}{hint}")
-    return tuple(leaves[path].shape)
+    return shapes[path]
 
 
-def _check_site(group: Group, site: Site, leaves: Mapping[str, Any]) -> None:
-    shape = _leaf_shape(group, site.path, leaves)
+def _check_site(group: Group, site: Site, shapes: Shapes) -> None:
+    shape = _leaf_shape(group, site.path, shapes)
     if shape != tuple(site.shape):
         raise PlanError(f"group {group.name}: {site.path} has shape {shape}, the plan says {tuple(site.shape)}")
     axes = site.axes
@@ -66,8 +67,8 @@ def _check_site(group: Group, site: Site, leaves: Mapping[str, Any]) -> None:
         raise PlanError(f"group {group.name}: {site.path} contracts {k} channels, the group has {group.channels}")
 
 
-def _check_absorber(group: Group, path: str, index: np.ndarray, width: int, leaves: Mapping[str, Any]) -> None:
-    shape = _leaf_shape(group, path, leaves)
+def _check_absorber(group: Group, path: str, index: np.ndarray, width: int, shapes: Shapes) -> None:
+    shape = _leaf_shape(group, path, shapes)
     lead = len(group.scan)
     if shape[:lead] != tuple(group.scan):
         raise PlanError(f"group {group.name}: absorber {path} of shape {shape} does not start with {group.scan}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,13 @@ from awq_jax.plan.validate import validate
 
 
 def verify(
-    plan: Plan, fn: Callable[..., Any], params: Any, *args: Any, seed: int = 0, tol: float = 1e-4, **kwargs: Any
+    plan: Plan,
+    fn: Callable[..., object],
+    params: object,
+    *args: object,
+    seed: int = 0,
+    tol: float = 1e-4,
+    **kwargs: object,
 ) -> Plan:
     """The plan with the absorbers taken from every group whose scale is not absorbed exactly.
 
@@ -47,7 +52,7 @@ def verify(
     dynamic = [hasattr(x, "shape") for x in rest]
 
     @jax.jit
-    def run(params: Any, scales: dict[str, jax.Array], arrays: list[Any]) -> list[jax.Array]:
+    def run(params: object, scales: dict[str, np.ndarray], arrays: list[jax.Array]) -> list[jax.Array]:
         it = iter(arrays)
         a, k = jax.tree.unflatten(tree, [next(it) if d else x for d, x in zip(dynamic, rest, strict=True)])
         out = jax.tree.leaves(fn(fold.apply(plan, params, scales), *a, **k))
@@ -83,7 +88,7 @@ def _random_scale(group: Group, rng: np.random.Generator) -> np.ndarray:
     return s.reshape(*group.scan, *group.batch, group.channels)
 
 
-def _rounding(groups: list[Group], params: Any) -> float:
+def _rounding(groups: list[Group], params: object) -> float:
     """What ``(offset + w) / s - offset`` loses when the parameter is stored in 16 bits."""
     leaves = paths.flatten(params)
     dtypes = {leaves[a.path].dtype for g in groups for a in g.absorbers if a.offset}

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,16 @@ PIECE_ELSEWHERE = 1 << 25  # accelerators: enough columns to keep them busy
 ALIGNED = 64  # columns in a piece are a multiple of it
 SPARE = 0.15  # of the columns may be zeros that fill up the last piece
 
-Place = Callable[[Any], Any]  # brings arrays to the device that works on a piece
+T = TypeVar("T")
+Fetched = TypeVar("Fetched")
+Prepared = TypeVar("Prepared")
+Result = TypeVar("Result")
+
+
+class Place(Protocol):
+    """Brings arrays to the device that works on a piece."""
+
+    def __call__(self, tree: T) -> T: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,10 +141,10 @@ def sweep(
     pool: Pool,
     experts: int,
     pieces: int,
-    fetch: Callable[[int], Any],
-    prepare: Callable[[Any], Any],
-    run: Callable[[Place, int, int, Any], Any],
-) -> list[list[Any]]:
+    fetch: Callable[[int], Fetched],
+    prepare: Callable[[Fetched], Prepared],
+    run: Callable[[Place, int, int, Prepared], Result],
+) -> list[list[Result]]:
     """Work on all pieces of all experts, with what each expert's pieces have in common made once a device.
 
     Args:
@@ -147,13 +156,18 @@ def sweep(
     Returns:
       Results by expert and piece, as NumPy arrays.
     """
-    out: list[list[Any]] = []
+    out: list[list[Result]] = []
     window = -(-pool.size // pieces)
     for low in range(0, experts, window):
         fetched = [fetch(e) for e in range(low, min(low + window, experts))]
-        ready: dict[tuple[int, int], Any] = {}
+        ready: dict[tuple[int, int], Prepared] = {}
 
-        def one(number: int, low: int = low, fetched: list[Any] = fetched, ready: dict[Any, Any] = ready) -> Any:
+        def one(
+            number: int,
+            low: int = low,
+            fetched: list[Fetched] = fetched,
+            ready: dict[tuple[int, int], Prepared] = ready,
+        ) -> Result:
             e, i = divmod(number, pieces)
             key = e, number % pool.size
             if key not in ready:

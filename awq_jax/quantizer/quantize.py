@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, overload
+from collections.abc import Callable, Iterable, Mapping
+from typing import Literal, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -23,29 +23,46 @@ from awq_jax.errors import CalibrationError, ConfigError, WeightError
 from awq_jax.plan import fold
 from awq_jax.plan.plan import Group, Plan
 from awq_jax.plan.validate import validate
-from awq_jax.qtensor import QuantizedTensor
+from awq_jax.qtensor import QuantizedTensor, Weight
 from awq_jax.quantizer.scale_groups import GroupScale, find_scale, round_group
 from awq_jax.quantizer.targets import Target, select
 
+T = TypeVar("T")
+CalibrationData = Calibration | Plan | Iterable[object]
+
 
 @overload
 def quantize(
-    params: Any, calib: Any, config: AwqConfig | None = ..., *, return_report: Literal[True], **settings: Any
-) -> tuple[Any, report.Report]: ...
+    params: T,
+    calib: CalibrationData,
+    config: AwqConfig | None = ...,
+    *,
+    apply_fn: Callable[..., object] | None = ...,
+    progress: bool = ...,
+    return_report: Literal[True],
+    **settings: object,
+) -> tuple[T, report.Report]: ...
 @overload
 def quantize(
-    params: Any, calib: Any, config: AwqConfig | None = ..., *, return_report: Literal[False] = ..., **settings: Any
-) -> Any: ...
+    params: T,
+    calib: CalibrationData,
+    config: AwqConfig | None = ...,
+    *,
+    apply_fn: Callable[..., object] | None = ...,
+    progress: bool = ...,
+    return_report: Literal[False] = ...,
+    **settings: object,
+) -> T: ...
 def quantize(
-    params: Any,
-    calib: Any,
+    params: T,
+    calib: CalibrationData,
     config: AwqConfig | None = None,
     *,
-    apply_fn: Callable[..., Any] | None = None,
+    apply_fn: Callable[..., object] | None = None,
     progress: bool = True,
     return_report: bool = False,
-    **settings: Any,
-) -> Any:
+    **settings: object,
+) -> T | tuple[T, report.Report]:
     """Quantize every matmul weight of ``params`` (AWQ, arXiv 2306.00978).
 
     Pure: ``params`` is not changed, and the same arguments give the same bits.
@@ -96,7 +113,7 @@ def quantize(
             progress=progress,
         )
     calibrated = time.perf_counter()
-    plan: Plan = calib.plan
+    plan = calib.plan
     validate(plan, params)
     targets, skipped = select(plan, config)
     if not targets:
@@ -143,7 +160,7 @@ class Quantized:
       seconds: spent on ``"search"`` and ``"round"``.
     """
 
-    leaves: dict[str, Any]
+    leaves: dict[str, Weight]
     rows: list[report.LayerReport]
     seconds: dict[str, float]
 
@@ -151,7 +168,7 @@ class Quantized:
 def quantize_groups(
     plan: Plan,
     work: Work,
-    leaves: Mapping[str, Any],
+    leaves: Mapping[str, jax.Array],
     fetch: Fetch,
     config: AwqConfig,
     progress: Callable[[], object] = lambda: None,
@@ -203,7 +220,7 @@ def quantize_groups(
     return Quantized(out, rows, {"search": searched - started, "round": time.perf_counter() - searched})
 
 
-def check_finite(params: Any) -> None:
+def check_finite(params: object) -> None:
     """Refuse NaN and inf before any time is spent on them."""
     for path, leaf in paths.flatten(params).items():
         if isinstance(leaf, QuantizedTensor):

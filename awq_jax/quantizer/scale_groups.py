@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from awq_jax.calibration.grams import all_finite
 from awq_jax.calibration.means import Means, means_of
 from awq_jax.config import AwqConfig, LeafConfig
 from awq_jax.devices.pool import HERE, Pool
+from awq_jax.pack import Array
 from awq_jax.plan import fold
 from awq_jax.plan.plan import Group, Plan
 from awq_jax.qtensor import QuantizedTensor, split_shape
@@ -51,7 +52,7 @@ class GroupScale:
 def find_scale(
     group: Group,
     targets: list[Target],
-    leaves: Mapping[str, Any],
+    leaves: Mapping[str, jax.Array],
     stats: Statistics | None,
     config: AwqConfig,
     pool: Pool = HERE,
@@ -82,7 +83,7 @@ def find_scale(
         absmean = _padded(means.absmean[layer], rows)
         energies = _energies(pool, means, layer, len(absmean), rows, method, config.damping)
 
-        def metric(e: int, layer: int = layer, energies: np.ndarray | None = energies) -> Any:
+        def metric(e: int, layer: int = layer, energies: np.ndarray | None = energies) -> Array:
             return _mean(means.collect_gram(layer, e), rows=rows) if energies is None else energies[e]
 
         found.append(
@@ -110,7 +111,7 @@ def find_scale(
 def round_group(
     group: Group,
     targets: list[Target],
-    leaves: Mapping[str, Any],
+    leaves: Mapping[str, jax.Array],
     folded: fold.Folder,
     found: GroupScale,
     stats: Statistics | None,
@@ -160,16 +161,16 @@ class _Packed(NamedTuple):
       rtn: loss of plain rounding without a scale.
     """
 
-    qweight: Any
-    scales: Any
-    zeros: Any
-    loss: Any
-    clipped: Any
-    energy: Any
-    rtn: Any
+    qweight: Array
+    scales: Array
+    zeros: Array
+    loss: Array
+    clipped: Array
+    energy: Array
+    rtn: Array
 
 
-_Sums = tuple[jax.Array, Any]  # of `awq_jax.calibration.means.Means.collect_gram`
+_Sums = tuple[jax.Array, np.float32]  # of `awq_jax.calibration.means.Means.collect_gram`
 
 
 class _Given(NamedTuple):
@@ -198,11 +199,12 @@ def _round(
     instances: list[_Packed] = []
     for layer in range(layers):
 
-        def fetch(e: int, layer: int = layer) -> Any:
-            return *((None, None) if means is None else means.collect_gram(layer, e)), scale[layer, e]
+        def fetch(e: int, layer: int = layer) -> tuple[_Sums | None, np.ndarray]:
+            return None if means is None else means.collect_gram(layer, e), scale[layer, e]
 
-        def prepare(given: Any) -> _Given:
-            return preparation(*given, rows=columns.rows, method=method, damping=config.damping)
+        def prepare(given: tuple[_Sums | None, np.ndarray]) -> _Given:
+            sums, s = given
+            return preparation(*(sums or (None, None)), s, rows=columns.rows, method=method, damping=config.damping)
 
         def run(place: Place, e: int, piece: int, given: _Given, layer: int = layer) -> _Packed:
             w = place(columns.piece(layer, e, piece))
@@ -216,7 +218,7 @@ def _round(
 
 
 def _given(
-    gram: jax.Array | None, count: jax.Array | None, scale: jax.Array, *, rows: int, method: Method, damping: float
+    gram: jax.Array | None, count: np.float32 | None, scale: jax.Array, *, rows: int, method: Method, damping: float
 ) -> _Given:
     s = jnp.pad(scale, (0, rows - len(scale)), constant_values=1.0)
     if gram is None or count is None:
@@ -281,14 +283,14 @@ def _padded(v: np.ndarray, rows: int) -> np.ndarray:
     return np.pad(v, ((0, 0), (0, rows - v.shape[-1])))
 
 
-def _assemble(t: Target, group: Group, leaf: Any, rounded: _Packed, found: GroupScale) -> QuantizedTensor:
+def _assemble(t: Target, group: Group, leaf: jax.Array, rounded: _Packed, found: GroupScale) -> QuantizedTensor:
     _, k_dims, n_dims = split_shape(t.site.shape, t.site.canonical_axes)
     inverse = None
     if found.scale is not None and not group.absorbers:
         inverse = scale_to_batched(1.0 / jnp.asarray(found.scale), t)
 
-    def batched(a: np.ndarray) -> jax.Array:
-        return jnp.asarray(to_batched(a, t))
+    def batched(a: Array) -> jax.Array:
+        return jnp.asarray(to_batched(np.asarray(a), t))
 
     return QuantizedTensor(
         qweight=batched(rounded.qweight),
@@ -305,7 +307,13 @@ def _assemble(t: Target, group: Group, leaf: Any, rounded: _Packed, found: Group
 
 
 def _row(
-    t: Target, group: Group, leaf: Any, q: QuantizedTensor, rounded: _Packed, found: GroupScale, means: Means | None
+    t: Target,
+    group: Group,
+    leaf: jax.Array,
+    q: QuantizedTensor,
+    rounded: _Packed,
+    found: GroupScale,
+    means: Means | None,
 ) -> LayerReport:
     total = float(rounded.energy.sum(dtype=np.float64))
     known = means is not None and total > 0
@@ -333,7 +341,7 @@ def _scale_dtype(largest: float, leaf: LeafConfig) -> str:
     return "float16" if step == 0 or 2.0**-14 <= step < 3e4 else "float32"
 
 
-def _overflows(group: Group, targets: list[Target], leaves: Mapping[str, Any], scale: np.ndarray) -> str:
+def _overflows(group: Group, targets: list[Target], leaves: Mapping[str, jax.Array], scale: np.ndarray) -> str:
     """What stays float and would become infinite in its own dtype, "" if nothing."""
     if not group.absorbers:
         return ""

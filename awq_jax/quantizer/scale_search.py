@@ -13,7 +13,7 @@ protection. Measured on a 135M model this cuts the loss of perplexity by a third
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -21,6 +21,7 @@ import numpy as np
 from awq_jax.algorithm.scale_candidates import candidates, scaled_losses, weight_share
 from awq_jax.config import LeafConfig
 from awq_jax.devices.pool import HERE, Pool
+from awq_jax.pack import Array
 from awq_jax.quantizer.column_pieces import Columns, Place, sweep
 
 
@@ -43,8 +44,8 @@ _losses = jax.jit(scaled_losses, static_argnames=("leaf", "dtype"))
 
 def search(
     weights: Sequence[tuple[LeafConfig, Columns]],
-    metric: Callable[[int], jax.Array],
-    magnitude: Any,
+    metric: Callable[[int], Array],
+    magnitude: np.ndarray,
     shared: jax.Array | None,
     *,
     layer: int = 0,
@@ -79,7 +80,7 @@ def search(
     mean = np.stack([sum(parts[1:], start=parts[0]) for parts in shares]) / np.float32(total)
     scales = np.asarray(_candidates(magnitude, mean, shared, n_grid=n_grid))
 
-    def loss(place: Place, e: int, piece: int, given: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def loss(place: Place, e: int, piece: int, given: tuple[Array, Array]) -> jax.Array:
         leaf, columns, i = work[piece]
         return _losses(place(columns.piece(layer, e, i)), *given, leaf=leaf, dtype=dtype)
 

@@ -21,12 +21,13 @@ from tqdm import tqdm
 from awq_jax import paths
 from awq_jax.calibration import calibration, expert_grams
 from awq_jax.calibration.accumulate import Accumulator
-from awq_jax.calibration.calibration import Array, Fetch, Statistics, Stats, Wanted
+from awq_jax.calibration.calibration import Fetch, Statistics, Stats, Wanted
 from awq_jax.calibration.expert_grams import ExpertGrams, ExpertStats
 from awq_jax.config import AwqConfig
 from awq_jax.devices.pool import HERE, Pool
 from awq_jax.errors import ConfigError
 from awq_jax.models.config import ModelConfig
+from awq_jax.pack import Array
 from awq_jax.plan.plan import Group, Plan
 from awq_jax.plan.verify import verify
 from awq_jax.qtensor import Weight

@@ -8,29 +8,38 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from awq_jax.errors import ShapeError
 from awq_jax.paths import path_str
 from awq_jax.qtensor import QuantizedTensor, is_quantized
 from awq_jax.trace import views
-from awq_jax.trace.jaxpr import REMAT, Graph, Op, Use, Val, bind, scan_split
+from awq_jax.trace.jaxpr import REMAT, Graph, Op, Operand, Use, Val, bind, scan_split
 from awq_jax.trace.uses import Program, trace
 from awq_jax.trace.views import View
 
 __all__ = ["Matmul", "Program", "Tap", "Use", "run", "trace"]
 
-Tap = Callable[[Use, jax.Array], Any]
+Tap = Callable[[Use, jax.Array], object]  # returns a pytree of arrays, or None
 Matmul = Callable[[jax.Array, QuantizedTensor], jax.Array]
+Value = ArrayLike | QuantizedTensor
+Taps = dict[int, object]  # what the tap returned, by `Use.index`
+Values = tuple[Value, ...]
 
 
 def run(
-    program: Program, params: Any, *args: Any, tap: Tap | None = None, matmul: Matmul | None = None, **kwargs: Any
+    program: Program,
+    params: object,
+    *args: object,
+    tap: Tap | None = None,
+    matmul: Matmul | None = None,
+    **kwargs: object,
 ) -> Any:
     """Run ``program`` with these parameters and inputs (of the traced shapes).
 
@@ -75,11 +84,11 @@ class _Interpreter:
     tap: Tap | None
     matmul: Matmul | None
 
-    def graph(self, graph: Graph, args: list[Any]) -> tuple[list[Any], dict[int, Any]]:
-        env: dict[Val, Any] = {**graph.consts, **dict(zip(graph.ins, args, strict=True))}
-        taps: dict[int, Any] = {}
+    def graph(self, graph: Graph, args: Sequence[Value]) -> tuple[list[ArrayLike], Taps]:
+        env: dict[Val, Value] = {**graph.consts, **dict(zip(graph.ins, args, strict=True))}
+        taps: Taps = {}
 
-        def read(v: Any) -> Any:
+        def read(v: Operand) -> Value:
             return env[v] if isinstance(v, Val) else v
 
         for op in graph.ops:
@@ -88,16 +97,17 @@ class _Interpreter:
         outs = [self.dense(v, read(v)) for v in graph.outs]
         return outs, taps
 
-    def dense(self, val: Any, x: Any) -> Any:
+    def dense(self, val: Operand, x: Value) -> ArrayLike:
         """A packed leaf as the float array the program has at ``val``."""
-        if not is_quantized(x):
+        if not isinstance(x, QuantizedTensor):
             return x
+        assert isinstance(val, Val)
         factors = [f for axis in self.views[val].axes for f in axis]
         order = views.leaf_order(tuple(factors))
         w = x.dequantize().reshape([factors[i].size for i in order])
         return jnp.transpose(w, np.argsort(order).tolist()).reshape(val.shape).astype(val.dtype)
 
-    def op(self, op: Op, ins: list[Any], taps: dict[int, Any]) -> list[Any]:
+    def op(self, op: Op, ins: list[Value], taps: Taps) -> Sequence[Value]:
         packed = [i for i, x in enumerate(ins) if is_quantized(x)]
         if op.bodies and (packed or (self.tap and any(b.watched for b in op.bodies))):
             return self.nested(op, ins, taps)
@@ -107,10 +117,11 @@ class _Interpreter:
             return ins
         return bind(op, [self.dense(v, x) for v, x in zip(op.ins, ins, strict=True)])
 
-    def site(self, op: Op, ins: list[Any], taps: dict[int, Any]) -> Any:
+    def site(self, op: Op, ins: list[Value], taps: Taps) -> jax.Array:
+        """A matmul with a parameter."""
         assert op.use is not None
         assert op.roles is not None
-        x, w = ins[1 - op.weight], ins[op.weight]
+        x, w = self.dense(op.ins[1 - op.weight], ins[1 - op.weight]), ins[op.weight]
         flat = _flatten_activation(op, x)
         if self.tap and not op.use.reason:
             tapped = self.tap(op.use, flat)
@@ -120,22 +131,23 @@ class _Interpreter:
                 x, taps[op.use.index] = jax.lax.optimization_barrier((x, tapped))
                 ins = [w, x] if op.weight == 0 else [x, w]
         if self.matmul and is_quantized(w) and w.live_axes == op.use.axes.lstrip("s"):
-            return _restore_output(op, x, self.matmul(flat, w))
+            return _restore_output(op, self.matmul(flat, w))
         return bind(op, [self.dense(v, a) for v, a in zip(op.ins, ins, strict=True)])[0]
 
-    def nested(self, op: Op, ins: list[Any], taps: dict[int, Any]) -> list[Any]:
+    def nested(self, op: Op, ins: list[Value], taps: Taps) -> list[Value]:
         """A call or loop with packed leaves or tapped matmuls inside."""
 
-        def enter(body: Graph, values: list[Any]) -> list[Any]:
+        def enter(body: Graph, values: Sequence[Value]) -> list[Value]:
             outer = op.body_inputs(body)
             return [
                 self.dense(o, x) if is_quantized(x) and not (v in self.views and self.views[v].full) else x
                 for o, v, x in zip(outer, body.ins, values, strict=True)
             ]
 
-        def run(body: Graph, *values: Any) -> tuple[list[Any], dict[int, Any]]:
+        def run(body: Graph, *values: Value) -> tuple[list[ArrayLike], Taps]:
             return self.graph(body, list(values))
 
+        outs: Sequence[Value]
         if op.is_call:
             body = op.bodies[0]
             call = run
@@ -153,19 +165,19 @@ class _Interpreter:
             outs = jax.lax.while_loop(
                 lambda c: silent.graph(op.bodies[0], [*test[:a], *c])[0][0],
                 lambda c: silent.graph(op.bodies[1], [*step[:b], *c])[0],
-                list(step[b:]),
+                [self.dense(v, x) for v, x in zip(op.bodies[1].ins[b:], step[b:], strict=True)],
             )
             new = {}
         else:
             outs, new = self.cond(op, ins, enter, run)
         taps.update(new)
-        return list(outs)
+        return [*outs]
 
-    def scan(self, op: Op, ins: list[Any]) -> tuple[list[Any], dict[int, Any]]:
+    def scan(self, op: Op, ins: list[Value]) -> tuple[list[Value], Taps]:
         consts, carry = scan_split(op.params)
         body = op.bodies[0]
 
-        def step(state: Any, x: Any) -> Any:
+        def step(state: Values, x: Values) -> tuple[Values, tuple[Values, Taps]]:
             outs, new = self.graph(body, [*ins[:consts], *state, *x])
             return tuple(outs[:carry]), (tuple(outs[carry:]), new)
 
@@ -179,14 +191,20 @@ class _Interpreter:
         )
         return [*end, *ys], new
 
-    def cond(self, op: Op, ins: list[Any], enter: Any, run: Any) -> tuple[list[Any], dict[int, Any]]:
+    def cond(
+        self,
+        op: Op,
+        ins: list[Value],
+        enter: Callable[[Graph, Sequence[Value]], list[Value]],
+        run: Callable[..., tuple[list[ArrayLike], Taps]],
+    ) -> tuple[list[ArrayLike], Taps]:
         values = ins[1:]
-        shapes: dict[int, Any] = {}
+        shapes: Taps = {}
         if self.tap:
             for body in op.bodies:
                 shapes |= jax.eval_shape(lambda *a, body=body: run(body, *a)[1], *enter(body, values))
 
-        def branch(body: Graph, *a: Any) -> Any:
+        def branch(body: Graph, *a: Value) -> tuple[list[ArrayLike], Taps]:
             outs, new = run(body, *enter(body, list(a)))
             blank = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
             return outs, {**blank, **new}
@@ -202,7 +220,7 @@ def _other_axes(op: Op) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ..
     return b, tuple(d for d in range(rank) if d not in c and d not in b), c
 
 
-def _flatten_activation(op: Op, x: jax.Array) -> jax.Array:
+def _flatten_activation(op: Op, x: ArrayLike) -> jax.Array:
     """The activation as ``[*b, T, K]``, axes in the order of the leaf."""
     assert op.roles is not None
     b, free, c = _other_axes(op)
@@ -217,7 +235,7 @@ def _flatten_activation(op: Op, x: jax.Array) -> jax.Array:
     return x.reshape(*(sizes[a] for a in sorted(sizes)), t, math.prod(views.sizes(k)))
 
 
-def _restore_output(op: Op, x: jax.Array, y: jax.Array) -> jax.Array:
+def _restore_output(op: Op, y: jax.Array) -> jax.Array:
     """``y [*b, T, N]`` in the layout and dtype of the dot's own result."""
     assert op.roles is not None
     lead, n = op.roles.b, op.roles.n

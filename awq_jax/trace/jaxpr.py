@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jax.extend import core as jex
+from jax.typing import ArrayLike, DTypeLike
 
 from awq_jax.trace.views import AxisRoles
 
+Params = dict[str, Any]  # of a primitive: each has its own
 REMAT = frozenset(("remat2", "remat", "checkpoint"))
 CALLS = REMAT | frozenset(
     ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
@@ -20,7 +25,15 @@ class Val:
     """A value of the program."""
 
     shape: tuple[int, ...]
-    dtype: Any
+    dtype: DTypeLike | None  # None where it is no array
+
+    @property
+    def is_float(self) -> bool:
+        """Whether it is an array of floats."""
+        return self.dtype is not None and jnp.issubdtype(self.dtype, jnp.floating)
+
+
+Operand = Val | ArrayLike  # a literal is the array or number itself
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +75,7 @@ class Op:
     name: str
     ins: list[Any]
     outs: list[Val]
-    eqn: Any
+    eqn: jex.JaxprEqn
     bodies: list[Graph]
     within: str = ""
     use: Use | None = None
@@ -70,7 +83,7 @@ class Op:
     roles: AxisRoles | None = None
 
     @property
-    def params(self) -> dict[str, Any]:
+    def params(self) -> Params:
         return self.eqn.params
 
     @property
@@ -88,7 +101,7 @@ class Op:
                 line = f" ({file.split('/')[-1]}:{frame.line_num})"
         return (name or self.name) + line
 
-    def body_inputs(self, body: Graph) -> list[Any]:
+    def body_inputs(self, body: Graph) -> list[Operand]:
         """The operands that become ``body.ins``, in order (a scan's still stacked)."""
         if self.name == "cond":
             return self.ins[1:]
@@ -119,7 +132,7 @@ class Graph:
     watched: bool = False
 
 
-def _sub_jaxprs(name: str, params: dict[str, Any]) -> list[Any]:
+def _sub_jaxprs(name: str, params: Params) -> list[jex.Jaxpr | jex.ClosedJaxpr]:
     if name in CALLS:
         return [next(params[k] for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in params)]
     if name == "scan":
@@ -129,7 +142,7 @@ def _sub_jaxprs(name: str, params: dict[str, Any]) -> list[Any]:
     return list(params["branches"]) if name == "cond" else []
 
 
-def scan_split(params: dict[str, Any]) -> tuple[int, int]:
+def scan_split(params: Params) -> tuple[int, int]:
     """Numbers of constants and of carried values of a scan."""
     if "num_consts" in params:
         return params["num_consts"], params["num_carry"]
@@ -137,12 +150,13 @@ def scan_split(params: dict[str, Any]) -> tuple[int, int]:
     return len(consts), len(carry)
 
 
-def build(jaxpr: Any, within: str) -> Graph:
+def build(jaxpr: jex.Jaxpr | jex.ClosedJaxpr, within: str) -> Graph:
+    """The operations of a jaxpr; ``within``: the jitted function they belong to."""
     consts = getattr(jaxpr, "consts", ())
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     env = {v: Val(tuple(v.aval.shape), v.aval.dtype) for v in (*jaxpr.constvars, *jaxpr.invars)}
 
-    def read(v: Any) -> Any:
+    def read(v: jex.Var | jex.Literal) -> Operand:
         return v.val if isinstance(v, jex.Literal) else env[v]
 
     ops = []
@@ -158,7 +172,7 @@ def build(jaxpr: Any, within: str) -> Graph:
     return Graph([env[v] for v in jaxpr.invars], [read(v) for v in jaxpr.outvars], ops, captured)
 
 
-def bind(op: Op, ins: list[Any]) -> list[Any]:
+def bind(op: Op, ins: Sequence[ArrayLike]) -> list[jax.Array]:
     """Apply the operation's own primitive."""
     prim = op.eqn.primitive
     params = prim.get_bind_params(op.params)

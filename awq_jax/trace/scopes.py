@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from awq_jax.trace.jaxpr import Graph, Op, Use, Val
+from awq_jax.trace.jaxpr import Graph, Op, Operand, Params, Use, Val
 from awq_jax.trace.uses import Program
 
 OUTPUT = -1
@@ -30,7 +30,7 @@ class Node:
         return self.op.outs
 
     @property
-    def params(self) -> dict[str, Any]:
+    def params(self) -> Params:
         return self.op.params
 
     @property
@@ -78,9 +78,9 @@ def flatten(program: Program) -> Scope:
 
 def _scope(graph: Graph, outer: tuple[Scope, Node] | None, derived: set[Val]) -> Scope:
     scope = Scope(graph, outer, derived=derived)
-    known: dict[Val, Any] = {}
+    known: dict[Val, Operand] = {}
 
-    def resolve(v: Any) -> Any:
+    def resolve(v: Operand) -> Operand:
         return known.get(v, v) if isinstance(v, Val) else v
 
     def walk(graph: Graph) -> None:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
+from jax.tree_util import PyTreeDef
 
 from awq_jax.paths import path_str
 from awq_jax.qtensor import is_quantized
 from awq_jax.trace import views
-from awq_jax.trace.jaxpr import Graph, Op, Use, Val, build
+from awq_jax.trace.jaxpr import Graph, Op, Operand, Use, Val, build
 from awq_jax.trace.views import AxisRoles, View
 
 SAME_SHAPE = frozenset(
@@ -33,6 +33,9 @@ class Program:
       leaves: path -> shape of every parameter leaf, in tree order.
       views: which values are rearranged parameter leaves.
       readers: path -> names of the operations other than matmuls that read the leaf.
+      static: arguments that are not arrays: they are fixed in the program.
+      dynamic: for each leaf of the arguments, whether it is an input of the program.
+      args_tree, out_tree: how arguments and results are nested.
     """
 
     uses: tuple[Use, ...]
@@ -40,17 +43,17 @@ class Program:
     leaves: dict[str, tuple[int, ...]]
     views: dict[Val, View]
     readers: dict[str, list[str]]
-    static: tuple[Any, ...]
+    static: tuple[object, ...]
     dynamic: tuple[bool, ...]
-    args_tree: Any
-    out_tree: Any
+    args_tree: PyTreeDef
+    out_tree: PyTreeDef
 
 
-def _is_array(x: Any) -> bool:
+def _is_array(x: object) -> bool:
     return hasattr(x, "shape") and hasattr(x, "dtype")
 
 
-def trace(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Program:
+def trace(fn: Callable[..., object], params: object, *args: object, **kwargs: object) -> Program:
     """Record ``fn(params, *args, **kwargs)`` for the shapes given; nothing is computed.
 
     Args:
@@ -63,9 +66,9 @@ def trace(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Pro
     leaves = [jax.ShapeDtypeStruct(x.shape, x.dtype) if is_quantized(x) else x for _, x in flat]
     rest, args_tree = jax.tree.flatten((args, kwargs))
     dynamic = tuple(_is_array(x) for x in rest)
-    out_tree = None
+    out_tree: PyTreeDef
 
-    def call(leaves: list[Any], arrays: list[Any]) -> list[Any]:
+    def call(leaves: list[jax.Array], arrays: list[jax.Array]) -> list[jax.Array]:
         nonlocal out_tree
         it = iter(arrays)
         a, k = jax.tree.unflatten(args_tree, [next(it) if d else x for d, x in zip(dynamic, rest, strict=True)])
@@ -119,7 +122,7 @@ class _Marks:
     uses: list[Use]
     readers: dict[str, list[str]]
 
-    def read(self, v: Any, by: str) -> None:
+    def read(self, v: Operand, by: str) -> None:
         if isinstance(v, Val) and v in self.views:
             self.readers.setdefault(self.views[v].path, []).append(by)
 
