@@ -1,4 +1,19 @@
-"""Rounding errors compensated in the weights not yet rounded (arXiv 2210.17323), and scales refitted to codes."""
+"""Rounding errors compensated in the weights not yet rounded (GPTQ, arXiv 2210.17323), and scales refitted to codes.
+
+For one column, with ``d = rounded - w`` and H the mean Gram of the input, the expected squared output error is
+``d^T H d``. Rows are rounded one after another. Let F be row k and those still to come, and let rounding set
+``d_k = e``. The other d of F that then make ``d_F^T H_FF d_F`` least are (OBQ; section 3 of the paper)
+
+    d_F = e A[:, k] / A[k, k]   with   A = H_FF^-1,   and leave the error   e^2 / A[k, k].
+
+One factorisation gives A for all k (section 4, step 3). Let ``H = R R^T`` with R upper triangular and ``U = R^-1``,
+so that ``U^T U = H^-1``. R is upper triangular, hence ``H_FF = R_FF R_FF^T`` and ``A = U_FF^T U_FF``, whose column k
+is ``U[k, k] U[k, F]``:
+
+    d_F = e U[k, F] / U[k, k],   and the error left is   e^2 / U[k, k]^2.
+
+All rows together: ``d = U^T (e / diag U)``, so ``R^T d = e / diag U`` and ``d^T H d = sum_k e_k^2 / U[k, k]^2``.
+"""
 
 from __future__ import annotations
 
@@ -37,6 +52,8 @@ def inverse_factor(gram: jax.Array, damping: float) -> jax.Array:
     one channel a thousand times larger than the rest does not drown the others. Channels that were
     never active get the mean: they are rounded to nearest.
     """
+    # With J the reversal of rows: J H J = L L^T (Cholesky), so H = R R^T for the upper triangular R = J L J, and
+    # U = R^-1 = J L^-1 J.
     diag = jnp.diagonal(gram)
     mean = jnp.maximum(diag.mean(), 1e-30)
     add = jnp.where(diag > 0, damping * (diag + 0.1 * mean), mean)
@@ -54,6 +71,9 @@ def conditional_energy(gram: jax.Array, factor: GramFactor) -> jax.Array:
     the energy is the variance of channel k given the channels rounded after it (the pivot of the
     LDL factorisation), not the variance itself.
     """
+    # Above: row k leaves e^2 / U[k, k]^2. In H = R R^T = (R / diag R) diag(R)^2 (R / diag R)^T the pivot is
+    # R[k, k]^2 = 1 / U[k, k]^2 = H_kk - H_kL H_LL^-1 H_Lk, L the rows after k: what of channel k no linear
+    # combination of the later ones explains.
     pivots = 1.0 / jnp.square(jnp.diagonal(factor.inverse))
     energy = jnp.zeros_like(pivots).at[factor.order].set(pivots)
     return jnp.where(jnp.diagonal(gram) > 0, energy, 0.0)
@@ -83,6 +103,8 @@ def compensate(w: jax.Array, factor: GramFactor, grid: Grid, bits: int) -> jax.A
     rest = jnp.pad(w[order], ((0, pad), (0, 0)))
     top = 2**bits - 1
 
+    # Section 4, step 2: inside a block of rows each row updates the block; the rest of the matrix is updated once
+    # for the whole block, by one product.
     def block(start_block: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         rest, codes = carry
         start = start_block * BLOCK
@@ -97,7 +119,7 @@ def compensate(w: jax.Array, factor: GramFactor, grid: Grid, bits: int) -> jax.A
             w_i, s_i, z_i = rows[i], s[i], z[i]
             q_i = jnp.clip(jnp.round(w_i / jnp.where(s_i > 0, s_i, 1.0)) + z_i, 0, top)
             e_i = (w_i - (q_i - z_i) * s_i) / u_block[i, i]
-            # u_block is upper triangular: rows already rounded are not touched again.
+            # w_F += d_F with e = -(w - rounded). u_block is upper triangular: rows already rounded stay.
             rows = rows - u_block[i][:, None] * e_i[None, :]
             return rows, q.at[i].set(q_i), errors.at[i].set(e_i)
 
@@ -117,6 +139,8 @@ def refit(w: jax.Array, gram: jax.Array, codes: jax.Array, grid: Grid, dtype: st
     scales with a closed-form minimum. Groups whose new scale would not stay within a factor of two
     keep the old one.
     """
+    # dequantized = B s, column G of B [K, G] being codes - zero in the rows of group G and 0 elsewhere. The least
+    # (B s - w)^T H (B s - w) is where a s = b, with a = B^T H B [G, G] and b = B^T H w [G].
     k, n = w.shape
     groups = grid.scale.shape[0]
     size = k // groups
@@ -131,6 +155,7 @@ def refit(w: jax.Array, gram: jax.Array, codes: jax.Array, grid: Grid, dtype: st
     a = jnp.moveaxis(jax.lax.map(against, jnp.arange(groups)), 2, 0)
     b = (base * (gram @ w).reshape(base.shape)).sum(axis=1).T
     diag = jnp.einsum("nGG->nG", a)
+    # A little of |s - old|^2 is added: a group with no say in the error (a singular a) keeps its scale.
     floor = 1e-4 * diag.mean(axis=1, keepdims=True) + 1e-30
     a = a + jnp.eye(groups) * floor[:, :, None]
     b = b + floor * grid.scale.T

@@ -1,6 +1,6 @@
-"""Groupwise affine rounding of one weight matrix: parameters, clipping, compensation.
+"""Groupwise affine rounding of one weight matrix: the grid of each group, codes on it, and what they cost.
 
-Everything here knows arrays only. ``w`` is float32 ``[K, N]`` with K a multiple of the group
+Everything in `awq_jax.algorithm` knows arrays only. ``w`` is float32 ``[K, N]`` with K a multiple of the group
 size g and ``G = K // g``; ``gram`` is ``E[x^T x]`` float32 ``[K, K]`` of the activation that meets
 ``w``. Columns are independent: the expected squared output error is
 ``sum_n d_n^T gram d_n`` with ``d = dequantized - w``, so every choice below is made per column.

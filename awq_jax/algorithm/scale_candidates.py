@@ -1,4 +1,14 @@
-"""Scales that the search of one scale group tries, and their losses."""
+"""Scales that the search of one scale group tries, and their losses (arXiv 2306.00978, section 3.2).
+
+Rounding ``s_k w_kn`` instead of ``w_kn``, and dividing the input of channel k by ``s_k``, changes the error that the
+weight makes in the output from ``step * r * x_k`` to ``step' * r * x_k / s_k``: r, the rounding error in steps, is as
+good as random either way, and the step is set by the largest weight of the group of rows. So a scale above 1
+protects its channel as long as it does not raise the step, from which the other channels of the group suffer.
+
+Channels with a large input a deserve protection, and those whose weights are small within their group can be scaled
+up before the step rises. The candidates weigh both by one exponent, ``s = a^r / w^(1-r)``, w being the typical share
+of the largest weight of the group; and, as the paper has it, ``s = a^r``. Which r is best is measured, not derived.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +22,7 @@ LIMIT = 1e4  # largest ratio between a scale and the group's geometric centre
 
 
 def shared_mean(log_scale: jax.Array, shared: jax.Array | None) -> jax.Array:
-    """Average ``log_scale [E, K]`` over channels with equal numbers in ``shared [E*K]``."""
+    """Average ``log_scale [E, K]`` over channels with equal numbers in ``shared [E*K]``: their geometric mean."""
     if shared is None:
         return log_scale
     flat = log_scale.reshape(-1)

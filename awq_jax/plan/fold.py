@@ -1,4 +1,15 @@
-"""Fold scales into parameters: weights times s, what produces their input divided by s."""
+"""Fold scales into parameters: weights times s, what produces their input divided by s.
+
+``x W = (x / s)(diag(s) W)`` for the input x of a matmul (arXiv 2306.00978, section 3.2). Dividing x costs nothing at
+run time where what makes x is linear in a parameter, channel by channel: a norm's weight g in ``x = g * n``; the rows
+of an up projection in ``x = silu(gate) * up``; the columns of a value projection.
+
+The last one crosses attention. Query head h reads value head ``v(h)``, and channel c of it enters the output
+projection as ``x[h, c] = sum_t p[h, t] V[t, v(h), c]``: linear in V, and the probabilities p know nothing of c. So a
+scale on ``(h, c)`` divides column ``(v(h), c)`` of the value projection and its bias. With grouped queries several h
+have one ``v(h)``, hence one s for all ``(h, c)`` of one ``(v(h), c)``: shared channels (`Group.shared_channels`), and
+``Absorber.index`` names for each column of V a channel whose scale divides it.
+"""
 
 from __future__ import annotations
 

@@ -42,6 +42,10 @@ def verify(
     Raises:
       PlanError: the plan does not describe ``params``, the inputs are abstract, or no output is float.
     """
+    # Multiplying by 2^n changes only the exponent of a binary float. So w 2^n and (absorber) 2^-n are exact, unless
+    # they leave the range of the dtype; whatever lies between them carries 2^-n in its exponent; and each product
+    # (x 2^-n)(w 2^n) is x w to the bit. What may differ are sums that the compiler orders otherwise, and parameters
+    # used as offset + w, where the sum is rounded (`_rounding`).
     validate(plan, params)
     groups = [g for g in plan.groups if g.absorbers]
     if not groups:
@@ -67,8 +71,8 @@ def verify(
         raise PlanError("a plan is verified on float outputs; this function returns none (let it return the logits)")
     tol = max(tol, _rounding(groups, params))
 
-    def moved(some: list[Group]) -> float:
-        names = {g.name for g in some}
+    def moved(scaled: list[Group]) -> float:
+        names = {g.name for g in scaled}
         after = run(params, {n: random[n] if n in names else ones[n] for n in ones}, arrays)
         return max((float(_distance(a, b)) for a, b in zip(before, after, strict=True)), default=0.0)
 

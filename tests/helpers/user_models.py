@@ -398,7 +398,7 @@ def refusals() -> Case:
         n8=(D,), a=(D, 4), b=(4, D), n9=(D,), w9=(D, V),
     )  # fmt: skip
     groups = {
-        "w1": "!also used by add (zoo.py:",
+        "w1": "!also used by add (user_models.py:",
         "w2": "!n2 is also used by",
         "w3": "!n2 is also used by",
         "w4": "!the scaled value is also used by",
