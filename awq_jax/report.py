@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 
@@ -66,7 +67,7 @@ class Report:
     @property
     def bits_per_weight(self) -> float:
         """Stored bits (codes, scales, zeros) per quantized weight."""
-        weights = sum(_size(r.shape) for r in self.layers)
+        weights = sum(math.prod(r.shape) for r in self.layers)
         return 8.0 * sum(r.bytes_after for r in self.layers) / max(weights, 1)
 
     def worst(self, count: int = 5) -> list[LayerReport]:
@@ -77,10 +78,3 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data."""
         return dataclasses.asdict(self) | {"bits_per_weight": self.bits_per_weight}
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    out = 1
-    for d in shape:
-        out *= d
-    return out

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,7 @@ class Stats:
     count: Array
     dropped: Array
 
-    def grams(self, group: Group) -> ArrayGrams:
+    def grams(self, group: Group) -> Grams:
         """The Grams by instance; ``group``: whose statistics these are."""
         return ArrayGrams(self.gram, group)
 
@@ -55,27 +55,8 @@ class Stats:
 jax.tree_util.register_dataclass(Stats, data_fields=["gram", "abs", "count", "dropped"], meta_fields=[])
 
 
-class Statistics(Protocol):
-    """Sums of one group as quantization reads them: `Stats`, or those of experts whose Grams do not fit in memory."""
-
-    @property
-    def abs(self) -> Array:
-        """``[*scan, *batch, K]``: sum of ``|x|``."""
-
-    @property
-    def count(self) -> Array:
-        """``[*scan, *batch]``: tokens summed."""
-
-    @property
-    def dropped(self) -> Array:
-        """``[*scan, *batch]``: tokens left out."""
-
-    def grams(self, group: Group) -> Grams:
-        """The Grams by instance."""
-
-
-Fetch = Callable[[str], Statistics | None]
-"""Statistics by the name of their group, None if there are none. It may move them between devices and processes:
+Fetch = Callable[[str], Stats | None]
+"""The sums of a group by its name, None if there are none. It may move them between devices and processes:
 all processes call it for the same groups in the same order."""
 
 

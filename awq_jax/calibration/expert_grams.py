@@ -9,7 +9,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from awq_jax.calibration.grams import all_finite
+from awq_jax.calibration.calibration import Stats
+from awq_jax.calibration.grams import Grams, all_finite
 from awq_jax.pack import Array
 from awq_jax.plan.plan import Group
 
@@ -58,19 +59,15 @@ class ExpertGrams:
 
 
 @dataclasses.dataclass(frozen=True)
-class ExpertStats:
-    """`awq_jax.calibration.calibration.Statistics` with the Grams of only some experts in memory.
+class ExpertStats(Stats):
+    """`Stats` with the Grams of only some experts in memory; ``gram`` is their sum ``[K, K]``.
 
     Attributes:
       expert_grams: of all experts.
-      abs, count, dropped: as in `awq_jax.calibration.calibration.Stats`.
     """
 
     expert_grams: ExpertGrams
-    abs: Array
-    count: Array
-    dropped: Array
 
-    def grams(self, group: Group) -> ExpertGrams:
+    def grams(self, group: Group) -> Grams:
         """Those of all experts."""
         return self.expert_grams

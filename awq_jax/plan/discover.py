@@ -159,17 +159,13 @@ def _group(program: Program, key: Hashable, uses: list[tuple[Scope, Node]], feed
     name = next(iter(sites))
     if isinstance(key, str):
         found = absorb.Absorbers(reason=f"{len(uses)} matmuls with different inputs share this weight")
-    elif uses[0][0].outer is not None and _kind(uses[0][0]) == "cond":
+    elif (outer := uses[0][0].outer) is not None and outer[1].name == "cond":
         found = absorb.Absorbers(reason="it is inside a cond")
     else:
         found = absorb.find_absorbers(program, uses[0][0], [node for _, node in uses])
     return Group(
         name, tuple(sites.values()), channels, found.absorbers, found.shared_channels, scan, batch, found.reason
     )
-
-
-def _kind(scope: Scope) -> str:
-    return scope.outer[1].name if scope.outer else ""
 
 
 def _chooses(scope: Scope, node: Node) -> bool:

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -27,16 +27,12 @@ PIECE_ELSEWHERE = 1 << 25  # accelerators: enough columns to keep them busy
 ALIGNED = 64  # columns in a piece are a multiple of it
 SPARE = 0.15  # of the columns may be zeros that fill up the last piece
 
-T = TypeVar("T")
 Fetched = TypeVar("Fetched")
 Prepared = TypeVar("Prepared")
 Result = TypeVar("Result")
 
 
-class Place(Protocol):
-    """Brings arrays to the device that works on a piece."""
-
-    def __call__(self, tree: T) -> T: ...
+Place = Callable[[jax.Array], jax.Array]  # brings a piece to the device that works on it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,18 +152,13 @@ def sweep(
     Returns:
       Results by expert and piece, as NumPy arrays.
     """
-    out: list[list[Result]] = []
-    window = -(-pool.size // pieces)
-    for low in range(0, experts, window):
-        fetched = [fetch(e) for e in range(low, min(low + window, experts))]
+
+    def of_experts(low: int, high: int) -> list[list[Result]]:
+        """Results of experts ``low ... high - 1``."""
+        fetched = [fetch(e) for e in range(low, high)]
         ready: dict[tuple[int, int], Prepared] = {}
 
-        def one(
-            number: int,
-            low: int = low,
-            fetched: list[Fetched] = fetched,
-            ready: dict[tuple[int, int], Prepared] = ready,
-        ) -> Result:
+        def one(number: int) -> Result:
             e, i = divmod(number, pieces)
             key = e, number % pool.size
             if key not in ready:
@@ -175,8 +166,11 @@ def sweep(
             return run(functools.partial(pool.place, number), low + e, i, ready[key])
 
         done = jax.device_get(pool.map(len(fetched) * pieces, one))
-        out += [done[i * pieces : (i + 1) * pieces] for i in range(len(fetched))]
-    return out
+        return [done[i * pieces : (i + 1) * pieces] for i in range(len(fetched))]
+
+    window = -(-pool.size // pieces)  # experts whose pieces are worked on at a time
+    starts = range(0, experts, window)
+    return [row for low in starts for row in of_experts(low, min(low + window, experts))]
 
 
 @functools.partial(jax.jit, static_argnames=("axes", "scan", "experts", "size"))

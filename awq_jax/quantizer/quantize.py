@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Literal, TypeVar, overload
+from typing import Any, Literal, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -33,14 +33,7 @@ CalibrationData = Calibration | Plan | Iterable[object]
 
 @overload
 def quantize(
-    params: T,
-    calib: CalibrationData,
-    config: AwqConfig | None = ...,
-    *,
-    apply_fn: Callable[..., object] | None = ...,
-    progress: bool = ...,
-    return_report: Literal[True],
-    **settings: object,
+    params: T, calib: CalibrationData, config: AwqConfig | None = ..., *, return_report: Literal[True], **options: Any
 ) -> tuple[T, report.Report]: ...
 @overload
 def quantize(
@@ -48,10 +41,8 @@ def quantize(
     calib: CalibrationData,
     config: AwqConfig | None = ...,
     *,
-    apply_fn: Callable[..., object] | None = ...,
-    progress: bool = ...,
     return_report: Literal[False] = ...,
-    **settings: object,
+    **options: Any,
 ) -> T: ...
 def quantize(
     params: T,

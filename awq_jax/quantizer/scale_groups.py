@@ -17,7 +17,7 @@ from awq_jax.algorithm.compensation import GramFactor
 from awq_jax.algorithm.grid import column_loss, quantize_dequantize
 from awq_jax.algorithm.methods import METHODS, Method
 from awq_jax.algorithm.round_matrix import round_matrix
-from awq_jax.calibration.calibration import Statistics
+from awq_jax.calibration.calibration import Stats
 from awq_jax.calibration.grams import all_finite
 from awq_jax.calibration.means import Means, means_of
 from awq_jax.config import AwqConfig, LeafConfig
@@ -53,7 +53,7 @@ def find_scale(
     group: Group,
     targets: list[Target],
     leaves: Mapping[str, jax.Array],
-    stats: Statistics | None,
+    stats: Stats | None,
     config: AwqConfig,
     pool: Pool = HERE,
 ) -> GroupScale:
@@ -114,7 +114,7 @@ def round_group(
     leaves: Mapping[str, jax.Array],
     folded: fold.Folder,
     found: GroupScale,
-    stats: Statistics | None,
+    stats: Stats | None,
     config: AwqConfig,
     pool: Pool = HERE,
     consume: bool = False,

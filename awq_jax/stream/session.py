@@ -21,7 +21,7 @@ from tqdm import tqdm
 from awq_jax import paths
 from awq_jax.calibration import calibration, expert_grams
 from awq_jax.calibration.accumulate import Accumulator
-from awq_jax.calibration.calibration import Fetch, Statistics, Stats, Wanted
+from awq_jax.calibration.calibration import Fetch, Stats, Wanted
 from awq_jax.calibration.expert_grams import ExpertGrams, ExpertStats
 from awq_jax.config import AwqConfig
 from awq_jax.devices.pool import HERE, Pool
@@ -220,13 +220,13 @@ class Session:
         sums = self._pass(block, leaves, hidden, wanted, keep=not sizes)
         if not sizes:
             return sums.fetch
-        stats: dict[str, Statistics] = {}
+        stats: dict[str, Stats] = {}
         for group in groups:
             name, size = block.prefix + group.name, sizes.get(group.name)
             stats[name] = layer = sums.fetch(name)
             if size is not None:
                 grams = ExpertGrams(layer.gram, size, self._collector(block, leaves, hidden, Wanted(group, size)))
-                stats[name] = ExpertStats(grams, layer.abs, layer.count, layer.dropped)
+                stats[name] = ExpertStats(**vars(layer), expert_grams=grams)
         return stats.get
 
     def pass_on(self, block: DecoderBlock, leaves: Leaves, hidden: Hidden) -> None:

@@ -31,6 +31,8 @@ Matmul = Callable[[jax.Array, QuantizedTensor], jax.Array]
 Value = ArrayLike | QuantizedTensor
 Taps = dict[int, object]  # what the tap returned, by `Use.index`
 Values = tuple[Value, ...]
+Enter = Callable[[Graph, Sequence[Value]], list[Value]]
+RunBody = Callable[..., tuple[list[ArrayLike], Taps]]
 
 
 def run(
@@ -191,13 +193,7 @@ class _Interpreter:
         )
         return [*end, *ys], new
 
-    def cond(
-        self,
-        op: Op,
-        ins: list[Value],
-        enter: Callable[[Graph, Sequence[Value]], list[Value]],
-        run: Callable[..., tuple[list[ArrayLike], Taps]],
-    ) -> tuple[list[ArrayLike], Taps]:
+    def cond(self, op: Op, ins: list[Value], enter: Enter, run: RunBody) -> tuple[list[ArrayLike], Taps]:
         values = ins[1:]
         shapes: Taps = {}
         if self.tap:

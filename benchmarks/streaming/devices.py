@@ -23,7 +23,6 @@ import numpy as np
 from jax.sharding import Mesh
 from shared import checkpoints, running
 
-from awq_jax.calibration.calibration import Stats
 from awq_jax.devices import team as processes
 from awq_jax.devices.pool import pool_of
 from awq_jax.stream.job import Options, prepare
@@ -69,7 +68,7 @@ def measure(checkpoint: Path, samples: int, length: int, rank: int, size: int, p
                 fetch, cost = running.measured(job.session.calibrate, block, leaves, hidden)
                 costs.append(cost)
         sums = [fetch(group.name) for group, _ in job.session.work(blocks[-1])]
-        grams = [np.asarray(s.gram) for s in sums if isinstance(s, Stats)]
+        grams = [np.asarray(s.gram) for s in sums if s]
         timed = costs[2:] or costs[1:]  # not the embedding, and not the first layer
         cpus = [float(t) for t in pool.meet(str(sum(c.cpu for c in timed) / len(timed)))]
     d, nbytes = pool.size, sum(g.nbytes for g in grams)
