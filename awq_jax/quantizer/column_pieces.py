@@ -19,7 +19,7 @@ import numpy as np
 
 from awq_jax.devices.pool import Pool
 from awq_jax.plan import fold
-from awq_jax.qtensor import split_shape, to_canonical
+from awq_jax.qtensor import QuantizedTensor, Weight, split_shape, to_canonical
 from awq_jax.quantizer.targets import Target
 
 PIECE = {"cpu": 1 << 20}  # numbers in a piece, by backend
@@ -58,8 +58,9 @@ class CanonicalWeight:
     steps: tuple[fold.ScaleStep, ...] = ()
 
     @classmethod
-    def of(cls, target: Target, leaf: jax.Array, steps: tuple[fold.ScaleStep, ...] = ()) -> CanonicalWeight:
-        """The weight of ``target``."""
+    def of(cls, target: Target, leaf: Weight, steps: tuple[fold.ScaleStep, ...] = ()) -> CanonicalWeight:
+        """The weight of ``target``, which is not packed yet."""
+        assert not isinstance(leaf, QuantizedTensor)
         scan, experts = math.prod(target.group.scan), math.prod(target.group.batch)
         return cls(jnp.asarray(leaf), target.site.canonical_axes, scan, experts, steps)
 

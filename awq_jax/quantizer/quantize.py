@@ -159,7 +159,7 @@ class Quantized:
 def quantize_groups(
     plan: Plan,
     work: Work,
-    leaves: Mapping[str, jax.Array],
+    leaves: Mapping[str, Weight],
     fetch: Fetch,
     config: AwqConfig,
     progress: Callable[[], object] = lambda: None,

@@ -25,7 +25,7 @@ from awq_jax.devices.pool import HERE, Pool
 from awq_jax.pack import Array
 from awq_jax.plan import fold
 from awq_jax.plan.plan import Group, Plan
-from awq_jax.qtensor import QuantizedTensor, split_shape
+from awq_jax.qtensor import QuantizedTensor, Weight, split_shape
 from awq_jax.quantizer.column_pieces import CanonicalWeight, Columns, Place, scale_to_batched, sweep, to_batched
 from awq_jax.quantizer.scale_search import search
 from awq_jax.quantizer.targets import Target
@@ -52,7 +52,7 @@ class GroupScale:
 def find_scale(
     group: Group,
     targets: list[Target],
-    leaves: Mapping[str, jax.Array],
+    leaves: Mapping[str, Weight],
     stats: Stats | None,
     config: AwqConfig,
     pool: Pool = HERE,
@@ -111,7 +111,7 @@ def find_scale(
 def round_group(
     group: Group,
     targets: list[Target],
-    leaves: Mapping[str, jax.Array],
+    leaves: Mapping[str, Weight],
     folded: fold.Folder,
     found: GroupScale,
     stats: Stats | None,
@@ -283,7 +283,7 @@ def _padded(v: np.ndarray, rows: int) -> np.ndarray:
     return np.pad(v, ((0, 0), (0, rows - v.shape[-1])))
 
 
-def _assemble(t: Target, group: Group, leaf: jax.Array, rounded: _Packed, found: GroupScale) -> QuantizedTensor:
+def _assemble(t: Target, group: Group, leaf: Weight, rounded: _Packed, found: GroupScale) -> QuantizedTensor:
     _, k_dims, n_dims = split_shape(t.site.shape, t.site.canonical_axes)
     inverse = None
     if found.scale is not None and not group.absorbers:
@@ -309,7 +309,7 @@ def _assemble(t: Target, group: Group, leaf: jax.Array, rounded: _Packed, found:
 def _row(
     t: Target,
     group: Group,
-    leaf: jax.Array,
+    leaf: Weight,
     q: QuantizedTensor,
     rounded: _Packed,
     found: GroupScale,
@@ -341,7 +341,7 @@ def _scale_dtype(largest: float, leaf: LeafConfig) -> str:
     return "float16" if step == 0 or 2.0**-14 <= step < 3e4 else "float32"
 
 
-def _overflows(group: Group, targets: list[Target], leaves: Mapping[str, jax.Array], scale: np.ndarray) -> str:
+def _overflows(group: Group, targets: list[Target], leaves: Mapping[str, Weight], scale: np.ndarray) -> str:
     """What stays float and would become infinite in its own dtype, "" if nothing."""
     if not group.absorbers:
         return ""
