@@ -34,12 +34,13 @@ def flag(hf: HfConfig, key: str) -> bool:
 
 
 def is_tied(hf: HfConfig) -> bool:
-    """Whether the head is the embedding: the only place where that is decided.
+    """Whether the config says that the head is the embedding: the only place where that is read.
 
-    `awq_jax.models.config.ModelConfig.tied` comes from here; writers that must not store such a head ask here.
+    A head that is stored and differs is one of its own whatever the config says: `awq_jax.convert.head.settle`
+    makes the config of an opened checkpoint say so. `awq_jax.models.config.ModelConfig.tied` comes from here.
 
     Args:
-      hf: of the whole model. Where the decoder is a part of it, whole or part may say so.
+      hf: of the whole model. Where the decoder is a part of it, the part says so where the whole does not.
 
     Raises:
       ConfigError: if it is said by something else than true or false.
@@ -47,7 +48,24 @@ def is_tied(hf: HfConfig) -> bool:
     thinker, text = hf.get("thinker_config"), hf.get("text_config")
     if isinstance(thinker, Mapping):  # Qwen2.5-Omni, the rest of which is carried through
         return is_tied(thinker)
-    if isinstance(text, Mapping):
-        kind = text.get("model_type") or hf.get("model_type")
-        return flag(hf, TIED) or is_tied({**text, "model_type": kind})
+    if isinstance(text, Mapping) and hf.get(TIED) is None:
+        return hf.get("model_type") in TIED_BY_DEFAULT or is_tied(_text(hf, text))
     return flag(hf, TIED) if TIED in hf else hf.get("model_type") in TIED_BY_DEFAULT
+
+
+def may_be_tied(hf: HfConfig) -> bool:
+    """Whether the whole or a part says that the head is the embedding: so it is if no head is stored."""
+    parts = [p for k in ("thinker_config", "text_config") if isinstance(p := hf.get(k), Mapping)]
+    return is_tied(hf) or any(may_be_tied(_text(hf, p)) for p in parts)
+
+
+def with_tied(hf: HfConfig, tied: bool) -> JsonObject:
+    """``hf`` that says, in the whole and in its part, whether the head is the embedding."""
+    thinker, text = hf.get("thinker_config"), hf.get("text_config")
+    if isinstance(thinker, Mapping):
+        return {**hf, "thinker_config": with_tied(thinker, tied)}
+    return {**hf, TIED: tied, **({"text_config": with_tied(text, tied)} if isinstance(text, Mapping) else {})}
+
+
+def _text(hf: HfConfig, part: HfConfig) -> JsonObject:
+    return {**part, "model_type": part.get("model_type") or hf.get("model_type")}

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from awq_jax.convert import pipeline, registry
+from awq_jax.convert import head, pipeline, registry
 from awq_jax.convert.files import manifest
 from awq_jax.convert.files.shards import ShardWriter, install
 from awq_jax.convert.format import Destination, Encoder, Format, Record
@@ -119,9 +119,15 @@ class _Job:
     workers: int
     progress: Callable[[int, int], None] | None
 
+    def names(self) -> list[str]:
+        """What is written: all tensors but a head that is the embedding."""
+        names = self.source.names()
+        left_out = head.copies(self.source.config, names)
+        return [n for n in names if n not in left_out]
+
     def encoded(self, skip: frozenset[str] = frozenset()) -> Iterator[pipeline.EncodedTensor]:
         """All tensors that are not in ``skip``, encoded."""
-        names = sorted(self.source.names(), key=_natural)
+        names = sorted(self.names(), key=_natural)
         sizes = {n: self.source.info(n).nbytes for n in names}
         total, read = sum(sizes.values()), sum(sizes[n] for n in skip if n in sizes)
         left = (n for n in names if n not in skip)
@@ -134,7 +140,7 @@ class _Job:
     def estimate(self) -> int:
         """Bytes the result will take, roughly (from above)."""
         total, dtype = 0, self.encoder.destination.dtype
-        for name in self.source.names():
+        for name in self.names():
             info = self.source.info(name)
             elements = math.prod(info.shape)
             if (info.packed is None and dtype) or (info.packed and self.format.name == "float"):

@@ -6,6 +6,7 @@ import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from awq_jax.convert import head
 from awq_jax.convert.config_json import JsonObject
 from awq_jax.convert.files.safetensors import find_files, read_header, read_json
 from awq_jax.convert.format import Format
@@ -59,6 +60,9 @@ def open_source(path: str | Path, packed: bool = False) -> Source:
       path: what to open.
       packed: read GGUF's 4- and 8-bit blocks as packed weights, instead of dequantized.
 
+    Returns:
+      The source; its config says whether the head that is stored is the embedding (see `awq_jax.convert.head`).
+
     Raises:
       FormatError: the quantization method is unknown, or the weights are pickles.
       CheckpointError: nothing is there, or it is damaged.
@@ -78,7 +82,9 @@ def open_source(path: str | Path, packed: bool = False) -> Source:
         return GgufSource(local, packed)
     if not local.is_dir():
         raise CheckpointError(f"{local} does not exist; pass a checkpoint directory, a .gguf file or a hub id")
-    return _open_directory(local)
+    source = _open_directory(local)
+    head.settle(source)
+    return source
 
 
 def _open_directory(directory: Path) -> Source:

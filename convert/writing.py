@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from awq_jax.config import AwqConfig
-from awq_jax.convert import pipeline, registry
+from awq_jax.convert import head, pipeline, registry
 from awq_jax.convert.config_json import HfConfig, JsonObject
 from awq_jax.convert.files.shards import ShardWriter, atomic_directory, install, refuse_existing, write_json
 from awq_jax.convert.format import Destination, Encoder, Format, Record
@@ -87,7 +87,8 @@ def write_checkpoint(
       dst: directory to create (for GGUF: a file that ends in ``.gguf``).
       tensors: Hugging Face names and tensors in PyTorch's orientation. A packed weight that is one
         matrix may have any ``axes``; it is stored as ``[out, in]``.
-      config: the source's ``config.json``; its quantization and dtype entries are replaced.
+      config: the source's ``config.json``; its quantization and dtype entries are replaced. Where it says that
+        the head is the embedding, one among ``tensors`` is left out if it is, and kept with a warning if it differs.
       format: a name in `awq_jax.convert.registry.FORMATS`.
       settings: the quantizer's; recorded by ``"awq-jax"``.
       tokenizer: saved with ``save_pretrained`` if ``extra`` brings no tokenizer files.
@@ -107,6 +108,7 @@ def write_checkpoint(
     path = Path(os.path.abspath(Path(dst).expanduser()))
     check_path(path, registry.get(format), overwrite)
     refuse_source(path, extra)
+    tensors = head.without_copies(config, tensors)
     if registry.get(format).sink is not None:
         if extra is None:
             raise FormatError(f"{format} is made from a checkpoint's own files (its tokenizer): pass it as extra")
@@ -211,11 +213,15 @@ def refuse_source(path: Path, source: Source | None) -> None:
 
 
 def final_config(config: HfConfig, changes: HfConfig | None, records: Sequence[Record]) -> JsonObject:
-    """The source's config with this checkpoint's quantization, the dtype most float bytes have, and both spellings
-    of the rotary constants. Warns of linears that vLLM would join and that are not packed alike."""
+    """The source's config with this checkpoint's quantization, the dtype most float bytes have, both spellings
+    of the rotary constants, and no claim that a head that is stored is the embedding.
+
+    Warns of linears that vLLM would join and that are not packed alike.
+    """
     for line in joined_linears.mismatches(records) if changes and "quantization_config" in changes else ():
         log.warning("%s", line)
     stale = ("quantization_config", "quantization", "compression_config", "torch_dtype", "dtype")
+    config = head.told(config, [r.name for r in records])
     out = {k: v for k, v in config.items() if k not in stale}
     floats: dict[str, int] = {}
     for r in records:

@@ -26,7 +26,7 @@ import numpy as np
 from awq_jax.convert.arrays import linear
 from awq_jax.convert.arrays.fitting import cast_scales, check_integer, with_offsets
 from awq_jax.convert.arrays.rearrange import regroup, transposed
-from awq_jax.convert.config_json import HfConfig, JsonObject, is_tied
+from awq_jax.convert.config_json import HfConfig, JsonObject
 from awq_jax.convert.files.safetensors import Entry, SafetensorsDir
 from awq_jax.convert.format import BaseEncoder, Example, Format, Record, Stored, named, quant_method
 from awq_jax.convert.formats.records import packed_records
@@ -192,8 +192,6 @@ class MlxEncoder(BaseEncoder):
         return regroup(with_offsets(cast_scales(q, dtype), dtype), size)
 
     def encode(self, name: str, q: QuantizedTensor) -> Stored:
-        if name == "lm_head.weight" and is_tied(self.destination.config):
-            return {}, {}  # the embedding; mlx-lm has no place for another
         dtype = self._dtype(q)
         scales, biases = (transposed(np.asarray(a).astype(dtype, copy=False)) for a in (q.scales, q.offsets))
         return named(name, weight=transposed(np.asarray(q.qweight)), scales=scales, biases=biases), {}

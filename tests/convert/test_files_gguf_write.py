@@ -183,6 +183,7 @@ def test_types_of_float_tensors(tmp_path: Path) -> None:
 def test_tied_heads_and_recomputed_buffers_are_left_out(tmp_path: Path) -> None:
     tensors = packed(gguf_files.hf_weights())
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(8, np.float32)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     src = source(tmp_path / "model", tensors, config(tie_word_embeddings=True))
     convert.checkpoint(src, tmp_path / "m.gguf", "gguf-q8_0")
     ours = registry.open_source(tmp_path / "m.gguf")

@@ -289,10 +289,15 @@ def test_experts_are_written_where_mlx_lm_stacks_them(tmp_path: Path) -> None:
     assert registry.open_source(tmp_path / "three").config["quantization"] == entry(64, 4)
 
 
-def test_a_tied_head_is_left_out(tmp_path: Path) -> None:
-    tensors = {f"{m}.weight": make(64, 16, 4, 64) for m in ("model.embed_tokens", "lm_head")}
+def test_a_tied_head_is_left_out_unless_it_differs(tmp_path: Path) -> None:
+    tensors = {f"{m}.weight": make(64, 16, 4, 64) for m in ("lm_head", "model.embed_tokens")}
     convert.write_checkpoint(tmp_path / "out", tensors.items(), CONFIG | {"tie_word_embeddings": True}, "mlx")
     assert registry.open_source(tmp_path / "out").names() == ["model.embed_tokens.weight"]
+    tensors["lm_head.weight"] = make(64, 16, 4, 64, seed=1)
+    convert.write_checkpoint(tmp_path / "own", tensors.items(), CONFIG | {"tie_word_embeddings": True}, "mlx")
+    source = registry.open_source(tmp_path / "own")
+    assert same(source.read("lm_head.weight"), tensors["lm_head.weight"])
+    assert source.config["tie_word_embeddings"] is False
 
 
 def test_gpt2_is_refused(tmp_path: Path) -> None:

@@ -211,8 +211,12 @@ def _match(there: set[str], wanted: dict[str, Stored], config: ModelConfig) -> d
             missing.append(name)
         else:
             found[name] = spelled
-    head = config.names.of("lm_head/kernel")
-    known = {*found.values(), *(config.names.spellings(head) if config.tied else ())}
+    heads = config.names.spellings(config.names.of("lm_head/kernel")) if config.tied else []
+    embedding, alone = config.names.of(EMBEDDING), next((n for n in heads if n in there), None)
+    if embedding in missing and alone is not None:  # of the two, the one that is there is both
+        missing.remove(embedding)
+        found[embedding] = alone
+    known = {*found.values(), *heads}
     unexpected = [n for n in sorted(there) if n not in known and not config.names.drops(n)]
     if unexpected:
         raise WeightError(

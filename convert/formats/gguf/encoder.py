@@ -15,7 +15,6 @@ import numpy as np
 from awq_jax.convert.arrays import codes
 from awq_jax.convert.arrays.fitting import cast_scales, check_integer, with_offsets
 from awq_jax.convert.arrays.rearrange import regroup
-from awq_jax.convert.config_json import is_tied
 from awq_jax.convert.format import BaseEncoder, Destination, Example, Format, Stored
 from awq_jax.convert.formats.gguf.blocks import BLOCK, to_blocks
 from awq_jax.convert.formats.gguf.config import ARCHITECTURES
@@ -51,14 +50,12 @@ class GgufEncoder(BaseEncoder):
         return regroup(cast_scales(fitted, np.float16), BLOCK)
 
     def encode(self, name: str, q: QuantizedTensor) -> Stored:
-        if self._is_redundant(name):
-            return {}, {}
         kind = "Q8_0" if q.bits == 8 else "Q4_0" if q.offsets is None else "Q4_1"
         stored = self._name(name)
         return {stored: self._rows(name, to_blocks(q, kind))}, {stored: kind}
 
     def encode_float(self, name: str, value: np.ndarray) -> dict[str, np.ndarray]:
-        if IGNORED.search(name) or self._is_redundant(name):
+        if IGNORED.search(name):
             return {}
         return {self._name(name): self._rows(name, smallest(value) if value.ndim > 1 else value.astype(np.float32))}
 
@@ -69,10 +66,6 @@ class GgufEncoder(BaseEncoder):
                 f"{name} has no place in a GGUF file; written are {', '.join(ARCHITECTURES)}: save as 'awq-jax'"
             )
         return stored
-
-    def _is_redundant(self, name: str) -> bool:
-        """A head that is the embedding: llama.cpp takes that where there is no head."""
-        return name == "lm_head.weight" and is_tied(self.destination.config)
 
     def _rows(self, name: str, array: np.ndarray) -> np.ndarray:
         """Rows of q/k in the order in which llama.cpp rotates them."""

@@ -101,7 +101,7 @@ def check_tensors(config: HfConfig, metadata: HfConfig, names: Mapping[str, tupl
     if arch == "qwen3":
         layer |= {"attn_q_norm.weight": (size,), "attn_k_norm.weight": (size,)}
     want: dict[str, tuple[int, ...]] = {"token_embd.weight": (vocab, hidden), "output_norm.weight": (hidden,)}
-    if not is_tied(config):
+    if "output.weight" in names or not is_tied(config):  # llama.cpp takes the embedding where there is no head
         want["output.weight"] = (vocab, hidden)
     want |= {f"blk.{i}.{n}": shape for i in range(keys["block_count"]) for n, shape in layer.items()}
     optional = {f"blk.{i}.{m}.bias": (rows[m],) for i in range(keys["block_count"]) for m in _BIASES[arch]}
