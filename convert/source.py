@@ -15,8 +15,8 @@ import numpy as np
 
 from awq_jax.convert import tokenizer
 from awq_jax.convert.config_json import JsonObject
-from awq_jax.convert.files import slices
-from awq_jax.convert.files.safetensors import Entry, SafetensorsDir, TensorFiles, read_json, refuse_outside
+from awq_jax.convert.files import companions, slices
+from awq_jax.convert.files.safetensors import Entry, SafetensorsDir, TensorFiles, read_json
 from awq_jax.convert.files.slices import Tensor
 from awq_jax.dtypes import FLOATS
 from awq_jax.errors import CheckpointError, WeightError
@@ -25,13 +25,6 @@ from awq_jax.qtensor import QuantizedTensor
 if TYPE_CHECKING:
     from awq_jax.convert.text import TokenizerLike
 
-# Besides weights and config.json, what makes a checkpoint directory usable. Never code, never pickles.
-COMPANIONS = (
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json",
-    "tekken.json", "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json",
-    "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt",
-)  # fmt: skip
 # What formats call the codes of a packed weight; no float tensor is called so.
 MARKS = ("qweight", "weight_packed", "biases")
 # Buffers that old checkpoints store and every reader recomputes.
@@ -151,10 +144,7 @@ class DirectorySource:
         return tokenizer.from_directory(self.directory)
 
     def companions(self) -> list[Path]:
-        found = [p for p in (self.directory / name for name in COMPANIONS) if p.is_file()]
-        for path in found:
-            refuse_outside(path, self.directory)
-        return found
+        return companions.found(self.directory)
 
 
 class PackedSource(DirectorySource):
@@ -332,13 +322,20 @@ def read_config(directory: Path) -> JsonObject:
 
 
 def copy_companions(directory: Path, tokenizer: TokenizerLike | None, extra: Source | None) -> None:
-    """Tokenizer files and generation config of ``extra`` into ``directory``, or else ``tokenizer`` saved there."""
-    files = [] if extra is None else [p for p in extra.companions() if p.name in COMPANIONS]
-    for path in files:
-        shutil.copyfile(path, directory / path.name)
-    if any(p.name.startswith(("tokenizer", "vocab")) for p in files):
-        return
-    if tokenizer is None and extra is not None:
-        tokenizer = extra.tokenizer()
-    if tokenizer is not None:
-        tokenizer.save_pretrained(str(directory))
+    """The companions of ``extra`` into ``directory``; ``tokenizer``, or its own, if no tokenizer is among them.
+
+    Says what is left behind, and takes out of the configs what names code.
+    """
+    files = {companions.name_of(p): p for p in (extra.companions() if extra is not None else ())}
+    for name, path in files.items():
+        (directory / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, directory / name)
+    if not any(companions.matches(name, companions.VOCABULARIES) for name in files):
+        if tokenizer is None and extra is not None:
+            tokenizer = extra.tokenizer()
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(directory))
+    where = None if extra is None else path_of(extra)
+    if where is not None and where.is_dir():
+        companions.name_what_is_left(where, directory)
+    companions.forget_code(directory)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from awq_jax.convert.config_json import JsonObject
+from awq_jax.convert.files.companions import TEMPLATES
 from awq_jax.convert.files.shards import part_name
 from awq_jax.convert.format import Record
 from awq_jax.convert.source import Source, path_of
@@ -129,7 +130,7 @@ def fingerprint(source: Source, **settings: object) -> str:
     """
     where = path_of(source)
     assert where is not None
-    files = sorted(where.iterdir()) if where.is_dir() else [where]
+    files = sorted((*where.iterdir(), *where.glob(f"{TEMPLATES}/*"))) if where.is_dir() else [where]
     state = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
     identity = getattr(source, "identity", "")  # of a source that changes what the files hold
     text = json.dumps([state, identity, sorted((k, str(v)) for k, v in settings.items())])

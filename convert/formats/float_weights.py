@@ -6,8 +6,9 @@ import re
 from pathlib import Path
 
 from awq_jax.convert.config_json import JsonObject
+from awq_jax.convert.files.companions import COMPANIONS, UNSAFE
 from awq_jax.convert.format import BaseEncoder, Format, Stored
-from awq_jax.convert.source import COMPANIONS, MARKS, DirectorySource
+from awq_jax.convert.source import MARKS, DirectorySource
 from awq_jax.errors import CheckpointError, FormatError
 from awq_jax.qtensor import QuantizedTensor
 
@@ -65,7 +66,7 @@ def refuse_pickles(directory: Path) -> None:
 def download(hub_id: str) -> Path:
     """Snapshot of a hub repository: ``owner/name`` or ``owner/name@revision``.
 
-    Only safetensors, JSON and tokenizer files of the top folder are fetched; never code or pickles.
+    Only safetensors, JSON and tokenizer files of the top folder are fetched, and chat templates; never code or pickles.
 
     Returns:
       The snapshot directory in the Hugging Face cache.
@@ -84,7 +85,8 @@ def download(hub_id: str) -> Path:
             match["repo"],
             revision=match["revision"],
             allow_patterns=["*.safetensors", "*.safetensors.index.json", *CONFIGS, *COMPANIONS],
-            ignore_patterns=["*/*", "consolidated*"],
+            # "*" passes "/", and no pattern can except a folder: of folders, only .jinja files are let through.
+            ignore_patterns=["*/*.[!j]*", "*/*.j[!i]*", "consolidated*", *UNSAFE],
         )
     except Exception as e:  # huggingface_hub's errors share no base class with those of its HTTP library
         raise CheckpointError(
