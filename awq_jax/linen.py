@@ -44,5 +44,6 @@ class Dense(nn.Dense):
         bias = meta.unbox(self.get_variable("params", "bias")) if self.use_bias else None
         stand_in = jnp.zeros((), kernel.dtype)  # takes part in the choice of dtype as the float kernel would
         x, _, bias = self.promote_dtype(inputs, stand_in, bias, dtype=self.dtype)
+        assert x is not None  # as `inputs` is not
         y = kernels.matmul(x, kernel, impl=self.impl)
         return y if bias is None else y + bias

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import tokenizers
@@ -286,6 +286,7 @@ class Tokenizer:
                 raise ConfigError(f"apply_chat_template has no {name}: take the text (tokenize=False) and encode it")
         template = self.get_chat_template(chat_template, tools)
         several = bool(conversation) and isinstance(conversation[0], list | tuple)
+        talks = cast(Sequence[Sequence[Mapping[str, object]]], conversation if several else [conversation])
         texts = [
             chat.render(
                 template,
@@ -296,7 +297,7 @@ class Tokenizer:
                 continue_final_message,
                 **{**self.special_tokens_map, **variables},
             )
-            for talk in (conversation if several else [conversation])
+            for talk in talks
         ]
         text = texts if several else texts[0]
         if not tokenize:

@@ -10,7 +10,7 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken
@@ -25,9 +25,6 @@ from awq_jax.convert.text import (
     TokenizerLike,
     surround,
 )
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +93,7 @@ def finished(backend: tokenizers.Tokenizer, directory: Path, settings: Settings)
     )
 
 
-def adopt(tokenizer: PreTrainedTokenizerBase | TokenizerLike) -> TokenizerLike:
+def adopt(tokenizer: Any) -> TokenizerLike:
     """A transformers tokenizer as ours, if it is backed by the ``tokenizers`` package; else itself."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, tokenizers.Tokenizer):

@@ -196,7 +196,8 @@ _product.defvjp(_forward, _backward)
 def _vmappable(spec: Spec) -> Callable[[_Operands], jax.Array]:
     @custom_vmap
     def product(a: _Operands) -> jax.Array:
-        choice = spec.config or tuned.choose(spec.chip, spec.bits, *a.x.shape[1:], a.qweight.shape[1])
+        _, m, k = a.x.shape
+        choice = spec.config or tuned.choose(spec.chip, spec.bits, m, k, a.qweight.shape[1])
         launch = _launch_dense if choice.kernel == "dequantize" else _launch
         return lax.platform_dependent(
             a, cuda=functools.partial(launch, spec, choice), default=functools.partial(_dense, spec)

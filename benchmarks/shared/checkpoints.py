@@ -122,4 +122,4 @@ def token_ids(model: Model, text: Path) -> np.ndarray:
         return np.load(text).reshape(-1)
     if model.tokenizer is None:
         raise SystemExit(f"the model has no tokenizer: give the ids of {text} as a .npy file")
-    return np.asarray(model.tokenizer(text.read_text())["input_ids"], np.int32)
+    return np.asarray(model.tokenizer([text.read_text()])["input_ids"][0], np.int32)
