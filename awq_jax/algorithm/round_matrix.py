@@ -118,6 +118,6 @@ def _best(
 
 
 def _better(a: _Candidate, b: _Candidate) -> _Candidate:
-    """Column by column, the candidate with the smaller loss (``a`` on a tie or a NaN)."""
+    """Column by column, the candidate with the smaller loss (``a`` if they are equal or one is a NaN)."""
     take = b.loss < a.loss
     return jax.tree.map(lambda x, y: jnp.where(take, y, x), a, b)

@@ -21,6 +21,7 @@ from awq_jax.trace.views import View
 
 CHOICES = 8  # products with two candidate factors that one search may meet
 FILLS = channel_labels.SAME_SHAPE | {"broadcast_in_dim", "reshape"}
+REARRANGEMENTS = FILLS | {"transpose", "squeeze"}
 COMPARISONS = frozenset(("gt", "ge", "lt", "le", "eq", "ne"))
 
 
@@ -144,12 +145,7 @@ class _Walk:
             self.absorb(v, lab, offset)
             return
         node, k = self.scope.made_by[v]
-        if offset and node.name not in channel_labels.SAME_SHAPE | {
-            "reshape",
-            "transpose",
-            "squeeze",
-            "broadcast_in_dim",
-        }:
+        if offset and node.name not in REARRANGEMENTS:
             raise Blocked("an offset is added to a value that is not a plain parameter")
         if node.bodies:
             raise Blocked(f"it is the result of a {node.name}, not of one matmul")

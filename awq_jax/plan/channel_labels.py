@@ -39,7 +39,7 @@ class SharedChannels:
         return i
 
     def join(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """Elementwise: the known label of two, which become tied where both are channels."""
+        """Elementwise: the known label of two, which share a scale from now on where both are channels."""
         a, b = np.broadcast_arrays(a, b)
         both = np.minimum(a, b)
         out = np.maximum(a, b)
@@ -61,7 +61,7 @@ class SharedChannels:
         return one
 
     def groups(self) -> np.ndarray:
-        """int32 ``[n]``: the smallest channel each is tied to."""
+        """int32 ``[n]``: the smallest channel that each shares its scale with."""
         return np.array([self.find(i) for i in range(len(self.parent))], np.int32)
 
 
@@ -153,12 +153,8 @@ def back(node: Node, k: int, lab: np.ndarray, shared: SharedChannels) -> Iterato
         for d in range(lab.ndim):
             if d not in dims or shape[dims.index(d)] == 1:
                 lab = shared.along(lab, d)
-        yield (
-            0,
-            np.transpose(lab, [*dims, *(d for d in range(lab.ndim) if d not in dims)]).reshape(
-                [lab.shape[d] for d in dims]
-            ),
-        )
+        order = [*dims, *(d for d in range(lab.ndim) if d not in dims)]
+        yield 0, np.transpose(lab, order).reshape([lab.shape[d] for d in dims])
     elif name in ("slice", "split"):
         where = window_of(node, k)
         assert where is not None

@@ -150,7 +150,7 @@ def apply(plan: Plan, params: T, scales: Scales) -> T:
     Args:
       plan: scale groups.
       params: float parameters.
-      scales: group name -> ``s [*scan, *batch, K]``, positive, equal on tied channels.
+      scales: group name -> ``s [*scan, *batch, K]``, positive, equal on channels that share one.
 
     Raises:
       PlanError: a group has no absorber, so that its scale would change the output.

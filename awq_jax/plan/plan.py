@@ -134,13 +134,7 @@ class Plan:
                 Group(
                     name=g["name"],
                     sites=tuple(
-                        Site(
-                            s["path"],
-                            s["axes"],
-                            tuple(s["shape"]),
-                            bool(s.get("head", False)),
-                            bool(s.get("router", False)),
-                        )
+                        Site(s["path"], s["axes"], tuple(s["shape"]), bool(s.get("head")), bool(s.get("router")))
                         for s in g["sites"]
                     ),
                     channels=int(g["channels"]),

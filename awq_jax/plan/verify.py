@@ -83,7 +83,7 @@ def verify(
 
 
 def _random_scale(group: Group, rng: np.random.Generator) -> np.ndarray:
-    """Powers of two from 1/4 to 4, the same for tied channels."""
+    """Powers of two from 1/4 to 4, the same for channels that share one."""
     n = int(np.prod(group.batch, dtype=int)) * group.channels
     s = np.exp2(rng.integers(-2, 3, (*group.scan, n))).astype(np.float32)
     if group.shared_channels is not None:
