@@ -107,9 +107,6 @@ def quantize(
     plan = calib.plan
     validate(plan, params)
     targets, skipped = select(plan, config)
-    if not targets:
-        why = "; ".join(f"{path}: {reason}" for path, reason in skipped.items()) or "the model has no matmul"
-        raise ConfigError(f"nothing would be quantized: {why}")
     check_finite(params)
 
     work = with_targets(plan, targets)

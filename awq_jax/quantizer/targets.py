@@ -6,7 +6,7 @@ import dataclasses
 import math
 
 from awq_jax.config import AwqConfig, LeafConfig
-from awq_jax.errors import Setting, ShapeError
+from awq_jax.errors import ConfigError, Setting, ShapeError
 from awq_jax.plan.plan import Group, Plan, Site
 from awq_jax.qtensor import split_shape
 
@@ -41,6 +41,7 @@ def select(plan: Plan, config: AwqConfig) -> tuple[dict[str, Target], dict[str, 
     Raises:
       ShapeError: the group size does not divide some weights and ``on_indivisible="error"``; the
         message lists all of them with the remedies.
+      ConfigError: nothing would be quantized; the message says why.
     """
     targets: dict[str, Target] = {}
     skipped = dict(plan.skipped)
@@ -68,6 +69,9 @@ def select(plan: Plan, config: AwqConfig) -> tuple[dict[str, Target], dict[str, 
             targets[site.path] = Target(site, group, leaf, k)
     if bad:
         raise _indivisible(bad)
+    if not targets:
+        why = "; ".join(f"{path}: {reason}" for path, reason in skipped.items())
+        raise ConfigError(f"nothing would be quantized: {why or 'the model has no matmul'}")
     return targets, skipped
 
 

@@ -9,7 +9,6 @@ import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -224,7 +223,7 @@ def prepare(
     dst: str | Path,
     calib: data.CalibrationSource,
     options: Options,
-    settings: Mapping[str, Any],
+    settings: Mapping[str, object],
     pool: Pool = HERE,
 ) -> Job:
     """Open the checkpoint and check all that can be checked; reads the calibration data, but no weight.

@@ -16,7 +16,6 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -71,7 +70,7 @@ def quantize_checkpoint(
     restart: bool = False,
     mesh: Mesh | None = None,
     progress: bool = True,
-    **settings: Any,
+    **settings: object,
 ) -> Outcome:
     """Quantize a checkpoint without holding more than two of its blocks at a time.
 

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,8 @@ from awq_jax.calibration.accumulate import Accumulator
 from awq_jax.calibration.calibration import Fetch, Stats, Wanted
 from awq_jax.calibration.expert_grams import ExpertGrams, ExpertStats
 from awq_jax.config import AwqConfig
+from awq_jax.convert.config_json import JsonObject
 from awq_jax.devices.pool import HERE, Pool
-from awq_jax.errors import ConfigError
 from awq_jax.models.config import ModelConfig
 from awq_jax.pack import Array
 from awq_jax.plan.plan import Group, Plan
@@ -48,7 +48,7 @@ from awq_jax.stream.hidden_states import Hidden, InMemory
 
 PROBE = 64  # tokens on which a plan is proven
 
-Note = dict[str, Any]  # of a block: plain JSON data, kept in the manifest of an unfinished run
+Note: TypeAlias = JsonObject  # of a block: kept in the manifest of an unfinished run
 # (parameters, what goes in, the first expert wanted) -> what comes out if it is kept, and statistics by group
 Program = Callable[[Leaves, jax.Array, np.int32], tuple[jax.Array | None, dict[str, Stats]]]
 
@@ -99,9 +99,6 @@ class Session:
         self.chain, self.settings, self.pool = Chain(config), settings, pool
         self.blocks, self.plan = self.chain.blocks, self.chain.plan()
         self.targets, self.skipped = select(self.plan, settings)
-        if not self.targets:
-            why = "; ".join(f"{path}: {reason}" for path, reason in self.skipped.items())
-            raise ConfigError(f"nothing would be quantized: {why or 'the model has no matmul'}")
         self.refused: dict[Hashable, dict[str, str]] = {}
         self._groups: dict[str, list[Group]] = {}
         for group in self.plan.groups:

@@ -27,7 +27,7 @@ from awq_jax.calibration import calibration
 from awq_jax.cli import entry
 from awq_jax.devices import pool, team
 from awq_jax.devices.team import Team
-from awq_jax.stream import hidden_states as hidden
+from awq_jax.stream.hidden_states import InMemory, OnDisk
 
 TOKENS = np.random.default_rng(1).integers(0, 256, (11, 16)).astype(np.int32)
 SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_key_value_heads": 4, "num_hidden_layers": 3}
@@ -301,7 +301,7 @@ def test_meshes_are_checked(made, tmp_path, capsys):
 def test_hidden_states_of_some_batches(tmp_path, disk):
     """Each process keeps those of its own batches, by the numbers that they have among all."""
     batches = [TOKENS[i : i + 1] for i in range(5)]
-    own = hidden.OnDisk(tmp_path, batches, [1, 4], "float32", 3) if disk else hidden.InMemory(batches)
+    own = OnDisk(tmp_path, batches, [1, 4], "float32", 3) if disk else InMemory(batches)
     assert own.batches == 5
     np.testing.assert_array_equal(own.get(4), batches[4])
     for seed in range(2):
