@@ -1,7 +1,5 @@
 """The floating-point types that weights and activations are stored in, by name."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import ml_dtypes

@@ -1,7 +1,5 @@
 """How good a model is on text: perplexity, and the divergence of a quantized model from its float model."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """Flax Linen: a dense layer whose kernel may be packed."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn

@@ -1,7 +1,5 @@
 """Flax NNX: a linear layer whose kernel may be packed, and a model as a pure function."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, cast
 

@@ -11,8 +11,6 @@ uint16 ``[*B, N, W]``. Each run of 32 halfwords holds 32 rows per bit field: at 
 halfwords is called a plane; every group size that is a multiple of 32 gives each plane one scale per column.
 """
 
-from __future__ import annotations
-
 import math
 
 import jax

@@ -1,7 +1,5 @@
 """Parameter paths: the one way the library names a leaf of a parameter tree."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any, TypeVar

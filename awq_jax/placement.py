@@ -1,7 +1,5 @@
 """Where the parts of a packed weight lie on a mesh."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Literal
 

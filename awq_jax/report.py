@@ -1,7 +1,5 @@
 """`Report`: what a quantization run did, weight by weight, as plain data."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from typing import Any

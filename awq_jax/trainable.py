@@ -1,7 +1,5 @@
 """Split a parameter tree into what can be trained and what cannot, for `jax.grad`."""
 
-from __future__ import annotations
-
 from typing import TypeVar
 
 import jax

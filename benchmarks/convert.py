@@ -8,8 +8,6 @@ seconds are those of the conversion, without the start of Python. Where ``--envs
 (``tests/interop/make_envs.sh ENVS compressed``), its own AutoAWQ converter is timed on the same checkpoint.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path

@@ -7,8 +7,6 @@ The text is tokenized once: the first ``samples x seq_len`` tokens calibrate, th
 only text a model of children's stories can be judged on.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Iterator, Sequence

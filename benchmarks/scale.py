@@ -26,8 +26,6 @@ The counts, for a group of K channels whose weights have N columns together, T c
   in the systems of the refitting.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import math

@@ -16,8 +16,6 @@ rounded to nearest; ``dense`` has the same ones, dequantized. Speeds are medians
 in the same round; on a busy machine the best turns and processor time say more.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path

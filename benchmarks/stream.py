@@ -17,8 +17,6 @@ SIGKILL at random moments, continues each time, and compares the files with thos
 `devices` calibrates a layer on several simulated devices and processes (`streaming.devices`).
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import re

@@ -11,8 +11,6 @@ what belongs to it (a defect worked around, the dtype it computes in) is said th
 listed as skipped.
 """
 
-from __future__ import annotations
-
 import argparse
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence

@@ -3,8 +3,6 @@
 The environment is that of ``transformers.utils.chat_template_utils``: a template renders the same text here.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 from collections.abc import Callable, Mapping, Sequence

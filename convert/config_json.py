@@ -1,7 +1,5 @@
 """What a ``config.json`` says to converters and decoder alike."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`checkpoint`: any format to any other, tensor by tensor, resumable and all or nothing."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 import math

@@ -1,7 +1,5 @@
 """Which conversions are exact, found by doing them on a weight such as each format's own tools write."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from awq_jax.convert import pipeline

@@ -3,8 +3,6 @@
 The rule of transformers 5 (``PreTrainedModel.tie_weights``): what is stored counts, and then what the config says.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Collection, Iterable, Iterator

@@ -1,7 +1,5 @@
 """Tensors through an encoder: fitted, judged, encoded, several at a time and in order."""
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import math

@@ -1,7 +1,5 @@
 """Which formats there are, and opening a checkpoint in any of them."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Text to token ids and back: `Tokenizer`, one class whatever the checkpoint's files were."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """What a backend of the packed matmul is: its name, what it can serve, and how it runs."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """Which kernel multiplies by a packed weight, and why."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import logging

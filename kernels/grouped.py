@@ -5,8 +5,6 @@ into tiles of one expert each, so that a matrix is dequantized once for a tile, 
 float weights of all experts nor the products of all rows with all experts ever exist.
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 import jax

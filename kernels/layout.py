@@ -3,8 +3,6 @@
 Both orders are described in `awq_jax.pack`. Scales and zero points are the same in either.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from typing import TypeVar

@@ -5,8 +5,6 @@ Rows stand in tiles, and a table that is fetched ahead of the grid says which ma
 kernel serves plain weights, batches of weights and experts.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 

@@ -4,8 +4,6 @@ A custom call cannot be cut by the compiler, which would gather the weight inste
 the kernels see the shapes of one device. Sums over devices are taken in float32, as those within one are.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any, TypeVar

@@ -5,8 +5,6 @@ grids, a rule for `jax.vmap` (rows are joined, batches of weights become a grid 
 (through the dequantized weight), and the sum over the parts of K.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import importlib

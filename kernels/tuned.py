@@ -7,8 +7,6 @@ configuration for up to ``rows`` activation rows (null: any number) and, where i
 (``sm_90.json``), which were chosen offline by counting instructions, registers and shared memory.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import json

@@ -1,7 +1,5 @@
 """Search for clipped ranges of the groups (arXiv 2306.00978)."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 

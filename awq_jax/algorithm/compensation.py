@@ -15,8 +15,6 @@ is ``U[k, k] U[k, F]``:
 All rows together: ``d = U^T (e / diag U)``, so ``R^T d = e / diag U`` and ``d^T H d = sum_k e_k^2 / U[k, k]^2``.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import jax

@@ -6,8 +6,6 @@ size g and ``G = K // g``; ``gram`` is ``E[x^T x]`` float32 ``[K, K]`` of the ac
 ``sum_n d_n^T gram d_n`` with ``d = dequantized - w``, so every choice below is made per column.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import jax

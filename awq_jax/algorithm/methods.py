@@ -1,7 +1,5 @@
 """What each method of quantization is: `AwqConfig.method` names one of `METHODS`, and nothing else tells them apart."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Protocol

@@ -1,7 +1,5 @@
 """Rounding of one weight matrix: several candidates, the best one kept for every column."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import jax

@@ -10,8 +10,6 @@ up before the step rises. The candidates weigh both by one exponent, ``s = a^r /
 of the largest weight of the group; and, as the paper has it, ``s = a^r``. Which r is best is measured, not derived.
 """
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 

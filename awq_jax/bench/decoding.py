@@ -1,7 +1,5 @@
 """Decoding and prefill of whole models: the programs that `generate` runs, timed, and the memory they take."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Matrix products: the packed kernels, XLA in bfloat16, and other libraries', each against the floor."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence

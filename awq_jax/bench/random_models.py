@@ -1,7 +1,5 @@
 """Models with random weights in the shapes of known ones; nothing is downloaded."""
 
-from __future__ import annotations
-
 import functools
 
 import jax

@@ -1,7 +1,5 @@
 """Seconds per call of work on a device, the ceilings of the device, and which device it is."""
 
-from __future__ import annotations
-
 import dataclasses
 import statistics
 import sys

@@ -5,8 +5,6 @@ an all-to-all, so that each device receives its rows of all of them, and adds th
 volume is that of a reduce-scatter, which would add in an order that depends on the number of devices.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

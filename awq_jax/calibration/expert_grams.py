@@ -1,7 +1,5 @@
 """Grams of more experts than fit into memory: some at a time, collected when they are asked for."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The Grams of one scale group, whether all of them are in memory (here) or some at a time (`expert_grams`)."""
 
-from __future__ import annotations
-
 import functools
 import math
 from typing import Protocol

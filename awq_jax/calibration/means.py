@@ -1,7 +1,5 @@
 """Means of one group from its calibration sums, with what to do where tokens are missing."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 

@@ -1,7 +1,5 @@
 """Freed memory that the C library (glibc) keeps, given back to the system; with other libraries nothing happens."""
 
-from __future__ import annotations
-
 import ctypes
 
 _MMAP_THRESHOLD, _ARENA_MAX = -3, -8  # mallopt(3)

@@ -1,7 +1,5 @@
 """Devices that share the work on one block."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable

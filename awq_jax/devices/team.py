@@ -6,8 +6,6 @@ moment a process dies. Before each collective they meet there (`Team.gather`), w
 error; a process that is caught inside of a collective is ended after a few seconds.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import json

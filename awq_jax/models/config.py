@@ -1,7 +1,5 @@
 """`ModelConfig`: everything the reference decoder needs to know about an architecture."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Literal
 

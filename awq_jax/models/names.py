@@ -1,7 +1,5 @@
 """Hugging Face tensor names <-> paths in the reference decoder's state, as data."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 

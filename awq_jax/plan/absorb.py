@@ -1,7 +1,5 @@
 """Find the parameters upstream of an activation that can absorb a scale per channel, exactly."""
 
-from __future__ import annotations
-
 import dataclasses
 import heapq
 import itertools

@@ -5,8 +5,6 @@ labels of a whole model fit in little memory. A label is a channel number, `UNIT
 stay as it is) or `UNREAD` (nothing that was followed reads it).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 

@@ -1,7 +1,5 @@
 """`discover`: the scale groups of any JAX model, read off its jaxpr."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Callable, Hashable

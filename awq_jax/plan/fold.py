@@ -11,8 +11,6 @@ have one ``v(h)``, hence one s for all ``(h, c)`` of one ``(v(h), c)``: shared c
 ``Absorber.index`` names for each column of V a channel whose scale divides it.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math

@@ -1,7 +1,5 @@
 """`validate`: does a plan, perhaps edited by hand, describe the parameters it is used with?"""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 

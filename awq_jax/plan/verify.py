@@ -1,7 +1,5 @@
 """Prove a plan on the model itself: fold random scales, and see that the output does not move."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 

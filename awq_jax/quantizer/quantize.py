@@ -1,7 +1,5 @@
 """`quantize`: parameters and calibration in, the same tree with packed leaves out."""
 
-from __future__ import annotations
-
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Mapping

@@ -1,7 +1,5 @@
 """One scale group at a time: from leaves and statistics to a scale, and to packed weights."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math

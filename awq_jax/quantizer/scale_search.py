@@ -10,8 +10,6 @@ protection. Measured on a 135M model this cuts the loss of perplexity by a third
 (`benchmarks/results/`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Which weights of a plan are quantized, and to what: settings, skips, and sizes that do not divide."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 

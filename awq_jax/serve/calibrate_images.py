@@ -3,8 +3,6 @@
 Images change more than what the next layer reads, so `awq_jax.stream.session` does not see them.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence

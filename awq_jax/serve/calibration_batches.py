@@ -1,7 +1,5 @@
 """Calibration data as batches: of tokens, or of the arrays that a processor makes of images and text."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard, cast
 

@@ -5,8 +5,6 @@ is done once: 8 times the bytes of 4-bit codes, and decoding as fast as with a f
 weight it writes out whole every time, which is slower still.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import os

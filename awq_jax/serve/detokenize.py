@@ -5,8 +5,6 @@ are no UTF-8 (43 of 300 random sequences with the tokenizer of stories260K), nev
 the end, and knows only tokenizers written in Rust.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from awq_jax.convert.text import TokenizerLike

@@ -1,7 +1,5 @@
 """`dot`: a product with a weight that may be packed."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike

@@ -4,8 +4,6 @@ Prompts are padded on the right, and every row keeps its own position: slot s of
 position s, so causality alone hides padding and no attention mask is needed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 
 import jax

@@ -1,7 +1,5 @@
 """Prompts and conversations as token ids, and the ids that end an answer."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import cast
 

@@ -1,7 +1,5 @@
 """Choosing the next token from logits."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from typing import Literal

@@ -1,7 +1,5 @@
 """The form in which a model's weights are served, which need not be the one in which they are kept."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 

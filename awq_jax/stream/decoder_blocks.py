@@ -1,7 +1,5 @@
 """The reference decoder as a chain of blocks: the embedding, each layer, the head; their functions and scale groups."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable, Hashable, Mapping

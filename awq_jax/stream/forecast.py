@@ -1,7 +1,5 @@
 """What a streamed quantization will need, before it runs: blocks, memory, disk, and time from a trial."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import math

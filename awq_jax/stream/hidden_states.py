@@ -1,7 +1,5 @@
 """Hidden states between two blocks: in host memory, or in files from which a later run continues."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Sequence

@@ -4,8 +4,6 @@
 `awq_jax.stream.run` through those of a checkpoint: same programs on the same batches, hence the same bits.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import time

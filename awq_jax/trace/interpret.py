@@ -4,8 +4,6 @@
 with parameters; `run` runs the graph again with a tap on them, or with another matmul in their place.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable, Sequence

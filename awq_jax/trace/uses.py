@@ -1,7 +1,5 @@
 """Trace a model and follow every parameter leaf to the matmuls that read it."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 

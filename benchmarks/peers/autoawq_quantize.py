@@ -8,8 +8,6 @@ trial ratio. On a GPU ``.cpu()`` copies; on a CPU it returns the live tensors, s
 the first trial also scales the "backup", and every later trial and the final weights are corrupt.
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 from typing import Any

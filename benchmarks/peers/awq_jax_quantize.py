@@ -3,8 +3,6 @@
 python awq_jax_quantize.py MODEL_DIR TOKENS.npy OUT_DIR --group-size 64 --method awq+gptq
 """
 
-from __future__ import annotations
-
 import argparse
 
 import numpy as np

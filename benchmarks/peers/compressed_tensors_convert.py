@@ -6,8 +6,6 @@ Runs in an environment that has compressed-tensors and imports nothing of awq_ja
 JSON: seconds without the imports, megabytes of the tensor files written, peak memory of the process.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import time

@@ -5,8 +5,6 @@ where they are. To add a program that quantizes: a driver in ``peers/`` with the
 ``autoawq_quantize.py``, and a line in `QUANTIZERS`.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import os

@@ -1,7 +1,5 @@
 """How a benchmark is run, what a process costs, and how a result is written."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import json

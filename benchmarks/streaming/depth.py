@@ -1,7 +1,5 @@
 """Resident memory and compilations, block by block, of a very deep model."""
 
-from __future__ import annotations
-
 import gc
 import json
 import sys

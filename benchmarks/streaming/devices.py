@@ -6,8 +6,6 @@ GPUs the seconds are those of the devices. The first layer, which compiles, is l
 digest of the last layer's Grams, which must be the same for all.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

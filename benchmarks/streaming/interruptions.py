@@ -1,7 +1,5 @@
 """What interrupts a streamed quantization: kills at random moments, and files as a power cut may leave them."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import hashlib

@@ -1,7 +1,5 @@
 """Packed codes in NumPy: to words and back, and dequantized, without touching a device."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

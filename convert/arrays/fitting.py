@@ -1,7 +1,5 @@
 """A packed weight made to fit a format: refused, or its zero points and scales in the form that the format has."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Collection
 

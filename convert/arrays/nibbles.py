@@ -5,8 +5,6 @@ nibble has an index: the bits of its word's number, then the three bits of its p
 step exchanges two of these bits.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import numpy as np

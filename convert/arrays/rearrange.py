@@ -1,7 +1,5 @@
 """A packed weight rearranged: its words transposed, its groups made smaller, its rows put in and out of act-order."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import numpy as np

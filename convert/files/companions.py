@@ -1,7 +1,5 @@
 """What lies beside the weights: files that make a checkpoint usable, and code, which is left behind with its traces."""
 
-from __future__ import annotations
-
 import contextlib
 import fnmatch
 import logging

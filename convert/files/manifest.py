@@ -1,7 +1,5 @@
 """What an unfinished conversion has done so far: a JSON line per finished shard, locked while in use."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import fcntl

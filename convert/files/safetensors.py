@@ -5,8 +5,6 @@ read with plain reads into fresh arrays rather than a memory map: a file that sh
 open then gives an error instead of killing the process, and memory holds one tensor at a time.
 """
 
-from __future__ import annotations
-
 import abc
 import contextlib
 import dataclasses

@@ -1,7 +1,5 @@
 """Blocks of tensors: what one device of a mesh needs, without the rest in memory where the format allows it."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import os

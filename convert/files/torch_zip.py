@@ -6,8 +6,6 @@ that build strings, numbers, lists, tuples and dictionaries of them, and tensors
 imports they may name are markers, never looked up.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import pickletools

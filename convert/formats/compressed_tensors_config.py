@@ -3,8 +3,6 @@
 The fields are those of ``QuantizationConfig`` and ``QuantizationArgs`` of compressed-tensors 0.9 to 0.20.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Float Hugging Face checkpoints: a directory of safetensors, or a hub id downloaded to one."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -5,8 +5,6 @@ vLLM joins queries, keys and values, the two halves of a gated MLP, and all expe
 float or of other bits. Modules are named as in the files.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Iterator, Sequence
 

@@ -7,8 +7,6 @@ sizes, axes, dtype) is JSON under the key ``awq-jax:w`` of that file's header me
 ``config.json`` has ``quantization_config: {"quant_method": "awq-jax", "format_version": 1, "settings"}``.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping, Sequence

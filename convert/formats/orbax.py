@@ -10,8 +10,6 @@ bits, group size, axes, sizes, dtype. ``config.json`` and the tokenizer lie besi
 Orbax's documentation: https://orbax.readthedocs.io/en/latest/guides/checkpoint/orbax_checkpoint_101.html
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path

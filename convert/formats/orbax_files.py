@@ -1,7 +1,5 @@
 """The files of an Orbax checkpoint: a tree of arrays read one at a time, and written from one spool file."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging

@@ -1,7 +1,5 @@
 """Names of modules against the regular expressions of a ``config.json``, which nobody vouches for."""
 
-from __future__ import annotations
-
 import functools
 import re
 

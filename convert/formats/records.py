@@ -1,7 +1,5 @@
 """What was written, for ``quantization_config``: which linears are packed and how, and which are float."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 

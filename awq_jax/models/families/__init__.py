@@ -3,8 +3,6 @@
 A family is a file that is called as its ``model_type``. To add one, see docs/extending/family.md.
 """
 
-from __future__ import annotations
-
 import importlib
 import pkgutil
 

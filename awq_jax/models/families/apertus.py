@@ -1,7 +1,5 @@
 """Apertus: Llama with a norm of each head, and an MLP that has no gate and an activation with parameters."""
 
-from __future__ import annotations
-
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig, NormConfig
 from awq_jax.models.hf.config import base, get

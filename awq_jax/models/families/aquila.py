@@ -1,7 +1,5 @@
 """Aquila and Aquila 2: Llama."""
 
-from __future__ import annotations
-
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.hf.config import base

@@ -1,7 +1,5 @@
 """Baichuan 1 and 2: Llama with fused q, k, v; 13B has ALiBi, and Baichuan 2 normalises its output projection."""
 
-from __future__ import annotations
-
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.hf.config import base, required

@@ -1,7 +1,5 @@
 """Command R: LayerNorm without bias, attention and MLP side by side, neighbouring channels rotated."""
 
-from __future__ import annotations
-
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig, NormConfig
 from awq_jax.models.hf.config import base, get

@@ -1,7 +1,5 @@
 """Command R7B and Command A: Cohere with three layers that have a window and a rope to one with neither."""
 
-from __future__ import annotations
-
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.hf.config import base, get, layer_types, required, windows

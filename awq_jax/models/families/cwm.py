@@ -1,7 +1,5 @@
 """Code World Model: Llama with a window on three of four layers."""
 
-from __future__ import annotations
-
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.hf.config import base, get, layer_types, required, windows

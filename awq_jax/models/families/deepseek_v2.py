@@ -1,7 +1,5 @@
 """DeepSeek-V2 and its Lite and Coder releases: latent attention, experts in groups, shared experts."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """DeepSeek-V3, V3.1 and R1: DeepSeek-V2 whose experts are chosen by sigmoids and a correction."""
 
-from __future__ import annotations
-
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.errors import UnsupportedModelError
 from awq_jax.models.config import ModelConfig, MoEConfig

@@ -1,7 +1,5 @@
 """dots.llm1: DeepSeek-V3's experts behind the attention of Qwen3."""
 
-from __future__ import annotations
-
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig, NormConfig
 from awq_jax.models.families.deepseek_v3 import NAMES, sigmoid_experts

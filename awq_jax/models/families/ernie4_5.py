@@ -1,7 +1,5 @@
 """ERNIE 4.5: Llama with neighbouring channels rotated."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from awq_jax.convert.config_json import HfConfig

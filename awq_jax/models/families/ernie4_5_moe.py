@@ -1,7 +1,5 @@
 """ERNIE 4.5 MoE: ERNIE 4.5 with experts that a correction helps to choose, and some that all tokens share."""
 
-from __future__ import annotations
-
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.families.ernie4_5 import ernie_base

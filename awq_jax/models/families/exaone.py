@@ -1,7 +1,5 @@
 """EXAONE 3 and 3.5: Llama with names of its own."""
 
-from __future__ import annotations
-
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.hf.config import base

@@ -1,7 +1,5 @@
 """EXAONE 4: norms behind each half of a layer and of each head; with windows, only layers that have one rotate."""
 
-from __future__ import annotations
-
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.errors import ConfigError
 from awq_jax.models.config import ModelConfig, NormConfig

@@ -1,7 +1,5 @@
 """Falcon: 7B (one key/value head, one norm), 40B (grouped heads, two norms), and RW (ALiBi)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from awq_jax.convert.config_json import HfConfig

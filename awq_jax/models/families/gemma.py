@@ -1,7 +1,5 @@
 """Gemma: norms that store their scale less one, a scaled embedding, a head size of its own."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

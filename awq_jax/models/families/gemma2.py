@@ -1,7 +1,5 @@
 """Gemma 2: a norm before and behind each half of a layer, soft caps, a window on every other layer."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from awq_jax.convert.config_json import HfConfig

@@ -1,7 +1,5 @@
 """Gemma 3 (4B and larger): Gemma 3 that reads what SigLIP sees; tokens of an image see each other both ways"""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 

@@ -1,7 +1,5 @@
 """Gemma 3 (text): five layers with a window and a short rope to one without, norms of queries and keys."""
 
-from __future__ import annotations
-
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.errors import UnsupportedModelError
 from awq_jax.models.config import ModelConfig, NormConfig

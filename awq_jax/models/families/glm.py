@@ -1,7 +1,5 @@
 """GLM-4 9B: half of a head rotated in neighbouring channels, fused gate and up."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from awq_jax.convert.config_json import HfConfig

@@ -1,7 +1,5 @@
 """GLM-4-0414 and GLM-Z1: GLM with a norm before and behind each half of a layer."""
 
-from __future__ import annotations
-
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.families import glm

@@ -1,7 +1,5 @@
 """GLM-4.5 and 4.6: DeepSeek-V3's experts behind grouped-query attention, half of a head rotated."""
 
-from __future__ import annotations
-
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig, NormConfig
 from awq_jax.models.families.deepseek_v3 import NAMES, sigmoid_experts

@@ -1,7 +1,5 @@
 """GLM-4.7-Flash: DeepSeek-V3 with the experts in all layers but the first."""
 
-from __future__ import annotations
-
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.families.deepseek_v2 import latent_base

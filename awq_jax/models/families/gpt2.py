@@ -1,7 +1,5 @@
 """GPT-2: LayerNorm, learned positions, fused q, k, v, and linears stored [in, out]."""
 
-from __future__ import annotations
-
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.errors import UnsupportedModelError
 from awq_jax.models.config import ModelConfig

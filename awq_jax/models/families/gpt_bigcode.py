@@ -1,7 +1,5 @@
 """GPT-BigCode (SantaCoder, StarCoder): GPT-2 with one key/value head."""
 
-from __future__ import annotations
-
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.families.gpt2 import ENTRIES

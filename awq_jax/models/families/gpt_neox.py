@@ -1,7 +1,5 @@
 """GPT-NeoX and Pythia: attention and MLP side by side behind two norms, q, k, v fused by head."""
 
-from __future__ import annotations
-
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.hf.config import base, get, required

@@ -1,7 +1,5 @@
 """gpt-oss: experts with biases and a clipped gate, attention sinks, a window on every other layer."""
 
-from __future__ import annotations
-
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.hf.config import base, get, layer_types, mlp_config, required, windows

@@ -1,7 +1,5 @@
 """GPT-J: attention and MLP side by side behind one norm, neighbouring channels rotated."""
 
-from __future__ import annotations
-
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig, RopeConfig
 from awq_jax.models.hf.config import base, get, required

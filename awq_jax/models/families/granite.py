@@ -1,7 +1,5 @@
 """Granite: Llama with multipliers on the embedding, the scores, the residual stream and the logits."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from awq_jax.convert.config_json import HfConfig

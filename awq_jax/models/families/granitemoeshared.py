@@ -1,7 +1,5 @@
 """Granite MoE with an expert that all tokens share, gate and up fused."""
 
-from __future__ import annotations
-
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.families import granitemoe

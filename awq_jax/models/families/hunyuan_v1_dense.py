@@ -1,7 +1,5 @@
 """Hunyuan dense (0.5B to 7B): Llama with a norm of each head behind its rotation."""
 
-from __future__ import annotations
-
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig, NormConfig, RopeConfig
 from awq_jax.models.hf.config import base, get

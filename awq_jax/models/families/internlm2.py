@@ -1,7 +1,5 @@
 """InternLM2 and 2.5: Llama with q, k, v fused by key/value head, and names of its own."""
 
-from __future__ import annotations
-
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.hf.config import base

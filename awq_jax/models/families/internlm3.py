@@ -1,7 +1,5 @@
 """InternLM3: Llama with a head size of its own and keys for its biases."""
 
-from __future__ import annotations
-
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.hf.config import base

@@ -1,7 +1,5 @@
 """Kimi K2: DeepSeek-V3 with more experts and fewer heads."""
 
-from __future__ import annotations
-
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.families import deepseek_v3

@@ -1,7 +1,5 @@
 """Llama 2 and 3, and the checkpoints that use its architecture: TinyLlama, SmolLM2, Yi."""
 
-from __future__ import annotations
-
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.hf.config import base

@@ -1,7 +1,5 @@
 """LLaVA 1.5: a Llama (or Mistral, Qwen) that reads what CLIP or SigLIP sees, through an MLP"""
 
-from __future__ import annotations
-
 import dataclasses
 
 from awq_jax.convert.config_json import HfConfig

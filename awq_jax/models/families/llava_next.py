@@ -1,7 +1,5 @@
 """LLaVA-NeXT (1.6): LLaVA that looks at an image as a whole and at tiles of it"""
 
-from __future__ import annotations
-
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.errors import ConfigError
 from awq_jax.models.config import ModelConfig

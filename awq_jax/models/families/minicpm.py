@@ -1,7 +1,5 @@
 """MiniCPM 1, 2 and 4: Llama with multipliers on the embedding, the residual stream and the logits."""
 
-from __future__ import annotations
-
 import math
 
 from awq_jax.convert.config_json import HfConfig

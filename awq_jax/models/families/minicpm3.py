@@ -1,7 +1,5 @@
 """MiniCPM3: latent attention; the embedding, each half of a layer and the logits are scaled."""
 
-from __future__ import annotations
-
 import math
 
 from awq_jax.convert.config_json import HfConfig

@@ -1,7 +1,5 @@
 """MiniMax-M2: Mixtral with experts chosen by sigmoids and a correction, and norms over all queries and all keys."""
 
-from __future__ import annotations
-
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig, NormConfig
 from awq_jax.models.families.mixtral import NAMES as MIXTRAL

@@ -1,7 +1,5 @@
 """Ministral 8B: Mistral with a window on some layers only."""
 
-from __future__ import annotations
-
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.hf.config import base, layer_types, required, windows

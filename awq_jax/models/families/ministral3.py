@@ -1,7 +1,5 @@
 """Ministral 3: Mistral with a YaRN rope and queries that grow with their position."""
 
-from __future__ import annotations
-
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.hf.config import base, required

@@ -1,7 +1,5 @@
 """Mistral: Llama with a sliding window on every layer."""
 
-from __future__ import annotations
-
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.hf.config import base, required

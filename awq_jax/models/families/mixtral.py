@@ -1,7 +1,5 @@
 """Mixtral: Mistral with experts."""
 
-from __future__ import annotations
-
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig, MoEConfig
 from awq_jax.models.hf.config import base, mlp_config, required

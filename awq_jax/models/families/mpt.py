@@ -1,7 +1,5 @@
 """MPT: ALiBi, LayerNorm without bias, fused q, k, v, optionally clipped."""
 
-from __future__ import annotations
-
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.errors import UnsupportedModelError
 from awq_jax.models.config import ModelConfig

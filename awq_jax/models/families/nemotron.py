@@ -1,7 +1,5 @@
 """Nemotron 3 and 4, Minitron: LayerNorm that stores its scale less one, half of a head rotated, squared ReLU."""
 
-from __future__ import annotations
-
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.hf.config import base, get

@@ -1,7 +1,5 @@
 """OLMo: Llama with a LayerNorm that has no parameters, optionally with q, k and v clipped."""
 
-from __future__ import annotations
-
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.hf.config import base

@@ -1,7 +1,5 @@
 """OLMo 2: norms behind each half of a layer, and one over all queries and one over all keys."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from awq_jax.convert.config_json import HfConfig

@@ -1,7 +1,5 @@
 """OLMo 3: OLMo 2 with a window on three of four layers, and a stretched rope on the fourth."""
 
-from __future__ import annotations
-
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.families import olmo2

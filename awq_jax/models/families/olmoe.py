@@ -1,7 +1,5 @@
 """OLMoE: Llama with experts, and norms over all queries and all keys."""
 
-from __future__ import annotations
-
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig, NormConfig
 from awq_jax.models.families.qwen2_moe import NAMES

@@ -1,7 +1,5 @@
 """OPT: LayerNorm, learned positions that begin at row 2, ReLU."""
 
-from __future__ import annotations
-
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.hf.config import base, get, required

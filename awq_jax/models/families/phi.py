@@ -1,7 +1,5 @@
 """Phi 1 and 2: LayerNorm, half of a head rotated, attention and MLP side by side behind one norm."""
 
-from __future__ import annotations
-
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig, NormConfig
 from awq_jax.models.hf.config import base, get

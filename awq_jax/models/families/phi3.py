@@ -1,7 +1,5 @@
 """Phi-3 and Phi-4: Llama with fused q, k, v and fused gate and up, and long-context rope."""
 
-from __future__ import annotations
-
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.hf.config import base, required

@@ -1,7 +1,5 @@
 """Phi-3 and Phi-3.5 Vision: the text part, Phi-3; what looks at images is carried through as it is"""
 
-from __future__ import annotations
-
 import dataclasses
 
 from awq_jax.convert.config_json import HfConfig

@@ -1,7 +1,5 @@
 """Phi-3.5 MoE: Mixtral with LayerNorm, biases, SparseMixer routing and long-context rope."""
 
-from __future__ import annotations
-
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.errors import ConfigError, UnsupportedModelError
 from awq_jax.models.config import ModelConfig, RopeConfig

@@ -1,7 +1,5 @@
 """Qwen 1: Llama with fused q, k, v that have biases, and names of its own."""
 
-from __future__ import annotations
-
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.errors import UnsupportedModelError
 from awq_jax.models.config import ModelConfig

@@ -1,7 +1,5 @@
 """Qwen2 and Qwen2.5: biases on q, k and v; optionally a sliding window from some layer on."""
 
-from __future__ import annotations
-
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.hf.config import base, layer_types, required, windows

@@ -1,7 +1,5 @@
 """Qwen2.5-Omni: the thinker's decoder; what sees, hears and speaks is carried through as it is"""
 
-from __future__ import annotations
-
 import dataclasses
 
 from awq_jax.convert.config_json import HfConfig

@@ -1,7 +1,5 @@
 """Qwen2.5-VL: Qwen2-VL whose tower attends within windows in most layers, and is built as its decoder is"""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

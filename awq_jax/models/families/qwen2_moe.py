@@ -1,7 +1,5 @@
 """Qwen1.5 and Qwen2 MoE: Qwen2 with experts and one that all tokens share, behind a gate."""
 
-from __future__ import annotations
-
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import MLPConfig, ModelConfig, MoEConfig
 from awq_jax.models.families.qwen2 import qwen_windows

@@ -1,7 +1,5 @@
 """Qwen2-VL: Qwen2 that looks at images of any size; tokens turn by frame, row and column"""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Qwen3 (dense): Qwen2 with RMSNorm on each query and key head, and a head size of its own."""
 
-from __future__ import annotations
-
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig, NormConfig
 from awq_jax.models.families.qwen2 import qwen_windows

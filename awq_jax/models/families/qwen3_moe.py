@@ -1,7 +1,5 @@
 """Qwen3 MoE: Qwen3 with experts, also in its Coder and Instruct releases."""
 
-from __future__ import annotations
-
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.families.qwen2_moe import NAMES, qwen_mlps

@@ -1,7 +1,5 @@
 """Qwen3-Next: three gated delta nets to one gated attention, experts, norms that store their scale less one."""
 
-from __future__ import annotations
-
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.errors import UnsupportedModelError
 from awq_jax.models.config import DeltaConfig, ModelConfig, NormConfig

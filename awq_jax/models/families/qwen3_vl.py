@@ -1,7 +1,5 @@
 """Qwen3-VL: Qwen3 whose first layers are given more of what the tower saw; tokens turn by frame, row and column"""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from typing import Any

@@ -1,7 +1,5 @@
 """Falcon as it was first published, with code of its own: other config keys."""
 
-from __future__ import annotations
-
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.families import falcon

@@ -1,7 +1,5 @@
 """Seed-OSS: Llama with biases on q, k and v."""
 
-from __future__ import annotations
-
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.hf.config import base

@@ -1,7 +1,5 @@
 """SmolLM3: Llama where every fourth layer does not rotate queries and keys."""
 
-from __future__ import annotations
-
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.hf.config import base, layer_types, required, windows

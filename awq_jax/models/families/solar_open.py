@@ -1,7 +1,5 @@
 """Solar Open: Llama with DeepSeek-V3's experts in every layer."""
 
-from __future__ import annotations
-
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.families.deepseek_v3 import NAMES, sigmoid_experts

@@ -1,7 +1,5 @@
 """StableLM: LayerNorm, a quarter of a head rotated; StableLM 2 12B: a norm of each head, attention beside the MLP."""
 
-from __future__ import annotations
-
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig, NormConfig
 from awq_jax.models.hf.config import base, get

@@ -1,7 +1,5 @@
 """StarCoder2: LayerNorm, biases, an MLP without gate, and optionally a sliding window."""
 
-from __future__ import annotations
-
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.hf.config import base, get, required

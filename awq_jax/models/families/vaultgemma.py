@@ -1,7 +1,5 @@
 """VaultGemma: Gemma 2 without the norms behind each half of a layer."""
 
-from __future__ import annotations
-
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.families import gemma2

@@ -1,7 +1,5 @@
 """Yi as it was first published, with code of its own: Llama with other names for its norms."""
 
-from __future__ import annotations
-
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.hf.config import base

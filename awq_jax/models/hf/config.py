@@ -1,7 +1,5 @@
 """Hugging Face's ``config.json`` to `ModelConfig`: what families share, and the spellings of its keys."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 

@@ -1,7 +1,5 @@
 """`MoEConfig` from ``config.json``, and which layers have experts."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from awq_jax.convert.config_json import HfConfig

@@ -1,7 +1,5 @@
 """Which model families the reference decoder runs."""
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Mapping

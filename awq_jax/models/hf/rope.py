@@ -1,7 +1,5 @@
 """Rope constants from ``config.json``, in the spellings of all transformers releases."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, get_args
 

@@ -1,7 +1,5 @@
 """Several linears as one: how their columns stand side by side."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 

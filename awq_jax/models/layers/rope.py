@@ -3,8 +3,6 @@
 Numbers follow `transformers.modeling_rope_utils`, so that a checkpoint means the same here.
 """
 
-from __future__ import annotations
-
 import math
 
 import jax

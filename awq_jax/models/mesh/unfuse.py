@@ -4,8 +4,6 @@ Equal runs of the columns of queries, keys and values side by side are no device
 one by one; `awq_jax.models.weights.fuse` may then merge what each device has of them.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

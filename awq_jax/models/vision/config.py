@@ -1,7 +1,5 @@
 """What the reference decoder needs to know about the part of a model that looks at images."""
 
-from __future__ import annotations
-
 import dataclasses
 
 

@@ -1,7 +1,5 @@
 """What a tower makes of images, and how it takes its place among the tokens."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import jax

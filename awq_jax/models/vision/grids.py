@@ -4,8 +4,6 @@ The number of patches is a shape, their arrangement (``grids [I, 3]``: frames, r
 patches of each image) is data, so that images of other proportions need no new program.
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 import jax

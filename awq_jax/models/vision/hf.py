@@ -1,7 +1,5 @@
 """Nested ``config.json`` of models that look at images: text part, towers, and the names of tensors."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict

@@ -1,7 +1,5 @@
 """What a transformers processor returns, checked and as the arrays a model takes."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Which of a family's names a checkpoint uses, and the tensors that no parameter is made of."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator
 

@@ -5,8 +5,6 @@ is read here is safetensors of the same tensors: such as TinyChat loads, GPTQMod
 write, or ``safetensors.torch.save_file(torch.load(...))`` makes. Scales may be bfloat16.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 from pathlib import Path
 

@@ -5,8 +5,6 @@ Nothing before a GELU can absorb a scale, so AutoAWQ and llm-awq divide its outp
 where nothing was scaled). Here it is a part of the linear that it feeds, as ``inv_scale = 1 / scales``.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import re
 

@@ -6,8 +6,6 @@ the 4-bit ones holds element j in its low half and j + 16 in its high half.
 Source: ggml-common.h and ggml-quants.c of https://github.com/ggml-org/ggml.
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 import numpy as np

@@ -1,7 +1,5 @@
 """A Hugging Face ``config.json`` from GGUF metadata."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 

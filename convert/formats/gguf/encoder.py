@@ -4,8 +4,6 @@ Float matrices (embeddings, a head that was left float) become F16 where that is
 where that is, else F32; vectors are F32, as llama.cpp wants norms and biases.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 

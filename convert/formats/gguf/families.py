@@ -3,8 +3,6 @@
 Sources: ``conversion/`` (what is stored) and ``src/models/`` (defaults that no key tells) of llama.cpp.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping
 

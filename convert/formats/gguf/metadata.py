@@ -4,8 +4,6 @@ What llama.cpp would compute differently is refused; a sliding window, which it 
 architectures, bounds the context length instead, within which it makes no difference.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Mapping

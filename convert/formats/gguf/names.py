@@ -1,7 +1,5 @@
 """llama.cpp's tensor names and row order, and Hugging Face's."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 

@@ -6,8 +6,6 @@ not used: it spools to the temporary directory, often another disk, and on one t
 loses an array of up to 4 KiB (a norm) without an error (gguf 0.17 and 0.19 with numpy 2.4).
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Mapping
