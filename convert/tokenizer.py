@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import normalizers
 
-from awq_jax.convert import tokenizer_files
+from awq_jax.convert import bpe, tokenizer_files, tokenizer_models
 from awq_jax.convert.text import DEFAULT, TEMPLATE_NAME, ChatTemplate, Tokenizer, TokenizerLike, surround
 from awq_jax.errors import CheckpointError, FormatError
 
@@ -20,7 +20,7 @@ GgufMetadata = Mapping[str, Any]
 """Keys and values of the header of a GGUF file; see `awq_jax.convert.formats.gguf.file.GgufFile`."""
 
 # Any of these makes a directory one that has a tokenizer.
-FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "tokenizer_config.json")
 
 # Splitting patterns by `tokenizer.ggml.pre`, as the models' own tokenizer.json have them.
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -40,10 +40,8 @@ GPT2 = ("gpt-2", "gpt2", "default")
 NORMALIZED = ("qwen2", "deepseek-r1-qwen")  # NFC first
 BOS_BY_DEFAULT = ("llama3", "llama-v3", "llama-bpe", "tekken")  # and take a word that is a token as it is
 
-CONTROL, USER_DEFINED = 3, 4  # token types: special; matched whole, yet ordinary text
 KEY = "tokenizer.ggml."
 TEMPLATE = "tokenizer.chat_template"
-SPACE = "\u2581"
 
 
 def from_directory(directory: Path) -> TokenizerLike | None:
@@ -61,11 +59,18 @@ def from_directory(directory: Path) -> TokenizerLike | None:
     try:
         if (directory / "tokenizer.json").is_file():
             return tokenizer_files.from_json(directory)
+        if (made := tokenizer_models.from_models(directory)) is not None:
+            return made
+        if not (directory / "vocab.json").is_file() and (ranks := tokenizer_models.ranks(directory)) is not None:
+            log.warning(
+                "%s does not say how text is split, only code does: no tokenizer; put tokenizer.json there", ranks
+            )
+            return None
         log.info("%s has no tokenizer.json; transformers makes the tokenizer of the other files", directory)
         from transformers import AutoTokenizer  # takes seconds
 
-        made = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
-        return tokenizer_files.adopt(made)
+        theirs = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
+        return tokenizer_files.adopt(theirs)
     except Exception as e:  # transformers and tokenizers raise whatever the damage leads to
         raise CheckpointError(
             f"the tokenizer files of {directory} cannot be read: {type(e).__name__}: {str(e)[:300]}; copy them again"
@@ -98,7 +103,8 @@ def from_gguf(metadata: GgufMetadata, path: Path | str = "GGUF file") -> Tokeniz
         raise CheckpointError(f"{path}: {KEY}tokens is missing or not a list of strings; download it again")
     try:
         backend = _bpe(metadata, tokens, path) if model == "gpt2" else _spm(metadata, tokens)
-        _add_tokens(backend, metadata, tokens)
+        kinds = metadata.get(f"{KEY}token_type")
+        bpe.mark(backend, tokens, [] if kinds is None else [int(k) for k in kinds])
         names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
         special = {f"{ours}_token": _token(metadata, theirs, tokens, path) for ours, theirs in names.items()}
         add_bos = _flag(metadata, "add_bos_token", model == "llama" or metadata.get(f"{KEY}pre") in BOS_BY_DEFAULT)
@@ -128,64 +134,22 @@ def _bpe(metadata: GgufMetadata, tokens: list[str], path: Path | str) -> tokeniz
     merges = metadata.get(f"{KEY}merges")
     if not isinstance(merges, list):
         raise CheckpointError(f"{path}: {KEY}merges is missing; download it again")
-    tokenizer = tokenizers.Tokenizer(
-        models.BPE(
-            vocab={t: i for i, t in enumerate(tokens)},
-            merges=[_merge(m, path) for m in merges if m != ""],
-            ignore_merges=pre in BOS_BY_DEFAULT,
-        )
-    )
+    ids = {t: i for i, t in enumerate(tokens)}
+    pairs = [_merge(m, path) for m in merges if m != ""]
+    if pre in SPLITS:
+        tokenizer = bpe.byte_level(ids, pairs, SPLITS[pre], ignore_merges=pre in BOS_BY_DEFAULT)
+    else:
+        tokenizer = bpe.byte_level(ids, pairs, digits=pre in DIGITS)
     if pre in NORMALIZED:
         tokenizer.normalizer = normalizers.NFC()
-    if pre in SPLITS:
-        split = pre_tokenizers.Split(Regex(SPLITS[pre]), behavior="isolated")
-        steps = [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    else:
-        digits = [pre_tokenizers.Digits(individual_digits=True)] if pre in DIGITS else []
-        steps = [*digits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
-    tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
 def _spm(metadata: GgufMetadata, tokens: list[str]) -> tokenizers.Tokenizer:
-    """SentencePiece BPE with byte fallback; the merges follow from the pieces' scores."""
     scores = metadata.get(f"{KEY}scores")
     ranks = [0.0] * len(tokens) if scores is None else [float(s) for s in scores]
-    unknown = metadata.get(f"{KEY}unknown_token_id", 0)
-    prefix = _flag(metadata, "add_space_prefix", True)
-    tokenizer = tokenizers.Tokenizer(
-        models.BPE(
-            vocab={t: i for i, t in enumerate(tokens)},
-            merges=merges_from_scores(tokens, ranks),
-            unk_token=tokens[unknown],
-            fuse_unk=True,
-            byte_fallback=True,
-        )
-    )
-    space = normalizers.Replace(" ", SPACE)
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), space] if prefix else [space])
-    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    )
-    return tokenizer
-
-
-def merges_from_scores(tokens: list[str], scores: list[float]) -> list[tuple[str, str]]:
-    """Every way to join two pieces into a third, the best-scored result first, then by id.
-
-    Args:
-      tokens: SentencePiece's pieces, by id.
-      scores: of each.
-    """
-    ids = {t: i for i, t in enumerate(tokens)}
-    merges = []
-    for i, token in enumerate(tokens):
-        cuts = [(token[:c], token[c:]) for c in range(1, len(token))]
-        pairs = [(ids[a], ids[b], a, b) for a, b in cuts if a in ids and b in ids]
-        merges += [(-scores[i], i, *pair) for pair in sorted(pairs)]
-    return [(a, b) for *_, a, b in sorted(merges)]
+    unknown = tokens[metadata.get(f"{KEY}unknown_token_id", 0)]
+    return bpe.sentencepiece(tokens, ranks, unknown, _flag(metadata, "add_space_prefix", True))
 
 
 def _merge(text: object, path: Path | str) -> tuple[str, str]:
@@ -194,15 +158,6 @@ def _merge(text: object, path: Path | str) -> tuple[str, str]:
     if not left or not right:
         raise CheckpointError(f"{path}: {KEY}merges holds {text!r}, not two tokens; download it again")
     return left, right
-
-
-def _add_tokens(tokenizer: tokenizers.Tokenizer, metadata: GgufMetadata, tokens: list[str]) -> None:
-    """Mark control tokens as special, and user-defined ones as never split."""
-    types = metadata.get(f"{KEY}token_type")
-    kinds = [] if types is None else [int(t) for t in types]
-    named = list(zip(tokens, kinds, strict=False))
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t, k in named if k == CONTROL])
-    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t, k in named if k == USER_DEFINED])
 
 
 def _token(metadata: GgufMetadata, which: str, tokens: list[str], path: Path | str) -> str | None:

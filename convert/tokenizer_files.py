@@ -7,8 +7,7 @@ with other rules for splitting. ``tokenizer_config.json`` says which tokens are 
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,6 @@ from awq_jax.convert.text import (
     TokenizerLike,
     surround,
 )
-
-log = logging.getLogger(__name__)
 
 # Classes that put the tokens around a text which tokenizer_config.json asks for, whatever tokenizer.json says, and
 # whether they begin one unless told otherwise. All others leave it to tokenizer.json. transformers 5 no longer writes
@@ -45,10 +42,7 @@ def from_json(directory: Path) -> Tokenizer:
     """
     backend = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
     settings = settings_of(directory)
-    backend.encode_special_tokens = bool(settings.get("split_special_tokens"))
-    added = dict(_added(directory, settings))
-    known = {repr(t) for t in backend.get_added_tokens_decoder().values()}
-    mark_special(backend, settings, [t for _, t in sorted(added.items()) if repr(t) not in known])
+    add_listed(backend, directory, settings)
     return finished(backend, directory, settings)
 
 
@@ -58,6 +52,18 @@ def settings_of(directory: Path) -> Settings:
     if "added_tokens_decoder" in settings:
         return settings
     return settings | _read(directory / "special_tokens_map.json")
+
+
+def kind_of(settings: Settings) -> str:
+    """``Llama`` of ``LlamaTokenizerFast``."""
+    return str(settings.get("tokenizer_class")).removesuffix("Fast").removesuffix("Tokenizer")
+
+
+def add_listed(backend: tokenizers.Tokenizer, directory: Path, settings: Settings) -> None:
+    """Add the tokens that the settings, and files beside them, list to those that are matched whole."""
+    known = {repr(t) for t in backend.get_added_tokens_decoder().values()}
+    added = dict(_added(directory, settings, {t.content for t in backend.get_added_tokens_decoder().values()}))
+    mark_special(backend, settings, [t for _, t in sorted(added.items()) if repr(t) not in known])
 
 
 def mark_special(backend: tokenizers.Tokenizer, settings: Settings, more: Iterable[AddedToken] = ()) -> None:
@@ -78,11 +84,12 @@ def mark_special(backend: tokenizers.Tokenizer, settings: Settings, more: Iterab
 def finished(backend: tokenizers.Tokenizer, directory: Path, settings: Settings) -> Tokenizer:
     """The tokenizer of a backend, with all that ``tokenizer_config.json`` says of it."""
     special = {name: _token(value).content for name, value in _named(settings).items()}
-    kind = str(settings.get("tokenizer_class")).removesuffix("Fast").removesuffix("Tokenizer")
+    kind = kind_of(settings)
     bos, eos = settings.get("add_bos_token"), settings.get("add_eos_token")
     if kind in ADDS_BOS and (bos is not None or eos is not None):
         begin = ADDS_BOS[kind] if bos is None else bool(bos)
         surround(backend, special.get("bos_token") if begin else None, special.get("eos_token") if eos else None)
+    backend.encode_special_tokens = bool(settings.get("split_special_tokens"))
     length = settings.get("model_max_length")
     return Tokenizer(
         backend,
@@ -116,14 +123,13 @@ def chat_template(directory: Path, settings: Settings) -> ChatTemplate | None:
     return found[DEFAULT] if set(found) == {DEFAULT} else found or None
 
 
-def _added(directory: Path, settings: Settings) -> Iterator[tuple[int, AddedToken]]:
+def _added(directory: Path, settings: Settings, stored: Set[str]) -> Iterator[tuple[int, AddedToken]]:
     """Tokens by id that were added to the vocabulary, as the settings say."""
     if "added_tokens_decoder" in settings:
         yield from ((int(i), _token(value)) for i, value in settings["added_tokens_decoder"].items())
         return
     special = {_token(value).content for value in _named(settings).values()}
     special |= {t.content for t in _listed(settings)}
-    stored = {t["content"] for t in _read(directory / "tokenizer.json")["added_tokens"]}
     for text, i in _read(directory / "added_tokens.json").items():
         if text not in stored:
             yield int(i), AddedToken(text, normalized=text not in special, special=text in special)

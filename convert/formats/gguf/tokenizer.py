@@ -15,9 +15,10 @@ import re
 from typing import TYPE_CHECKING
 
 from awq_jax.convert import tokenizer_files
+from awq_jax.convert.bpe import CONTROL, SPACE, USER_DEFINED, merges_from_scores
 from awq_jax.convert.config_json import HfConfig, JsonObject
 from awq_jax.convert.text import DEFAULT, Tokenizer
-from awq_jax.convert.tokenizer import CONTROL, KEY, SPACE, SPLITS, TEMPLATE, USER_DEFINED, merges_from_scores
+from awq_jax.convert.tokenizer import KEY, SPLITS, TEMPLATE
 from awq_jax.errors import CheckpointError, FormatError
 
 if TYPE_CHECKING:
