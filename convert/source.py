@@ -203,11 +203,13 @@ class PackedSource(DirectorySource):
         """
 
     @abc.abstractmethod
-    def decode(self, arrays: Mapping[str, np.ndarray], shape: tuple[int, int], packed: Packed) -> QuantizedTensor:
-        """The canonical weight (see `awq_jax.convert.arrays.linear.build`) from a module's tensors.
+    def decode(
+        self, module: str, arrays: Mapping[str, np.ndarray], shape: tuple[int, int], packed: Packed
+    ) -> QuantizedTensor:
+        """The canonical weight (see `awq_jax.convert.arrays.linear.build`) from a module's tensors, or from blocks.
 
         Raises:
-          CheckpointError: if a value makes no sense (the caller adds the module's name).
+          CheckpointError: if a value makes no sense, naming the tensor (the caller adds the directory).
         """
 
     def names(self) -> list[str]:
@@ -228,8 +230,7 @@ class PackedSource(DirectorySource):
         module, info = self.packed[name]
         packed, whole_k = info.packed, index[1] == slice(0, info.shape[1])
         assert packed is not None
-        # Whether zero points are stored that symmetric weights do not need, only all of them together say.
-        if (packed.symmetric and "qzeros" in self.required) or (packed.act_order and not whole_k):
+        if packed.act_order and not whole_k:
             return None
         arrays = self._parts(module, (info.shape, index))
         if arrays is None:
@@ -266,16 +267,16 @@ class PackedSource(DirectorySource):
             if array.dtype.name in FLOATS and not np.isfinite(array).all():
                 raise WeightError(f"{module}.{part} of {self.directory} holds NaN or inf; download it again")
         assert info.packed is not None
-        with self._named(f"{module}: "):
-            return self.decode(arrays, shape, info.packed)
+        with self._named():
+            return self.decode(module, arrays, shape, info.packed)
 
     @contextlib.contextmanager
-    def _named(self, where: str = "") -> Iterator[None]:
+    def _named(self) -> Iterator[None]:
         """Puts the directory before the message of an error."""
         try:
             yield
         except CheckpointError as e:
-            raise type(e)(f"{self.directory}: {where}{e}", *e.settings) from e
+            raise type(e)(f"{self.directory}: {e}", *e.settings) from e
 
 
 class SliceReader:

@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 
+from awq_jax.errors import FormatError
 from awq_jax.kernels.layout import to_canonical
 from awq_jax.qtensor import QuantizedTensor
 
@@ -29,9 +30,26 @@ def build(
     )
 
 
-def explicit_zeros(zeros: np.ndarray, bits: int, symmetric: bool) -> np.ndarray | None:
-    """The zero points that a file holds, or None if they are those of a weight said to be ``symmetric``."""
-    return None if symmetric and bool(np.all(zeros == 2 ** (bits - 1))) else zeros
+def check_symmetric(zeros: np.ndarray, bits: int, part: str, said: str) -> None:
+    """Refuse zero points other than ``2**(bits-1)`` of a weight that is said to be symmetric.
+
+    Args:
+      zeros: all of the tensor's, uint8.
+      bits: of the codes.
+      part: name of the tensor.
+      said: what ``config.json`` says of it, for the message.
+
+    Raises:
+      FormatError: naming the tensor.
+    """
+    middle = 2 ** (bits - 1)
+    odd = zeros[zeros != middle]
+    if odd.size:
+        raise FormatError(
+            f"{part} holds the zero point {odd[0]:.3g} ({odd.size} of {zeros.size} are not {middle}), but {said} in "
+            f"config.json means {middle}: every weight would be off; fetch the checkpoint again, or have config.json "
+            "say that it is not symmetric if these zero points are meant"
+        )
 
 
 def is_permutation(perm: np.ndarray) -> bool:

@@ -78,6 +78,7 @@ class CompressedSource(PackedSource):
 
     def __init__(self, directory: Path, config: JsonObject) -> None:
         self.settings = compressed_tensors_config.parse(config)
+        self._symmetric: set[str] = set()  # tensors of zero points that were looked at
         super().__init__(directory, config)
 
     def _refuse_stray(self, rest: set[str]) -> None:
@@ -116,25 +117,24 @@ class CompressedSource(PackedSource):
             if zero.dtype == np.int8:
                 fits = zero.shape in scale_shapes
             else:
-                packable = zero.dtype == np.int32 and scheme.strategy != "tensor" and not scheme.symmetric
+                packable = zero.dtype == np.int32 and scheme.strategy != "tensor"
                 fits = packable and zero.shape[1:] == (groups,)
                 fits = fits and bool(spacings(scheme.bits, [(p.shape[1], k), (zero.shape[0], n)]))
             if not fits:
                 raise CheckpointError(
                     f"{module}.weight_zero_point is {zero.dtype} {zero.shape}, which does not fit "
-                    f"{n} outputs, {groups} groups, {scheme.bits} bits and symmetric={scheme.symmetric}"
+                    f"{n} outputs, {groups} groups and {scheme.bits} bits"
                 )
         if scheme.act_order and index is None and groups > 1:
             raise CheckpointError(f"{module} lacks its weight_g_idx; download the checkpoint again")
         if index is not None and (index.shape != (k,) or index.dtype not in (np.int32, np.int64)):
             raise CheckpointError(f"{module}.weight_g_idx is {index.dtype} {index.shape}; it must hold {k} integers")
-        symmetric = scheme.symmetric and zero is None
         ordered = index is not None and self._ordered(f"{module}.weight_g_idx", groups)
         if ordered and not scheme.act_order:
             raise CheckpointError(
                 f"{module}.weight_g_idx is in act-order, and actorder of its config group not 'group'"
             )
-        return (n, k), Packed(scheme.bits, k // groups, symmetric, s.dtype.name, act_order=ordered)
+        return (n, k), Packed(scheme.bits, k // groups, scheme.symmetric, s.dtype.name, act_order=ordered)
 
     def _ordered(self, part: str, groups: int) -> bool:
         index = self.files.read(part)
@@ -153,7 +153,9 @@ class CompressedSource(PackedSource):
             raise CheckpointError(f"{module}.weight_shape is ({n}, {k}); download it again")
         return n, k
 
-    def decode(self, arrays: Mapping[str, np.ndarray], shape: tuple[int, int], packed: Packed) -> QuantizedTensor:
+    def decode(
+        self, module: str, arrays: Mapping[str, np.ndarray], shape: tuple[int, int], packed: Packed
+    ) -> QuantizedTensor:
         n, k = shape
         bits, groups = packed.bits, k // packed.group_size
         stored, zeros, scale = arrays["weight_packed"], arrays.get("weight_zero_point"), arrays["weight_scale"]
@@ -166,15 +168,30 @@ class CompressedSource(PackedSource):
         if spaced:
             qweight = unspaced(qweight, bits, k)
         scales = np.ascontiguousarray((np.broadcast_to(scale.reshape(1, 1), (n, 1)) if scale.size == 1 else scale).T)
-        if zeros is not None:
-            zeros = _zeros(zeros, bits, n, groups, spaced)
-        perm = rearrange.permutation(arrays["weight_g_idx"], groups) if packed.act_order else None
+        if zeros is not None and packed.symmetric:
+            self._check_symmetric(module, spaced)
+            zeros = None
+        elif zeros is not None:
+            zeros = _zeros(f"{module}.weight_zero_point", zeros, bits, n, groups, spaced)
+        index = arrays["weight_g_idx"] if packed.act_order else None
+        perm = None if index is None else rearrange.permutation(index, groups, f"{module}.weight_g_idx")
         if perm is not None:
             qweight = rearrange.take_rows(qweight, bits, perm)
         return linear.build(qweight, scales, zeros, bits, packed.group_size, k, n, "float32", perm=perm)
 
+    def _check_symmetric(self, module: str, spaced: bool) -> None:
+        """Refuse zero points of a symmetric module other than the middle; all of them, once, whatever is decoded."""
+        part = f"{module}.weight_zero_point"
+        if part not in self._symmetric:
+            info = self.packed[f"{module}.weight"][1]
+            assert info.packed is not None
+            (n, k), bits = info.shape, info.packed.bits
+            zeros = _zeros(part, self.files.read(part), bits, n, k // info.packed.group_size, spaced)
+            linear.check_symmetric(zeros, bits, part, "symmetric true")
+            self._symmetric.add(part)
 
-def _zeros(stored: np.ndarray, bits: int, n: int, groups: int, spaced: bool) -> np.ndarray:
+
+def _zeros(part: str, stored: np.ndarray, bits: int, n: int, groups: int, spaced: bool) -> np.ndarray:
     """Zero points in any of their forms as uint8 ``[K/g, N]``."""
     if stored.dtype != np.int8:
         packed = stored.view(np.uint32)
@@ -182,7 +199,7 @@ def _zeros(stored: np.ndarray, bits: int, n: int, groups: int, spaced: bool) -> 
         return np.ascontiguousarray(codes.unpack(packed, bits, n).T)
     shifted = stored.astype(np.int16) + 2 ** (bits - 1)
     if shifted.min() < 0 or shifted.max() >= 2**bits:
-        raise CheckpointError(f"its weight_zero_point has values that {bits} bits do not hold")
+        raise CheckpointError(f"{part} has values that {bits} bits do not hold")
     full = np.broadcast_to(shifted.reshape(-1, 1) if shifted.size == 1 else shifted, (n, groups))
     return np.ascontiguousarray(full.T).astype(np.uint8)
 

@@ -14,6 +14,7 @@ does, and write neither.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -34,6 +35,7 @@ from awq_jax.errors import CheckpointError, FormatError
 from awq_jax.qtensor import QuantizedTensor
 
 PARTS = ("qweight", "qzeros", "scales")
+log = logging.getLogger(__name__)
 REMEDY = "; convert to 'compressed-tensors' or 'awq-jax'"
 
 
@@ -74,6 +76,9 @@ class GptqSource(PackedSource):
     def __init__(self, directory: Path, config: JsonObject) -> None:
         self.settings = gptq_config.parse(config)
         self.format = "gptq" if self.settings.v1 else "gptq-v2"
+        self._stored: dict[str, tuple[bool, bool]] = {}  # module -> what `_zero_points` found
+        self._common: set[bool] | None = None  # versions (v1?) of the symmetric modules
+        self._said = False  # that the label is wrong
         super().__init__(directory, config)
 
     def describe(self, module: str, entries: Mapping[str, Entry]) -> tuple[tuple[int, int], Packed]:
@@ -109,19 +114,73 @@ class GptqSource(PackedSource):
             )
         part = f"{module}.g_idx"
         ordered = index and rearrange.permutation(self.files.read(part), groups, part) is not None
-        return (n, k), Packed(bits, k // groups, scheme.symmetric, s.dtype.name, act_order=bool(ordered))
+        return (n, k), Packed(bits, k // groups, scheme.symmetric is not False, s.dtype.name, act_order=bool(ordered))
 
-    def decode(self, arrays: Mapping[str, np.ndarray], shape: tuple[int, int], packed: Packed) -> QuantizedTensor:
+    def decode(
+        self, module: str, arrays: Mapping[str, np.ndarray], shape: tuple[int, int], packed: Packed
+    ) -> QuantizedTensor:
         n, k = shape
         bits, groups = packed.bits, k // packed.group_size
-        zeros = unpack_qzeros(arrays["qzeros"], bits, n, self.settings.v1, self.settings.carries)
+        v1, symmetric = self._zero_points(module)
+        zeros = None if symmetric else unpack_qzeros(arrays["qzeros"], bits, n, v1, self.settings.carries)
         qweight = arrays["qweight"].view(np.uint32)
         index = arrays.get("g_idx")
-        perm = rearrange.permutation(index, groups) if packed.act_order and index is not None else None
+        perm = (
+            rearrange.permutation(index, groups, f"{module}.g_idx") if packed.act_order and index is not None else None
+        )
         if perm is not None:
             qweight = rearrange.take_rows(qweight, bits, perm)
-        stored = linear.explicit_zeros(zeros, packed.bits, packed.symmetric)
-        return linear.build(qweight, arrays["scales"], stored, bits, packed.group_size, k, n, "float32", perm=perm)
+        return linear.build(qweight, arrays["scales"], zeros, bits, packed.group_size, k, n, "float32", perm=perm)
+
+    def _zero_points(self, module: str) -> tuple[bool, bool]:
+        """Whether a module's zero points are v1's, and whether all are the middle of the range.
+
+        Files are told apart by a label that some writers get wrong (GPTQModel 5, and transformers, which saves what
+        it has made v2 of under the label v1). Of a module said to be symmetric the zero points tell; the others of
+        the file are numbered as those are. All of a module's zero points are read, whatever block is decoded.
+
+        Raises:
+          FormatError: a module is said to be symmetric, and neither version makes it so; or the symmetric ones
+            are of both versions, and this is none of them.
+        """
+        if module not in self._stored:
+            symmetric = self.settings.of(module).symmetric
+            found = None if symmetric is False else self._version_of(module)
+            if found is None and symmetric:
+                zeros = self._unpacked(module, self.settings.v1)
+                linear.check_symmetric(zeros, self.settings.of(module).bits, f"{module}.qzeros", "sym true")
+            self._stored[module] = (self._common_version(module), False) if found is None else (found, True)
+        return self._stored[module]
+
+    def _unpacked(self, module: str, v1: bool) -> np.ndarray:
+        n = self.files.entry(f"{module}.scales").shape[1]
+        return unpack_qzeros(
+            self.files.read(f"{module}.qzeros"), self.settings.of(module).bits, n, v1, self.settings.carries
+        )
+
+    def _version_of(self, module: str) -> bool | None:
+        """Whether v1 makes all zero points of a module the middle of the range; None if neither version does."""
+        middle, labelled = 2 ** (self.settings.of(module).bits - 1), self.settings.v1
+        found = next((v for v in (labelled, not labelled) if (self._unpacked(module, v) == middle).all()), None)
+        if found == (not labelled) and not self._said:
+            self._said = True
+            log.warning(
+                "%s: config.json says %s, but the zero points are those of %s (%s.qzeros, which is symmetric): read so",
+                self.directory, *(gptq_config.V1 if v else gptq_config.V2 for v in (labelled, found)), module,
+            )  # fmt: skip
+        return found
+
+    def _common_version(self, module: str) -> bool:
+        """Whether an asymmetric module's zero points are v1's: as those of the symmetric ones, if there are any."""
+        if self._common is None:
+            modules = (m for m, _ in self.packed.values() if self.settings.of(m).symmetric)
+            self._common = {v for m in modules if (v := self._version_of(m)) is not None} or {self.settings.v1}
+        if len(self._common) > 1:
+            raise FormatError(
+                f"{module}.qzeros may be stored as gptq or gptq_v2 do: the symmetric modules of this file are of both "
+                "kinds; fetch the checkpoint again"
+            )
+        return next(iter(self._common))
 
 
 class GptqEncoder(BaseEncoder):

@@ -19,11 +19,14 @@ OVERRIDES = {"bits", "group_size", "sym", "desc_act"}
 
 @dataclasses.dataclass(frozen=True)
 class GptqScheme:
-    """How a module is packed: bits, group size (-1: the whole column), and what the config says of zeros and order."""
+    """How a module is packed: bits, group size (-1: the whole column), and what the config says of zeros and order.
+
+    ``symmetric`` is None where it says nothing.
+    """
 
     bits: int
     group_size: int
-    symmetric: bool
+    symmetric: bool | None
     act_order: bool
 
 
@@ -84,7 +87,7 @@ def parse(config: HfConfig) -> GptqSettings:
     if words != "int32":
         raise FormatError(f"quantization_config packs into {words[:50]!r}; int32 is readable (pack_dtype)")
     known = {"bits": quant.get("bits"), "group_size": quant.get("group_size", 128)}
-    base = _scheme("quantization_config", {**known, "sym": quant.get("sym", True)}, quant.get("desc_act", False))
+    base = _scheme("quantization_config", {**known, "sym": quant.get("sym")}, quant.get("desc_act", False))
     meta = quant.get("meta")
     writers = meta.get("quantizer") if isinstance(meta, dict) else None
     writers = writers if isinstance(writers, list) else [writers]
@@ -116,7 +119,7 @@ def _scheme(where: str, values: HfConfig, act_order: object) -> GptqScheme:
         raise FormatError(f"{where}: bits must be 2, 3, 4 or 8 to be readable; got {bits!r:.100}")
     if type(size) is not int or not (size == -1 or size > 0):
         raise FormatError(f"{where}: group_size must be a positive integer or -1; got {size!r:.100}")
-    if not isinstance(symmetric, bool) or not isinstance(act_order, bool):
+    if not isinstance(symmetric, bool | None) or not isinstance(act_order, bool):
         raise FormatError(f"{where}: sym and desc_act must be true or false; got {symmetric!r:.50}, {act_order!r:.50}")
     return GptqScheme(bits, size, symmetric, act_order)
 

@@ -166,7 +166,9 @@ class MlxSource(PackedSource):
         shape = w.shape[0], s.shape[1] * group
         return shape, Packed(bits, group, False, s.dtype.name, offsets=True)
 
-    def decode(self, arrays: Mapping[str, np.ndarray], shape: tuple[int, int], packed: Packed) -> QuantizedTensor:
+    def decode(
+        self, module: str, arrays: Mapping[str, np.ndarray], shape: tuple[int, int], packed: Packed
+    ) -> QuantizedTensor:
         qweight, scales, offsets = (transposed(arrays[p]) for p in ("weight", "scales", "biases"))
         n, k = shape
         return linear.build(qweight, scales, None, packed.bits, packed.group_size, k, n, "float32", offsets=offsets)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 
+from awq_jax.convert.arrays import linear
 from awq_jax.convert.arrays.fitting import cast_scales, check_integer, integer_zeros
 from awq_jax.convert.arrays.rearrange import regroup
 from awq_jax.convert.config_json import HfConfig, JsonObject
@@ -92,6 +93,7 @@ class AwqSource(PackedSource):
         quant = config["quantization_config"]
         self.group_size, self.zero_point = settings(quant, self.format, self.words)
         self.layer_groups = bool(quant.get("dynamic"))
+        self._symmetric: set[str] = set()  # tensors of zero points that were looked at
         super().__init__(directory, config)
         self._activations = scaled_activations.scales_by_weight(self)
         hidden = set(self._activations.values())
@@ -113,6 +115,20 @@ class AwqSource(PackedSource):
 
     def _refuse_stray(self, rest: set[str]) -> None:
         super()._refuse_stray({n for n in rest if not scaled_activations.STORED.fullmatch(n)})
+
+    def middle_only(self, part: str, unpack: Callable[[np.ndarray], np.ndarray]) -> None:
+        """Refuse a tensor of zero points that are not 8, where ``config.json`` says that there are none.
+
+        Args:
+          part: its name; all of it is read, once, whatever block is decoded.
+          unpack: the zero points that it holds, uint8.
+
+        Raises:
+          FormatError: naming it.
+        """
+        if part not in self._symmetric:
+            linear.check_symmetric(unpack(self.files.read(part)), 4, part, "zero_point false")
+            self._symmetric.add(part)
 
     def misfit(self, module: str, entries: Mapping[str, Entry]) -> CheckpointError:
         """What to raise where shapes do not go together."""

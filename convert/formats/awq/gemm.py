@@ -102,8 +102,14 @@ class GemmSource(AwqSource):
             raise self.misfit(module, entries)
         return (n, k), packed_of(k, groups, self.zero_point, entries["scales"])
 
-    def decode(self, arrays: Mapping[str, np.ndarray], shape: tuple[int, int], packed: Packed) -> QuantizedTensor:
-        zeros = linear.explicit_zeros(unpack_qzeros(arrays["qzeros"]), 4, packed.symmetric)
+    def decode(
+        self, module: str, arrays: Mapping[str, np.ndarray], shape: tuple[int, int], packed: Packed
+    ) -> QuantizedTensor:
+        zeros = None
+        if packed.symmetric:
+            self.middle_only(f"{module}.qzeros", unpack_qzeros)
+        else:
+            zeros = unpack_qzeros(arrays["qzeros"])
         qweight = unpack_qweight(arrays["qweight"])
         n, k = shape
         return linear.build(qweight, arrays["scales"], zeros, 4, packed.group_size, k, n, "float32")

@@ -21,6 +21,11 @@ from awq_jax.convert.source import Packed
 from awq_jax.qtensor import QuantizedTensor
 
 
+def unpack_qzeros(qzeros: np.ndarray, groups: int) -> np.ndarray:
+    """int32 ``[N, W]`` to uint8 ``[groups, N]``, without what pads them."""
+    return codes.unpack(qzeros[:, : math.ceil(groups / 8)].T.view(np.uint32), 4, groups)
+
+
 class GemvSource(AwqSource):
     """Reader; see the module.
 
@@ -42,11 +47,16 @@ class GemvSource(AwqSource):
             raise self.misfit(module, entries)
         return (n, k), packed_of(k, groups, self.zero_point, entries["scales"])
 
-    def decode(self, arrays: Mapping[str, np.ndarray], shape: tuple[int, int], packed: Packed) -> QuantizedTensor:
+    def decode(
+        self, module: str, arrays: Mapping[str, np.ndarray], shape: tuple[int, int], packed: Packed
+    ) -> QuantizedTensor:
         n, k = shape
         groups = k // packed.group_size
-        stored = codes.unpack(arrays["qzeros"][:, : math.ceil(groups / 8)].T.view(np.uint32), 4, groups)
-        zeros = linear.explicit_zeros(stored, 4, packed.symmetric)
+        zeros = None
+        if packed.symmetric:
+            self.middle_only(f"{module}.qzeros", lambda stored: unpack_qzeros(stored, groups))
+        else:
+            zeros = unpack_qzeros(arrays["qzeros"], groups)
         qweight = transposed(arrays["qweight"].view(np.uint32))
         scales = transposed(arrays["scales"][:, :groups])
         return linear.build(qweight, scales, zeros, 4, packed.group_size, k, n, "float32")

@@ -74,10 +74,17 @@ class FastSource(AwqSource):
             raise self.misfit(module, entries)
         return (n, k), packed_of(k, groups, self.zero_point, entries["scales"], offsets=True)
 
-    def decode(self, arrays: Mapping[str, np.ndarray], shape: tuple[int, int], packed: Packed) -> QuantizedTensor:
+    def decode(
+        self, module: str, arrays: Mapping[str, np.ndarray], shape: tuple[int, int], packed: Packed
+    ) -> QuantizedTensor:
         n, k = shape
         groups = k // packed.group_size
         scales, offsets = (np.ascontiguousarray(arrays[p][:groups]) for p in self.required[1:])
+        if not self.zero_point:
+            part = f"{module}.{self.required[2]}"
+            wide, eighth = offsets.astype(np.float64), scales.astype(np.float64)
+            zeros = np.divide(-wide, eighth, out=np.full(wide.shape, 8.0), where=wide != -8 * eighth)
+            linear.check_symmetric(zeros, 4, part, "zero_point false")
         qweight = unpack_qweight(arrays["qweight"])
         return linear.build(qweight, scales, None, 4, packed.group_size, k, n, "float32", offsets=offsets)
 

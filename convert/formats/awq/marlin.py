@@ -79,7 +79,9 @@ class MarlinSource(AwqSource):
             raise self.misfit(module, entries)
         return (n, k), packed_of(k, groups, False, entries["scales"])
 
-    def decode(self, arrays: Mapping[str, np.ndarray], shape: tuple[int, int], packed: Packed) -> QuantizedTensor:
+    def decode(
+        self, module: str, arrays: Mapping[str, np.ndarray], shape: tuple[int, int], packed: Packed
+    ) -> QuantizedTensor:
         n, k = shape
         stored = arrays["scales"]
         order = _order(stored.shape[0])
