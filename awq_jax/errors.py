@@ -7,10 +7,14 @@ from typing import NamedTuple
 
 
 class Setting(NamedTuple):
-    """A setting that a text recommends; as text it is what one passes in Python: ``group_size=-1``."""
+    """A setting that a text recommends; as text it is what one passes in Python: ``group_size=-1``.
+
+    ``flag``: the name of its option on the command line, where that is another.
+    """
 
     name: str
     value: bool | int | str
+    flag: str = ""
 
     def __str__(self) -> str:
         return f'{self.name}="{self.value}"' if isinstance(self.value, str) else f"{self.name}={self.value}"
@@ -18,7 +22,7 @@ class Setting(NamedTuple):
     @property
     def option(self) -> str:
         """What one types on the command line: ``--group-size -1``, ``--overwrite``."""
-        flag = f"--{self.name.replace('_', '-')}"
+        flag = f"--{self.flag or self.name.replace('_', '-')}"
         return flag if self.value is True else f"{flag} {self.value}"
 
 

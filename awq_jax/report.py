@@ -52,6 +52,7 @@ class Report:
       tokens: calibration tokens used.
       seconds: phase -> wall seconds (``"calibrate"``, ``"search"``, ...).
       bytes_before, bytes_after: all parameters, float and as returned.
+      calibration: `awq_jax.data.CalibrationSet.description`: source, column, sizes; "" where it is not known.
     """
 
     config: dict[str, Any]
@@ -61,6 +62,7 @@ class Report:
     seconds: dict[str, float]
     bytes_before: int
     bytes_after: int
+    calibration: str = ""
 
     @property
     def bits_per_weight(self) -> float:

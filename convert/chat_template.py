@@ -6,7 +6,7 @@ The environment is that of ``transformers.utils.chat_template_utils``: a templat
 import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
+from datetime import date, datetime
 from typing import NoReturn
 
 import jinja2
@@ -39,7 +39,7 @@ def render(
       documents: for templates that know them.
       add_generation_prompt: end with what begins an answer.
       continue_final_message: leave the last message open, for the model to go on with.
-      variables: further ones the template may read, such as ``bos_token``.
+      variables: further ones the template may read, such as ``bos_token``; ``today``, a date, stands for the clock.
 
     Raises:
       CheckpointError: the template is no Jinja.
@@ -53,7 +53,10 @@ def render(
             raise ConfigError("continue_final_message and add_generation_prompt exclude each other")
         _mark(talk[-1])
     schemas = None if tools is None else [_plain(t if isinstance(t, Mapping) else _schema(t)) for t in tools]
-    given = {"tools": schemas, "documents": _plain(documents), "add_generation_prompt": add_generation_prompt}
+    given: dict[str, object] = {"tools": schemas, "documents": _plain(documents)}
+    given["add_generation_prompt"] = add_generation_prompt
+    if isinstance(today := variables.pop("today", None), date):
+        given["strftime_now"] = today.strftime
     try:
         text = _compiled(template).render(messages=talk, **given, **{k: _plain(v) for k, v in variables.items()})
     except jinja2.TemplateSyntaxError as e:

@@ -26,7 +26,7 @@ def main(
     # Calibration text and evaluation text come from different ends of the same book.
     length = min(256, model.config.max_length)
     text = data.load(
-        "default", model.tokenizer, samples=2 * samples, seq_len=length, vocab_size=model.config.vocab_size
+        "builtin", model.tokenizer, samples=2 * samples, seq_len=length, vocab_size=model.config.vocab_size
     )
     calibration_tokens, held_out = text.tokens[:samples], text.tokens[samples:].reshape(-1)[:eval_tokens]
 

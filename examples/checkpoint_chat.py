@@ -13,7 +13,7 @@ def main(
     source: str | Path,
     destination: str | Path,
     question: str,
-    calib: str = "default",
+    calib: str = "builtin",
     samples: int = 16,
     max_new_tokens: int = 64,
     group_size: int = 128,

@@ -50,6 +50,12 @@ def add_dtype(p: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     p.add_argument("--dtype", choices=FLOATS, help="compute in this type (default: as stored; GGUF files: float32)")
 
 
+def add_column(p: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """``--calib-column``."""
+    p.add_argument("--calib-column", "--column", dest="column", metavar="NAME",
+                   help="of rows, the one to read (default: messages, conversations, Alpaca's, or text)")  # fmt: skip
+
+
 def positive(text: str) -> int:
     """An argparse type: an integer of at least 1."""
     try:

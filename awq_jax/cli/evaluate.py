@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from awq_jax.cli import common
+from awq_jax.errors import ConfigError
 
 _EXAMPLES = """
 awq-jax eval ./model-awq --text test.txt
@@ -26,7 +26,8 @@ def add(subparsers: common.Commands) -> None:
         _EXAMPLES,
     )
     p.add_argument("dir", metavar="DIR", help="checkpoint directory, .gguf file or hub id")
-    p.add_argument("--text", required=True, metavar="FILE", help=".txt, .jsonl or .parquet, or 'default'")
+    p.add_argument("--text", required=True, metavar="FILE", help=".txt, .jsonl or .parquet, or 'builtin'")
+    common.add_column(p)
     p.add_argument("--against", metavar="DIR", help="also print KL(DIR's model || this model)")
     p.add_argument("--context", type=common.positive, help="tokens per window (default: 512, or the model's maximum)")
     p.add_argument("--stride", type=common.positive, help="tokens between windows (default: the context)")
@@ -37,10 +38,20 @@ def add(subparsers: common.Commands) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Load, score, print."""
-    text = read_text(args.text)
-    from awq_jax import data, evaluate  # JAX, for which --help must not wait
+    from awq_jax import data, evaluate, models  # JAX, for which --help must not wait
+    from awq_jax.convert import registry
     from awq_jax.serve import model
 
+    # What cannot be done is refused before the weights of anything are read.
+    data.check_source(args.text)
+    opened = [registry.open_source(path) for path in (args.dir, args.against) if path is not None]
+    vocabularies = {models.config_of(source).vocab_size for source in opened}
+    if len(vocabularies) > 1:
+        raise ConfigError(f"KL needs the same vocabulary; the models have {sorted(vocabularies)} tokens")
+    tokenizer = opened[0].tokenizer()
+    read, texts = data.read_texts(args.text, tokenizer, args.column)
+    common.say(f"text: {read}", args.quiet)
+    tokens = data.encode("\n\n".join(texts), tokenizer)
     quantized = model.load(args.dir, args.dtype)
     context = args.context or min(512, quantized.config.max_length)
     settings = {
@@ -50,13 +61,18 @@ def run(args: argparse.Namespace) -> None:
         "batch_size": args.batch_size,
         "progress": not args.quiet,
     }
-    tokens = data.encode(text, quantized.tokenizer)
     score = evaluate.perplexity(quantized, tokens, **settings)
     divergence = None
     if args.against:
         divergence = evaluate.kl(quantized, model.load(args.against, args.dtype), tokens, **settings)
     if args.json:
-        result = {"model": args.dir, "text": args.text, "context": context, "stride": args.stride or context}
+        result = {
+            "model": args.dir,
+            "text": args.text,
+            "read": read,
+            "context": context,
+            "stride": args.stride or context,
+        }
         result |= score.to_dict()
         if divergence is not None:
             result["against"] = {"model": args.against} | divergence.to_dict()
@@ -68,18 +84,6 @@ def run(args: argparse.Namespace) -> None:
     if divergence is not None:
         print(f"KL          {divergence.kl:.5f}{_error(divergence.standard_error)} nats per token, from {args.against}")
         print(f"agreement   {divergence.agreement:.2%} of tokens have the same first choice")
-
-
-def read_text(source: str) -> str:
-    """The text of a file, its documents joined by blank lines; ``default`` is Python's help topics.
-
-    Raises:
-      CalibrationError: if it cannot be read.
-    """
-    from awq_jax.data import sources  # imports NumPy
-
-    documents = sources.default_documents() if source == "default" else sources.read_file(Path(source))
-    return "\n\n".join(documents)
 
 
 def _error(value: float | None) -> str:

@@ -26,7 +26,7 @@ _EXAMPLES = """
 awq-jax quantize ./Qwen3-0.6B ./Qwen3-0.6B-awq
 awq-jax quantize ./model ./model-w3 --bits 3 --group-size 64 --calib book.txt --report report.html
 awq-jax quantize ./model ./model-awq --override 'down_proj:bits=8' --skip 'layers/0/' --format awq-jax
-awq-jax quantize ./model ./model-awq --calib default --samples 32 --json > report.json
+awq-jax quantize ./model ./model-awq --samples 32 --json > report.json
 awq-jax quantize ./Llama-70B ./Llama-70B-awq --hidden disk --dry-run
 awq-jax quantize ./Llama-70B ./Llama-70B-awq --devices all
 awq-jax quantize ./Llama-405B ./awq --coordinator host0:4321 --processes 2 --process-id 0   # and 1 on the other host
@@ -65,9 +65,11 @@ def add(subparsers: common.Commands) -> None:
     g.add_argument("--on-indivisible", default="error", metavar="WHAT",
                    help="rows not a multiple of the group: error, pad or float (default: %(default)s)")  # fmt: skip
     c = p.add_argument_group("calibration")
-    c.add_argument("--calib", default="pileval", metavar="SOURCE",
-                   help="pileval, wikitext, c4, hf:OWNER/NAME[:CONFIG[:SPLIT]], default (no network), or a .txt, "
-                   ".jsonl, .parquet or .npy file (default: %(default)s)")  # fmt: skip
+    c.add_argument("--calib", default="builtin", metavar="SOURCE",
+                   help="builtin (Python's help topics, no network), pileval, wikitext, c4, "
+                   "hf:OWNER/NAME[:CONFIG[:SPLIT]] (with the datasets package), or a .txt, .jsonl, .json, .csv, "
+                   ".parquet or .npy file (default: %(default)s)")  # fmt: skip
+    common.add_column(c)
     c.add_argument("--samples", type=common.positive, default=128, metavar="N", help="sequences (default: %(default)s)")
     c.add_argument(
         "--seq-len", type=common.positive, default=512, metavar="N", help="tokens each (default: %(default)s)"
@@ -161,6 +163,7 @@ def _quantize(args: argparse.Namespace, config: AwqConfig, pool: Pool) -> None:
         seq_len=args.seq_len,
         batch_size=args.batch_size,
         seed=args.seed,
+        column=args.column,
         dtype=args.dtype,
         format=args.format,
         overwrite=args.overwrite or args.dry_run,
@@ -184,7 +187,7 @@ def _quantize(args: argparse.Namespace, config: AwqConfig, pool: Pool) -> None:
     if args.report:
         write_report(report, args.report, f"{args.src}, {config.bits} bits")
     if args.json:
-        extra = {"format": done.format, "calibration": job.description, "resumed": done.resumed}
+        extra = {"format": done.format, "resumed": done.resumed}
         print(common.to_json(report.to_dict() | extra))
     else:
         print(as_options(tables.table(report), [QUANTIZE_HEAD]))

@@ -59,7 +59,7 @@ def summary(report: Report) -> list[tuple[str, str]]:
     before, after = (_geometric(getattr(r, name) for r in report.layers) for name in ("error_rtn", "error"))
     if before is not None and after is not None:
         rows.append(("typical error", f"{number(before)} rounded to nearest, {number(after)} as stored"))
-    rows.append(("calibrated on", f"{report.tokens:,} tokens"))
+    rows.append(("calibrated on", report.calibration or f"{report.tokens:,} tokens"))
     total = sum(report.seconds.values())
     phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in report.seconds.items())
     rows.append(("seconds", f"{total:.1f}" + (f" ({phases})" if len(report.seconds) > 1 else "")))

@@ -11,14 +11,16 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from awq_jax.convert.text import TextTokenizer, ids_of
-from awq_jax.data import sources
+from awq_jax.convert.text import Message, TextTokenizer, ids_of
+from awq_jax.data import rows, sources
+from awq_jax.data.sources import Row
 from awq_jax.errors import CalibrationError
 
 BATCH_TOKENS = {"cpu": 512}  # by backend; what bounds the memory of activations
 BATCH_TOKENS_ELSEWHERE = 8192
 _Excerpt = tuple[int, str]  # the number of a document, and some of its text
-_Encoded = tuple[int, np.ndarray, int]  # of an excerpt: the document's number, tokens [t], characters they stand for
+_Encoded = tuple[int, np.ndarray, str]  # of an excerpt: the document's number, tokens [t], the text they stand for
+SHOWN = 60  # characters of the text that the description shows
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -27,11 +29,12 @@ class CalibrationSet:
 
     Attributes:
       tokens: int32 ``[S, T]``.
-      description: one line for the user: source, sizes, and what was left over.
+      description: one line for the user: source and column, sizes, what was left over, how the text begins.
       documents: documents of which at least one token was used.
       left_documents: documents read of which nothing was used.
       left_tokens: tokens encoded but not used (less than one sequence, or past the last one).
       left_characters: characters read but not encoded, because there were tokens enough.
+      skipped: rows read that are null or empty.
     """
 
     tokens: np.ndarray
@@ -40,6 +43,7 @@ class CalibrationSet:
     left_documents: int = 0
     left_tokens: int = 0
     left_characters: int = 0
+    skipped: int = 0
 
     @property
     def used_tokens(self) -> int:
@@ -64,7 +68,8 @@ class CalibrationSet:
         return [self.tokens[i : i + batch_size] for i in range(0, len(self.tokens), batch_size)]
 
 
-CalibrationSource = str | Path | CalibrationSet | Iterable[str] | npt.ArrayLike  # see `load`
+# see `load`
+CalibrationSource = str | Path | CalibrationSet | Iterable[str | Row | Sequence[Message]] | npt.ArrayLike
 
 
 def load(
@@ -75,6 +80,7 @@ def load(
     seq_len: int = 512,
     vocab_size: int | None = None,
     seed: int = 0,
+    column: str | None = None,
 ) -> CalibrationSet:
     """Calibration tokens from ``source``.
 
@@ -85,20 +91,24 @@ def load(
     than ``samples`` sequences, all are used. ``description`` says so.
 
     Args:
-      source: ``"pileval"``, ``"wikitext"``, ``"c4"`` or ``"hf:OWNER/NAME[:CONFIG[:SPLIT]]"`` (read
-        with `datasets`, streamed); ``"default"`` (the text of Python's help topics, no network); a
-        path to ``.txt``, ``.md``, ``.jsonl``, ``.parquet`` or ``.npy``; a list of strings; a list of
-        token lists (packed like texts); an integer array ``[S, T]``, used whole and as it stands;
-        or a `CalibrationSet`, returned after the vocabulary check.
+      source: ``"builtin"`` (the text of Python's help topics, no network); ``"pileval"``, ``"wikitext"``, ``"c4"`` or
+        ``"hf:OWNER/NAME[:CONFIG[:SPLIT]]"`` (read with `datasets`, streamed); a path to ``.txt``, ``.md``,
+        ``.jsonl``, ``.json``, ``.csv``, ``.parquet`` or ``.npy``; a list of strings, of conversations or of rows; a
+        data set of `datasets`, a dict of columns, or a table of pandas, polars or pyarrow; a list of token lists
+        (packed like texts); an integer array ``[S, T]``, used whole and as it stands; or a `CalibrationSet`,
+        returned after the vocabulary check.
       tokenizer: a model's, or one of transformers; required for text.
       samples: sequences wanted.
       seq_len: tokens per sequence.
       vocab_size: tokens must lie in ``[0, vocab_size)``; None checks only the lower bound.
       seed: of the shuffle.
+      column: of rows. None takes the first of these that there is: conversations (``messages``, ``conversations``),
+        which go through the tokenizer's chat template if it has one; Alpaca's ``instruction``, ``input`` and
+        ``output``, as a conversation; ``text``, ``content``, ``document`` or ``article``; ``input_ids``.
 
     Raises:
-      CalibrationError: if the source is unknown, unreachable, unreadable or empty, if text comes
-        without a tokenizer, or if a token lies outside the vocabulary.
+      CalibrationError: if the source is unknown, unreachable, unreadable or empty, if rows have no such column (it
+        names those they have), if text comes without a tokenizer, or if a token lies outside the vocabulary.
     """
     if samples < 1 or seq_len < 1:
         raise CalibrationError(f"samples and seq_len must be at least 1; got {samples} and {seq_len}")
@@ -111,30 +121,54 @@ def load(
         check_source(source)
     eos = getattr(tokenizer, "eos_token_id", None)
     pack = functools.partial(_pack, eos=eos, samples=samples, seq_len=seq_len, vocab_size=vocab_size)
-    documents: object = source
-    name = "given texts"
-    if isinstance(source, Path) or (isinstance(source, str) and _is_file(source)):
-        path, name = Path(source), str(source)
-        documents = _read_npy(path) if path.suffix == ".npy" else sources.read_file(path)
-    elif isinstance(source, str) and source == "default":
-        documents, name = sources.default_documents(), "Python help topics"
-    elif isinstance(source, str):
-        excerpts = ((i, t) for i, t in enumerate(sources.stream(source, seed)) if t.strip())
-        return pack(_encode(excerpts, _needed(tokenizer, source)), source)
-    if hasattr(documents, "ndim"):
-        documents = np.asarray(documents)
-        if documents.ndim == 2:
-            return _as_given(documents, vocab_size)
-        documents = [documents]
-    documents = list(documents) if isinstance(documents, Iterable) else []
-    if not documents:
-        raise CalibrationError(f"the calibration set is empty ({type(source).__name__}); pass texts or tokens")
-    if not all(isinstance(d, str) for d in documents):
-        return pack([(i, _as_tokens(d, i), 0) for i, d in enumerate(documents)], "given tokens", len(documents))
-    tokenizer = _needed(tokenizer, name)
-    shuffled = _excerpts(documents, name, 8 * seq_len, seed)
+    named = isinstance(source, str | Path)
+    name = "Python help topics" if named and source in sources.BUILTIN else str(source) if named else "given texts"
+    items = _items(source, seed)
+    if isinstance(items, np.ndarray) and items.ndim == 2:
+        return _as_given(items, vocab_size)
+    if isinstance(items, np.ndarray) and (items.ndim != 1 or items.dtype.kind not in "OTU"):
+        items = [items]
+    items = items if isinstance(items, Iterator) else list(items) if isinstance(items, Iterable) else []
+    if isinstance(items, list) and not rows.are_rows(items):
+        return pack([(i, _as_tokens(d, i), "") for i, d in enumerate(items)], "given tokens", len(items))
+    read = rows.Documents(items, name, column, tokenizer)
+    if isinstance(items, Iterator):
+        return pack(_encode(enumerate(read), tokenizer, name), read.described, rows=read)
+    documents = list(read)
+    texts = [d for d in documents if isinstance(d, str)]
+    if len(texts) < len(documents):
+        return pack(_encode(enumerate(documents), tokenizer, name), read.described, len(documents), rows=read)
+    shuffled = _excerpts(texts, 8 * seq_len, seed)
     total, characters = len({i for i, _ in shuffled}), sum(len(t) for _, t in shuffled)
-    return pack(_encode(iter(shuffled), tokenizer), name, total, characters)
+    return pack(_encode(shuffled, tokenizer, name), read.described, total, characters, rows=read)
+
+
+def read_texts(source: str, tokenizer: TextTokenizer | None, column: str | None = None) -> tuple[str, list[str]]:
+    """All documents of a file or of the built-in text, and a line that says what was read.
+
+    Raises:
+      CalibrationError: see `load`.
+    """
+    check_source(source)
+    items = _items(source, 0)
+    if not isinstance(items, list):
+        raise CalibrationError(f"{source} is not a file of text")
+    read = rows.Documents(items, source, column, tokenizer)
+    texts = [d for d in read if isinstance(d, str)]
+    if not texts:
+        raise CalibrationError(f"{read.described} holds tokens: a text is needed")
+    return read.described + _remarks(read.skipped, texts[0]), texts
+
+
+def _items(source: object, seed: int) -> object:
+    """What a source holds: an array of tokens, or texts, rows, conversations or token lists; streamed: an iterator."""
+    if isinstance(source, Path) or (isinstance(source, str) and _is_file(source)):
+        path = Path(source)
+        return _read_npy(path) if path.suffix == ".npy" else sources.read_file(path)
+    if isinstance(source, str):
+        return sources.default_documents() if source in sources.BUILTIN else sources.stream(source, seed)
+    items = rows.given(source, seed)
+    return np.asarray(items) if hasattr(items, "ndim") else items
 
 
 def check_source(source: str) -> None:
@@ -146,7 +180,7 @@ def check_source(source: str) -> None:
     if _is_file(source):
         if not Path(source).exists():
             raise CalibrationError(f"{source} does not exist")
-    elif source != "default" and source not in sources.DATASETS and not source.startswith("hf:"):
+    elif source not in (*sources.BUILTIN, *sources.DATASETS) and not source.startswith("hf:"):
         raise CalibrationError(f"unknown calibration source {source!r}; known: {sources.known()}")
 
 
@@ -173,11 +207,9 @@ def _needed(tokenizer: TextTokenizer | None, source: str) -> TextTokenizer:
     return tokenizer
 
 
-def _excerpts(documents: Sequence[str], name: str, size: int, seed: int) -> list[_Excerpt]:
+def _excerpts(documents: Sequence[str], size: int, seed: int) -> list[_Excerpt]:
     """Excerpts of at most ``size`` characters, shuffled."""
     excerpts = [(i, piece) for i, text in enumerate(documents) for piece in _cut(text, size) if piece.strip()]
-    if not excerpts:
-        raise CalibrationError(f"{name} has no text")
     return [excerpts[i] for i in np.random.default_rng(seed).permutation(len(excerpts))]
 
 
@@ -196,11 +228,16 @@ def _cut(text: str, size: int) -> Iterator[str]:
     yield text[start:]
 
 
-def _encode(excerpts: Iterator[_Excerpt], tokenizer: TextTokenizer) -> Iterator[_Encoded]:
-    """The tokens of excerpts, 16 texts at a time."""
+def _encode(
+    excerpts: Iterable[tuple[int, rows.Document]], tokenizer: TextTokenizer | None, source: str
+) -> Iterator[_Encoded]:
+    """The tokens of excerpts, 16 texts at a time; what is tokens stays."""
+    excerpts = iter(excerpts)
     while batch := list(itertools.islice(excerpts, 16)):
-        for (i, text), ids in zip(batch, ids_of(tokenizer, [t for _, t in batch]), strict=True):
-            yield i, np.asarray(ids, np.int64), len(text)
+        texts = [d for _, d in batch if isinstance(d, str)]
+        encoded = iter(ids_of(_needed(tokenizer, source), texts) if texts else ())
+        for i, d in batch:
+            yield i, np.asarray(next(encoded) if isinstance(d, str) else d, np.int64), d if isinstance(d, str) else ""
 
 
 def _pack(
@@ -209,6 +246,7 @@ def _pack(
     total: int | None = None,
     characters: int = 0,
     *,
+    rows: rows.Documents | None = None,
     eos: int | None,
     samples: int,
     seq_len: int,
@@ -216,12 +254,14 @@ def _pack(
 ) -> CalibrationSet:
     """Concatenate excerpts with end tokens between, and cut into sequences.
 
-    ``total``, ``characters``: documents and characters of all excerpts, if that is known beforehand.
+    ``total``, ``characters``: documents and characters of all excerpts, if that is known beforehand. ``rows``: where
+    they are from.
     """
     want, have = samples * seq_len, 0
     chunks: list[np.ndarray] = []
     seen: set[int] = set()
-    for i, tokens, read in encoded:
+    begins = ""
+    for i, tokens, text in encoded:
         if have >= want:
             break
         if chunks and eos is not None and chunks[-1][-1] != eos:
@@ -231,7 +271,7 @@ def _pack(
             chunks.append(tokens)
             have += tokens.size
             seen.add(i)
-        characters -= read
+        begins, characters = begins or text, characters - len(text)
     if not have:
         raise CalibrationError(f"{name} is empty: it gave no tokens")
     flat = np.concatenate(chunks)
@@ -241,8 +281,15 @@ def _pack(
     used = flat[: count * length].astype(np.int32).reshape(count, length)
     left_documents = 0 if total is None else total - len(seen)
     left = have - used.size
-    text = _describe(name, used.shape, (samples, seq_len), len(seen), left_documents, left, max(characters, 0))
-    return CalibrationSet(used, text, len(seen), left_documents, left, max(characters, 0))
+    told = _describe(name, used.shape, (samples, seq_len), len(seen), left_documents, left, max(characters, 0))
+    skipped = 0 if rows is None else rows.skipped
+    told += _remarks(skipped, begins)
+    return CalibrationSet(used, told, len(seen), left_documents, left, max(characters, 0), skipped)
+
+
+def _remarks(skipped: int, begins: str) -> str:
+    told = f"; {skipped:,} rows without text skipped" if skipped else ""
+    return told + (f"; begins {begins.strip()[:SHOWN]!r}" if begins else "")
 
 
 def _describe(

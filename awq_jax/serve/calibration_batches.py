@@ -14,8 +14,10 @@ from awq_jax.serve.generate import check_tokens
 
 
 def are_images(calib: object) -> TypeGuard[Sequence[Mapping[str, Any]]]:
-    """Whether that is a list of what a processor returned."""
-    return isinstance(calib, Sequence) and len(calib) > 0 and all(isinstance(b, Mapping) for b in calib)
+    """Whether that is a list of what a processor returned, with ids ``[B, T]``, and not rows of a data set."""
+    if not isinstance(calib, Sequence) or not calib or not all(isinstance(b, Mapping) for b in calib):
+        return False
+    return "pixel_values" in calib[0] or np.ndim(calib[0].get("input_ids")) == 2
 
 
 def of_text(
@@ -24,23 +26,23 @@ def of_text(
     calib: object,
     samples: int,
     seq_len: int,
-    batch_size: int | None,
     seed: int,
-) -> list[np.ndarray]:
-    """Tokens, int32 ``[B, T]`` each; the arguments are those of `awq_jax.serve.model.Model.quantize`.
+    column: str | None,
+) -> data.CalibrationSet:
+    """Tokens; the arguments are those of `awq_jax.serve.model.Model.quantize`.
 
     Raises:
       CalibrationError: see `awq_jax.data.load`.
     """
-    text = data.load(
+    return data.load(
         cast(data.CalibrationSource, calib),  # `load` refuses what is not
         tokenizer,
         samples=samples,
         seq_len=min(seq_len, architecture.max_length),
         vocab_size=architecture.vocab_size,
         seed=seed,
+        column=column,
     )
-    return text.batches(batch_size)
 
 
 def unpadded(architecture: ModelConfig, batch: Mapping[str, Any], number: int) -> dict[str, np.ndarray]:

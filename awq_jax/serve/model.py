@@ -280,12 +280,13 @@ class Model:
 
     def quantize(
         self,
-        calib: data.CalibrationSource | Sequence[Mapping[str, Any]] = "pileval",
+        calib: data.CalibrationSource | Sequence[Mapping[str, Any]] = "builtin",
         *,
         samples: int = 128,
         seq_len: int = 512,
         batch_size: int | None = None,
         seed: int = 0,
+        column: str | None = None,
         mesh: Mesh | None = None,
         progress: bool = True,
         **settings: Any,
@@ -293,14 +294,15 @@ class Model:
         """Quantize the weights in place.
 
         Args:
-          calib: what `awq_jax.data.load` takes: a dataset's name, a file, texts or token ids; or a list of
-            what a processor returned for texts and images, each of rows of one length.
+          calib: what `awq_jax.data.load` takes: a dataset's name, a file, texts, rows, conversations or token
+            ids; or a list of what a processor returned for texts and images, each of rows of one length.
           samples: calibration sequences.
           seq_len: tokens of each, at most the model's context.
           batch_size: sequences per forward pass of the calibration; None takes as many as make about
             512 tokens on a CPU and 8192 elsewhere. It changes memory and time, not the result (beyond the
             rounding of sums).
           seed: picks the calibration texts.
+          column: of the calibration data to read, if they are rows (see `awq_jax.data.load`).
           mesh: devices that share the work (see `awq_jax.quantize_checkpoint`), each with a copy of the block at
             work; they do not change the result. Calibration with images uses one.
           progress: show progress bars on stderr.
@@ -335,11 +337,10 @@ class Model:
                     self.apply, self.take_params(), self.config, seen, config, progress
                 )
             else:
-                read = calibration_batches.of_text(
-                    self.config, self.tokenizer, calib, samples, seq_len, batch_size, seed
-                )
+                read = calibration_batches.of_text(self.config, self.tokenizer, calib, samples, seq_len, seed, column)
                 shown = progress and pool.rank == 0
-                params, report = session.run_in_memory(self.take_params(), read, shown)
+                params, report = session.run_in_memory(self.take_params(), read.batches(batch_size), shown)
+                report.calibration = read.description
             self._weights.replace(params)
         report.seconds["calibrate"] += planned
         self.settings = config

@@ -44,6 +44,7 @@ class Options:
     seq_len: int = 512
     batch_size: int | None = None
     seed: int = 0
+    column: str | None = None
     dtype: str | None = None
     format: str = "auto"
     overwrite: bool = False
@@ -264,6 +265,7 @@ def prepare(
         seq_len=min(o.seq_len, architecture.max_length),
         vocab_size=architecture.vocab_size,
         seed=o.seed,
+        column=o.column,
     )
     work = path.parent / f".{path.name}.quantizing"
     job = Job(source, path, work, o, config, session, weights, text.batches(o.batch_size), text.description)

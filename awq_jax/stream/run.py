@@ -55,12 +55,13 @@ class Outcome:
 def quantize_checkpoint(
     src: str | Path | Source,
     dst: str | Path,
-    calib: CalibrationSource = "pileval",
+    calib: CalibrationSource = "builtin",
     *,
     samples: int = 128,
     seq_len: int = 512,
     batch_size: int | None = None,
     seed: int = 0,
+    column: str | None = None,
     dtype: str | None = None,
     format: str = "auto",
     overwrite: bool = False,
@@ -84,7 +85,7 @@ def quantize_checkpoint(
     Args:
       src: float checkpoint: a directory, ``.gguf`` file, hub id, or an open source.
       dst: directory to create. Until it is done the work is in a hidden directory beside it.
-      calib, samples, seq_len, batch_size, seed: see `awq_jax.serve.model.Model.quantize`.
+      calib, samples, seq_len, batch_size, seed, column: see `awq_jax.serve.model.Model.quantize`.
       dtype: of float tensors and activations; see `awq_jax.load`.
       format: see `awq_jax.serve.model.Model.save`.
       overwrite: replace ``dst`` if it is a checkpoint.
@@ -112,7 +113,7 @@ def quantize_checkpoint(
       CalibrationError: the calibration data are empty or do not fit the model.
       ProcessError: another process of this run has ended.
     """
-    options = Options(samples, seq_len, batch_size, seed, dtype, format, overwrite, hidden, hidden_dtype)
+    options = Options(samples, seq_len, batch_size, seed, column, dtype, format, overwrite, hidden, hidden_dtype)
     with team() as processes:
         job = prepare(src, dst, calib, options, settings, pool_of(mesh, processes))
         return run(job, resume=resume, restart=restart, progress=progress)
@@ -141,6 +142,7 @@ def run(job: Job, *, resume: bool = False, restart: bool = False, progress: bool
             ended = ("", "") if pool.rank else parts.finish(job, done)
             format, problem = json.loads(pool.meet(json.dumps(ended))[0])
             report = job.session.report(filter(None, done.notes), job.batches)
+            report.calibration = job.description
             report.seconds["save"] = time.perf_counter() - start
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):

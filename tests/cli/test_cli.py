@@ -177,6 +177,27 @@ def test_quantize_json_with_overrides_and_a_format_that_holds_them(checkpoint, t
     assert inspected["bits"] == [3, 8]
 
 
+def test_the_column_of_rows_is_picked_and_reported(checkpoint, tmp_path):
+    rows, sizes = tmp_path / "rows.jsonl", ("--samples", 2, "--seq-len", 16, "--group-size", 16, "--method", "awq")
+    rows.write_text("\n".join(json.dumps({"id": "0" * 99, "body": f"Once upon a time {i}. " * 9}) for i in range(9)))
+    arguments = ("quantize", checkpoint, tmp_path / "out", "--calib", rows, *sizes)
+    code, _, err = run(*arguments)
+    assert code == 2
+    assert "it has id, body: pick one, such as --calib-column" in err
+    code, out, err = run(*arguments, "--calib-column", "body", "--json", "--quiet")
+    assert code == 0, err
+    said = json.loads(out)["calibration"]
+    assert "column 'body': 2 x 16 = 32 tokens" in said
+    assert "begins 'Once upon a time" in said
+    report = awq_jax.load(checkpoint).quantize(
+        rows, column="body", samples=2, seq_len=16, group_size=16, method="awq", progress=False
+    )
+    assert report.calibration == said
+    code, out, err = run("eval", checkpoint, "--text", rows, "--column", "body", "--max-tokens", 40, "--json")
+    assert code == 0, err
+    assert "column 'body'; begins 'Once" in json.loads(out)["read"]
+
+
 def test_demo_compares_float_rounded_and_awq_and_answers(checkpoint):
     options = [
         "--method",
@@ -205,7 +226,7 @@ def test_demo_compares_float_rounded_and_awq_and_answers(checkpoint):
 
 def bad(checkpoint, tmp_path, **replace):
     """A quantize command line with one thing changed."""
-    arguments = {"src": checkpoint, "dst": tmp_path / "out", "calib": "default", "group_size": 16} | replace
+    arguments = {"src": checkpoint, "dst": tmp_path / "out", "calib": "builtin", "group_size": 16} | replace
     options = [x for k, v in arguments.items() if k not in ("src", "dst") for x in (f"--{k.replace('_', '-')}", v)]
     return run("quantize", arguments["src"], arguments["dst"], *options)
 
@@ -225,6 +246,7 @@ def bad(checkpoint, tmp_path, **replace):
         ({"bits": 3, "format": "gemm"}, "format gemm holds 4-bit"),
         ({"seed": -1}, "seed must be 0 or more"),
         ({"calib": "nonsense"}, "unknown calibration source"),
+        ({"calib_column": "text"}, "has no columns"),
         ({"calib": "no/such.txt"}, "no/such.txt does not exist"),
         ({"src": "no/such/model"}, "no/such/model"),
         ({"group_size": 64}, "layers/0/mlp/down_proj/kernel: 32 rows"),
@@ -244,7 +266,7 @@ def test_bad_input_is_one_typed_line_before_any_work(checkpoint, tmp_path, repla
 
 def test_overwriting_what_is_no_checkpoint_is_refused_before_any_work(checkpoint, tmp_path):
     (tmp_path / "notes.txt").write_text("precious")
-    arguments = ("--calib", "default", "--group-size", 16, "--overwrite")
+    arguments = ("--calib", "builtin", "--group-size", 16, "--overwrite")
     code, _, err = run("quantize", checkpoint, tmp_path, *arguments)
     assert code == 2
     assert "is not a checkpoint directory" in err
@@ -259,7 +281,7 @@ def test_a_format_that_turns_out_too_small_does_not_lose_the_work(checkpoint, tm
     name = "model.layers.0.mlp.down_proj.weight"
     weights[name] = weights[name] * np.float32(1e8)  # its scales do not fit into float16
     save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
-    arguments = ("--calib", "default", "--samples", 1, "--seq-len", 16, "--group-size", 16, "--method", "rtn")
+    arguments = ("--calib", "builtin", "--samples", 1, "--seq-len", 16, "--group-size", 16, "--method", "rtn")
     code, _, err = run("quantize", source, out, *arguments, "--format", "gemm")
     assert code == 2
     assert name in err
@@ -269,7 +291,7 @@ def test_a_format_that_turns_out_too_small_does_not_lose_the_work(checkpoint, tm
 
 def test_the_source_is_not_overwritten_by_the_result(checkpoint):
     before = {f.name: f.read_bytes() for f in checkpoint.iterdir()}
-    arguments = ("--calib", "default", "--group-size", 16, "--overwrite")
+    arguments = ("--calib", "builtin", "--group-size", 16, "--overwrite")
     code, _, err = run("quantize", checkpoint, checkpoint, *arguments)
     assert code == 2
     assert "is the source" in err

@@ -114,19 +114,19 @@ def test_files_txt_jsonl_parquet_npy(tmp_path):
 
     documents = ["first text", "second text"]
     (tmp_path / "a.txt").write_text("first text")
-    (tmp_path / "b.jsonl").write_text("\n".join(json.dumps({"id": "x", "body": d}) for d in documents) + "\n\n")
+    (tmp_path / "b.jsonl").write_text("\n".join(json.dumps({"id": "x", "text": d}) for d in documents) + "\n\n")
     pq.write_table(pa.table({"n": [1, 2], "text": documents}), tmp_path / "c.parquet")
     np.save(tmp_path / "d.npy", np.array([[1, 2], [3, 4]]))
     assert sources.read_file(tmp_path / "a.txt") == ["first text"]
-    assert sources.read_file(tmp_path / "b.jsonl") == documents
-    assert sources.read_file(tmp_path / "c.parquet") == documents
+    assert sources.read_file(tmp_path / "b.jsonl") == [{"id": "x", "text": d} for d in documents]
+    assert sources.read_file(tmp_path / "c.parquet") == [{"n": n, "text": d} for n, d in enumerate(documents, 1)]
     np.testing.assert_array_equal(data.load(str(tmp_path / "d.npy")).tokens, [[1, 2], [3, 4]])
     got = data.load(str(tmp_path / "b.jsonl"), Bytes(), samples=1, seq_len=8)
     assert str(tmp_path / "b.jsonl") in got.description
 
 
 def test_default_text_needs_no_network():
-    got = data.load("default", Bytes(), samples=64, seq_len=128)
+    got = data.load("builtin", Bytes(), samples=64, seq_len=128)
     assert got.tokens.shape == (64, 128)
     assert got.documents > 1
 
@@ -145,8 +145,8 @@ def test_hub_names_resolve_to_repository_config_and_split():
         asked.append((repository, config, kwargs["split"], kwargs["streaming"]))
         return [{"content": "a text"}]
 
-    assert list(sources.stream("hf:me/mine:en:test", load_dataset=load_dataset)) == ["a text"]
-    assert list(sources.stream("c4", load_dataset=load_dataset)) == ["a text"]
+    assert list(sources.stream("hf:me/mine:en:test", load_dataset=load_dataset)) == [{"content": "a text"}]
+    assert list(sources.stream("c4", load_dataset=load_dataset)) == [{"content": "a text"}]
     assert asked == [("me/mine", "en", "test", True), ("allenai/c4", "en", "train", True)]
 
 
@@ -154,13 +154,13 @@ def test_unreachable_hub_names_the_remedy():
     def offline(*_, **__):
         raise ConnectionError("no route to host")
 
-    with pytest.raises(CalibrationError, match=r"no route to host.*--calib default"):
+    with pytest.raises(CalibrationError, match=r'no route to host.*calib="builtin"'):
         list(sources.stream("pileval", load_dataset=offline))
 
 
 def test_missing_datasets_package_names_the_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)  # what `import` sees when it is not installed
-    with pytest.raises(CalibrationError, match=r"pip install 'awq-jax\[data\]'.*--calib default"):
+    with pytest.raises(CalibrationError, match=r'pip install datasets, or pass calib="builtin"'):
         list(sources.stream("pileval"))
 
 
@@ -178,7 +178,7 @@ def test_missing_datasets_package_names_the_remedy(monkeypatch):
         (["text", [1, 2]], "document 0 is neither"),
         (np.zeros((2, 2, 2), np.int32), "document 0 is neither"),
         (7, "empty"),
-        ("pilevall", r"unknown calibration source 'pilevall'; known: pileval, wikitext, c4, default"),
+        ("pilevall", r"unknown calibration source 'pilevall'; known: builtin, pileval, wikitext, c4"),
         ("no/such/file.txt", "does not exist"),
         ("no/such/file.npy", "does not exist"),
         ("a whole text\nof two lines", r"pass \[text\]"),
@@ -195,8 +195,8 @@ def test_bad_sources_are_typed_errors(source, message):
         ("a.txt", b"\xff\xfe\x00", "not UTF-8"),
         ("a.txt", b"", "no text"),
         ("a.jsonl", b'{"text": "x"}\n{"text": ', "line 2 is not JSON"),
-        ("a.jsonl", b'{"text": "x"}\n{"text": 3}\n', "row 2 has no text in field 'text'"),
-        ("a.jsonl", b'{"id": 3}\n', r"no text field; the first row has \['id'\]"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": 3}\n', "row 2 has no text in column 'text' but int"),
+        ("a.jsonl", b'{"id": 3}\n', "no column that is known to hold text; it has id$"),
         ("a.jsonl", b"", "no rows"),
         ("a.parquet", b"PAR1 this is not parquet", "not a readable parquet"),
         ("a.npy", b"not numpy", "not a readable .npy"),
@@ -223,4 +223,4 @@ def test_text_without_tokenizer():
 @pytest.mark.parametrize("bad", [{"samples": 0}, {"seq_len": 0}])
 def test_sizes_are_checked(bad):
     with pytest.raises(CalibrationError, match="at least 1"):
-        data.load("default", Bytes(), **bad)
+        data.load("builtin", Bytes(), **bad)
