@@ -37,10 +37,17 @@ def example(kind: Example, seed: int = 0) -> QuantizedTensor:
     dtype = FLOATS[kind.scale_dtype]
     scales = rng.uniform(0.002, 0.02, (groups, N))
     zeros = offsets = None
-    if kind.form == "offsets":
-        scales *= rng.choice([-1, 1], scales.shape) if kind.negative else 1
+    if kind.form in ("offsets", "scaled zeros"):
         zero = rng.uniform(2, 2**kind.bits - 3, scales.shape)
-        offsets = (-scales.astype(dtype).astype(np.float64) * (np.rint(zero) if kind.whole else zero)).astype(dtype)
+        zero = zero if kind.form == "offsets" else np.rint(zero)
+        offsets = (-scales.astype(dtype).astype(np.float64) * zero).astype(dtype)
+    if kind.form == "edges":
+        w = rng.normal(0, 0.02, (groups, kind.group_size, N))
+        low, high = w.min(1), w.max(1)
+        down = -low > high
+        edge = np.where(down, low, high)
+        scales = edge / np.rint(edge / np.where(down, high - low, low - high) * (2**kind.bits - 1))
+        offsets = edge.astype(dtype)
     if kind.form == "zeros":
         zeros = rng.integers(1, 2**kind.bits, scales.shape).astype(np.uint8)
     packed = codes.pack(rng.integers(0, 2**kind.bits, (K, N)).astype(np.uint8), kind.bits)

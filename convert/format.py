@@ -137,17 +137,15 @@ class Example:
     """What weights a format's own tools usually write; see `awq_jax.convert.exactness`.
 
     Attributes:
-      form: whole ``zeros``, ``symmetric``, or float ``offsets``.
-      whole: offsets are those of whole zero points, rounded to the dtype of the scales.
-      negative: scales have either sign.
+      form: whole ``zeros``, ``symmetric``, or float ``offsets``; ``scaled zeros``: offsets that are whole zero
+        points times the scale as stored (AutoAWQ, llm-awq); ``edges``: scales of either sign, and as offset the end
+        of the range that is further from 0, a whole number of steps away until both are rounded (MLX).
     """
 
-    form: Literal["zeros", "symmetric", "offsets"] = "zeros"
+    form: Literal["zeros", "symmetric", "offsets", "scaled zeros", "edges"] = "zeros"
     bits: int = 4
     group_size: int = 128
     scale_dtype: str = "float16"
-    whole: bool = False
-    negative: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -93,6 +93,8 @@ def encode(encoder: Encoder, name: str, value: np.ndarray | QuantizedTensor, los
 def steps(name: str, q: QuantizedTensor, fitted: QuantizedTensor) -> float:
     """Largest difference between two packed forms of a weight, in steps (|scale|) of the first.
 
+    Of a group that was coded anew with a far larger scale, as a constant one is, in steps of that.
+
     Raises:
       FormatError: if they are not even of one size.
     """
@@ -140,8 +142,8 @@ def _blocks(q: QuantizedTensor, fitted: QuantizedTensor) -> Iterator[Triple]:
     rows = unit * max(1, CHUNK // max(1, unit * q.n))
     for start in range(0, q.k, rows):
         a, b = (_rows(p, start, min(start + rows, q.k)) for p in (q, fitted))
-        step = np.repeat(np.abs(np.asarray(a.scales, np.float64)), a.group_size, axis=0)[: a.k]
-        yield codes.dequantize(a, np.float64), codes.dequantize(b, np.float64), step
+        step, other = (np.repeat(np.abs(np.asarray(p.scales, np.float64)), p.group_size, axis=0)[: p.k] for p in (a, b))
+        yield codes.dequantize(a, np.float64), codes.dequantize(b, np.float64), np.where(other > 2 * step, other, step)
 
 
 def _rows(q: QuantizedTensor, start: int, stop: int) -> QuantizedTensor:

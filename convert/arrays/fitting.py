@@ -47,6 +47,30 @@ def check_integer(
         raise FormatError(f"{name} has {q.n} outputs, {format} needs a multiple of {columns}{other}")
 
 
+def constants_in_range(q: QuantizedTensor) -> QuantizedTensor:
+    """Groups of one value that their offset puts out of the range of zero points, coded one step from the middle.
+
+    MLX gives such a group a scale of 1e-7, GGUF's Q4_1 a scale of 0: no zero point holds what the offset says. With
+    the value as the scale it is exact. ``q`` itself if it has none.
+    """
+    if q.offsets is None or q.scales.shape[0] * q.group_size != q.k:
+        return q
+    dtype = np.promote_types(np.asarray(q.scales).dtype, np.asarray(q.offsets).dtype)
+    scales, offsets = np.asarray(q.scales, np.float64), np.asarray(q.offsets, np.float64)
+    away = (offsets * np.sign(scales) > 0.5 * np.abs(scales)) | (np.abs(offsets) > (2**q.bits - 0.5) * np.abs(scales))
+    if not away.any():
+        return q
+    grouped = codes.codes_of(q).reshape(-1, q.group_size, q.n)
+    constant = away & ((grouped == grouped[:, :1]).all(1) | (scales == 0))
+    if not constant.any():
+        return q
+    value, middle = grouped[:, 0] * scales + offsets, 2 ** (q.bits - 1)
+    recoded = np.where(constant[:, None], (middle + np.sign(value)).astype(np.uint8)[:, None], grouped)
+    scales = np.where(constant, np.abs(value), scales).astype(dtype)
+    offsets = np.where(constant, -middle * scales.astype(np.float64), offsets).astype(dtype)
+    return dataclasses.replace(q, qweight=codes.pack(recoded.reshape(-1, q.n), q.bits), scales=scales, offsets=offsets)
+
+
 def integer_zeros(q: QuantizedTensor) -> QuantizedTensor:
     """Offsets turned into the nearest whole zero points; ``q`` itself if it has none.
 
@@ -55,6 +79,7 @@ def integer_zeros(q: QuantizedTensor) -> QuantizedTensor:
     """
     if q.offsets is None:
         return q
+    q = constants_in_range(q)
     top = 2**q.bits - 1
     scales, offsets = np.asarray(q.scales), np.asarray(q.offsets)
     flip = scales < 0

@@ -75,7 +75,7 @@ def _checked(where: str, given: HfConfig) -> JsonObject:
         raise FormatError(
             f"config.json: {where} has {unknown[0]!r}, which is not known; known are {', '.join(DEFAULTS)}"
         )
-    out = {**DEFAULTS, **given}
+    out = DEFAULTS | {key: value for key, value in given.items() if value is not None}  # null: MLX's default
     if out["mode"] != "affine":
         raise FormatError(f"config.json: {where} has mode {out['mode']!r:.80}; of MLX's modes 'affine' is readable")
     for key, allowed in (("bits", BITS), ("group_size", GROUPS)):
@@ -248,5 +248,5 @@ FORMAT = Format(
     matches=_matches,
     reader=MlxSource,
     encoder=MlxEncoder,
-    example=Example("offsets", group_size=64, negative=True),
+    example=Example("edges", group_size=64, scale_dtype="bfloat16"),
 )

@@ -258,12 +258,12 @@ def test_codes_in_numpy_are_those_in_jax(bits: int) -> None:
         np.testing.assert_array_equal(codes.unpack(packed, bits, k), c)
 
 
-@pytest.mark.parametrize("form", ["zeros", "symmetric", "offsets"])
+@pytest.mark.parametrize("form", ["zeros", "symmetric", "offsets", "edges"])
 def test_dequantized_with_act_order_and_explicit_scale(form: Any) -> None:
     import dataclasses
 
     rng = np.random.default_rng(0)
-    q = exactness.example(Example(form=form, negative=True))
+    q = exactness.example(Example(form=form))
     perm = rng.permutation(q.k).astype(np.int32)
     inv = rng.uniform(0.5, 2, q.k).astype(np.float32)
     q = dataclasses.replace(q, perm=perm, inv_scale=inv)
@@ -271,8 +271,8 @@ def test_dequantized_with_act_order_and_explicit_scale(form: Any) -> None:
     for r in range(q.k):
         g = r // q.group_size
         scale = q.scales[g].astype(np.float64)
-        zero = 0 if form == "offsets" else (8 if q.zeros is None else q.zeros[g].astype(np.float64))
-        offset = q.offsets[g].astype(np.float64) if form == "offsets" else 0
+        zero = 0 if q.offsets is not None else (8 if q.zeros is None else q.zeros[g].astype(np.float64))
+        offset = 0 if q.offsets is None else q.offsets[g].astype(np.float64)
         w[perm[r]] = ((c[r] - zero) * scale + offset) * inv[perm[r]]
     np.testing.assert_allclose(codes.dequantize(q, np.float64), w, rtol=1e-15)
     np.testing.assert_allclose(q.dequantize("float32").T, w, rtol=3e-6, atol=1e-7)

@@ -171,9 +171,10 @@ def test_q4_0_from_offsets_of_both_signs() -> None:
     assert (kind, deviation) == ("Q4_0", 0)
     np.testing.assert_array_equal(got, dense(q))
     constant = dataclasses.replace(q, scales=np.zeros_like(scales))
-    with pytest.raises(FormatError, match="groups with scale 0 and an offset; convert to 'gguf-q4_1'"):
-        encode("gguf-q4_0", constant)
-    np.testing.assert_array_equal(encode("gguf-q4_1", constant)[0], dense(constant))
+    for format in ("gguf-q4_0", "gguf-q4_1", "gguf-q8_0"):
+        got, _, deviation = encode(format, constant)
+        assert deviation == 0
+        np.testing.assert_array_equal(got, dense(constant))
 
 
 @pytest.mark.parametrize("group", [32, 64, 128])

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from awq_jax import QuantizedTensor, convert
-from awq_jax.convert import pipeline, registry
+from awq_jax.convert import pipeline, registry, writing
 from awq_jax.convert.arrays import codes, linear
 from awq_jax.convert.format import Destination
 from awq_jax.convert.formats.mlx import MlxEncoder
@@ -251,6 +251,61 @@ def test_defaults_where_an_entry_does_not_say(tmp_path: Path) -> None:
     source = registry.open_source(checkpoint(tmp_path, tensors, entry(32, 8) | {"a": {}, "b": True}))
     assert np.abs(codes.dequantize(source.read("a.weight")).T - OWN["4.64.dense"]).max() == 0  # type: ignore[arg-type]
     assert np.abs(codes.dequantize(source.read("b.weight")).T - OWN["8.32.dense"]).max() == 0  # type: ignore[arg-type]
+
+
+def test_null_is_the_default(tmp_path: Path) -> None:
+    """As mlx-lm's mixed recipes write where no group size was asked for."""
+    null = {"group_size": None, "bits": None, "mode": None}
+    tensors = module("8.32", "b") | module("4.64", "a") | module("3.64", "c")
+    three = {"group_size": None, "bits": 3, "mode": "affine"}
+    for quant in (entry(32, 8) | {"a": null, "c": three}, null | {"b": entry(32, 8), "c": three}):
+        source = registry.open_source(checkpoint(tmp_path, tensors, quant))
+        for name, kind in (("a", "4.64"), ("b", "8.32"), ("c", "3.64")):
+            q = source.read(f"{name}.weight")
+            assert np.abs(codes.dequantize(q).T - OWN[f"{kind}.dense"]).max() == 0  # type: ignore[arg-type]
+
+
+def constant(bits: int, value: float, scale: float, dtype: Any) -> QuantizedTensor:
+    """Two groups a column: of the first columns one is a constant as MLX codes it, all else is random."""
+    whole = make(128, 8, bits, 64, form="zeros", dtype=dtype)
+    grouped = codes.codes_of(whole).reshape(2, 64, 8).copy()
+    zeros, scales = np.asarray(whole.zeros).astype(np.float64), np.asarray(whole.scales).copy()
+    scales = (2.0 ** np.round(np.log2(np.abs(scales.astype(np.float64)))) * np.sign(scales)).astype(dtype)
+    offsets = (-zeros * scales.astype(np.float64)).astype(dtype)
+    for at in ((0, 0), (1, 3)):
+        grouped[at[0], :, at[1]], scales[at], offsets[at] = 0, scale, value
+    packed = codes.pack(grouped.reshape(128, 8), bits)
+    return linear.build(packed, scales, None, bits, 64, 128, 8, "float32", offsets=offsets)
+
+
+@pytest.mark.parametrize("to", ["gemm", "gemv", "gptq-v2", "compressed-tensors", "gguf-q8_0", "gguf-q4_1"])
+@pytest.mark.parametrize("value", [0.5, -0.5, 0.0123, -31.5, 0.0])
+@pytest.mark.parametrize(("scale", "dtype"), [(-1e-7, np.float16), (1e-7, ml_dtypes.bfloat16), (0, np.float16)])
+def test_constant_groups(to: str, value: float, scale: float, dtype: Any) -> None:
+    """They are held exactly, as the value itself is, beside groups that keep their codes."""
+    q = constant(4, float(dtype(value)), scale, dtype)
+    encoder = writing.encoder_of(to, Destination(config=CONFIG))
+    fitted = encoder.fit("model.layers.0.mlp.up_proj.weight", q)
+    assert fitted is not None
+    np.testing.assert_array_equal(codes.dequantize(fitted, np.float64), codes.dequantize(q, np.float64))
+    done = pipeline.encode(encoder, "model.layers.0.mlp.up_proj.weight", q, lossy=False)
+    assert done.record.deviation == 0
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_constant_groups_of_other_widths(bits: int) -> None:
+    q = constant(bits, 0.25, -1e-7, np.float16)
+    fitted = writing.encoder_of("compressed-tensors", Destination(config=CONFIG)).fit("a.b.weight", q)
+    assert fitted is not None
+    np.testing.assert_array_equal(codes.dequantize(fitted, np.float64), codes.dequantize(q, np.float64))
+
+
+def test_constant_groups_beyond_the_dtype() -> None:
+    """A value that float16 rounds moves by a part of itself, not by thousands of the steps that mean nothing."""
+    q = constant(4, 0.0123, 1e-7, np.float32)
+    encoder = writing.encoder_of("gemm", Destination(config=CONFIG))
+    moved = pipeline.encode(encoder, "model.layers.0.mlp.up_proj.weight", q, lossy=True).record.deviation
+    assert 0 < moved < 2**-10
 
 
 @pytest.mark.parametrize(("mlp", "last"), [("mlp", "up_proj"), ("block_sparse_moe", "w3")])

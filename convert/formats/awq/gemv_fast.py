@@ -123,5 +123,5 @@ FORMAT = Format(
     matches=lambda config, names: is_version(config, "gemv_fast"),
     reader=FastSource,
     encoder=FastEncoder,
-    example=Example(form="offsets", whole=True),
+    example=Example("scaled zeros"),
 )

@@ -101,5 +101,5 @@ FORMAT = Format(
     matches=is_llm_awq,
     reader=LlmAwqSource,
     encoder=LlmAwqEncoder,
-    example=Example(form="offsets", whole=True),
+    example=Example("scaled zeros"),
 )

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from awq_jax.convert.arrays import codes
-from awq_jax.convert.arrays.fitting import cast_scales, check_integer, with_offsets
+from awq_jax.convert.arrays.fitting import cast_scales, check_integer, constants_in_range, with_offsets
 from awq_jax.convert.arrays.rearrange import regroup
 from awq_jax.convert.format import BaseEncoder, Destination, Example, Format, Stored
 from awq_jax.convert.formats.gguf.blocks import BLOCK, to_blocks
@@ -85,8 +85,9 @@ def fit_q4_0(name: str, q: QuantizedTensor) -> QuantizedTensor:
       FormatError: if a zero point is not the middle of the range.
     """
     middle = 2 ** (q.bits - 1)
+    q = constants_in_range(q)
     if not q.symmetric:
-        odd = (nearest_zeros(name, q) != middle) & (np.asarray(q.scales) != 0)
+        odd = (nearest_zeros(q) != middle) & (np.asarray(q.scales) != 0)
         if odd.any():
             raise FormatError(
                 f"{name} has zero points other than {middle} ({int(odd.sum())} of {odd.size}), Q4_0 is symmetric; "
@@ -113,7 +114,8 @@ def fit_q8_0(name: str, q: QuantizedTensor) -> QuantizedTensor:
     """
     if q.bits == 8 and q.symmetric:
         return q
-    zeros = np.float32(2 ** (q.bits - 1)) if q.symmetric else nearest_zeros(name, q)
+    q = constants_in_range(q)
+    zeros = np.float32(2 ** (q.bits - 1)) if q.symmetric else nearest_zeros(q)
     zeros = np.broadcast_to(np.where(np.asarray(q.scales) == 0, 0, zeros), q.scales.shape)
     wide = codes.codes_of(q).reshape(-1, q.group_size, q.n).astype(np.int16)
     wide += np.clip(128 - zeros, -1000, 1000).astype(np.int16)[:, None]  # far outside is outside
@@ -128,17 +130,11 @@ def fit_q8_0(name: str, q: QuantizedTensor) -> QuantizedTensor:
 FITS = {"Q4_0": fit_q4_0, "Q4_1": fit_q4_1, "Q8_0": fit_q8_0}
 
 
-def nearest_zeros(name: str, q: QuantizedTensor) -> np.ndarray:
-    """The zero points of an asymmetric weight, float32 ``[K/g, N]``: from offsets, the nearest whole ones.
-
-    Raises:
-      FormatError: if a group is a constant other than zero, which has none.
-    """
+def nearest_zeros(q: QuantizedTensor) -> np.ndarray:
+    """The zero points of an asymmetric weight, float32 ``[K/g, N]``: from offsets, the nearest whole ones."""
     if q.zeros is not None:
         return np.asarray(q.zeros).astype(np.float32)
     scales, offsets = (np.asarray(a).astype(np.float32) for a in (q.scales, q.offsets))
-    if ((scales == 0) & (offsets != 0)).any():
-        raise FormatError(f"{name} has groups with scale 0 and an offset; convert to 'gguf-q4_1', which holds them")
     with np.errstate(over="ignore"):
         return np.rint(-offsets / np.where(scales == 0, 1, scales))
 
