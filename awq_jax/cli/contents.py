@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from awq_jax import paths
@@ -57,8 +56,7 @@ def on_devices(source: Source | ConfigOnly, devices: int) -> Facts:
     else:
         shapes = {path: tuple(leaf.shape) for path, leaf in paths.flatten(params.abstract(config)[1]).items()}
         weights = params.Weights(source, config, shapes)
-        size = np.dtype(source.info(weights.names(params.EMBEDDING)[0]).dtype).itemsize
-        leaves = sharded_loading.leaves_of(source, weights, shapes, size)
+        leaves = sharded_loading.leaves_of(source, weights, shapes)
     cuts = sharding.rule(config, leaves, devices)
     kept = cache.bytes_per_token(config, devices)
     text = sharding.explain(leaves, cuts, devices)

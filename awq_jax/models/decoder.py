@@ -12,17 +12,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from awq_jax import nnx as nnx_layers
 from awq_jax.models.config import AttentionConfig, DeltaConfig, LatentConfig, LayerConfig, ModelConfig, MoEConfig
 from awq_jax.models.layers import rope
 from awq_jax.models.layers.attention import Attention, Step
 from awq_jax.models.layers.cache import Cache, LayerCache
 from awq_jax.models.layers.delta_net import GatedDeltaNet
 from awq_jax.models.layers.latent_attention import LatentAttention
+from awq_jax.models.layers.linear import Linear
 from awq_jax.models.layers.mlp import MLP
 from awq_jax.models.layers.moe import MoE
 from awq_jax.models.layers.norm import Norm
 from awq_jax.models.vision import towers
-from awq_jax.nnx import Linear
 from awq_jax.qtensor import QuantizedTensor
 
 Mixer = Callable[..., tuple[jax.Array, LayerCache]]
@@ -115,7 +116,7 @@ class Decoder(nnx.Module):
         if c.final_norm:
             self.norm = Norm(c.norm, size)
         if not c.tied:
-            self.lm_head = Linear(embed, c.vocab_size, use_bias=c.head_bias, rngs=rngs)
+            self.lm_head = nnx_layers.Linear(embed, c.vocab_size, use_bias=c.head_bias, rngs=rngs)
         if c.vision is not None:
             self.vision = towers.TOWERS[type(c.vision)](c.vision, size, rngs)
 
@@ -186,7 +187,7 @@ class Decoder(nnx.Module):
         if c.embed_size not in (None, c.hidden_size):
             x = self.project_in(x)
         if c.positions is not None:
-            x = x + self.embed_positions(positions + c.position_offset)
+            x = x + self.embed_positions(positions + c.position_offset).astype(x.dtype)
         return self.embed_norm(x) if c.embed_norm else x
 
     def head(self, x: jax.Array) -> jax.Array:

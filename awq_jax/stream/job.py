@@ -174,13 +174,12 @@ class Job:
 
     def packed_bytes(self, block: DecoderBlock) -> int:
         """Bytes that a block will take, roughly (from above)."""
-        itemsize = FLOATS[self.float_dtype()].itemsize
         total = 0.0
         for path in block.owned:
             n = math.prod(block.leaves[path])
             target = self.session.targets.get(block.prefix + path)
             if target is None:
-                total += n * itemsize
+                total += n * self._itemsize(block.prefix + path)
             else:
                 rows = target.rows / target.k
                 total += n * rows * (target.leaf.bits / 8 + 5 / target.leaf.group_size)
@@ -188,18 +187,16 @@ class Job:
 
     def float_bytes(self, block: DecoderBlock) -> int:
         """Bytes of a block's own parameters as they are read."""
-        return block.count_elements() * FLOATS[self.float_dtype()].itemsize
+        return sum(math.prod(block.leaves[p]) * self._itemsize(block.prefix + p) for p in block.owned)
 
     def hidden_bytes(self) -> int:
         """Bytes of the hidden states of all calibration tokens."""
-        itemsize = FLOATS[self.options.hidden_dtype or self.float_dtype()].itemsize
+        itemsize = FLOATS[self.options.hidden_dtype or self.weights.base()].itemsize
         return sum(b.size for b in self.batches) * self.session.chain.config.hidden_size * itemsize
 
-    def float_dtype(self) -> str:
-        """Of parameters and activations."""
-        embedding = self.weights.names("embed_tokens/embedding")[0]
-        dtype = self.options.dtype or self.source.info(embedding).dtype
-        return dtype if dtype in FLOATS else "float32"
+    def _itemsize(self, path: str) -> int:
+        """Bytes of a number of a parameter that stays float."""
+        return FLOATS[self.weights.dtype_of(path)].itemsize
 
     def check_space(self) -> None:
         """Refuse a disk that is too small.

@@ -42,7 +42,7 @@ def write(
         how = model_params.stored(config.names, path, tuple(leaf.shape))
         middle = 1.0 if path.endswith("/scale") else 0.0
         for name in how.names:
-            tensors[name] = (middle + 0.1 * rng.normal(size=how.shape)).astype(DTYPES[dtype(path)])
+            tensors[name] = np.asarray(middle + 0.1 * rng.normal(size=how.shape)).astype(DTYPES[dtype(path)])
     return save(directory, hf, tensors | (extra or {}))
 
 

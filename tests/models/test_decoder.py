@@ -12,6 +12,7 @@ from flax import nnx
 from tiny_checkpoints import close
 
 from awq_jax import errors, models
+from awq_jax.convert.source import Info
 from awq_jax.models.weights import params as model_params
 from awq_jax.qtensor import QuantizedTensor
 
@@ -29,6 +30,9 @@ class Memory:
 
     def names(self):
         return list(self.tensors)
+
+    def info(self, name):
+        return Info(self.tensors[name].shape, str(self.tensors[name].dtype), 0)
 
     def read(self, name):
         return self.tensors[name]

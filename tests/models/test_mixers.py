@@ -16,6 +16,7 @@ from tiny_checkpoints import close, randomized
 
 from awq_jax import models, paths
 from awq_jax.convert import registry
+from awq_jax.convert.source import Info
 from awq_jax.errors import ConfigError, FormatError, UnsupportedModelError, WeightError
 from awq_jax.models.config import MLPConfig, MoEConfig, RopeConfig
 from awq_jax.models.layers import cache, rope
@@ -142,6 +143,9 @@ class Stub:
 
     def names(self):
         return list(self.tensors)
+
+    def info(self, name):
+        return Info(self.tensors[name].shape, str(self.tensors[name].dtype), 0)
 
     def read(self, name):
         return self.tensors[name]

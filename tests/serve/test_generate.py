@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from awq_jax import errors
+from awq_jax.convert.source import Info
 from awq_jax.serve import prompts, sampling
 from awq_jax.serve.detokenize import Detokenizer
 from awq_jax.serve.model import from_source
@@ -30,6 +31,9 @@ class Memory:
 
     def names(self):
         return list(self.tensors)
+
+    def info(self, name):
+        return Info(self.tensors[name].shape, str(self.tensors[name].dtype), 0)
 
     def read(self, name):
         return self.tensors[name]

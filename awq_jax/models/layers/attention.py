@@ -12,8 +12,8 @@ from flax import nnx
 from awq_jax.models.config import AttentionConfig, LayerConfig, RopeConfig
 from awq_jax.models.layers import fused_columns, rope
 from awq_jax.models.layers.cache import KeyValues
+from awq_jax.models.layers.linear import Linear
 from awq_jax.models.layers.norm import Norm
-from awq_jax.nnx import Linear
 
 
 @dataclasses.dataclass(frozen=True)

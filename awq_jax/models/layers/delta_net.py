@@ -10,8 +10,8 @@ from jax.scipy.linalg import solve_triangular
 from awq_jax.models.config import DeltaConfig, LayerConfig, NormConfig
 from awq_jax.models.layers.attention import Step
 from awq_jax.models.layers.cache import Recurrent
+from awq_jax.models.layers.linear import Linear
 from awq_jax.models.layers.norm import Norm
-from awq_jax.nnx import Linear
 
 CHUNK = 64  # tokens whose updates are solved for together
 NORM_EPS = 1e-6

@@ -10,8 +10,8 @@ from awq_jax.models.config import AttentionConfig, LatentConfig, LayerConfig, No
 from awq_jax.models.layers import rope
 from awq_jax.models.layers.attention import Step, attend
 from awq_jax.models.layers.cache import KeyValues
+from awq_jax.models.layers.linear import Linear
 from awq_jax.models.layers.norm import Norm
-from awq_jax.nnx import Linear
 
 
 class LatentAttention(nnx.Module):

@@ -11,7 +11,7 @@ from flax import nnx
 
 from awq_jax.models.config import MLPConfig
 from awq_jax.models.layers import fused_columns
-from awq_jax.nnx import Linear
+from awq_jax.models.layers.linear import Linear
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -48,7 +48,7 @@ class XIELU(nnx.Module):
         beta, eps = self.beta.get_value(), self.eps.get_value()
         right = jax.nn.softplus(self.alpha_p.get_value()) * x * x
         left = (beta + jax.nn.softplus(self.alpha_n.get_value())) * (jnp.expm1(jnp.minimum(x, eps)) - x)
-        return jnp.where(x > 0, right, left) + beta * x
+        return (jnp.where(x > 0, right, left) + beta * x).astype(x.dtype)
 
 
 class MLP(nnx.Module):

@@ -17,10 +17,11 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from awq_jax import kernels
+from awq_jax import nnx as nnx_layers
 from awq_jax.kernels import grouped, parallel
 from awq_jax.models.config import MoEConfig
+from awq_jax.models.layers.linear import Linear
 from awq_jax.models.layers.mlp import MLP, gated
-from awq_jax.nnx import Linear
 from awq_jax.pack import Array
 from awq_jax.paths import path_str
 from awq_jax.placement import float_spec
@@ -123,7 +124,7 @@ class Experts(nnx.Module):
         if chosen is not None and isinstance(w, QuantizedTensor):
             dtype = jnp.promote_types(x.dtype, w.dtype)
             y = grouped.matmul(x[:, 0].astype(dtype), w, chosen, sparse=sparse)[:, None]
-            return y + self.bias.get_value()[chosen][:, None] if self.use_bias else y
+            return (y + self.bias.get_value()[chosen][:, None] if self.use_bias else y).astype(x.dtype)
         if chosen is not None:
             w = jax.tree.map(lambda a: a[chosen], w)
         if isinstance(w, QuantizedTensor):
@@ -134,7 +135,7 @@ class Experts(nnx.Module):
         if self.use_bias:
             bias = self.bias.get_value()
             y = y + (bias if chosen is None else bias[chosen])[:, None]
-        return y
+        return y.astype(x.dtype)
 
 
 class ExpertMLP(nnx.Module):
@@ -205,7 +206,7 @@ class MoE(nnx.Module):
 
     def __init__(self, size: int, config: MoEConfig, rngs: nnx.Rngs):
         # A small difference may change a choice: logits are never rounded to 16 bits.
-        self.gate = Linear(
+        self.gate = nnx_layers.Linear(
             size, config.experts, use_bias=config.router_bias, preferred_element_type=jnp.float32, rngs=rngs
         )
         if config.correction:

@@ -39,4 +39,4 @@ class Norm(nnx.Module):
                 h = h + self.bias.get_value().astype(jnp.float32)
             return h.astype(x.dtype)
         h = h.astype(x.dtype)
-        return self.scale.get_value() * h if c.scale else h
+        return (self.scale.get_value() * h).astype(x.dtype) if c.scale else h

@@ -18,6 +18,7 @@ from awq_jax import paths
 from awq_jax.convert.arrays import codes
 from awq_jax.convert.files import slices
 from awq_jax.convert.source import SliceReader, Source
+from awq_jax.dtypes import FLOATS
 from awq_jax.errors import WeightError
 from awq_jax.kernels import parallel
 from awq_jax.models.config import ModelConfig
@@ -50,13 +51,10 @@ class Loader:
 
     def __init__(self, source: Source, config: ModelConfig, state: nnx.State, base: Placement, dtype: str | None):
         shapes = {path: tuple(leaf.shape) for path, leaf in paths.flatten(state).items()}
-        if dtype is None:
-            names = model_params.Weights(source, config, shapes, None).names(model_params.EMBEDDING)
-            dtype = source.info(names[0]).dtype
-        self.base, self.dtype, self.shapes = base, dtype, shapes
+        self.base, self.shapes = base, shapes
         self.weights = model_params.Weights(source, config, shapes, dtype)
         self.source, self.reader = source, SliceReader(source)
-        self.leaves = leaves_of(source, self.weights, shapes, np.dtype(dtype).itemsize)
+        self.leaves = leaves_of(source, self.weights, shapes)
         self.cuts = sharding.rule(config, self.leaves, base.size)
 
     def explain(self) -> str:
@@ -116,14 +114,15 @@ class Loader:
             value = self.reader.read(name, index)
         if self.leaves[path].group is not None:
             assert isinstance(value, QuantizedTensor)
-            return _packed(value, name, self.dtype)
+            return _packed(value, name, self.weights.base())
         if isinstance(value, QuantizedTensor):
             value = codes.dequantize(value).T
         if not jnp.issubdtype(value.dtype, jnp.floating):
             raise WeightError(f"{name} is {value.dtype}, not floating point; was it quantized by an unknown tool?")
-        value = value.astype(self.dtype)
+        dtype = self.weights.dtype_of(path)
+        value = value.astype(dtype)
         if not np.isfinite(value).all():
-            raise WeightError(f"{name} holds NaN or inf as {self.dtype}; re-download it, or load with dtype='float32'")
+            raise WeightError(f"{name} holds NaN or inf as {dtype}; re-download it, or load with dtype='float32'")
         if turned:
             value = np.swapaxes(value, -1, -2)
         if part is not None and part.interleaved:
@@ -161,19 +160,17 @@ def _assembled(placed: list[Weight], place: Placement, spec: NamedSharding, shap
 
 
 def leaves_of(
-    source: Source, weights: model_params.Weights, shapes: Mapping[str, tuple[int, ...]], itemsize: int
+    source: Source, weights: model_params.Weights, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, sharding.Leaf]:
-    """What the headers of a checkpoint say of the parameters; float ones take ``itemsize`` bytes an entry."""
-    return {path: _leaf_of(source, weights, path, shape, itemsize) for path, shape in shapes.items()}
+    """What the headers of a checkpoint say of the parameters."""
+    return {path: _leaf_of(source, weights, path, shape) for path, shape in shapes.items()}
 
 
-def _leaf_of(
-    source: Source, weights: model_params.Weights, path: str, shape: tuple[int, ...], itemsize: int
-) -> sharding.Leaf:
+def _leaf_of(source: Source, weights: model_params.Weights, path: str, shape: tuple[int, ...]) -> sharding.Leaf:
     packed = [source.info(name).packed for name in weights.names(path)]
     first = packed[0]
     if first is None or not path.endswith("/kernel") or any(p != first for p in packed):
-        return sharding.Leaf(shape, math.prod(shape) * itemsize)
+        return sharding.Leaf(shape, math.prod(shape) * FLOATS[weights.dtype_of(path)].itemsize)
     per_group = np.dtype(first.scale_dtype).itemsize * (2 if first.offsets else 1) + (not first.symmetric)
     count, groups = math.prod(shape), math.prod(shape) // first.group_size
     unit = sharding.unit(first.group_size, first.bits)

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from awq_jax.models.config import NormConfig
+from awq_jax.models.layers.linear import Linear
 from awq_jax.models.layers.mlp import ACTIVATIONS
 from awq_jax.models.layers.norm import Norm
 from awq_jax.models.vision.config import Gemma3Vision, LlavaVision
 from awq_jax.models.vision.features import Features
 from awq_jax.models.vision.vit import ViT
-from awq_jax.nnx import Linear
 
 
 class Projector(nnx.Module):
@@ -121,7 +121,7 @@ class Gemma3Projector(nnx.Module):
         step = c.tower.side // c.side
         grid = x.reshape(x.shape[0], c.tower.side, c.tower.side, -1)[:, : c.side * step, : c.side * step]
         grid = grid.reshape(x.shape[0], c.side, step, c.side, step, -1).mean(axis=(2, 4))
-        return self.norm(grid.reshape(x.shape[0], c.side**2, -1)) @ self.weight.get_value()
+        return (self.norm(grid.reshape(x.shape[0], c.side**2, -1)) @ self.weight.get_value()).astype(x.dtype)
 
 
 class Gemma3Tower(nnx.Module):

@@ -10,13 +10,13 @@ from flax import nnx
 
 from awq_jax.models.config import MLPConfig, NormConfig
 from awq_jax.models.layers import rope
+from awq_jax.models.layers.linear import Linear
 from awq_jax.models.layers.mlp import MLP
 from awq_jax.models.layers.norm import Norm
 from awq_jax.models.vision import grids
 from awq_jax.models.vision.config import QwenVision
 from awq_jax.models.vision.features import Features
 from awq_jax.models.vision.vit import Patches, Table, attend
-from awq_jax.nnx import Linear
 
 
 class Attention(nnx.Module):

@@ -82,7 +82,7 @@ def look(
       images: from `pictures`, not empty.
     """
     seen = tokens == config.token
-    features = tower(images, tokens.size)
+    features = tower({**images, "pixel_values": images["pixel_values"].astype(text.dtype)}, tokens.size)
     embedded = place(features.flat, seen, text)
     if isinstance(config, Gemma3Vision):
         return Seen(embedded, blocks=blocks(seen))

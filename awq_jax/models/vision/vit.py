@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from awq_jax.models.config import MLPConfig, NormConfig
+from awq_jax.models.layers.linear import Linear
 from awq_jax.models.layers.mlp import MLP
 from awq_jax.models.layers.norm import Norm
 from awq_jax.models.vision.config import ViTConfig
-from awq_jax.nnx import Linear
 
 
 class Patches(nnx.Module):
@@ -25,8 +25,8 @@ class Patches(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """``x [..., channels * patch pixels]`` to ``[..., size]``."""
         weight = self.weight.get_value()
-        y = jnp.einsum("...p,np->...n", x.astype(weight.dtype), weight.reshape(weight.shape[0], -1))
-        return y + self.bias.get_value() if self.use_bias else y
+        y = jnp.einsum("...p,np->...n", x, weight.reshape(weight.shape[0], -1))
+        return (y + self.bias.get_value() if self.use_bias else y).astype(x.dtype)
 
 
 class Table(nnx.Module):
@@ -57,9 +57,9 @@ class Embeddings(nnx.Module):
         x = pixels.reshape(count, c.channels, c.side, c.patch, c.side, c.patch)
         x = self.patch_embedding(x.transpose(0, 2, 4, 1, 3, 5).reshape(count, c.side**2, -1))
         if c.class_token:
-            first = jnp.broadcast_to(self.class_embedding.get_value(), (count, 1, c.size))
+            first = jnp.broadcast_to(self.class_embedding.get_value().astype(x.dtype), (count, 1, c.size))
             x = jnp.concatenate([first, x], axis=1)
-        return x + self.position_embedding()
+        return x + self.position_embedding().astype(x.dtype)
 
 
 class Attention(nnx.Module):

@@ -107,7 +107,8 @@ def merged(config: ModelConfig, leaves: dict[str, Weight]) -> ModelConfig:
     for group in groups(config):
         names = [f"{group.place}/{part}" for part in group.parts]
         kernels = [leaves[f"{name}/kernel"] for name in names]
-        if obstacle(kernels) is not None:
+        biases = {leaves[b].dtype for n in names if (b := f"{n}/bias") in leaves}
+        if obstacle(kernels) is not None or len(biases) > 1:
             continue
         place = getattr(kernels[0], "placement", None)
         ways = 1 if place is None else place.size

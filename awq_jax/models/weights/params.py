@@ -14,6 +14,8 @@ from flax import nnx
 
 from awq_jax import paths
 from awq_jax.convert.arrays import codes
+from awq_jax.convert.source import Info
+from awq_jax.dtypes import FLOATS
 from awq_jax.errors import ShapeError, WeightError
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.decoder import Decoder
@@ -21,7 +23,7 @@ from awq_jax.models.layers.moe import by_expert
 from awq_jax.models.names import Names
 from awq_jax.qtensor import QuantizedTensor, Weight
 
-# Large numbers with small differences, which decide the choice of experts: never rounded to 16 bits.
+# Large numbers with small differences, which decide the choice of experts: as stored whatever dtype is asked for.
 AS_STORED = ("/correction",)
 EMBEDDING = "embed_tokens/embedding"
 
@@ -30,6 +32,7 @@ class Tensors(Protocol):
     """What is read from: part of `awq_jax.convert.source.Source`."""
 
     def names(self) -> list[str]: ...
+    def info(self, name: str) -> Info: ...
     def read(self, name: str) -> np.ndarray | QuantizedTensor: ...
 
 
@@ -84,8 +87,8 @@ def load(source: Tensors, config: ModelConfig, state: nnx.State, dtype: str | No
       source: tensors by Hugging Face name.
       config: the architecture: names, and tied heads.
       state: from `abstract`.
-      dtype: float dtype of the result; None takes the embedding's as stored. What decides the choice of
-        experts keeps its own.
+      dtype: float dtype of the result; None keeps each tensor's own. Packed weights then stand for floats of
+        the embedding's, which is that of activations. What corrects the choice of experts always keeps its own.
 
     Returns:
       The state with arrays, packed weights as `QuantizedTensor`.
@@ -96,8 +99,7 @@ def load(source: Tensors, config: ModelConfig, state: nnx.State, dtype: str | No
     """
     shapes = {path: tuple(leaf.shape) for path, leaf in paths.flatten(state).items()}
     weights = Weights(source, config, shapes, dtype)
-    leaves = {path: weights.leaf(path) for path in sorted(shapes, key=lambda p: p != EMBEDDING)}
-    return paths.map_with_path(lambda path, _: leaves[path], state)
+    return paths.map_with_path(lambda path, _: weights.leaf(path), state)
 
 
 class Weights:
@@ -115,7 +117,7 @@ class Weights:
         self, source: Tensors, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], dtype: str | None = None
     ) -> None:
         there = set(source.names())
-        self._source, self._dtype = source, dtype
+        self._source, self._dtype, self._base = source, dtype, dtype
         self._wanted = {path: _present(config.names, path, shape, there) for path, shape in shapes.items()}
         self._found = _match(there, self._wanted, config)
 
@@ -131,17 +133,32 @@ class Weights:
         """The tensors that make a parameter, as stored."""
         return map(self._source.read, self.names(path))
 
+    def base(self) -> str:
+        """The dtype of activations: the embedding's, unless another was asked for."""
+        if self._base is None:
+            found = self._source.info(self.names(EMBEDDING)[0]).dtype
+            self._base = found if found in FLOATS else "float32"
+        return self._base
+
+    def dtype_of(self, path: str) -> str:
+        """The dtype that a parameter will have, from the headers of its tensors."""
+        infos = [self._source.info(name) for name in self.names(path)]
+        return jnp.result_type(*{self._kept(path, None if i.packed else i.dtype) for i in infos}).name
+
+    def _kept(self, path: str, stored: str | None) -> str:
+        """The dtype for a float tensor with the ``stored`` one, or for a packed one (None)."""
+        if stored is None or stored not in FLOATS or (self._dtype is not None and not path.endswith(AS_STORED)):
+            return self.base()
+        return stored
+
     def leaf(self, path: str, values: Iterable[np.ndarray | QuantizedTensor] | None = None) -> Weight:
         """A parameter; see `load`. ``values``: what `read` gave, if it has been called."""
         how = self._wanted[path]
         parts = []
         for name, value in zip(self.names(path), self.read(path) if values is None else values, strict=True):
+            kept = self._kept(path, None if isinstance(value, QuantizedTensor) else str(value.dtype))
             if isinstance(value, QuantizedTensor) and not path.endswith("/kernel"):
                 value = codes.dequantize(value).T  # an embedding: rows are looked up, not multiplied
-            if self._dtype is None:  # the embedding decides
-                first = value if path == EMBEDDING else next(self.read(EMBEDDING))
-                self._dtype = str(first.dtype)
-            kept = str(value.dtype) if path.endswith(AS_STORED) else self._dtype
             parts.append(_one(value, name, how, kept))
             del value
         return _stack(parts, path) if how.stacked else parts[0]
