@@ -45,7 +45,7 @@ from awq_jax.config import AwqConfig
 from awq_jax.data import BATCH_TOKENS_ELSEWHERE
 from awq_jax.models.weights import params as model_params
 from awq_jax.plan import fold
-from awq_jax.plan.plan import Group, Plan
+from awq_jax.plan.plan import Plan, ScaleGroup
 from awq_jax.qtensor import QuantizedTensor
 from awq_jax.quantizer import column_pieces as columns
 from awq_jax.quantizer.scale_groups import GroupScale, find_scale, round_group
@@ -78,7 +78,7 @@ class Shape:
     pieces: int
 
 
-def shape(group: Group, targets: Sequence[Target], piece: int) -> Shape:
+def shape(group: ScaleGroup, targets: Sequence[Target], piece: int) -> Shape:
     """Of a group; its weights are cut into pieces of ``piece`` numbers, as `awq_jax.quantizer.column_pieces` does."""
     n = sum(math.prod(t.site.shape) // group.channels for t in targets)
     most = max(columns.ALIGNED, piece // targets[0].rows // columns.ALIGNED * columns.ALIGNED)

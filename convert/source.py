@@ -222,7 +222,7 @@ class PackedSource(DirectorySource):
         if name not in self.packed:
             return super().read(name)
         module, info = self.packed[name]
-        return self._decoded(module, info, (info.shape[0], info.shape[1]), self._parts(module, None) or {})
+        return self._decoded(module, info, (info.shape[0], info.shape[1]), self._arrays(module, None) or {})
 
     def read_slice(self, name: str, index: slices.Index) -> Tensor | None:
         if name not in self.packed:
@@ -232,13 +232,13 @@ class PackedSource(DirectorySource):
         assert packed is not None
         if packed.act_order and not whole_k:
             return None
-        arrays = self._parts(module, (info.shape, index))
+        arrays = self._arrays(module, (info.shape, index))
         if arrays is None:
             return None
         n, k = ((stop - start) for start, stop in map(slices.bounds, index, info.shape))
         return self._decoded(module, info, (n, k), arrays)
 
-    def _parts(self, module: str, block: tuple[tuple[int, ...], slices.Index] | None) -> dict[str, np.ndarray] | None:
+    def _arrays(self, module: str, block: tuple[tuple[int, ...], slices.Index] | None) -> dict[str, np.ndarray] | None:
         """A module's tensors, or of each what makes a block of ``(shape, index)``; None if that cuts a unit."""
         stored = self.files.entries
         arrays: dict[str, np.ndarray] = {}

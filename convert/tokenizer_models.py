@@ -57,7 +57,7 @@ def _tekken(path: Path, directory: Path) -> Tokenizer | None:
     backend = bpe.byte_level(ids, merges, config["pattern"], ignore_merges=True)
     backend.add_special_tokens([AddedToken(n, special=True, normalized=False) for n in names])
     named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
-    settings = {k: v for k, v in named.items() if v in names} | tokenizer_files.settings_of(directory)
+    settings = {**{k: v for k, v in named.items() if v in names}, **tokenizer_files.settings_of(directory)}
     tokenizer_files.mark_special(backend, settings)
     surround(backend, settings.get("bos_token"), None)
     return tokenizer_files.finished(backend, directory, settings)

@@ -38,15 +38,15 @@ def weight_share(w: jax.Array, group_size: int) -> jax.Array:
 
 
 def candidate(
-    magnitude: jax.Array, share: jax.Array, ratio: jax.Array, duo: jax.Array, shared: jax.Array | None
+    magnitude: jax.Array, share: jax.Array, ratio: jax.Array, with_weights: jax.Array, shared: jax.Array | None
 ) -> jax.Array:
-    """One candidate scale ``[E, K]``: ``a^r / w^(1-r)`` (``duo = 1``) or ``a^r`` (``duo = 0``).
+    """One candidate scale ``[E, K]``: ``a^r / w^(1-r)`` (``with_weights = 1``) or ``a^r`` (``with_weights = 0``).
 
     Normalised to ``sqrt(max * min) = 1``; channels that were never active get 1.
     """
     live = magnitude > 0
     log_a = jnp.log(jnp.where(live, magnitude, 1.0))
-    log_s = ratio * log_a - duo * (1.0 - ratio) * jnp.log(share + 1e-4)
+    log_s = ratio * log_a - with_weights * (1.0 - ratio) * jnp.log(share + 1e-4)
     log_s = shared_mean(jnp.where(live, log_s, 0.0), shared)
     high = jnp.where(live, log_s, -jnp.inf).max(axis=-1, keepdims=True)
     low = jnp.where(live, log_s, jnp.inf).min(axis=-1, keepdims=True)
@@ -58,8 +58,8 @@ def candidate(
 
 def candidates(magnitude: jax.Array, share: jax.Array, shared: jax.Array | None, n_grid: int) -> jax.Array:
     """Scale 1, then those to be tried, ratios rising, with the weights and without: ``[1 + 2 * n_grid, E, K]``."""
-    duos = jnp.repeat(jnp.array([1.0, 0.0]), n_grid)
-    trials = jnp.tile(jnp.arange(n_grid, dtype=jnp.float32) / n_grid, 2), duos
+    weighted = jnp.repeat(jnp.array([1.0, 0.0]), n_grid)
+    trials = jnp.tile(jnp.arange(n_grid, dtype=jnp.float32) / n_grid, 2), weighted
     made = jax.lax.map(lambda t: candidate(magnitude, share, t[0], t[1], shared), trials)
     return jnp.concatenate([jnp.ones_like(magnitude)[None], made])
 

@@ -19,7 +19,7 @@ from awq_jax.calibration.grams import ArrayGrams, Grams
 from awq_jax.errors import CalibrationError
 from awq_jax.pack import Array
 from awq_jax.plan.discover import discover
-from awq_jax.plan.plan import Group, Plan
+from awq_jax.plan.plan import Plan, ScaleGroup
 from awq_jax.plan.validate import validate
 from awq_jax.plan.verify import verify
 from awq_jax.trace import interpret
@@ -47,7 +47,7 @@ class Stats:
     count: Array
     dropped: Array
 
-    def grams(self, group: Group) -> Grams:
+    def grams(self, group: ScaleGroup) -> Grams:
         """The Grams by instance; ``group``: whose statistics these are."""
         return ArrayGrams(self.gram, group)
 
@@ -200,7 +200,7 @@ def _tokens(args: Args, kwargs: Kwargs) -> int:
     return 0
 
 
-def _without_head(plan: Plan, include_head: bool) -> tuple[Group, ...]:
+def _without_head(plan: Plan, include_head: bool) -> tuple[ScaleGroup, ...]:
     return tuple(g for g in plan.groups if include_head or not all(s.head for s in g.sites))
 
 
@@ -214,7 +214,7 @@ class Wanted:
         sum over all experts, and everything else of each.
     """
 
-    group: Group
+    group: ScaleGroup
     experts: int | None = None
 
     def shapes(self) -> Stats:

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from awq_jax.calibration.calibration import Stats
 from awq_jax.calibration.grams import Grams, all_finite
 from awq_jax.pack import Array
-from awq_jax.plan.plan import Group
+from awq_jax.plan.plan import ScaleGroup
 
 BUDGET = 2 << 30  # bytes of the Grams of one group
 
 
-def at_a_time(group: Group) -> int | None:
+def at_a_time(group: ScaleGroup) -> int | None:
     """How many experts' Grams of ``group`` fit into ``BUDGET``, a divisor of their number; None for all."""
     experts, one = math.prod(group.batch), 4 * group.channels**2
     if group.scan or experts == 1 or experts * one <= BUDGET:
@@ -66,6 +66,6 @@ class ExpertStats(Stats):
 
     expert_grams: ExpertGrams
 
-    def grams(self, group: Group) -> Grams:
+    def grams(self, group: ScaleGroup) -> Grams:
         """Those of all experts."""
         return self.expert_grams

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from awq_jax.pack import Array
-from awq_jax.plan.plan import Group
+from awq_jax.plan.plan import ScaleGroup
 
 
 class Grams(Protocol):
@@ -33,7 +33,7 @@ class ArrayGrams:
       group: whose.
     """
 
-    def __init__(self, gram: Array, group: Group) -> None:
+    def __init__(self, gram: Array, group: ScaleGroup) -> None:
         self._gram, self._lead, self._experts = gram, (*group.scan, *group.batch), math.prod(group.batch)
         self._summed: dict[int, jax.Array] = {}  # of the last layer asked for
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from awq_jax.calibration.calibration import Stats
 from awq_jax.calibration.grams import Grams
-from awq_jax.plan.plan import Group
+from awq_jax.plan.plan import ScaleGroup
 
 MIN_TOKENS = 64
 
@@ -36,7 +36,7 @@ class Means:
         return total, np.float32(self._count[layer, expert])
 
 
-def means_of(group: Group, stats: Stats) -> Means | None:
+def means_of(group: ScaleGroup, stats: Stats) -> Means | None:
     """Means of ``stats``; None if a layer saw no finite activation at all.
 
     Experts that saw fewer than ``MIN_TOKENS`` tokens take the statistics of their layer.

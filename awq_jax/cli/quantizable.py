@@ -16,7 +16,7 @@ from awq_jax.convert.formats.orbax_files import holds_params
 from awq_jax.convert.source import Info, Source, read_config
 from awq_jax.errors import AwqError
 from awq_jax.models.weights import params
-from awq_jax.plan.plan import Group
+from awq_jax.plan.plan import ScaleGroup
 from awq_jax.stream import decoder_blocks
 
 
@@ -84,7 +84,7 @@ def support(source: Source | ConfigOnly) -> dict[str, Any]:
     return {"supported": True, "reason": None, "parameters": sum(sizes), "plan": found}
 
 
-def rows(groups: Iterable[Group]) -> tuple[list[str], list[str]]:
+def rows(groups: Iterable[ScaleGroup]) -> tuple[list[str], list[str]]:
     """``"q k v <- input_layernorm"`` for what is scaled, ``"down: why not"`` for what is not; each once."""
     every = list(groups)
     scaled = (f"{_sites(g)} <- {_joined(a.path for a in g.absorbers)}" for g in every if g.absorbers)
@@ -98,7 +98,7 @@ def short(path: str) -> str:
     return re.sub(r"^(self_attn|mlp)/", "", name).replace("/", ".")
 
 
-def _sites(group: Group) -> str:
+def _sites(group: ScaleGroup) -> str:
     return _joined(s.path for s in group.sites)
 
 
@@ -106,5 +106,5 @@ def _joined(names: Iterable[str]) -> str:
     return " ".join(dict.fromkeys(map(short, names)))
 
 
-def _reason(group: Group) -> str:
+def _reason(group: ScaleGroup) -> str:
     return re.sub(r" \(\w+\.py:\d+\)", "", group.reason)

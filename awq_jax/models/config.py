@@ -279,7 +279,7 @@ class ModelConfig:
       head_bias: the output projection has a bias.
       head_norm: the weights of each logit are divided by their length (a head of its own, without bias).
       names: what the checkpoint calls its tensors.
-      layouts: other names that checkpoints of the family have; one is written as it was read.
+      other_names: other names that checkpoints of the family have; one is written as it was read.
       vision: looks at images; None for a model of text.
     """
 
@@ -304,7 +304,7 @@ class ModelConfig:
     head_bias: bool = False
     head_norm: bool = False
     names: Names = LLAMA
-    layouts: tuple[Names, ...] = ()
+    other_names: tuple[Names, ...] = ()
     vision: VisionConfig | None = None
 
     @property

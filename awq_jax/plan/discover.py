@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable
 
 from awq_jax.errors import PlanError
 from awq_jax.plan import absorb, channel_labels
-from awq_jax.plan.plan import Group, Plan, Site
+from awq_jax.plan.plan import Plan, ScaleGroup, Site
 from awq_jax.trace.jaxpr import Val
 from awq_jax.trace.scopes import OUTPUT, Node, Scope, flatten
 from awq_jax.trace.uses import SAME_SHAPE, Program, trace
@@ -53,8 +53,8 @@ def discover(fn: Callable[..., object], params: object, *args: object, **kwargs:
         roots = {(scope, *_activation(scope, node)) for scope, node in uses}
         key = (*roots.pop(), _extent(program, uses[0][1])) if len(roots) == 1 else path
         shared.setdefault(key, []).extend(uses)
-    feeds_matmul = _flows_into_matmul(top)
-    groups = [_group(program, key, uses, feeds_matmul) for key, uses in shared.items()]
+    feeds_site = _flows_into_matmul(top)
+    groups = [_group(program, key, uses, feeds_site) for key, uses in shared.items()]
     return Plan(tuple(groups), skipped)
 
 
@@ -144,13 +144,13 @@ def _extent(program: Program, node: Node) -> tuple[tuple[int, ...], tuple[int, .
     return tuple(sizes["s"]), tuple(sizes["b"]), math.prod(sizes["k"])
 
 
-def _group(program: Program, key: Hashable, uses: list[tuple[Scope, Node]], feeds_matmul: dict[Node, bool]) -> Group:
+def _group(program: Program, key: Hashable, uses: list[tuple[Scope, Node]], feeds_site: dict[Node, bool]) -> ScaleGroup:
     sites: dict[str, Site] = {}
     for scope, node in uses:
         use = node.use
         assert use is not None
         old = sites.get(use.path)
-        head = not feeds_matmul.get(node, True) and (old is None or old.head)
+        head = not feeds_site.get(node, True) and (old is None or old.head)
         router = _chooses(scope, node) or (old is not None and old.router)
         sites[use.path] = Site(use.path, use.axes, program.leaves[use.path], head, router)
     scan, batch, channels = _extent(program, uses[0][1])
@@ -161,7 +161,7 @@ def _group(program: Program, key: Hashable, uses: list[tuple[Scope, Node]], feed
         found = absorb.Absorbers(reason="it is inside a cond")
     else:
         found = absorb.find_absorbers(program, uses[0][0], [node for _, node in uses])
-    return Group(
+    return ScaleGroup(
         name, tuple(sites.values()), channels, found.absorbers, found.shared_channels, scan, batch, found.reason
     )
 

@@ -7,8 +7,8 @@ of an up projection in ``x = silu(gate) * up``; the columns of a value projectio
 The last one crosses attention. Query head h reads value head ``v(h)``, and channel c of it enters the output
 projection as ``x[h, c] = sum_t p[h, t] V[t, v(h), c]``: linear in V, and the probabilities p know nothing of c. So a
 scale on ``(h, c)`` divides column ``(v(h), c)`` of the value projection and its bias. With grouped queries several h
-have one ``v(h)``, hence one s for all ``(h, c)`` of one ``(v(h), c)``: shared channels (`Group.shared_channels`), and
-``Absorber.index`` names for each column of V a channel whose scale divides it.
+have one ``v(h)``, hence one s for all ``(h, c)`` of one ``(v(h), c)``: shared channels
+(`ScaleGroup.shared_channels`), and ``Absorber.index`` names for each column of V a channel whose scale divides it.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ import numpy as np
 from awq_jax import paths
 from awq_jax.errors import PlanError, ShapeError, WeightError
 from awq_jax.pack import Array
-from awq_jax.plan.plan import Absorber, Group, Plan, Site
+from awq_jax.plan.plan import Absorber, Plan, ScaleGroup, Site
 from awq_jax.qtensor import QuantizedTensor, Weight
 
 Scales = Mapping[str, Array]
@@ -69,8 +69,8 @@ class Folder:
     def __init__(self, plan: Plan, scales: Scales):
         groups = {g.name: g for g in plan.groups}
         self._scales = scales
-        self._sites: dict[str, list[tuple[Group, Site]]] = {}
-        self._absorbers: dict[str, list[tuple[Group, Absorber]]] = {}
+        self._sites: dict[str, list[tuple[ScaleGroup, Site]]] = {}
+        self._absorbers: dict[str, list[tuple[ScaleGroup, Absorber]]] = {}
         for name, s in scales.items():
             if name not in groups:
                 raise PlanError(f"scale for {name}: the plan has no such group")
@@ -116,7 +116,7 @@ def _folded(leaf: jax.Array, steps: tuple[ScaleStep, ...]) -> jax.Array:
     return scaled(leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), steps).astype(leaf.dtype)
 
 
-def site_scale(group: Group, site: Site, s: Array) -> Array:
+def site_scale(group: ScaleGroup, site: Site, s: Array) -> Array:
     """``s [*scan, *batch, K]`` laid out to multiply the weight of ``site``."""
     xp = _module(s)
     sizes = {r: [n for n, a in zip(site.shape, site.axes, strict=True) if a == r] for r in "sbk"}
@@ -129,7 +129,7 @@ def site_scale(group: Group, site: Site, s: Array) -> Array:
     return s.reshape([1 if a == "n" else next(it) for a in site.axes])
 
 
-def absorber_scale(group: Group, absorber: Absorber, s: Array) -> Array:
+def absorber_scale(group: ScaleGroup, absorber: Absorber, s: Array) -> Array:
     """``s [*scan, *batch, K]`` laid out to divide the absorbing parameter; 1 where it is left alone."""
     xp = _module(s)
     s = s.reshape(*group.scan, math.prod(group.batch) * group.channels)

@@ -58,7 +58,7 @@ class Absorber:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Group:
+class ScaleGroup:
     """Sites that read the same activation, and the parameters upstream that absorb its scale.
 
     Attributes:
@@ -91,10 +91,10 @@ class Plan:
       skipped: path -> reason, for parameters used in a matmul that cannot be quantized.
     """
 
-    groups: tuple[Group, ...]
+    groups: tuple[ScaleGroup, ...]
     skipped: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
-    def sites(self) -> Iterator[tuple[Group, Site]]:
+    def sites(self) -> Iterator[tuple[ScaleGroup, Site]]:
         """Every site with its group."""
         for group in self.groups:
             for site in group.sites:
@@ -131,7 +131,7 @@ class Plan:
             if data["version"] != VERSION:
                 raise PlanError(f"plan version {data['version']}; this release reads {VERSION}")
             groups = tuple(
-                Group(
+                ScaleGroup(
                     name=g["name"],
                     sites=tuple(
                         Site(s["path"], s["axes"], tuple(s["shape"]), bool(s.get("head")), bool(s.get("router")))

@@ -7,7 +7,7 @@ import numpy as np
 
 from awq_jax import paths
 from awq_jax.errors import PlanError
-from awq_jax.plan.plan import Group, Plan, Site
+from awq_jax.plan.plan import Plan, ScaleGroup, Site
 
 Shapes = Mapping[str, tuple[int, ...]]  # by path
 
@@ -35,10 +35,10 @@ def validate(plan: Plan, params: object) -> None:
         for a in g.absorbers:
             _check_absorber(g, a.path, np.asarray(a.index), width, shapes)
         if g.shared_channels is not None and (np.shape(g.shared_channels) != (width,)):
-            raise PlanError(f"group {g.name}: ties have shape {np.shape(g.shared_channels)}, expected ({width},)")
+            raise PlanError(f"group {g.name}: shared_channels has shape {np.shape(g.shared_channels)}, not ({width},)")
 
 
-def _leaf_shape(group: Group, path: str, shapes: Shapes) -> tuple[int, ...]:
+def _leaf_shape(group: ScaleGroup, path: str, shapes: Shapes) -> tuple[int, ...]:
     if path not in shapes:
         close = sorted(p for p in shapes if p.split("/")[-2:] == path.split("/")[-2:])[:3]
         hint = f"; similar: {', '.join(close)}" if close else ""
@@ -46,7 +46,7 @@ def _leaf_shape(group: Group, path: str, shapes: Shapes) -> tuple[int, ...]:
     return shapes[path]
 
 
-def _check_site(group: Group, site: Site, shapes: Shapes) -> None:
+def _check_site(group: ScaleGroup, site: Site, shapes: Shapes) -> None:
     shape = _leaf_shape(group, site.path, shapes)
     if shape != tuple(site.shape):
         raise PlanError(f"group {group.name}: {site.path} has shape {shape}, the plan says {tuple(site.shape)}")
@@ -65,7 +65,7 @@ def _check_site(group: Group, site: Site, shapes: Shapes) -> None:
         raise PlanError(f"group {group.name}: {site.path} contracts {k} channels, the group has {group.channels}")
 
 
-def _check_absorber(group: Group, path: str, index: np.ndarray, width: int, shapes: Shapes) -> None:
+def _check_absorber(group: ScaleGroup, path: str, index: np.ndarray, width: int, shapes: Shapes) -> None:
     shape = _leaf_shape(group, path, shapes)
     lead = len(group.scan)
     if shape[:lead] != tuple(group.scan):

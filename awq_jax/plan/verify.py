@@ -10,7 +10,7 @@ import numpy as np
 from awq_jax import paths
 from awq_jax.errors import PlanError
 from awq_jax.plan import fold
-from awq_jax.plan.plan import Group, Plan
+from awq_jax.plan.plan import Plan, ScaleGroup
 from awq_jax.plan.validate import validate
 
 
@@ -69,7 +69,7 @@ def verify(
         raise PlanError("a plan is verified on float outputs; this function returns none (let it return the logits)")
     tol = max(tol, _rounding(groups, params))
 
-    def moved(scaled: list[Group]) -> float:
+    def moved(scaled: list[ScaleGroup]) -> float:
         names = {g.name for g in scaled}
         after = run(params, {n: random[n] if n in names else ones[n] for n in ones}, arrays)
         return max((float(_distance(a, b)) for a, b in zip(before, after, strict=True)), default=0.0)
@@ -80,7 +80,7 @@ def verify(
     )
 
 
-def _random_scale(group: Group, rng: np.random.Generator) -> np.ndarray:
+def _random_scale(group: ScaleGroup, rng: np.random.Generator) -> np.ndarray:
     """Powers of two from 1/4 to 4, the same for channels that share one."""
     n = int(np.prod(group.batch, dtype=int)) * group.channels
     s = np.exp2(rng.integers(-2, 3, (*group.scan, n))).astype(np.float32)
@@ -90,7 +90,7 @@ def _random_scale(group: Group, rng: np.random.Generator) -> np.ndarray:
     return s.reshape(*group.scan, *group.batch, group.channels)
 
 
-def _rounding(groups: list[Group], params: object) -> float:
+def _rounding(groups: list[ScaleGroup], params: object) -> float:
     """What ``(offset + w) / s - offset`` loses when the parameter is stored in 16 bits."""
     leaves = paths.flatten(params)
     dtypes = {leaves[a.path].dtype for g in groups for a in g.absorbers if a.offset}
@@ -110,7 +110,7 @@ def _distance(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.where((finite == jnp.isfinite(b)).all() & (finite.any() | (a.size == 0)), moved / size, jnp.inf)
 
 
-def _culprits(groups: list[Group], moved: Callable[[list[Group]], float], tol: float) -> dict[str, float]:
+def _culprits(groups: list[ScaleGroup], moved: Callable[[list[ScaleGroup]], float], tol: float) -> dict[str, float]:
     """Groups whose scales move the output, and by how much."""
     shift = moved(groups)
     if shift <= tol:
@@ -123,7 +123,7 @@ def _culprits(groups: list[Group], moved: Callable[[list[Group]], float], tol: f
     return found or {g.name: shift for g in groups}
 
 
-def _without(group: Group, shift: float) -> Group:
+def _without(group: ScaleGroup, shift: float) -> ScaleGroup:
     by = "made the output NaN or infinite" if np.isinf(shift) else f"moved the output by {shift:.1e} of its size"
     reason = f"verification: a scale on this group {by}"
     return dataclasses.replace(group, absorbers=(), shared_channels=None, reason=reason)

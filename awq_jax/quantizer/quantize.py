@@ -19,7 +19,7 @@ from awq_jax.devices import host_memory
 from awq_jax.devices.pool import HERE, Pool
 from awq_jax.errors import CalibrationError, ConfigError, WeightError
 from awq_jax.plan import fold
-from awq_jax.plan.plan import Group, Plan
+from awq_jax.plan.plan import Plan, ScaleGroup
 from awq_jax.plan.validate import validate
 from awq_jax.qtensor import QuantizedTensor, Weight
 from awq_jax.quantizer.scale_groups import GroupScale, find_scale, round_group
@@ -128,7 +128,7 @@ def quantize(
     return out, summary
 
 
-Work = list[tuple[Group, list[Target]]]
+Work = list[tuple[ScaleGroup, list[Target]]]
 
 
 def with_targets(plan: Plan, targets: Mapping[str, Target]) -> Work:

@@ -22,7 +22,7 @@ from awq_jax.config import AwqConfig, LeafConfig
 from awq_jax.devices.pool import HERE, Pool
 from awq_jax.pack import Array
 from awq_jax.plan import fold
-from awq_jax.plan.plan import Group, Plan
+from awq_jax.plan.plan import Plan, ScaleGroup
 from awq_jax.qtensor import QuantizedTensor, Weight, split_shape
 from awq_jax.quantizer.column_pieces import CanonicalWeight, Columns, Place, scale_to_batched, sweep, to_batched
 from awq_jax.quantizer.scale_search import search
@@ -48,7 +48,7 @@ class GroupScale:
 
 
 def find_scale(
-    group: Group,
+    group: ScaleGroup,
     targets: list[Target],
     leaves: Mapping[str, Weight],
     stats: Stats | None,
@@ -107,7 +107,7 @@ def find_scale(
 
 
 def round_group(
-    group: Group,
+    group: ScaleGroup,
     targets: list[Target],
     leaves: Mapping[str, Weight],
     folded: fold.Folder,
@@ -182,7 +182,7 @@ class _Given(NamedTuple):
 def _round(
     columns: Columns,
     means: Means | None,
-    group: Group,
+    group: ScaleGroup,
     found: GroupScale,
     leaf: LeafConfig,
     config: AwqConfig,
@@ -281,7 +281,7 @@ def _padded(v: np.ndarray, rows: int) -> np.ndarray:
     return np.pad(v, ((0, 0), (0, rows - v.shape[-1])))
 
 
-def _assemble(t: Target, group: Group, leaf: Weight, rounded: _Packed, found: GroupScale) -> QuantizedTensor:
+def _assemble(t: Target, group: ScaleGroup, leaf: Weight, rounded: _Packed, found: GroupScale) -> QuantizedTensor:
     _, k_dims, n_dims = split_shape(t.site.shape, t.site.canonical_axes)
     inverse = None
     if found.scale is not None and not group.absorbers:
@@ -306,7 +306,7 @@ def _assemble(t: Target, group: Group, leaf: Weight, rounded: _Packed, found: Gr
 
 def _row(
     t: Target,
-    group: Group,
+    group: ScaleGroup,
     leaf: Weight,
     q: QuantizedTensor,
     rounded: _Packed,
@@ -339,7 +339,7 @@ def _scale_dtype(largest: float, leaf: LeafConfig) -> str:
     return "float16" if step == 0 or 2.0**-14 <= step < 3e4 else "float32"
 
 
-def _overflows(group: Group, targets: list[Target], leaves: Mapping[str, Weight], scale: np.ndarray) -> str:
+def _overflows(group: ScaleGroup, targets: list[Target], leaves: Mapping[str, Weight], scale: np.ndarray) -> str:
     """What stays float and would become infinite in its own dtype, "" if nothing."""
     if not group.absorbers:
         return ""
@@ -354,14 +354,14 @@ def _widest(dtypes: Iterable[str]) -> str:
     return "float32" if "float32" in dtypes else "float16"
 
 
-def _experts_share_channels(group: Group) -> bool:
+def _experts_share_channels(group: ScaleGroup) -> bool:
     if group.shared_channels is None or not group.batch:
         return False
     own = np.repeat(np.arange(math.prod(group.batch)), group.channels)
     return bool(np.any(np.asarray(group.shared_channels) // group.channels != own))
 
 
-def _padded_shared_channels(group: Group, rows: int) -> jax.Array | None:
+def _padded_shared_channels(group: ScaleGroup, rows: int) -> jax.Array | None:
     """The group's shared channels over ``rows`` channels per expert; padding channels share with nothing."""
     if group.shared_channels is None:
         return None

@@ -5,7 +5,7 @@ import math
 
 from awq_jax.config import AwqConfig, LeafConfig
 from awq_jax.errors import ConfigError, Setting, ShapeError
-from awq_jax.plan.plan import Group, Plan, Site
+from awq_jax.plan.plan import Plan, ScaleGroup, Site
 from awq_jax.qtensor import split_shape
 
 QUANTIZE_HEAD = Setting("quantize_head", True)
@@ -22,7 +22,7 @@ class Target:
     """
 
     site: Site
-    group: Group
+    group: ScaleGroup
     leaf: LeafConfig
     k: int
 

@@ -140,7 +140,7 @@ class ServedWeights:
             self._fused = self._apart = unfuse.apart(self.config, leaves, self.place)
         if packed if self.merge_linears is None else self.merge_linears:
             self._fused = fuse.merged(self._apart, leaves)
-            was, now = (len(list(fuse.groups(c))) for c in (self._apart, self._fused))
+            was, now = (len(list(fuse.fusable(c))) for c in (self._apart, self._fused))
             notes.append(f"{was - now} of {was} groups of linears that read the same activation merged")
         for path in leaves:
             leaves[path] = kernels.prepare(leaves[path], platform)

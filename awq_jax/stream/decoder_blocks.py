@@ -17,7 +17,7 @@ from awq_jax.models.layers.attention import Step
 from awq_jax.models.vision.config import TOWER
 from awq_jax.models.weights import params as model_params
 from awq_jax.plan.discover import discover
-from awq_jax.plan.plan import Group, Plan
+from awq_jax.plan.plan import Plan, ScaleGroup
 from awq_jax.qtensor import Weight
 
 Leaves = Mapping[str, Weight]  # float parameters by path within the block
@@ -88,7 +88,7 @@ class Chain:
             return nnx.merge(graphdef, params)(tokens)
 
         found = discover(apply, state, jax.ShapeDtypeStruct((1, min(8, self.config.max_length)), jnp.int32))
-        groups: dict[Hashable, list[Group]] = {}
+        groups: dict[Hashable, list[ScaleGroup]] = {}
         skipped: dict[Hashable, dict[str, str]] = {}
         prefixes = {f"layers/{i}/": layer for i, layer in enumerate(self._inner)}
 
@@ -149,12 +149,12 @@ class Chain:
         return run
 
 
-def without_absorbers(group: Group, reason: str) -> Group:
+def without_absorbers(group: ScaleGroup, reason: str) -> ScaleGroup:
     """``group`` when nothing absorbs its scale, for ``reason``."""
     return dataclasses.replace(group, absorbers=(), shared_channels=None, reason=reason)
 
 
-def renamed(group: Group, old: str, new: str) -> Group:
+def renamed(group: ScaleGroup, old: str, new: str) -> ScaleGroup:
     """``group`` with paths that begin with ``new`` instead of ``old``."""
 
     def name(path: str) -> str:

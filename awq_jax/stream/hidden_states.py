@@ -26,7 +26,7 @@ class Hidden(Protocol):
     def put(self, batch: int, value: np.ndarray) -> None:
         """What came out; this process's batches in order."""
 
-    def turn(self) -> None:
+    def advance(self) -> None:
         """All batches came out: they are what goes in from now on."""
 
     def forget(self, before: int) -> None:
@@ -52,7 +52,7 @@ class InMemory:
     def put(self, batch: int, value: np.ndarray) -> None:
         self._values[batch] = value if self._dtype is None else value.astype(FLOATS[self._dtype], copy=False)
 
-    def turn(self) -> None:
+    def advance(self) -> None:
         pass
 
     def forget(self, before: int) -> None:
@@ -104,7 +104,7 @@ class OnDisk:
                 f.flush()
                 os.fsync(f.fileno())
 
-    def turn(self) -> None:
+    def advance(self) -> None:
         self._boundary += 1
 
     def forget(self, before: int) -> None:

@@ -139,7 +139,7 @@ def finish(job: Job, done: Manifest) -> tuple[str, str]:
         format = assemble(job, done, job.options.format)
     except FormatError as e:
         problem = str(e)
-        format = assemble(job, done, native.METHOD)
+        format = assemble(job, done, native.QUANT_METHOD)
     write_json(job.work / FINISHED, {"format": format})
     install(job.work / OUT, job.path, job.options.overwrite)
     return format, problem

@@ -26,7 +26,7 @@ from awq_jax.convert.config_json import JsonObject
 from awq_jax.devices.pool import HERE, Pool
 from awq_jax.models.config import ModelConfig
 from awq_jax.pack import Array
-from awq_jax.plan.plan import Group, Plan
+from awq_jax.plan.plan import Plan, ScaleGroup
 from awq_jax.plan.verify import verify
 from awq_jax.qtensor import Weight
 from awq_jax.quantizer import quantize as quantizer
@@ -98,7 +98,7 @@ class Session:
         self.blocks, self.plan = self.chain.blocks, self.chain.plan()
         self.targets, self.skipped = select(self.plan, settings)
         self.refused: dict[Hashable, dict[str, str]] = {}
-        self._groups: dict[str, list[Group]] = {}
+        self._groups: dict[str, list[ScaleGroup]] = {}
         for group in self.plan.groups:
             self._groups.setdefault(self._owner(group.name), []).append(group)
         self._programs: dict[Hashable, Program] = {}
@@ -282,7 +282,7 @@ class Session:
                 seen = y.dtype.name
                 hidden.put(i, np.asarray(y))
         if keep:
-            hidden.turn()
+            hidden.advance()
         # A process without a batch learns it from the others.
         self.activations = next(filter(None, pool.meet(seen)), self.activations)
         return sums
@@ -355,10 +355,10 @@ class Session:
         self.refused[block.kind] = json.loads(self.pool.meet(json.dumps(refused))[0])
 
 
-def _within(group: Group, block: DecoderBlock) -> Group:
+def _within(group: ScaleGroup, block: DecoderBlock) -> ScaleGroup:
     """A group with paths as they are within its block."""
     return renamed(group, block.prefix, "")
 
 
-def _refuse(group: Group, why: str | None) -> Group:
+def _refuse(group: ScaleGroup, why: str | None) -> ScaleGroup:
     return group if why is None else without_absorbers(group, why)

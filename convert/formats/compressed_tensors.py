@@ -65,7 +65,7 @@ class CompressedSource(PackedSource):
       CheckpointError: if a linear's tensors are incomplete or do not fit each other or the config.
     """
 
-    format = compressed_tensors_config.METHOD
+    format = compressed_tensors_config.QUANT_METHOD
     required = PARTS
     optional = ("weight_zero_point", "weight_g_idx")
     roles: ClassVar[Mapping[str, str]] = {
@@ -210,7 +210,7 @@ class CompressedEncoder(BaseEncoder):
     def fit(self, name: str, q: QuantizedTensor) -> QuantizedTensor | None:
         if float_by_default(name):
             return None
-        check_integer(name, q, bits=range(2, 9), format=compressed_tensors_config.METHOD, perm=True)
+        check_integer(name, q, bits=range(2, 9), format=compressed_tensors_config.QUANT_METHOD, perm=True)
         return rearrange.without_trivial_perm(integer_zeros(q))
 
     def encode(self, name: str, q: QuantizedTensor) -> Stored:
@@ -234,11 +234,11 @@ class CompressedEncoder(BaseEncoder):
 def _matches(config: HfConfig, names: Collection[str]) -> bool:
     found = compressed_tensors_config.entry(config)
     method = found.get("quant_method") if isinstance(found, dict) else None
-    return isinstance(method, str) and method.lower() == compressed_tensors_config.METHOD
+    return isinstance(method, str) and method.lower() == compressed_tensors_config.QUANT_METHOD
 
 
 FORMAT = Format(
-    name=compressed_tensors_config.METHOD,
+    name=compressed_tensors_config.QUANT_METHOD,
     title="compressed-tensors, packed integers: vLLM, llm-compressor, transformers",
     holds="2 to 8 bits and any group size, per module; whole zero points; scales of any float type; act-order",
     matches=_matches,

@@ -13,7 +13,7 @@ from awq_jax.convert.formats import joined_linears, patterns
 from awq_jax.convert.formats.records import float_linears, packed_records
 from awq_jax.errors import CheckpointError, FormatError
 
-METHOD = "compressed-tensors"
+QUANT_METHOD = "compressed-tensors"
 PACKED = "pack-quantized"
 VERSION = "0.18.0"  # the first release that packs every number of bits as one stream of bits
 PRESET = re.compile(r"W([2-8])A16(_ASYM)?", re.IGNORECASE)
@@ -195,7 +195,7 @@ def written(records: Sequence[Record]) -> JsonObject:
       FormatError: if nothing is packed.
     """
     schemes: dict[CompressedScheme, list[str]] = {}
-    packed = packed_records(records, METHOD)
+    packed = packed_records(records, QUANT_METHOD)
     sizes = {r.group_size for r in packed if r.group_size < r.shape[-1]}
     for r in packed:
         whole = r.group_size == r.shape[-1] and r.group_size not in sizes
@@ -212,7 +212,7 @@ def written(records: Sequence[Record]) -> JsonObject:
         for i, (s, modules) in enumerate(schemes.items())
     }
     return {
-        "quant_method": METHOD,
+        "quant_method": QUANT_METHOD,
         "format": PACKED,
         "quantization_status": "compressed",
         "config_groups": groups,

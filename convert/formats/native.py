@@ -24,7 +24,7 @@ from awq_jax.dtypes import FLOATS
 from awq_jax.errors import CheckpointError, FormatError, WeightError
 from awq_jax.qtensor import QuantizedTensor
 
-METHOD = "awq-jax"
+QUANT_METHOD = "awq-jax"
 VERSION = 1
 KEY = "awq-jax:"
 OPTIONAL = ("zeros", "offsets", "perm", "inv_scale")
@@ -53,7 +53,7 @@ class NativeSource(DirectorySource):
                 if key.startswith(KEY):
                     name = key.removeprefix(KEY)
                     self.packed[name] = self._check(name, text)
-                    parts.update(_parts(name, self.packed[name]))
+                    parts.update(_tensor_names(name, self.packed[name]))
         self._names = sorted((set(self.files.names()) - parts) | set(self.packed))
         lost = next((n for n in self._names if n.endswith(".qweight") and n not in self.packed), None)
         if lost:
@@ -85,7 +85,7 @@ class NativeSource(DirectorySource):
             "perm": ((*batch, k), ("int32",)),
             "inv_scale": ((*batch, k), FLOATS),
         }
-        for part in _parts(name, info):
+        for part in _tensor_names(name, info):
             shape, dtypes = want[part.removeprefix(f"{name}.")]
             entry = self.files.entry(part)
             if entry.shape != shape or entry.dtype.name not in dtypes or len(batch) != info["axes"].count("b"):
@@ -103,7 +103,7 @@ class NativeSource(DirectorySource):
         known = self.packed[name]
         sizes = {"b": iter(known["batch"]), "k": iter(known["k_dims"]), "n": iter(known["n_dims"])}
         shape = tuple(next(sizes[a]) for a in known["axes"])
-        nbytes = sum(self.files.entry(p).nbytes for p in _parts(name, known))
+        nbytes = sum(self.files.entry(p).nbytes for p in _tensor_names(name, known))
         symmetric = not known["zeros"] and not known["offsets"]
         scales = self.files.entry(f"{name}.scales").dtype.name
         packed = Packed(known["bits"], known["group_size"], symmetric, scales, known["offsets"], known["perm"])
@@ -113,7 +113,7 @@ class NativeSource(DirectorySource):
         if name not in self.packed:
             return super().read(name)
         info = self.packed[name]
-        arrays = {p.removeprefix(f"{name}."): self.files.read(p) for p in _parts(name, info)}
+        arrays = {p.removeprefix(f"{name}."): self.files.read(p) for p in _tensor_names(name, info)}
         return self._built(name, arrays, tuple(info["k_dims"]), tuple(info["n_dims"]))
 
     def read_slice(self, name: str, index: slices.Index) -> slices.Tensor | None:
@@ -127,7 +127,7 @@ class NativeSource(DirectorySource):
         lead = (parts["b"],) if "b" in parts else ()
         k, n = info["k_dims"][0], info["n_dims"][0]
         arrays = {}
-        for whole in _parts(name, info):
+        for whole in _tensor_names(name, info):
             part, shape = whole.removeprefix(f"{name}."), self.files.entry(whole).shape
             across = part not in ("perm", "inv_scale")
             rows = slices.scaled(parts["k"], k, shape[-2 if across else -1])
@@ -183,16 +183,16 @@ class NativeEncoder(BaseEncoder):
             "dtype": str(q.dtype),
             **{part: getattr(q, part) is not None for part in OPTIONAL},
         }
-        arrays = {part: np.asarray(getattr(q, part.removeprefix(f"{name}."))) for part in _parts(name, info)}
+        arrays = {part: np.asarray(getattr(q, part.removeprefix(f"{name}."))) for part in _tensor_names(name, info)}
         return arrays, {KEY + name: json.dumps(info)}
 
     def config(self, records: Sequence[Record]) -> JsonObject:
         """The ``quantization_config`` that `NativeSource` looks for."""
         settings = None if self.destination.settings is None else self.destination.settings.to_dict()
-        return {"quantization_config": {"quant_method": METHOD, "format_version": VERSION, "settings": settings}}
+        return {"quantization_config": {"quant_method": QUANT_METHOD, "format_version": VERSION, "settings": settings}}
 
 
-def _parts(name: str, info: HfConfig) -> list[str]:
+def _tensor_names(name: str, info: HfConfig) -> list[str]:
     optional = [p for p in OPTIONAL if info[p]]
     return [f"{name}.{p}" for p in ("qweight", "scales", *optional)]
 
@@ -221,10 +221,10 @@ def _sane(info: HfConfig) -> bool:
 
 
 FORMAT = Format(
-    name=METHOD,
+    name=QUANT_METHOD,
     title="awq_jax's own: as in memory",
     holds="everything awq_jax has: 2 to 8 bits, explicit scales, stacks, padding, act-order, offsets",
-    matches=lambda config, names: quant_method(config) == METHOD,
+    matches=lambda config, names: quant_method(config) == QUANT_METHOD,
     reader=NativeSource,
     encoder=NativeEncoder,
 )

@@ -28,7 +28,7 @@ from awq_jax.errors import CheckpointError
 from awq_jax.kernels.layout import to_canonical
 from awq_jax.qtensor import is_quantized
 
-METHOD = "awq-jax-orbax"
+QUANT_METHOD = "awq-jax-orbax"
 
 
 def restore(path: str | Path) -> dict[str, Any]:
@@ -95,7 +95,7 @@ class OrbaxEncoder(NativeEncoder):
 
     def config(self, records: Sequence[Record]) -> JsonObject:
         """The ``quantization_config`` that tells these checkpoints from others, float ones too."""
-        return {"quantization_config": {**super().config(records)["quantization_config"], "quant_method": METHOD}}
+        return {"quantization_config": {**super().config(records)["quantization_config"], "quant_method": QUANT_METHOD}}
 
 
 class OrbaxSink:
@@ -125,7 +125,7 @@ FORMAT = Format(
     name="orbax",
     title="Orbax: Flax apps (awq_jax.convert.restore)",
     holds="everything awq_jax has, as a nested dict of arrays",
-    matches=lambda config, names: quant_method(config) == METHOD,
+    matches=lambda config, names: quant_method(config) == QUANT_METHOD,
     reader=OrbaxSource,
     encoder=OrbaxEncoder,
     sink=OrbaxSink,

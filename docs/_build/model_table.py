@@ -26,7 +26,7 @@ from awq_jax import models
 from awq_jax.cli import quantizable
 from awq_jax.models.families import FAMILIES
 from awq_jax.models.weights import params
-from awq_jax.plan.plan import Group, Plan
+from awq_jax.plan.plan import ScaleGroup, Plan
 
 PAGE = Path(__file__).parents[1] / "models.md"
 HEADER = """# Model families
@@ -75,7 +75,7 @@ def plan_of(case: family_cases.Case | multimodal.Case) -> Plan:
 
 
 @functools.cache
-def groups_of(family: str) -> list[Group]:
+def groups_of(family: str) -> list[ScaleGroup]:
     """The groups of all cases of a family, within layers."""
     cases = [c for c in (*family_cases.CASES, *multimodal.CASES, *multimodal.CARRIED) if c.family == family]
     return [g for c in cases for g in plan_of(c).groups if g.name.startswith("layers/")]

@@ -22,10 +22,10 @@ def problem(seed: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarr
     return x, ws[0], ws[1], np.abs(x).mean(axis=0)
 
 
-def search(ws, gram, a, ties=None, **settings):
+def search(ws, gram, a, shared=None, **settings):
     """`scale.search` of stacked arrays: weights ``[E, K, N]``, Grams ``[E, K, K]`` or ``[E, K]``."""
     parts = [CanonicalWeight(jnp.asarray(w), "bkn", experts=len(w)) for w in ws]
-    return scale_search.search([(LEAF, Columns(parts, K))], gram.__getitem__, a, ties, **settings)
+    return scale_search.search([(LEAF, Columns(parts, K))], gram.__getitem__, a, shared, **settings)
 
 
 def losses(ws, metric, scales) -> np.ndarray:
@@ -38,8 +38,8 @@ def share_of(*ws: np.ndarray) -> jax.Array:
     return sum(scale_candidates.weight_share(jnp.asarray(w), G) for w in ws)[None] / sum(w.shape[1] for w in ws)
 
 
-def numpy_candidate(a: np.ndarray, share: np.ndarray, r: float, duo: bool) -> np.ndarray:
-    s = a**r / (share + 1e-4) ** (1 - r) if duo else a**r
+def numpy_candidate(a: np.ndarray, share: np.ndarray, r: float, with_weights: bool) -> np.ndarray:
+    s = a**r / (share + 1e-4) ** (1 - r) if with_weights else a**r
     return s / np.sqrt(s.max() * s.min())
 
 
@@ -49,14 +49,14 @@ def numpy_share(*ws: np.ndarray) -> np.ndarray:
     return (grouped / grouped.max(axis=1, keepdims=True)).reshape(K, -1).mean(axis=1)
 
 
-@pytest.mark.parametrize("duo", [True, False])
+@pytest.mark.parametrize("with_weights", [True, False])
 @pytest.mark.parametrize("ratio", [0.0, 0.35, 0.95])
-def test_candidates_follow_the_paper(ratio: float, duo: bool) -> None:
+def test_candidates_follow_the_paper(ratio: float, with_weights: bool) -> None:
     _, w1, w2, a = problem()
     share = share_of(w1, w2)
     np.testing.assert_allclose(share[0], numpy_share(w1, w2), rtol=1e-5)
-    got = scale_candidates.candidate(jnp.asarray(a)[None], share, jnp.float32(ratio), jnp.float32(duo), None)
-    np.testing.assert_allclose(got[0], numpy_candidate(a, numpy_share(w1, w2), ratio, duo), rtol=1e-4)
+    got = scale_candidates.candidate(jnp.asarray(a)[None], share, jnp.float32(ratio), jnp.float32(with_weights), None)
+    np.testing.assert_allclose(got[0], numpy_candidate(a, numpy_share(w1, w2), ratio, with_weights), rtol=1e-4)
 
 
 def test_dead_channels_keep_scale_one() -> None:
@@ -70,17 +70,17 @@ def test_dead_channels_keep_scale_one() -> None:
 
 def test_tied_channels_share_one_scale() -> None:
     _, w1, _, a = problem()
-    ties = np.arange(K) % 8
+    shared = np.arange(K) % 8
     share = share_of(w1)
     got = np.asarray(
-        scale_candidates.candidate(jnp.asarray(a)[None], share, jnp.float32(0.5), jnp.float32(1.0), jnp.asarray(ties))[
-            0
-        ]
+        scale_candidates.candidate(
+            jnp.asarray(a)[None], share, jnp.float32(0.5), jnp.float32(1.0), jnp.asarray(shared)
+        )[0]
     )
     for t in range(8):
-        assert np.ptp(got[ties == t]) < 1e-6 * got.max()
+        assert np.ptp(got[shared == t]) < 1e-6 * got.max()
     log = np.log(numpy_candidate(a, numpy_share(w1), 0.5, True))
-    mean = np.array([log[ties == t].mean() for t in ties])
+    mean = np.array([log[shared == t].mean() for t in shared])
     np.testing.assert_allclose(np.diff(np.log(got)), np.diff(mean), atol=1e-4)
 
 

@@ -17,7 +17,7 @@ import awq_jax
 from awq_jax.calibration.accumulate import Accumulator
 from awq_jax.calibration.calibration import Stats, Wanted
 from awq_jax.devices.pool import Pool
-from awq_jax.plan.plan import Group, Site
+from awq_jax.plan.plan import ScaleGroup, Site
 
 FAST = {"group_size": 16, "method": "awq", "clip": False, "progress": False, "batch_size": 1}
 
@@ -39,7 +39,7 @@ def sums_are_ordered(pool: Pool) -> bool:
     """Sums over 11 batches, of Grams whose rows the devices do not divide, are those of a loop, to the bit."""
     rng = np.random.default_rng(0)
     site = Site("w", "kn", (13, 4))
-    groups = [Group("w", (site,), 13), Group("e", (site,), 13, batch=(3,))]
+    groups = [ScaleGroup("w", (site,), 13), ScaleGroup("e", (site,), 13, batch=(3,))]
     sums, want = Accumulator(pool, [Wanted(g) for g in groups], "at/"), {}
     for first in range(0, 11, pool.size):
         count = min(pool.size, 11 - first)
@@ -55,7 +55,7 @@ def sums_are_ordered(pool: Pool) -> bool:
     return len(sums.names) == 2 and all(jax.tree.leaves(same))
 
 
-def _random(rng: np.random.Generator, g: Group) -> Stats:
+def _random(rng: np.random.Generator, g: ScaleGroup) -> Stats:
     shapes = ((*g.batch, 13, 13), (*g.batch, 13), g.batch, g.batch)
     return Stats(*(rng.standard_normal(s).astype(np.float32) * 10 ** rng.uniform(-3, 3) for s in shapes))
 

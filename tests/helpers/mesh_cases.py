@@ -144,7 +144,7 @@ def case(name: str) -> dict[str, Any]:
         "logits": apart(generator.forward(served, TOKENS), want),
         "said": said == answers,
         "collectives": dict(collections.Counter(collectives(text))),
-        "unmerged": len([g for g in fuse.groups(generator.config) if "experts" not in g.place]),
+        "unmerged": len([g for g in fuse.fusable(generator.config) if "experts" not in g.module]),
         "how": many.explain(),
     }
     back = many.take_params()

@@ -37,8 +37,8 @@ def test_merged_model_is_the_same_model(family, changes, expected):
     said = answer(generator, params) if family == "llama" else None
 
     served, fused = weights.serving()
-    assert len(list(fuse.groups(config))) == expected
-    assert not list(fuse.groups(served.config))
+    assert len(list(fuse.fusable(config))) == expected
+    assert not list(fuse.fusable(served.config))
     flat = paths.flatten(fused)
     assert "layers/0/self_attn/qkv_proj/kernel" in flat
     assert not any("q_proj" in path.split("/") for path in flat)

@@ -14,7 +14,7 @@ import user_models
 
 from awq_jax.errors import PlanError
 from awq_jax.plan.discover import discover
-from awq_jax.plan.plan import Absorber, Group, Plan
+from awq_jax.plan.plan import Absorber, Plan, ScaleGroup
 from awq_jax.plan.validate import validate
 
 
@@ -23,7 +23,7 @@ def plan_of(name: str) -> Plan:
     return discover(case.fn, case.params, *case.args)
 
 
-def group_of(plan: Plan, site: str) -> Group:
+def group_of(plan: Plan, site: str) -> ScaleGroup:
     return next(g for g, s in plan.sites() if s.path == site)
 
 
@@ -274,7 +274,7 @@ def test_validate_names_the_path() -> None:
         "no ups": edit(plan, 1, absorbers=(replace(up, path="ups"),)),
         "absorber up: index 72 is out of range": edit(plan, 1, absorbers=(replace(up, index=up.index + 1),)),
         "does not fit absorber up": edit(plan, 1, absorbers=(Absorber("up", np.zeros((3, 24), np.int32)),)),
-        "ties have shape": edit(plan, 1, shared_channels=np.zeros(24, np.int32)),
+        "shared_channels has shape": edit(plan, 1, shared_channels=np.zeros(24, np.int32)),
         "two groups are called down": Plan((*plan.groups, down)),
         "site of two groups": Plan((*plan.groups, replace(down, name="again"))),
         "no site": edit(plan, 1, sites=()),

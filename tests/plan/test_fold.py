@@ -17,7 +17,7 @@ from awq_jax import pack, paths
 from awq_jax.errors import PlanError, ShapeError, WeightError
 from awq_jax.plan import fold
 from awq_jax.plan.discover import discover
-from awq_jax.plan.plan import Absorber, Group, Plan, Site
+from awq_jax.plan.plan import Absorber, Plan, ScaleGroup, Site
 from awq_jax.plan.verify import _culprits, verify
 from awq_jax.qtensor import QuantizedTensor, split_shape
 from awq_jax.trace import interpret
@@ -89,7 +89,7 @@ def test_fold_arithmetic_against_numpy() -> None:
     w = rng.normal(size=(2, 3, 5, 4)).astype(np.float32)  # scanned, n, k, k
     a = rng.normal(size=(2, 6)).astype(np.float32)
     index = np.array([3, -1, 0, 19, 19, 7], np.int32)
-    group = Group("w", (Site("w", "snkk", w.shape),), 20, (Absorber("a", index, 1.0),), None, (2,))
+    group = ScaleGroup("w", (Site("w", "snkk", w.shape),), 20, (Absorber("a", index, 1.0),), None, (2,))
     s = rng.uniform(0.5, 2, (2, 20)).astype(np.float32)
     out = fold.apply(Plan((group,)), {"w": w, "a": a, "other": a}, {"w": s})
     np.testing.assert_allclose(out["w"], w * s.reshape(2, 1, 5, 4), rtol=1e-6)
@@ -104,7 +104,7 @@ def test_fold_arithmetic_against_numpy() -> None:
 
 def test_fold_experts_with_shared_and_own_scales() -> None:
     w = np.arange(24, dtype=np.float32).reshape(2, 4, 3) + 1
-    own = Group("w", (Site("w", "bkn", w.shape),), 4, (), None, (), (2,))
+    own = ScaleGroup("w", (Site("w", "bkn", w.shape),), 4, (), None, (), (2,))
     shared = dataclasses.replace(own, batch=())
     s = np.random.default_rng(0).uniform(1, 2, (2, 4)).astype(np.float32)
     np.testing.assert_allclose(scale_sites(Plan((own,)), {"w": w}, {"w": s})["w"], w * s[:, :, None], rtol=1e-6)
@@ -114,7 +114,7 @@ def test_fold_experts_with_shared_and_own_scales() -> None:
 
 def test_fold_keeps_dtype_and_rounds_once() -> None:
     w = jnp.asarray(np.random.default_rng(0).normal(size=(4, 4)), jnp.bfloat16)
-    group = Group("w", (Site("w", "kn", (4, 4)),), 4, (Absorber("w", np.arange(4, dtype=np.int32)[None]),))
+    group = ScaleGroup("w", (Site("w", "kn", (4, 4)),), 4, (Absorber("w", np.arange(4, dtype=np.int32)[None]),))
     s = np.array([0.3, 1.7, 0.9, 3.1], np.float32)
     out = fold.apply(Plan((group,)), {"w": w}, {"w": s})["w"]
     assert out.dtype == jnp.bfloat16
@@ -334,10 +334,10 @@ def test_wrong_groups_lose_their_absorbers_and_others_keep_them() -> None:
 
 
 def test_groups_wrong_only_together_are_all_refused() -> None:
-    groups = [Group(n, (), 1) for n in "abcdefgh"]
+    groups = [ScaleGroup(n, (), 1) for n in "abcdefgh"]
     asked = []
 
-    def moved(some: list[Group]) -> float:
+    def moved(some: list[ScaleGroup]) -> float:
         asked.append(len(some))
         return 0.5 if {"c", "d"} <= {g.name for g in some} else 0.0
 

@@ -309,6 +309,6 @@ def test_hidden_states_of_some_batches(tmp_path, disk):
         made = {i: rng.random((*batches[i].shape, 3), np.float32) for i in (1, 4)}
         for i, value in made.items():
             own.put(i, value)
-        own.turn()
+        own.advance()
         for i, value in made.items():
             np.testing.assert_array_equal(own.get(i), value)

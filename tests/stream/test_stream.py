@@ -292,7 +292,7 @@ def test_hidden_states_on_disk_are_those_in_memory(tmp_path):
             for h in kept:
                 h.put(i, value)
         for h in kept:
-            h.turn()
+            h.advance()
         for i in range(2):
             np.testing.assert_array_equal(kept[0].get(i), kept[1].get(i))
     kept[1].forget(2)

@@ -16,7 +16,7 @@ from awq_jax.calibration import expert_grams
 from awq_jax.calibration.calibration import Stats
 from awq_jax.calibration.means import means_of
 from awq_jax.config import AwqConfig
-from awq_jax.plan.plan import Group
+from awq_jax.plan.plan import ScaleGroup
 from awq_jax.report import Report
 from awq_jax.stream import parts
 from awq_jax.stream import session as stream_session
@@ -126,7 +126,7 @@ def test_statistics_of_a_layer_are_let_go_with_those_of_its_experts():
     """They hold on to a block's Grams, or to the block itself where its Grams are collected some at a time."""
     gram = np.random.default_rng(1).normal(size=(3, 4, 4)).astype(np.float32)
     few = Stats(gram, np.ones((3, 4), np.float32), np.array([100, 200, 1], np.float32), np.zeros(3, np.float32))
-    found = means_of(Group("g", (), 4, batch=(3,)), few)
+    found = means_of(ScaleGroup("g", (), 4, batch=(3,)), few)
     total, count = found.collect_gram(0, 2)
     np.testing.assert_allclose(total, gram.sum(axis=0), rtol=1e-5)
     assert count == 301
@@ -140,4 +140,4 @@ def test_statistics_of_a_layer_are_let_go_with_those_of_its_experts():
 @pytest.mark.parametrize(("experts", "size"), [(8, 2), (6, 3), (7, 1), (2, None)])
 def test_as_many_at_a_time_as_fit_and_divide(experts, size, monkeypatch):
     monkeypatch.setattr(expert_grams, "BUDGET", 3 * 4 * 10**2)
-    assert expert_grams.at_a_time(Group("g", (), 10, batch=(experts,))) == size
+    assert expert_grams.at_a_time(ScaleGroup("g", (), 10, batch=(experts,))) == size

@@ -34,5 +34,5 @@ def config(hf: HfConfig) -> ModelConfig:
             f"{tower.side} x {tower.side} patches"
         )
     places = nested.vit_places(tower.layers, OTHERS)
-    names = nested.layouts(text.names, places, nested.UNUSED)
+    names = nested.name_fields(text.names, places, nested.UNUSED)
     return dataclasses.replace(text, vision=Gemma3Vision(nested.image_token(hf, 262144), tower, side), **names)

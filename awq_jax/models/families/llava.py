@@ -39,4 +39,4 @@ def config(hf: HfConfig, tiles: tuple[tuple[int, int], ...] = ()) -> ModelConfig
         tiles=tiles,
     )
     places = nested.vit_places(tower.layers, OTHERS)
-    return dataclasses.replace(text, vision=vision, **nested.layouts(text.names, places, nested.UNUSED))
+    return dataclasses.replace(text, vision=vision, **nested.name_fields(text.names, places, nested.UNUSED))

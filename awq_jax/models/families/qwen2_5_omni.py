@@ -15,4 +15,4 @@ def config(hf: HfConfig) -> ModelConfig:
     thinker = nested.part(hf, "thinker_config")
     found = qwen2_vl.decoder({**thinker, "model_type": hf["model_type"]}, nested.part(thinker, "text_config"))
     places: list[tuple[str, str, dict[str, str]]] = [("thinker.model", "thinker.lm_head", {})]
-    return dataclasses.replace(found, **nested.layouts(found.names, places, CARRIED))
+    return dataclasses.replace(found, **nested.name_fields(found.names, places, CARRIED))

@@ -28,5 +28,5 @@ def config(hf: HfConfig) -> ModelConfig:
         window=window,
         full=tuple(v["fullatt_block_indexes"]),
     )
-    names = nested.layouts(text.names, qwen2_vl.places(vision.layers, qwen2_vl.MERGER, {}))
+    names = nested.name_fields(text.names, qwen2_vl.places(vision.layers, qwen2_vl.MERGER, {}))
     return dataclasses.replace(text, vision=vision, **names)

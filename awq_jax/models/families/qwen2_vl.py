@@ -79,7 +79,7 @@ def tower(hf: HfConfig, v: HfConfig, **fields: Any) -> QwenVision:
 
 
 def places(layers: int, merger: Mapping[str, str], mlp: Mapping[str, str]) -> list[tuple[str, str, dict[str, str]]]:
-    """For `nested.layouts`: as published, and as nested since transformers 4.52."""
+    """For `nested.name_fields`: as published, and as nested since transformers 4.52."""
     out = []
     for text, visual in (("model", "visual"), ("model.language_model", "model.visual")):
         entries = {"vision": visual, "vision.patch_embed": f"{visual}.patch_embed.proj"}
@@ -96,5 +96,5 @@ def config(hf: HfConfig) -> ModelConfig:
     v = defaults | nested.part(hf, "vision_config")
     size = required(v, "embed_dim")
     vision = tower(hf, v, size=size, mlp=int(size * v["mlp_ratio"]))
-    names = nested.layouts(text.names, places(vision.layers, MERGER, nested.MLP))
+    names = nested.name_fields(text.names, places(vision.layers, MERGER, nested.MLP))
     return dataclasses.replace(text, vision=vision, **names)

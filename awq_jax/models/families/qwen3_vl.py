@@ -46,4 +46,4 @@ def config(hf: HfConfig) -> ModelConfig:
     for _, _, entries in places:
         theirs = f"{entries['vision']}.deepstack_merger_list"
         entries |= {"vision.deepstack": theirs} | nested.per_layer("vision.deepstack", theirs, len(deepstack), MERGER)
-    return dataclasses.replace(found, vision=vision, **nested.layouts(found.names, places[::-1]))
+    return dataclasses.replace(found, vision=vision, **nested.name_fields(found.names, places[::-1]))

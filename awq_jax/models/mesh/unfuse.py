@@ -30,33 +30,33 @@ def apart(config: ModelConfig, leaves: dict[str, Weight], base: Placement) -> Mo
     """
     plain = fuse.apart(config)
     known = {path: Leaf.of(leaf) for path, leaf in leaves.items()}
-    taken = _groups(config, plain)
-    for group, sizes in taken:
+    taken = _fused(config, plain)
+    for linears, sizes in taken:
         for kind in ("kernel", "bias"):
-            whole = known.pop(f"{group.place}/{group.whole}/{kind}", None)
-            for part, size in zip(group.parts, sizes, strict=True):
+            whole = known.pop(f"{linears.module}/{linears.whole}/{kind}", None)
+            for part, size in zip(linears.parts, sizes, strict=True):
                 if whole is not None:
                     shape = (*whole.shape[:-1], size)
-                    known[f"{group.place}/{part}/{kind}"] = dataclasses.replace(whole, shape=shape)
+                    known[f"{linears.module}/{part}/{kind}"] = dataclasses.replace(whole, shape=shape)
     cuts = sharding.rule(plain, known, base.size)
-    for group, sizes in taken:
+    for linears, sizes in taken:
         for kind in ("kernel", "bias"):
-            leaf = leaves.pop(f"{group.place}/{group.whole}/{kind}", None)
+            leaf = leaves.pop(f"{linears.module}/{linears.whole}/{kind}", None)
             if leaf is not None:
-                for part, value in zip(group.parts, fuse.split(moved(leaf, Cut(), base), sizes), strict=True):
-                    path = f"{group.place}/{part}/{kind}"
+                for part, value in zip(linears.parts, fuse.split(moved(leaf, Cut(), base), sizes), strict=True):
+                    path = f"{linears.module}/{part}/{kind}"
                     leaves[path] = moved(value, cuts[path], base)
     return plain
 
 
 def together(config: ModelConfig, leaves: dict[str, Weight], base: Placement) -> None:
     """The inverse of `apart`, in place and to the bit."""
-    taken = _groups(config, fuse.apart(config))
-    for group, _ in taken:
+    taken = _fused(config, fuse.apart(config))
+    for linears, _ in taken:
         for kind in ("kernel", "bias"):
-            if f"{group.place}/{group.parts[0]}/{kind}" in leaves:
-                parts = [moved(leaves.pop(f"{group.place}/{p}/{kind}"), Cut(), base) for p in group.parts]
-                path = f"{group.place}/{group.whole}/{kind}"
+            if f"{linears.module}/{linears.parts[0]}/{kind}" in leaves:
+                parts = [moved(leaves.pop(f"{linears.module}/{p}/{kind}"), Cut(), base) for p in linears.parts]
+                path = f"{linears.module}/{linears.whole}/{kind}"
                 leaves[path] = fuse.join(parts)
                 known = {p: Leaf.of(leaf) for p, leaf in leaves.items()}
                 leaves[path] = moved(leaves[path], sharding.rule(config, known, base.size)[path], base)
@@ -78,7 +78,7 @@ def _same(a: Any) -> Any:
     return a
 
 
-def _groups(config: ModelConfig, plain: ModelConfig) -> list[tuple[fuse.Group, list[int]]]:
-    """The groups of ``plain`` that are fused in ``config``, and how many columns each part has."""
-    apart_already = set(fuse.groups(config))
-    return [(g, fuse.sizes(plain.layers[g.layer], g)) for g in fuse.groups(plain) if g not in apart_already]
+def _fused(config: ModelConfig, plain: ModelConfig) -> list[tuple[fuse.FusedLinears, list[int]]]:
+    """The linears of ``plain`` that are fused in ``config``, and how many columns each part has."""
+    apart_already = set(fuse.fusable(config))
+    return [(g, fuse.sizes(plain.layers[g.layer], g)) for g in fuse.fusable(plain) if g not in apart_already]

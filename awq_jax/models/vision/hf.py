@@ -36,11 +36,11 @@ MLP = {"mlp.up_proj": "mlp.fc1", "mlp.down_proj": "mlp.fc2"}  # ours: theirs, in
 UNUSED = r"(^|\.)vision_tower\.(vision_model\.)?(head\.|embeddings\.position_ids$)"
 
 
-class Layouts(TypedDict):
+class NameFields(TypedDict):
     """Fields of `ModelConfig`."""
 
     names: Names
-    layouts: tuple[Names, ...]
+    other_names: tuple[Names, ...]
 
 
 def part(hf: HfConfig, key: str, needed: bool = True) -> dict[str, Any]:
@@ -137,7 +137,7 @@ def image_token(hf: HfConfig, default: int) -> int:
     return value
 
 
-def layouts(text: Names, places: Sequence[tuple[str, str, Mapping[str, str]]], carried: str = "") -> Layouts:
+def name_fields(text: Names, places: Sequence[tuple[str, str, Mapping[str, str]]], carried: str = "") -> NameFields:
     """The names of all tensors, for each way of nesting them, the usual one first.
 
     Args:
@@ -155,11 +155,11 @@ def layouts(text: Names, places: Sequence[tuple[str, str, Mapping[str, str]]], c
         )
         for decoder, head, others in places
     ]
-    return Layouts(names=all_names[0], layouts=tuple(all_names[1:]))
+    return NameFields(names=all_names[0], other_names=tuple(all_names[1:]))
 
 
 def vit_places(layers: int, others: Mapping[str, str]) -> list[tuple[str, str, dict[str, str]]]:
-    """For `layouts`: LLaVA's and Gemma 3's ways, published and since transformers 4.52, with either name of the tower.
+    """For `name_fields`: LLaVA's and Gemma 3's ways, published and since transformers 4.52; the tower has two names.
 
     Args:
       layers: of the tower.

@@ -27,46 +27,46 @@ COLUMNS = ("qweight", "scales", "zeros", "offsets")  # the tables of a packed we
 
 
 @dataclasses.dataclass(frozen=True)
-class Group:
+class FusedLinears:
     """Linears that read the same activation.
 
     Attributes:
       layer: number of their layer.
-      place: path of the module around them.
+      module: path of the module around them.
       parts: their names.
       whole: what a fused model calls them together.
     """
 
     layer: int
-    place: str
+    module: str
     parts: tuple[str, ...]
     whole: str
 
     def fused(self, layer: LayerConfig, ways: int = 1) -> LayerConfig:
-        """The layer's config with this group fused."""
+        """The layer's config with them fused."""
         if isinstance(layer.attention, AttentionConfig) and self.whole == "qkv_proj":
             whole = dataclasses.replace(layer.attention, fused="concatenated", ways=ways)
             return dataclasses.replace(layer, attention=whole)
         if isinstance(layer.mlp, MLPConfig):
             return dataclasses.replace(layer, mlp=dataclasses.replace(layer.mlp, fused=True, ways=ways))
         assert isinstance(layer.mlp, MoEConfig)
-        field = "shared" if self.place.endswith("shared_expert") else "expert"
+        field = "shared" if self.module.endswith("shared_expert") else "expert"
         inner: Any = dataclasses.replace(getattr(layer.mlp, field), fused=True, ways=ways)
         return dataclasses.replace(layer, mlp=dataclasses.replace(layer.mlp, **{field: inner}))
 
 
-def groups(config: ModelConfig) -> Iterator[Group]:
-    """Every group of linears of the model that are not fused already."""
+def fusable(config: ModelConfig) -> Iterator[FusedLinears]:
+    """All linears of the model that can be fused and are not."""
     for i, layer in enumerate(config.layers):
         place, c = f"layers/{i}", layer.attention
         if isinstance(c, AttentionConfig) and c.fused is None and not c.gated:
-            yield Group(i, f"{place}/self_attn", ("q_proj", "k_proj", "v_proj"), "qkv_proj")
+            yield FusedLinears(i, f"{place}/self_attn", ("q_proj", "k_proj", "v_proj"), "qkv_proj")
         mlps: dict[str, MLPConfig | None] = {"mlp": layer.mlp} if isinstance(layer.mlp, MLPConfig) else {}
         if isinstance(layer.mlp, MoEConfig):
             mlps = {"mlp/experts": layer.mlp.expert, "mlp/shared_expert": layer.mlp.shared}
         for name, mlp in mlps.items():
             if mlp is not None and mlp.gated and not mlp.fused:
-                yield Group(i, f"{place}/{name}", ("gate_proj", "up_proj"), "gate_up_proj")
+                yield FusedLinears(i, f"{place}/{name}", ("gate_proj", "up_proj"), "gate_up_proj")
 
 
 def apart(config: ModelConfig) -> ModelConfig:
@@ -90,11 +90,11 @@ def apart(config: ModelConfig) -> ModelConfig:
 
 
 def merged(config: ModelConfig, leaves: dict[str, Weight]) -> ModelConfig:
-    """Merge, in place, every group that `obstacle` has nothing against.
+    """Merge, in place, all that `obstacle` has nothing against.
 
     Parts on a mesh are merged on each device: see ``ways`` of `awq_jax.models.layers.fused_columns`.
 
-    Parts leave ``leaves`` as their group is merged: memory grows by no more than one group.
+    Parts leave ``leaves`` as they are merged: memory grows by those of one module at most.
 
     Args:
       config: of the model.
@@ -104,8 +104,8 @@ def merged(config: ModelConfig, leaves: dict[str, Weight]) -> ModelConfig:
       The config of the same model with fused linears, which ``leaves`` are then the parameters of.
     """
     layers = list(config.layers)
-    for group in groups(config):
-        names = [f"{group.place}/{part}" for part in group.parts]
+    for linears in fusable(config):
+        names = [f"{linears.module}/{part}" for part in linears.parts]
         kernels = [leaves[f"{name}/kernel"] for name in names]
         biases = {leaves[b].dtype for n in names if (b := f"{n}/bias") in leaves}
         if obstacle(kernels) is not None or len(biases) > 1:
@@ -113,10 +113,12 @@ def merged(config: ModelConfig, leaves: dict[str, Weight]) -> ModelConfig:
         place = getattr(kernels[0], "placement", None)
         ways = 1 if place is None else place.size
         del kernels
-        layers[group.layer] = group.fused(layers[group.layer], ways)
+        layers[linears.layer] = linears.fused(layers[linears.layer], ways)
         for kind in ("kernel", "bias"):
             if f"{names[0]}/{kind}" in leaves:
-                leaves[f"{group.place}/{group.whole}/{kind}"] = join([leaves.pop(f"{n}/{kind}") for n in names], ways)
+                leaves[f"{linears.module}/{linears.whole}/{kind}"] = join(
+                    [leaves.pop(f"{n}/{kind}") for n in names], ways
+                )
     return dataclasses.replace(config, layers=tuple(layers))
 
 
@@ -128,16 +130,16 @@ def unmerged(config: ModelConfig, fused: ModelConfig, leaves: dict[str, Weight])
       fused: what `merged` made of it.
       leaves: parameters of the fused model by path.
     """
-    still = {(group.place, group.whole) for group in groups(fused)}
-    for group in groups(config):
-        if (group.place, group.whole) in still:
+    still = {(linears.module, linears.whole) for linears in fusable(fused)}
+    for linears in fusable(config):
+        if (linears.module, linears.whole) in still:
             continue
-        widths = sizes(config.layers[group.layer], group)
-        ways = _ways(fused.layers[group.layer], group)
+        widths = sizes(config.layers[linears.layer], linears)
+        ways = _ways(fused.layers[linears.layer], linears)
         for kind in ("kernel", "bias"):
-            if (whole := leaves.pop(f"{group.place}/{group.whole}/{kind}", None)) is not None:
+            if (whole := leaves.pop(f"{linears.module}/{linears.whole}/{kind}", None)) is not None:
                 parts = split(whole, widths, ways)
-                leaves.update(zip([f"{group.place}/{n}/{kind}" for n in group.parts], parts, strict=True))
+                leaves.update(zip([f"{linears.module}/{n}/{kind}" for n in linears.parts], parts, strict=True))
 
 
 def assemble(config: ModelConfig, leaves: dict[str, Weight]) -> tuple[nnx.GraphDef, nnx.State]:
@@ -146,24 +148,24 @@ def assemble(config: ModelConfig, leaves: dict[str, Weight]) -> tuple[nnx.GraphD
     return graphdef, paths.map_with_path(lambda path, _: leaves[path], state)
 
 
-def sizes(layer: LayerConfig, group: Group) -> list[int]:
-    """Columns of each part of a group."""
+def sizes(layer: LayerConfig, linears: FusedLinears) -> list[int]:
+    """Columns of each part."""
     c = layer.attention
-    if group.whole == "qkv_proj" and isinstance(c, AttentionConfig):
+    if linears.whole == "qkv_proj" and isinstance(c, AttentionConfig):
         return [c.heads * c.head_dim, c.kv_heads * c.head_dim, c.kv_heads * c.head_dim]
-    return [_mlp(layer, group).size] * 2
+    return [_mlp(layer, linears).size] * 2
 
 
-def _ways(layer: LayerConfig, group: Group) -> int:
-    if group.whole == "qkv_proj" and isinstance(layer.attention, AttentionConfig):
+def _ways(layer: LayerConfig, linears: FusedLinears) -> int:
+    if linears.whole == "qkv_proj" and isinstance(layer.attention, AttentionConfig):
         return layer.attention.ways
-    return _mlp(layer, group).ways
+    return _mlp(layer, linears).ways
 
 
-def _mlp(layer: LayerConfig, group: Group) -> MLPConfig:
+def _mlp(layer: LayerConfig, linears: FusedLinears) -> MLPConfig:
     mlp: Any = layer.mlp
     if isinstance(mlp, MoEConfig):
-        return mlp.shared if group.place.endswith("shared_expert") else mlp.expert  # type: ignore[return-value]
+        return mlp.shared if linears.module.endswith("shared_expert") else mlp.expert  # type: ignore[return-value]
     return mlp
 
 

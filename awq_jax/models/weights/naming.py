@@ -22,7 +22,7 @@ def config_of(source: Source) -> ModelConfig:
     from awq_jax.models.weights.params import abstract
 
     config = config_from_hf(source.config)
-    if not config.layouts:
+    if not config.other_names:
         return config
     there = set(source.names())
     all_paths = [p for p in paths.flatten(abstract(config)[1]) if "{e}" not in config.names.of(p)]
@@ -30,9 +30,9 @@ def config_of(source: Source) -> ModelConfig:
     def hits(names: Names) -> int:
         return sum(names.of(p) in there for p in all_paths)
 
-    ways = (config.names, *config.layouts)
+    ways = (config.names, *config.other_names)
     best = max(ways, key=hits)
-    return dataclasses.replace(config, names=best, layouts=tuple(w for w in ways if w is not best))
+    return dataclasses.replace(config, names=best, other_names=tuple(w for w in ways if w is not best))
 
 
 def carried(source: Source, config: ModelConfig) -> Iterator[tuple[str, np.ndarray | QuantizedTensor]]:
