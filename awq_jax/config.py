@@ -51,7 +51,8 @@ class AwqConfig:
       quantize_head: also quantize the matmul that produces the model's output.
       on_indivisible: what to do with a weight whose rows the group size does not divide:
         ``"error"`` (list them all and stop), ``"pad"`` (zero rows) or ``"float"`` (leave alone).
-      skip: regular expressions (``re.search`` on the parameter path) of weights left float.
+      skip: regular expressions (``re.search`` on the parameter path) of weights left float. One that
+        matches nothing is refused, as is an override.
       overrides: ``((regex, {"bits": .., "group_size": .., "symmetric": ..}), ...)``; the first
         match wins.
 

@@ -4,7 +4,7 @@ import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from awq_jax.convert import head
+from awq_jax.convert import head, unmatched
 from awq_jax.convert.config_json import JsonObject
 from awq_jax.convert.files.safetensors import find_files, read_header, read_json
 from awq_jax.convert.format import Format
@@ -82,6 +82,7 @@ def open_source(path: str | Path, packed: bool = False) -> Source:
         raise CheckpointError(f"{local} does not exist; pass a checkpoint directory, a .gguf file or a hub id")
     source = _open_directory(local)
     head.settle(source)
+    unmatched.warn(source)
     return source
 
 

@@ -82,6 +82,7 @@ def quantize(
         raise ConfigError("pass either an AwqConfig or settings, not both")
     config = config or AwqConfig.from_dict(settings)
     started = time.perf_counter()
+    parameters = paths.flatten(params)
     if isinstance(calib, Plan):
         if METHODS[config.method].needs_statistics:
             free = " or ".join(f'"{name}"' for name, method in METHODS.items() if not method.needs_statistics)
@@ -98,13 +99,13 @@ def quantize(
             params,
             calib,
             include_head=config.quantize_head,
-            check=lambda plan: select(plan, config),
+            check=lambda plan: select(plan, config, parameters),
             progress=progress,
         )
     calibrated = time.perf_counter()
     plan = calib.plan
     validate(plan, params)
-    targets, skipped = select(plan, config)
+    targets, skipped = select(plan, config, parameters)
     check_finite(params)
 
     work = with_targets(plan, targets)
@@ -116,7 +117,7 @@ def quantize(
         )
     checked = time.perf_counter()
     with tqdm(total=2 * len(work), desc="quantize", unit="group", disable=not progress) as bar:
-        done = quantize_groups(plan, work, paths.flatten(params), calib.stats.get, config, bar.update)
+        done = quantize_groups(plan, work, parameters, calib.stats.get, config, bar.update)
     out = paths.map_with_path(lambda path, _: done.leaves[path], params)
     if not return_report:
         return out

@@ -2,11 +2,13 @@
 
 import dataclasses
 import math
+from collections.abc import Collection
 
 from awq_jax.config import AwqConfig, LeafConfig
 from awq_jax.errors import ConfigError, Setting, ShapeError
 from awq_jax.plan.plan import Plan, ScaleGroup, Site
 from awq_jax.qtensor import split_shape
+from awq_jax.quantizer import patterns
 
 QUANTIZE_HEAD = Setting("quantize_head", True)
 
@@ -33,13 +35,18 @@ class Target:
         return -(-self.k // g) * g
 
 
-def select(plan: Plan, config: AwqConfig) -> tuple[dict[str, Target], dict[str, str]]:
+def select(plan: Plan, config: AwqConfig, parameters: Collection[str] = ()) -> tuple[dict[str, Target], dict[str, str]]:
     """Targets by path, and the matmul weights left float with the reason.
+
+    Args:
+      plan: of the model.
+      config: what to quantize to.
+      parameters: paths of all parameters; a skip pattern may match one that is no weight.
 
     Raises:
       ShapeError: the group size does not divide some weights and ``on_indivisible="error"``; the
         message lists all of them with the remedies.
-      ConfigError: nothing would be quantized; the message says why.
+      ConfigError: a pattern of ``config`` has no effect, or nothing would be quantized; the message says why.
     """
     targets: dict[str, Target] = {}
     skipped = dict(plan.skipped)
@@ -65,6 +72,7 @@ def select(plan: Plan, config: AwqConfig) -> tuple[dict[str, Target], dict[str, 
                 bad.append((site.path, k, leaf.group_size))
         else:
             targets[site.path] = Target(site, group, leaf, k)
+    patterns.check(config, [*targets, *(path for path, _, _ in bad)], skipped, parameters)
     if bad:
         raise _indivisible(bad)
     if not targets:

@@ -90,13 +90,14 @@ class Session:
 
     Raises:
       ShapeError: listing the weights that the group size does not divide.
-      ConfigError: nothing would be quantized.
+      ConfigError: a pattern of the settings has no effect, or nothing would be quantized.
     """
 
     def __init__(self, config: ModelConfig, settings: AwqConfig, pool: Pool = HERE) -> None:
         self.chain, self.settings, self.pool = Chain(config), settings, pool
         self.blocks, self.plan = self.chain.blocks, self.chain.plan()
-        self.targets, self.skipped = select(self.plan, settings)
+        parameters = [b.prefix + path for b in self.blocks for path in b.leaves]
+        self.targets, self.skipped = select(self.plan, settings, parameters)
         self.refused: dict[Hashable, dict[str, str]] = {}
         self._groups: dict[str, list[ScaleGroup]] = {}
         for group in self.plan.groups:
