@@ -12,6 +12,7 @@ still zero points were int8 ``[N, K/g]``. Both are read. Act-order is part of th
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -21,14 +22,16 @@ import numpy as np
 from awq_jax.convert.arrays import codes, linear, rearrange
 from awq_jax.convert.arrays.fitting import check_integer, integer_zeros
 from awq_jax.convert.config_json import HfConfig, JsonObject
-from awq_jax.convert.files.safetensors import Entry
+from awq_jax.convert.files.safetensors import Entry, SafetensorsDir
 from awq_jax.convert.format import BaseEncoder, Format, Record, Stored, named
 from awq_jax.convert.formats import compressed_tensors_config
 from awq_jax.convert.formats.records import float_by_default
-from awq_jax.convert.source import Packed, PackedSource
+from awq_jax.convert.source import DirectorySource, Packed, PackedSource, Source
 from awq_jax.dtypes import FLOATS
 from awq_jax.errors import CheckpointError, FormatError
 from awq_jax.qtensor import QuantizedTensor
+
+log = logging.getLogger(__name__)
 
 PARTS = ("weight_packed", "weight_scale", "weight_shape")
 # Left over after the packed modules, these mean that something else is quantized as well.
@@ -231,6 +234,54 @@ class CompressedEncoder(BaseEncoder):
         return {"quantization_config": compressed_tensors_config.written(records)}
 
 
+class DecompressedSource(DirectorySource):
+    """Float weights beside the scales that they were packed with, which are left out; ``config`` says nothing of them.
+
+    compressed-tensors unpacks a model at its first forward pass, and transformers saves what it then holds.
+
+    Raises:
+      FormatError: activations or caches are quantized, or a weight is not float.
+      CheckpointError: a file is damaged.
+    """
+
+    def __init__(self, directory: Path, config: JsonObject) -> None:
+        compressed_tensors_config.refuse_activations(config)
+        super().__init__(directory, compressed_tensors_config.without(config))
+        left = set(_beside_floats(self.files.entries))
+        self._names = sorted(set(self.files.names()) - left)
+        odd = next((n for n in self._names if n.rpartition(".")[2] in (*PARTS, *FOREIGN)), None)
+        if odd:
+            raise FormatError(
+                f"{directory} holds {odd}, though its quantization_config says that the weights are float: there is "
+                f"no float weight beside it{compressed_tensors_config.REMEDY}"
+            )
+        log.info("%s: the weights are float already; the scales beside them are left out", directory)
+
+    def names(self) -> list[str]:
+        return list(self._names)
+
+
+def _beside_floats(entries: Mapping[str, Entry]) -> list[str]:
+    """What packed weights have, of modules that have a float one."""
+    modules = {
+        n.removesuffix(".weight") for n, e in entries.items() if n.endswith(".weight") and e.dtype.name in FLOATS
+    }
+    parts = {*PARTS[1:], *CompressedSource.optional, "weight_global_scale"}
+    return [n for n in entries if n.rpartition(".")[2] in parts and n.rpartition(".")[0] in modules]
+
+
+def _opened(directory: Path, config: JsonObject) -> Source:
+    quant = compressed_tensors_config.entry(config) or {}
+    if quant.get("quantization_status") == "decompressed":
+        return DecompressedSource(directory, config)
+    if quant.get("format") == compressed_tensors_config.PACKED:
+        entries = SafetensorsDir(directory).entries
+        left = _beside_floats(entries)
+        if any(n.endswith(".weight_scale") for n in left) and not any(n.endswith(f".{PARTS[0]}") for n in entries):
+            return DecompressedSource(directory, config)
+    return CompressedSource(directory, config)
+
+
 def _matches(config: HfConfig, names: Collection[str]) -> bool:
     found = compressed_tensors_config.entry(config)
     method = found.get("quant_method") if isinstance(found, dict) else None
@@ -242,6 +293,6 @@ FORMAT = Format(
     title="compressed-tensors, packed integers: vLLM, llm-compressor, transformers",
     holds="2 to 8 bits and any group size, per module; whole zero points; scales of any float type; act-order",
     matches=_matches,
-    reader=CompressedSource,
+    reader=_opened,
     encoder=CompressedEncoder,
 )

@@ -85,6 +85,11 @@ def entry(config: HfConfig) -> JsonObject | None:
     return config.get("quantization_config", config.get("compression_config"))
 
 
+def without(config: HfConfig) -> JsonObject:
+    """``config`` less that part."""
+    return {k: v for k, v in config.items() if k not in ("quantization_config", "compression_config")}
+
+
 def parse(config: HfConfig) -> CompressedSettings:
     """Settings of a checkpoint in the packed format.
 
@@ -99,17 +104,38 @@ def parse(config: HfConfig) -> CompressedSettings:
         absent = not value or (isinstance(value, dict) and not value.get("config_groups") and _dense(value))
         if not absent:
             raise FormatError(f"quantization_config has a {key}, which is not readable{REMEDY}")
-    if quant.get("kv_cache_scheme") is not None:
-        raise FormatError(f"quantization_config has a kv_cache_scheme: a quantized cache is not readable{REMEDY}")
-    found = quant.get("config_groups")
-    if not isinstance(found, dict) or not found:
-        raise FormatError(f"quantization_config has no config_groups; it has {str(found)[:100]!r}")
+    found = _config_groups(quant)
     groups = [_group(str(name)[:100], value, quant.get("format")) for name, value in found.items()]
     live = tuple((targets, scheme) for targets, scheme in groups if scheme is not None)
     if not live:
         raise FormatError("quantization_config quantizes no weights")
     ignore = _strings("ignore", quant.get("ignore") or [])
     return CompressedSettings(live, ignore, _before_streams(quant.get("version")))
+
+
+def _config_groups(quant: HfConfig) -> JsonObject:
+    if quant.get("kv_cache_scheme") is not None:
+        raise FormatError(f"quantization_config has a kv_cache_scheme: a quantized cache is not readable{REMEDY}")
+    found = quant.get("config_groups")
+    if not isinstance(found, dict) or not found:
+        raise FormatError(f"quantization_config has no config_groups; it has {str(found)[:100]!r}")
+    return found
+
+
+def refuse_activations(config: HfConfig) -> None:
+    """Refuse a checkpoint whose activations or caches are quantized, whatever its weights are.
+
+    Raises:
+      FormatError: saying which.
+    """
+    for name, group in _config_groups(entry(config) or {}).items():
+        _refuse_activations(f"config group {str(name)[:100]!r} of quantization_config", group)
+
+
+def _refuse_activations(where: str, group: object) -> None:
+    for key in ("input_activations", "output_activations"):
+        if isinstance(group, dict) and group.get(key) is not None:
+            raise FormatError(f"{where} quantizes activations ({key}), which is not readable{REMEDY}")
 
 
 def _group(name: str, value: object, default: object) -> tuple[tuple[str, ...], CompressedScheme | None]:
@@ -122,9 +148,7 @@ def _group(name: str, value: object, default: object) -> tuple[tuple[str, ...], 
     if not isinstance(value, dict):
         raise FormatError(f"{where} is not a table")
     targets = _strings(f"targets of {where}", value.get("targets"))
-    for key in ("input_activations", "output_activations"):
-        if value.get(key) is not None:
-            raise FormatError(f"{where} quantizes activations ({key}), which is not readable{REMEDY}")
+    _refuse_activations(where, value)
     weights = value.get("weights")
     if weights is None:
         return targets, None
