@@ -43,8 +43,8 @@ class AwqConfig:
         2306.00978); ``"awq+gptq"`` also compensates each rounding error in the weights not yet
         rounded (the update of arXiv 2210.17323 on the scaled weights).
       clip: search clipping thresholds (methods other than ``"rtn"``).
-      n_grid: ratios tried per scale group, 0 ... 1.
-      damping: share of the mean diagonal added to the Gram before compensation.
+      n_grid: exponents tried per scale group: 0, 1/n, ... (n-1)/n, each with and without regard to the weights.
+      damping: before compensation the Gram's diagonal grows by this share of itself and of a tenth of its mean.
       explicit_scale: where no parameter can absorb a scale, keep it beside the weight and
         multiply the activation at run time. Checkpoint formats cannot store it; writers that
         need folded scales ask for ``False``.

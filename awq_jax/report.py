@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class LayerReport:
-    """One quantized weight.
+    """One quantized weight; a layer of the decoder has several.
 
     Attributes:
       path: parameter path.
@@ -71,7 +71,7 @@ class Report:
         return 8.0 * sum(r.bytes_after for r in self.layers) / max(weights, 1)
 
     def worst(self, count: int = 5) -> list[LayerReport]:
-        """The layers with the largest remaining relative error."""
+        """The weights with the largest remaining relative error."""
         known = [r for r in self.layers if r.error is not None]
         return sorted(known, key=lambda r: -(r.error or 0.0))[:count]
 

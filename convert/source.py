@@ -25,7 +25,7 @@ from awq_jax.qtensor import QuantizedTensor
 if TYPE_CHECKING:
     from awq_jax.convert.text import TokenizerLike
 
-# What formats call the codes of a packed weight; no float tensor is called so.
+# What formats call a tensor that every packed weight of theirs has, and no float one.
 MARKS = ("qweight", "weight_packed", "biases")
 # Buffers that old checkpoints store and every reader recomputes.
 IGNORED = re.compile(r"\.rotary_emb\.inv_freq$|(^|\.)(attn|attention)\.(masked_)?bias$")

@@ -1,18 +1,20 @@
 """Rounding errors compensated in the weights not yet rounded (GPTQ, arXiv 2210.17323), and scales refitted to codes.
 
 For one column, with ``d = rounded - w`` and H the mean Gram of the input, the expected squared output error is
-``d^T H d``. Rows are rounded one after another. Let F be row k and those still to come, and let rounding set
-``d_k = e``. The other d of F that then make ``d_F^T H_FF d_F`` least are (OBQ; section 3 of the paper)
+``d^T H d``. Rows are rounded one after another, each from the value that earlier rows have moved it to. Let F be row k
+and those still to come, and let rounding move row k by e. Rows rounded before k may be ignored: those of F are where,
+given them, the error is least, so its gradient there is 0, and a move ``c`` of F adds ``c^T H_FF c`` with no term that
+mixes c with the earlier errors. Of the moves with ``c_k = e`` the best is (OBQ; section 3 of the paper)
 
-    d_F = e A[:, k] / A[k, k]   with   A = H_FF^-1,   and leave the error   e^2 / A[k, k].
+    c = e A[:, k] / A[k, k]   with   A = H_FF^-1,   which adds   e^2 / A[k, k].
 
 One factorisation gives A for all k (section 4, step 3). Let ``H = R R^T`` with R upper triangular and ``U = R^-1``,
 so that ``U^T U = H^-1``. R is upper triangular, hence ``H_FF = R_FF R_FF^T`` and ``A = U_FF^T U_FF``, whose column k
 is ``U[k, k] U[k, F]``:
 
-    d_F = e U[k, F] / U[k, k],   and the error left is   e^2 / U[k, k]^2.
+    c = e U[k, F] / U[k, k],   which adds   e^2 / U[k, k]^2.
 
-All rows together: ``d = U^T (e / diag U)``, so ``R^T d = e / diag U`` and ``d^T H d = sum_k e_k^2 / U[k, k]^2``.
+The moves add up to ``d = U^T (e / diag U)``, so ``R^T d = e / diag U`` and ``d^T H d = sum_k e_k^2 / U[k, k]^2``.
 """
 
 from typing import NamedTuple
@@ -67,7 +69,7 @@ def conditional_energy(gram: jax.Array, factor: GramFactor) -> jax.Array:
     With rows rounded in order of falling ``diag(gram)`` and every error spread over the rows still to
     come, the squared output error is ``sum_k energy_k * e_k**2`` with e the rounding error of row k:
     the energy is the variance of channel k given the channels rounded after it (the pivot of the
-    LDL factorisation), not the variance itself.
+    factorisation ``U D U^T``), not the variance itself.
     """
     # Above: row k leaves e^2 / U[k, k]^2. In H = R R^T = (R / diag R) diag(R)^2 (R / diag R)^T the pivot is
     # R[k, k]^2 = 1 / U[k, k]^2 = H_kk - H_kL H_LL^-1 H_Lk, L the rows after k: what of channel k no linear
@@ -113,17 +115,17 @@ def compensate(w: jax.Array, factor: GramFactor, grid: Grid, bits: int) -> jax.A
         u_block = jax.lax.dynamic_slice(u_rows, (0, start), (BLOCK, BLOCK))
 
         def row(i: jax.Array, c: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-            rows, q, errors = c
+            rows, q, steps = c
             w_i, s_i, z_i = rows[i], s[i], z[i]
             q_i = jnp.clip(jnp.round(w_i / jnp.where(s_i > 0, s_i, 1.0)) + z_i, 0, top)
-            e_i = (w_i - (q_i - z_i) * s_i) / u_block[i, i]
-            # w_F += d_F with e = -(w - rounded). u_block is upper triangular: rows already rounded stay.
-            rows = rows - u_block[i][:, None] * e_i[None, :]
-            return rows, q.at[i].set(q_i), errors.at[i].set(e_i)
+            step = (w_i - (q_i - z_i) * s_i) / u_block[i, i]
+            # w_F += c with e = -(w - rounded), so step = -e / U[k, k]. u_block is upper triangular: rounded rows stay.
+            rows = rows - u_block[i][:, None] * step[None, :]
+            return rows, q.at[i].set(q_i), steps.at[i].set(step)
 
         zeros = jnp.zeros_like(rows)
-        _, q, errors = jax.lax.fori_loop(0, BLOCK, row, (rows, zeros, zeros))
-        rest = rest - u_rows.T @ errors
+        _, q, steps = jax.lax.fori_loop(0, BLOCK, row, (rows, zeros, zeros))
+        rest = rest - u_rows.T @ steps
         return rest, jax.lax.dynamic_update_slice(codes, q, (start, 0))
 
     _, codes = jax.lax.fori_loop(0, (k + pad) // BLOCK, block, (rest, jnp.zeros_like(rest)))

@@ -1,12 +1,12 @@
 """Scales that the search of one scale group tries, and their losses (arXiv 2306.00978, section 3.2).
 
 Rounding ``s_k w_kn`` instead of ``w_kn``, and dividing the input of channel k by ``s_k``, changes the error that the
-weight makes in the output from ``step * r * x_k`` to ``step' * r * x_k / s_k``: r, the rounding error in steps, is as
+weight makes in the output from ``step * e * x_k`` to ``step' * e * x_k / s_k``: e, the rounding error in steps, is as
 good as random either way, and the step is set by the largest weight of the group of rows. So a scale above 1
 protects its channel as long as it does not raise the step, from which the other channels of the group suffer.
 
 Channels with a large input a deserve protection, and those whose weights are small within their group can be scaled
-up before the step rises. The candidates weigh both by one exponent, ``s = a^r / w^(1-r)``, w being the typical share
+up before the step rises. The candidates weigh both by one exponent, ``s = a^r / p^(1-r)``, p being the typical share
 of the largest weight of the group; and, as the paper has it, ``s = a^r``. Which r is best is measured, not derived.
 """
 
@@ -40,7 +40,7 @@ def weight_share(w: jax.Array, group_size: int) -> jax.Array:
 def candidate(
     magnitude: jax.Array, share: jax.Array, ratio: jax.Array, with_weights: jax.Array, shared: jax.Array | None
 ) -> jax.Array:
-    """One candidate scale ``[E, K]``: ``a^r / w^(1-r)`` (``with_weights = 1``) or ``a^r`` (``with_weights = 0``).
+    """One candidate scale ``[E, K]``: ``a^r / p^(1-r)`` (``with_weights = 1``) or ``a^r`` (``with_weights = 0``).
 
     Normalised to ``sqrt(max * min) = 1``; channels that were never active get 1.
     """

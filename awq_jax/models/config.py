@@ -212,7 +212,7 @@ class MoEConfig:
       normalize: the weights of a token's experts add up to 1.
       score: a token's weights are the ``softmax`` over all experts, the ``sigmoid`` of each expert's
         logit, or chosen one by one by ``sparsemixer`` (arXiv 2409.12136) with its ``jitter``.
-      groups, top_groups: experts stand in groups of equal size; only those of a token's best
+      groups, top_groups: experts stand in groups (of experts) of equal size; only those of a token's best
         ``top_groups`` are chosen from. A group is as good as its ``group_best`` best experts together.
       correction: a bias per expert is added to the scores for the choice, but not to the weights; stored as
         ``[experts]``, or ``"row"`` as ``[1, experts]``.
@@ -263,8 +263,8 @@ class ModelConfig:
       layers: one entry per layer.
       max_length: longest sequence the model was made for, in tokens.
       norm: of the residual stream.
-      norms: where it stands: ``pre`` before attention and MLP, ``post`` behind each and before the
-        sum, ``sandwich`` both, ``residual`` behind each sum.
+      norms: where it stands: ``pre`` before attention and MLP, ``post`` after each and before the
+        sum, ``sandwich`` both, ``residual`` after each sum.
       parallel: attention and MLP read the same residual stream and are added together; ``one`` norm
         for both, or ``two``. None: one after the other.
       final_norm: the last hidden states are normalised.

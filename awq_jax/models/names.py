@@ -18,7 +18,7 @@ DEFAULTS = {
 class Names:
     """What a family's checkpoints call the tensors of the decoder.
 
-    Without entries the names are Llama's: the path with dots for slashes behind ``model.``.
+    Without entries the names are Llama's: ``model.`` and the path with dots for slashes.
 
     Attributes:
       entries: ``(module, theirs)`` pairs that differ from Llama's. ``module`` is a path in the
@@ -31,7 +31,8 @@ class Names:
       linear_out_in: linears are stored ``[out, in]``; False for GPT-2's ``[in, out]``.
       ignored: a regular expression: tensors whose names it finds are no part of the decoder (heads that
         predict several tokens ahead), and are dropped.
-      carried: the same for tensors that are written again as they were read (what sees or hears).
+      packed: ``entries`` of modules that hold packed weights, where those are called otherwise.
+      carried: as ``ignored``, for tensors that are written again as they were read (what sees or hears).
     """
 
     entries: tuple[tuple[str, str], ...] = ()

@@ -79,7 +79,7 @@ class Chain:
     def plan(self) -> Plan:
         """The scale groups of the whole decoder: those of each kind of layer, found once.
 
-        As `awq_jax.discover` finds them, but that a scale is absorbed in its own block or not at all.
+        As `awq_jax.discover` finds them, except that a scale is absorbed in its own block or not at all.
         """
         short = dataclasses.replace(self.config, layers=tuple(self._inner))
         graphdef, state = model_params.abstract(short)

@@ -28,7 +28,7 @@ class Forecast:
     """What a run will need.
 
     Attributes:
-      blocks: how many layers.
+      blocks: how many layers: blocks without embedding and head.
       largest: parameters of the largest block.
       parameters: of the whole model.
       memory: what is in the host's memory at the worst moment -> bytes. ``"program"`` is what the trial was seen

@@ -13,7 +13,7 @@ from awq_jax.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 
-TEMPLATES = "additional_chat_templates"  # the only folder
+TEMPLATES = "additional_chat_templates"  # the only subfolder copied
 # Files that say how text becomes tokens. Never code, never pickles.
 VOCABULARIES = (
     "tokenizer*.json", "tokenizer.model*", "*.tiktoken", "tiktoken.model", "tekken.json", "spiece.model", "spm.model",
@@ -25,7 +25,8 @@ COMPANIONS = (
     "chat_template*.json", f"{TEMPLATES}/*.jinja", "*processor_config.json", "feature_extractor_config.json",
     "LICENSE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
-UNSAFE = ("*.py", "*.pyc", "*.so", "*.sh", "*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")  # whatever comes before that
+# Never copied, even if listed above.
+UNSAFE = ("*.py", "*.pyc", "*.so", "*.sh", "*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 # Neither copied nor missed: weights, settings that are written anew, and what belongs to the repository.
 OTHERS = (
     "*.safetensors*", "*.gguf", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.npz", "*.msgpack", "*.h5",
@@ -59,7 +60,7 @@ def found(directory: Path) -> list[Path]:
 
 
 def name_what_is_left(source: Path, target: Path) -> None:
-    """Log which files of ``source`` were not copied, code before all."""
+    """Log which files of ``source`` were not copied, code first."""
     left = [p for p in sorted(source.iterdir()) if not matches(p.name, OTHERS) and p.name != TEMPLATES]
     left = [p for p in left if not (target / p.name).exists()]
     code = [p.name for p in left if p.suffix == ".py"]

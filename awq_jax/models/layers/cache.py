@@ -1,7 +1,9 @@
 """The KV cache: what each layer keeps of the tokens seen so far.
 
-What a layer keeps is a `LayerCache`, a class for each kind, and `empty` says which kind a layer has. The mixers
-(`attention`, `latent_attention`, `delta_net`) make and read theirs; everything else goes through `Cache`.
+What a layer keeps is a `LayerCache`, a class for each kind. Its mixer (`attention`, `latent_attention`, `delta_net`)
+makes it of a prompt, which comes without one, and reads and extends it for each token after. Whoever wants a cache
+before the first token, or its size, has `init_cache`, where `empty` makes of a layer's config what its mixer makes.
+Everything else goes through `Cache`.
 """
 
 from __future__ import annotations
@@ -37,9 +39,8 @@ class LayerCache(Protocol):
 class KeyValues:
     """Keys and values: slot ``s`` of a row holds position ``s``; slots beyond its length are garbage and never read.
 
-    Layers with a sliding window keep all tokens too, and those with latents what is made of them: that is
-    larger, but a step reads it as it is, where latents would be multiplied by ``kv_b_proj`` again for every
-    token seen.
+    Layers with a sliding window keep all tokens; latent layers keep the expanded keys and values: larger, but a
+    step reads them as they are, where latents would be multiplied by ``kv_b_proj`` again for every token seen.
 
     Attributes:
       keys: ``[B, S, KV, head_dim]``.
@@ -124,7 +125,7 @@ class Cache:
 
     Attributes:
       layers: of each layer.
-      shift: int32 ``[B]``: what a token's angles are ahead of its position, behind an image that takes
+      shift: int32 ``[B]``: what a token's angles are ahead of its position, after an image that takes
         more or less room than it has tokens; None for nothing.
     """
 

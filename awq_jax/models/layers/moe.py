@@ -115,7 +115,7 @@ class Experts(nnx.Module):
         Args:
           x: ``[T, K]``, read by all experts, or ``[E, T, K]``.
           chosen: int32 ``[P]``: use these experts only, ``x`` being ``[P, 1, K]``.
-          sparse: many of them are -1: none, for packed experts.
+          sparse: many entries are -1 (no expert); packed experts only.
 
         Returns:
           ``[E, T, N]``, or ``[P, T, N]``.
