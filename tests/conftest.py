@@ -1,7 +1,8 @@
 """Settings of the default run: most of its time is XLA compiling programs that are then run once.
 
-They are in the environment before jax is imported, so that the commands which tests start have them too. With
-`pytest -m slow` everything is compiled as users do it.
+They are in the environment before jax is imported, so that the workers and the commands which tests start have them
+too: few optimizations, and a cache of compiled programs that all these processes share and that ends with the run.
+With `pytest -m slow` everything is compiled as users do it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shutil
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,14 @@ def pytest_configure(config: pytest.Config) -> None:
         flags = os.environ.get("XLA_FLAGS", "")
         if "xla_cpu_use_fusion_emitters" not in flags:
             os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false".strip()
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the first process of the run: workers and commands inherit it
+        directory = tempfile.mkdtemp(prefix="awq-jax-compiled-")
+        config.add_cleanup(lambda: shutil.rmtree(directory, ignore_errors=True))
+        os.environ |= {
+            "JAX_COMPILATION_CACHE_DIR": directory,
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
 
 
 @pytest.hookimpl(optionalhook=True)
