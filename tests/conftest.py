@@ -28,10 +28,11 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("markexpr") == "slow":
         return
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-    if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):  # later ones do not know the flag, and abort
-        flags = os.environ.get("XLA_FLAGS", "")
-        if "xla_cpu_use_fusion_emitters" not in flags:
-            os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false".strip()
+    if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):  # later ones do not know the first flag, and abort
+        flags = os.environ.get("XLA_FLAGS", "").split()
+        named = {flag.partition("=")[0] for flag in flags}
+        quick = ("--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1")
+        os.environ["XLA_FLAGS"] = " ".join([*flags, *(q for q in quick if q.partition("=")[0] not in named)])
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the first process of the run: workers and commands inherit it
         directory = tempfile.mkdtemp(prefix="awq-jax-compiled-")
         config.add_cleanup(lambda: shutil.rmtree(directory, ignore_errors=True))

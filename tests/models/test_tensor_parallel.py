@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import mesh_cases
 import numpy as np
 import pytest
+import simulated_devices
 import tiny_checkpoints
 from jax.sharding import Mesh
 from mesh_cases import SIZES
@@ -29,7 +29,7 @@ HELPERS = Path(__file__).parents[1] / "helpers"
 
 def elsewhere(*args: str, devices: int = 8) -> dict[str, Any]:
     """What a script prints where there are several devices."""
-    env = dict(os.environ, XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}", JAX_PLATFORMS="cpu")
+    env = simulated_devices.environment(devices)
     done = subprocess.run([sys.executable, *args], cwd=HELPERS, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import socket
@@ -17,6 +16,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+import simulated_devices
 import tiny_checkpoints
 from devices_driver import FAST, sums_are_ordered
 from jax.sharding import Mesh
@@ -52,12 +52,6 @@ def files(directory: Path) -> dict[str, bytes]:
     return {f.name: f.read_bytes() for f in directory.iterdir()}
 
 
-def environment(devices: int) -> dict[str, str]:
-    flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
-    flags += f" --xla_force_host_platform_device_count={devices}"
-    return os.environ | {"XLA_FLAGS": flags.strip(), "JAX_PLATFORMS": "cpu"}
-
-
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as s:
         return int(s.getsockname()[1])
@@ -71,7 +65,7 @@ def start(directory: Path, out: Path, count: int, devices: int) -> list[subproce
         argv = [sys.executable, "-m", "awq_jax.cli", *command(directory, out)]
         argv += ["--coordinator", f"127.0.0.1:{port}", "--processes", str(count), "--process-id", str(rank)]
         pipe = subprocess.PIPE
-        return subprocess.Popen(argv, env=environment(devices), stdout=pipe, stderr=pipe, text=True)
+        return subprocess.Popen(argv, env=simulated_devices.environment(devices), stdout=pipe, stderr=pipe, text=True)
 
     return [one(rank) for rank in range(count)]
 
@@ -84,7 +78,7 @@ def finished_blocks(out: Path) -> int:
 def test_eight_devices_make_the_bits_of_one(made, tmp_path):
     driver = Path(__file__).parents[1] / "helpers" / "devices_driver.py"
     argv = [sys.executable, str(driver), str(made / "float"), str(made / "tokens.npy"), str(tmp_path)]
-    done = subprocess.run(argv, env=environment(8), capture_output=True, text=True, check=False)
+    done = subprocess.run(argv, env=simulated_devices.environment(8), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {"devices": 8, "sums": True}
     assert files(tmp_path / "eight") == files(tmp_path / "one") == files(tmp_path / "whole")
@@ -157,7 +151,7 @@ def test_an_error_of_one_process_ends_the_others(made, tmp_path):
         argv = [sys.executable, "-m", "awq_jax.cli", *command(made, tmp_path / "out")]
         argv[argv.index("--calib") + 1] = str(tokens)
         argv += ["--coordinator", f"127.0.0.1:{port}", "--processes", "2", "--process-id", str(rank)]
-        running.append(subprocess.Popen(argv, env=environment(2), stderr=subprocess.PIPE, text=True))
+        running.append(subprocess.Popen(argv, env=simulated_devices.environment(2), stderr=subprocess.PIPE, text=True))
     said = [p.communicate(timeout=240)[1] for p in running]
     assert {p.returncode for p in running} <= {2, team.EXIT}
     assert all("process 1 has other calibration data than process 0" in s for s in said)
@@ -175,7 +169,7 @@ for k in (32, 64, 96, 128, 256, 512):
 """
     seen = set()
     for threads in (2, 8, 64):
-        env = environment(1) | {"PJRT_NPROC": str(threads)}
+        env = simulated_devices.environment(1) | {"PJRT_NPROC": str(threads)}
         seen.add(subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stdout)
     assert len(seen) == 1
     assert len(seen.pop().split()) == 6

@@ -1,9 +1,10 @@
 """Tests that cut arrays over a mesh, once more where there are two devices to cut them over."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
+
+import simulated_devices
 
 CASES = (
     "serve/test_dot.py::test_gradients_of_shards_add_up",
@@ -13,7 +14,7 @@ CASES = (
 
 
 def test_on_two_devices():
-    env = dict(os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=2", JAX_PLATFORMS="cpu")
+    env = simulated_devices.environment(2)
     quiet = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts="]
     command = [sys.executable, "-m", "pytest", *quiet, *CASES]
     done = subprocess.run(command, cwd=Path(__file__).parents[1], env=env, capture_output=True, text=True, check=False)
