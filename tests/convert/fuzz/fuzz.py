@@ -187,6 +187,7 @@ class Watch:
 
     def __init__(self, sandbox: Path) -> None:
         self.root, self.out, self.secret = (os.path.realpath(p) for p in (sandbox, sandbox / "out", sandbox / "secret"))
+        self.compiled = os.path.realpath(os.environ.get("JAX_COMPILATION_CACHE_DIR", os.devnull))  # where JAX writes
         self.active = False
         self.found: list[str] = []
         sys.addaudithook(self._hook)
@@ -221,7 +222,8 @@ class Watch:
             self.found.append(f"{event} {args!r:.200}")
 
     def _inside(self, real: str) -> bool:
-        return real.startswith(self.out + os.sep) or real == os.devnull or not real.startswith(os.sep)
+        inside = real.startswith((self.out + os.sep, self.compiled + os.sep))
+        return inside or real in (self.compiled, os.devnull) or not real.startswith(os.sep)
 
 
 class Fuzzer:
