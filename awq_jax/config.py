@@ -13,6 +13,7 @@ MethodName = Literal["rtn", "awq", "awq+gptq"]  # what each is: `awq_jax.algorit
 METHOD_NAMES: tuple[str, ...] = get_args(MethodName)
 BITS = (2, 3, 4, 8)
 INDIVISIBLE = ("error", "pad", "float")
+SAMPLES, SEQ_LEN = 128, 512  # calibration sequences, and tokens of each, unless others are asked for
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,6 +18,7 @@ from shared import checkpoints, running
 
 import awq_jax
 from awq_jax import evaluate
+from awq_jax.config import METHOD_NAMES
 from awq_jax.serve.model import Model
 from awq_jax.serve.sampling import Sampling
 
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> running.Row:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--eval-tokens", type=int, default=20480)
-    parser.add_argument("--methods", nargs="+", default=["rtn", "awq", "awq+gptq"], help="the first is compared with")
+    parser.add_argument("--methods", nargs="+", default=METHOD_NAMES, help="the first is compared with")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=JSON", help="further AwqConfig fields")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(arguments)

@@ -22,8 +22,10 @@ from shared import checkpoints, peers, running
 
 import awq_jax
 from awq_jax import evaluate
+from awq_jax.config import METHOD_NAMES, AwqConfig
 
-OURS = {"rtn": "rtn", "awq": "awq", "awq+gptq": "default"}  # method -> what its row is called
+# Method -> what its row is called.
+OURS = {method: "default" if method == AwqConfig().method else method for method in METHOD_NAMES}
 
 
 def prepare(args: argparse.Namespace, work: Path) -> Path:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from awq_jax.cli import common, tables
+from awq_jax.config import METHOD_NAMES
 
 if TYPE_CHECKING:
     from awq_jax.cli.demo_model import Score
@@ -37,7 +38,7 @@ def add(subparsers: common.Commands) -> None:
                    help="calibration sequences of 512 tokens (default: %(default)s)")  # fmt: skip
     p.add_argument("--eval-tokens", type=common.positive, default=4096, metavar="N", help="default: %(default)s")
     p.add_argument("--group-size", type=int, default=64, metavar="N", help="rows per scale (default: %(default)s)")
-    p.add_argument("--method", default="awq+gptq", help="awq or awq+gptq (default: %(default)s)")
+    p.add_argument("--method", default="awq+gptq", help=f"{' or '.join(METHOD_NAMES[1:])} (default: %(default)s)")
     p.add_argument("--question", help="what to ask the packed model")
     p.add_argument("--max-new-tokens", type=common.positive, default=60, metavar="N", help="default: %(default)s")
     p.add_argument("--cache", type=Path, metavar="DIR", help="where the download is kept (default: ~/.cache/awq_jax)")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from awq_jax.cli import common, tables
-from awq_jax.config import METHOD_NAMES, AwqConfig
+from awq_jax.config import METHOD_NAMES, SAMPLES, SEQ_LEN, AwqConfig
 from awq_jax.errors import AwqError, ConfigError, FormatError, ProcessError, as_options
 
 if TYPE_CHECKING:
@@ -70,18 +70,18 @@ def add(subparsers: common.Commands) -> None:
                    "hf:OWNER/NAME[:CONFIG[:SPLIT]] (with the datasets package), or a .txt, .jsonl, .json, .csv, "
                    ".parquet or .npy file (default: %(default)s)")  # fmt: skip
     common.add_column(c)
-    c.add_argument("--samples", type=common.positive, default=128, metavar="N", help="sequences (default: %(default)s)")
-    c.add_argument(
-        "--seq-len", type=common.positive, default=512, metavar="N", help="tokens each (default: %(default)s)"
-    )
+    c.add_argument("--samples", type=common.positive, default=SAMPLES, metavar="N",
+                   help="sequences (default: %(default)s)")  # fmt: skip
+    c.add_argument("--seq-len", type=common.positive, default=SEQ_LEN, metavar="N",
+                   help="tokens each (default: %(default)s)")  # fmt: skip
     c.add_argument("--batch-size", type=common.positive, metavar="N",
                    help="sequences per forward pass (default: 512 tokens on a CPU, 8192 elsewhere)")  # fmt: skip
     c.add_argument("--seed", type=int, default=0, help="picks the excerpts (default: %(default)s)")
     o = p.add_argument_group("checkpoint")
-    o.add_argument("--format", default="auto", choices=("auto", "gemm", "compressed-tensors", "awq-jax"),
-                   help="gemm: AutoAWQ's layout (vLLM, transformers); compressed-tensors: vLLM and transformers too, 2 "
-                   "to 8 bits; awq-jax: holds every setting; auto: the first that can hold the result (default: "
-                   "%(default)s; others: awq-jax convert)")  # fmt: skip
+    o.add_argument("--format", default="auto", metavar="NAME",
+                   help="gemm: AutoAWQ's (vLLM, transformers); compressed-tensors: vLLM and transformers too, 2 to 8 "
+                   "bits; awq-jax: holds every setting; auto: the first of these that can hold the result (default: "
+                   "%(default)s); or another of awq-jax convert --list")  # fmt: skip
     o.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
     o.add_argument("--report", type=Path, metavar="FILE", help="write a report, .html or .json")
     common.add_dtype(o)

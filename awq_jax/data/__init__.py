@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from awq_jax.config import SAMPLES, SEQ_LEN
 from awq_jax.convert.text import Message, TextTokenizer, ids_of
 from awq_jax.data import rows, sources
 from awq_jax.data.sources import Row
@@ -76,8 +77,8 @@ def load(
     source: CalibrationSource,
     tokenizer: TextTokenizer | None = None,
     *,
-    samples: int = 128,
-    seq_len: int = 512,
+    samples: int = SAMPLES,
+    seq_len: int = SEQ_LEN,
     vocab_size: int | None = None,
     seed: int = 0,
     column: str | None = None,

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from awq_jax import data, models
-from awq_jax.config import AwqConfig
+from awq_jax.config import SAMPLES, SEQ_LEN, AwqConfig
 from awq_jax.convert import registry, writing
 from awq_jax.convert.source import Source
 from awq_jax.convert.text import TokenizerLike
@@ -282,8 +282,8 @@ class Model:
         self,
         calib: data.CalibrationSource | Sequence[Mapping[str, Any]] = "builtin",
         *,
-        samples: int = 128,
-        seq_len: int = 512,
+        samples: int = SAMPLES,
+        seq_len: int = SEQ_LEN,
         batch_size: int | None = None,
         seed: int = 0,
         column: str | None = None,

@@ -15,7 +15,7 @@ import numpy as np
 
 from awq_jax import data, models, pack
 from awq_jax._version import __version__
-from awq_jax.config import AwqConfig
+from awq_jax.config import SAMPLES, SEQ_LEN, AwqConfig
 from awq_jax.convert import registry, writing
 from awq_jax.convert.files import manifest
 from awq_jax.convert.files.shards import refuse_existing
@@ -40,8 +40,8 @@ SPARE = 64 << 20  # bytes left free on the disk
 class Options:
     """Arguments of `awq_jax.quantize_checkpoint` that are not `AwqConfig`'s."""
 
-    samples: int = 128
-    seq_len: int = 512
+    samples: int = SAMPLES
+    seq_len: int = SEQ_LEN
     batch_size: int | None = None
     seed: int = 0
     column: str | None = None

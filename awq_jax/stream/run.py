@@ -21,6 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from awq_jax.config import SAMPLES, SEQ_LEN
 from awq_jax.convert.files.manifest import Manifest
 from awq_jax.convert.source import Source
 from awq_jax.data import CalibrationSource
@@ -57,8 +58,8 @@ def quantize_checkpoint(
     dst: str | Path,
     calib: CalibrationSource = "builtin",
     *,
-    samples: int = 128,
-    seq_len: int = 512,
+    samples: int = SAMPLES,
+    seq_len: int = SEQ_LEN,
     batch_size: int | None = None,
     seed: int = 0,
     column: str | None = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-COMMANDS = ("quantize", "convert", "eval", "generate", "inspect", "bench", "demo")
 
 
 @event_priority(100)  # before mkdocstrings reads its settings
@@ -52,11 +52,12 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         markdown = markdown.replace(f"]({here}", f"]({there}")
     if page.file.src_uri != "reference/cli.md":
         return markdown
-    helps = [[], *([c] for c in COMMANDS)]
-    return markdown + "\n".join(f"## awq-jax {' '.join(h)}\n\n```text\n{_help(h)}\n```\n" for h in helps)
+    whole = _help()
+    helps = {"": whole} | {command: _help(command) for command in re.findall(r"^    (\w+) ", whole, re.M)}
+    return markdown + "\n".join(f"## awq-jax {c}\n\n```text\n{text}\n```\n" for c, text in helps.items())
 
 
-def _help(command: list[str]) -> str:
+def _help(*command: str) -> str:
     run = subprocess.run(
         [sys.executable, "-m", "awq_jax.cli", *command, "--help"], capture_output=True, text=True, check=True
     )
