@@ -19,7 +19,7 @@ from awq_jax.qtensor import QuantizedTensor
 log = logging.getLogger(__name__)
 
 HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$|^output\.weight$")
-EMBEDDING = re.compile(r"(^|\.)(embed_tokens|embed_in|wte|word_embeddings|tok_embeddings)\.weight$")
+EMBEDDING = re.compile(r"^(?!.*\.\d+\.)(.*\.)?(embed_tokens|embed_in|wte|word_embeddings|tok_embeddings)\.weight$")
 BLOCK = 16 << 20  # numbers compared at a time
 
 

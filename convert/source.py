@@ -27,8 +27,13 @@ if TYPE_CHECKING:
 
 # What formats call a tensor that every packed weight of theirs has, and no float one.
 MARKS = ("qweight", "weight_packed", "biases")
-# Buffers that old checkpoints store and every reader recomputes.
-IGNORED = re.compile(r"\.rotary_emb\.inv_freq$|(^|\.)(attn|attention)\.(masked_)?bias$")
+# Buffers that old checkpoints store and every reader recomputes: frequencies, and masks.
+RECOMPUTED = re.compile(r"\.rotary_emb\.inv_freq$|(^|\.)(attn|attention)\.(masked_)?bias$")
+
+
+def is_recomputed(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor need not be kept: it follows from the config. A vector that is called a bias may be one."""
+    return RECOMPUTED.search(name) is not None and not (name.endswith(".bias") and len(shape) == 1)
 
 
 @dataclasses.dataclass(frozen=True)

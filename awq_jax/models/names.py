@@ -3,7 +3,7 @@
 import dataclasses
 import re
 
-from awq_jax.convert.source import IGNORED
+from awq_jax.convert.source import is_recomputed
 
 SUFFIXES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 
@@ -29,16 +29,14 @@ class Names:
       aliases: other spellings of a tensor's name that are read but never written: ``(theirs, other)``
         beginnings.
       linear_out_in: linears are stored ``[out, in]``; False for GPT-2's ``[in, out]``.
-      ignored: a regular expression: tensors whose names it finds are no part of the decoder (heads that
-        predict several tokens ahead), and are dropped.
       packed: ``entries`` of modules that hold packed weights, where those are called otherwise.
-      carried: as ``ignored``, for tensors that are written again as they were read (what sees or hears).
+      carried: a regular expression: tensors whose names it finds are no part of the decoder, and are written
+        again as they were read (layers that predict several tokens ahead, what sees or hears).
     """
 
     entries: tuple[tuple[str, str], ...] = ()
     aliases: tuple[tuple[str, str], ...] = ()
     linear_out_in: bool = True
-    ignored: str = ""
     packed: tuple[tuple[str, str], ...] = ()
     carried: str = ""
 
@@ -68,9 +66,9 @@ class Names:
                 out.append(other + name[len(theirs) :])
         return out
 
-    def drops(self, name: str) -> bool:
-        """Whether a tensor of that name makes no parameter."""
-        return bool(IGNORED.search(name) or (self.ignored and re.search(self.ignored, name)) or self.carries(name))
+    def makes_none(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether no parameter is made of a tensor, rightly: it is recomputed, or carried through."""
+        return is_recomputed(name, shape) or self.carries(name)
 
     def carries(self, name: str) -> bool:
         """Whether a tensor of that name makes no parameter, and is to be written as it was read."""
@@ -109,9 +107,9 @@ def names(
     aliases: dict[str, str] | None = None,
     packed: dict[str, str] | None = None,
     linear_out_in: bool = True,
-    ignored: str = "",
+    carried: str = "",
 ) -> Names:
     """`Names` from dictionaries."""
     pairs = (tuple((d or {}).items()) for d in (entries, aliases, packed))
     entries_, aliases_, packed_ = pairs
-    return Names(entries_, aliases_, linear_out_in, ignored, packed_)
+    return Names(entries_, aliases_, linear_out_in, packed_, carried)

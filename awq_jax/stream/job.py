@@ -168,7 +168,9 @@ class Job:
         The packed blocks, and three boundaries of hidden states while there are any; or the result made of those
         blocks, and what its next file is made of.
         """
+        names = self.session.chain.config.names
         packed = sum(map(self.packed_bytes, self.session.blocks))
+        packed += sum(self.source.info(n).nbytes for n in self.source.names() if names.carries(n))
         boundary = self.hidden_bytes() if self.options.hidden == "disk" else 0
         return packed + max(packed + min(packed, writing.SHARD) + boundary, 3 * boundary)
 

@@ -5,7 +5,7 @@ from awq_jax.errors import UnsupportedModelError
 from awq_jax.models.config import ModelConfig, MoEConfig
 from awq_jax.models.families.deepseek_v2 import latent_base
 from awq_jax.models.families.qwen2_moe import EXPERTS
-from awq_jax.models.hf.config import required
+from awq_jax.models.hf.config import predicting_layers
 from awq_jax.models.hf.moe import after_dense, moe_config, shared_experts
 from awq_jax.models.names import names
 
@@ -37,7 +37,6 @@ def sigmoid_experts(hf: HfConfig) -> MoEConfig:
 
 def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "deepseek_v3"."""
-    beyond = rf"^model\.layers\.{required(hf, 'num_hidden_layers')}\."  # predicts the token after the next
     interleaved = bool(hf.get("rope_interleave", True))
     mlps = after_dense(hf, sigmoid_experts(hf))
-    return latent_base(hf, interleaved, mlps=mlps, names=names(NAMES, ignored=beyond))
+    return latent_base(hf, interleaved, mlps=mlps, names=names(NAMES, carried=predicting_layers(hf)))

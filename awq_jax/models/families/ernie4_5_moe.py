@@ -14,7 +14,7 @@ NAMES = names(
         "mlp.shared_expert": "mlp.shared_experts",
         "mlp.correction": "mlp.moe_statics.e_score_correction_bias",
     },
-    ignored=r"^model\.mtp_",  # predicts the token after the next
+    carried=r"^model\.mtp_",  # predicts the token after the next
 )
 KEYS = {"num_experts": "moe_num_experts", "num_experts_per_tok": "moe_k", "n_shared_experts": "moe_num_shared_experts"}
 

@@ -3,7 +3,7 @@
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig, NormConfig
 from awq_jax.models.families.deepseek_v3 import NAMES, sigmoid_experts
-from awq_jax.models.hf.config import base, get, required
+from awq_jax.models.hf.config import base, get, predicting_layers
 from awq_jax.models.hf.moe import after_dense
 from awq_jax.models.hf.rope import rope_config
 from awq_jax.models.names import names
@@ -21,5 +21,5 @@ def config(hf: HfConfig) -> ModelConfig:
         norm={"eps": eps},
         mlps=after_dense({"first_k_dense_replace": 1} | dict(hf), sigmoid_experts(hf)),
         ropes=rope_config(hf, fraction=0.5),
-        names=names(NAMES, ignored=rf"^model\.layers\.{required(hf, 'num_hidden_layers')}\."),
+        names=names(NAMES, carried=predicting_layers(hf)),
     )

@@ -4,14 +4,13 @@ from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.families.deepseek_v2 import latent_base
 from awq_jax.models.families.deepseek_v3 import NAMES, sigmoid_experts
-from awq_jax.models.hf.config import get, mlp_config, required
+from awq_jax.models.hf.config import get, mlp_config, predicting_layers
 from awq_jax.models.hf.moe import after_dense
 from awq_jax.models.names import names
 
 
 def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "glm4_moe_lite"."""
-    count = required(hf, "num_hidden_layers")
     moe, dense = sigmoid_experts(hf), mlp_config(hf)
     said = hf.get("mlp_layer_types")
     mlps = (
@@ -24,5 +23,5 @@ def config(hf: HfConfig) -> ModelConfig:
         bool(hf.get("rope_interleave", True)),
         mlps=mlps,
         norm={"eps": float(get(hf, "norm_eps", 1e-5))},
-        names=names(NAMES, ignored=rf"^model\.layers\.{count}\."),  # predicts the token after the next
+        names=names(NAMES, carried=predicting_layers(hf)),
     )

@@ -10,7 +10,7 @@ from awq_jax.models.names import names
 
 NAMES = names(
     dict(MIXTRAL.entries) | {"mlp.correction": "block_sparse_moe.e_score_correction_bias"},
-    ignored=r"\.mtp\.|^model\.mtp",  # predicts the tokens after the next
+    carried=r"\.mtp\.|^model\.mtp",  # predicts the tokens after the next
 )
 
 

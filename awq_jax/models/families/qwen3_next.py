@@ -14,7 +14,7 @@ NAMES = names(
     EXPERTS
     | {f"self_attn.{part}": f"linear_attn.{part}" for part in PARTS}
     | {"self_attn.conv": "linear_attn.conv1d.weight"},
-    ignored=r"^mtp\.",  # predicts several tokens ahead
+    carried=r"^mtp\.",  # predicts several tokens ahead
 )
 
 

@@ -151,6 +151,13 @@ def mlp_config(hf: HfConfig, **changes: object) -> MLPConfig:
     return MLPConfig(**fields)
 
 
+def predicting_layers(hf: HfConfig) -> str:
+    """`Names.carried` for layers that predict the tokens after the next: they are numbered behind the others."""
+    count, more = required(hf, "num_hidden_layers"), get(hf, "num_nextn_predict_layers", 1)
+    numbers = "|".join(str(count + i) for i in range(more if type(more) is int and 0 < more <= count else 1))
+    return rf"^(model\.)?layers\.({numbers})\."
+
+
 def layer_types(hf: HfConfig, default: Sequence[str] | None = None) -> list[str]:
     """``sliding_attention`` or ``full_attention`` for each layer.
 

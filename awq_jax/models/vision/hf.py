@@ -151,7 +151,7 @@ def name_fields(text: Names, places: Sequence[tuple[str, str, Mapping[str, str]]
         dataclasses.replace(
             text,
             entries=(*text.entries, *((m, f"{decoder}.{m}") for m in top), ("lm_head", head), *others.items()),
-            carried=carried,
+            carried="|".join(filter(None, (text.carried, carried))),
         )
         for decoder, head, others in places
     ]

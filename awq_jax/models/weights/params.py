@@ -119,7 +119,7 @@ class Weights:
         there = set(source.names())
         self._source, self._dtype, self._base = source, dtype, dtype
         self._wanted = {path: _present(config.names, path, shape, there) for path, shape in shapes.items()}
-        self._found = _match(there, self._wanted, config)
+        self._found = _match(source, self._wanted, config)
 
     def names(self, path: str) -> list[str]:
         """The tensors that make a parameter, as this checkpoint calls them."""
@@ -218,8 +218,9 @@ def _present(names: Names, path: str, shape: tuple[int, ...], there: Collection[
     return stored(names, path, shape)
 
 
-def _match(there: set[str], wanted: dict[str, Stored], config: ModelConfig) -> dict[str, str]:
+def _match(source: Tensors, wanted: dict[str, Stored], config: ModelConfig) -> dict[str, str]:
     """Tensor name -> the name it has in this checkpoint; complains about whatever does not pair up."""
+    there = set(source.names())
     found: dict[str, str] = {}
     missing = []
     for name in (n for how in wanted.values() for n in how.names):
@@ -234,7 +235,8 @@ def _match(there: set[str], wanted: dict[str, Stored], config: ModelConfig) -> d
         missing.remove(embedding)
         found[embedding] = alone
     known = {*found.values(), *heads}
-    unexpected = [n for n in sorted(there) if n not in known and not config.names.drops(n)]
+    rest = (n for n in sorted(there) if n not in known)
+    unexpected = [n for n in rest if not config.names.makes_none(n, source.info(n).shape)]
     if unexpected:
         raise WeightError(
             f"the checkpoint holds {_some(unexpected)}, which a {config.family} model with this config.json does not "

@@ -19,7 +19,7 @@ from awq_jax.convert.formats.gguf.config import ARCHITECTURES
 from awq_jax.convert.formats.gguf.metadata import GGUF_OF, architecture
 from awq_jax.convert.formats.gguf.names import permute, rotated, to_gguf_name
 from awq_jax.convert.formats.gguf.sink import GgufSink
-from awq_jax.convert.source import IGNORED
+from awq_jax.convert.source import is_recomputed
 from awq_jax.errors import FormatError
 from awq_jax.qtensor import QuantizedTensor
 
@@ -53,7 +53,7 @@ class GgufEncoder(BaseEncoder):
         return {stored: self._rows(name, to_blocks(q, kind))}, {stored: kind}
 
     def encode_float(self, name: str, value: np.ndarray) -> dict[str, np.ndarray]:
-        if IGNORED.search(name):
+        if is_recomputed(name, value.shape):
             return {}
         return {self._name(name): self._rows(name, smallest(value) if value.ndim > 1 else value.astype(np.float32))}
 
