@@ -2,19 +2,40 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import family_cases
 import ml_dtypes
+import multimodal
 import numpy as np
 from safetensors.numpy import load_file, save_file
+from transformers import CONFIG_MAPPING, AutoConfig
 
 from awq_jax import models, paths
 from awq_jax.models.weights import params as model_params
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+
+@functools.cache
+def _config(name: str) -> str:
+    vision = {c.name: c for c in (*multimodal.CASES, *multimodal.CARRIED)}
+    if name in vision:
+        return json.dumps(multimodal.config_of(vision[name]))
+    case = next(c for c in family_cases.CASES if c.name == name)
+    hf = family_cases.config_of(case) | {"model_type": case.family}
+    if case.family in CONFIG_MAPPING:
+        hf = AutoConfig.for_model(case.family, **family_cases.config_of(case)).to_dict()
+    return json.dumps(hf)
+
+
+def config_of(name: str) -> dict[str, Any]:
+    """Content of ``config.json`` of a case of `family_cases` or `multimodal`."""
+    return json.loads(_config(name))
 
 
 def write(

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import random_files
-from test_stored_dtypes import config_of
+from random_files import config_of
 
 import awq_jax
 from awq_jax import convert, models

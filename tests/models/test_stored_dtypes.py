@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ import numpy as np
 import pytest
 import random_files
 from flax import nnx
-from transformers import CONFIG_MAPPING, AutoConfig
+from random_files import config_of
 
 import awq_jax
 from awq_jax import convert, models, paths
@@ -29,23 +27,7 @@ KINDS = ("float32", "float16", "bfloat16")
 TOKENS = np.random.default_rng(1).integers(3, 40, (4, 12)).astype(np.int32)
 FAST: dict[str, Any] = {"group_size": 16, "method": "rtn", "progress": False}
 VISION = {c.name: c for c in (*multimodal.CASES, *multimodal.CARRIED)}
-CASES = {c.name: c for c in family_cases.CASES}
 FAMILIES = list({c.family: c.name for c in reversed(family_cases.CASES)}.values())
-
-
-@functools.cache
-def _config(name: str) -> str:
-    if name in VISION:
-        return json.dumps(multimodal.config_of(VISION[name]))
-    case = CASES[name]
-    hf = family_cases.config_of(case) | {"model_type": case.family}
-    if case.family in CONFIG_MAPPING:
-        hf = AutoConfig.for_model(case.family, **family_cases.config_of(case)).to_dict()
-    return json.dumps(hf)
-
-
-def config_of(name: str) -> dict[str, Any]:
-    return json.loads(_config(name))
 
 
 def mixed(path: str) -> str:
