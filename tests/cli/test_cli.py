@@ -245,6 +245,7 @@ def bad(checkpoint, tmp_path, **replace):
         ({"override": "down_proj=8"}, "not of the form"),
         ({"override": "down_proj:colour=8"}, "colour"),
         ({"bits": 3, "format": "gemm"}, "format gemm holds 4-bit"),
+        ({"format": "magic"}, "format must be one of"),
         ({"seed": -1}, "seed must be 0 or more"),
         ({"calib": "nonsense"}, "unknown calibration source"),
         ({"calib_column": "text"}, "has no columns"),
