@@ -127,7 +127,7 @@ class LatentConfig:
       heads: of queries, keys and values.
       q_rank: width of the latent of the queries; None: they have none.
       kv_rank: width of the latent of keys and values.
-      nope_dim, rope_dim: channels of a query or key that are not rotated and, behind them, those that
+      nope_dim, rope_dim: channels of a query or key that are not rotated and, after them, those that
         are; the rotated channels of the keys are the same for all heads.
       value_dim: channels of a value.
       bias: the linears into the latents and out of the attention have biases.
@@ -158,7 +158,7 @@ class DeltaConfig:
       key_heads, value_heads: of queries and keys, and of values (a multiple).
       key_dim, value_dim: channels of each.
       window: tokens that the convolution before the attention sees.
-      eps: of the norm behind it.
+      eps: of the norm after it.
     """
 
     key_heads: int

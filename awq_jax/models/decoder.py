@@ -38,7 +38,7 @@ class Layer(nnx.Module):
     """Attention and MLP, each added to the residual stream; norms where `ModelConfig.norms` says.
 
     ``input_layernorm`` and ``post_attention_layernorm`` stand before attention and MLP (``residual``:
-    behind their sums), ``attention_output_layernorm`` and ``mlp_output_layernorm`` behind them.
+    after their sums), ``attention_output_layernorm`` and ``mlp_output_layernorm`` after them.
     """
 
     def __init__(self, config: ModelConfig, layer: LayerConfig, rngs: nnx.Rngs):
@@ -145,7 +145,7 @@ class Decoder(nnx.Module):
         Args:
           tokens: int32 ``[B, T]``.
           positions: int32 ``[B, T]``, consecutive in each row; the tokens of row b go into the slots
-            from ``positions[b, 0]``. Padding behind a row's end may repeat its last position.
+            from ``positions[b, 0]``. Padding after a row's end may repeat its last position.
           cache: what came before, or None to attend among these tokens only.
           images: those that the tokens stand for, in a call in which positions begin at 0.
 

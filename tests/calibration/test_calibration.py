@@ -46,7 +46,7 @@ def mlp_inputs(p, x) -> dict[str, np.ndarray]:
 
 
 def whole(fn, p, batches, **options) -> Calibration:
-    """Statistics of every weight, the one behind the output too."""
+    """Statistics of every weight, that of the output too."""
     return calibrate(fn, p, batches, **{"include_head": True, "progress": False} | options)
 
 
@@ -79,7 +79,7 @@ def test_sums_of_plain_batches(shapes) -> None:
         assert_sums(got.stats[name], rows)
 
 
-def test_the_weight_behind_the_output_is_left_out_unless_asked_for(calibration) -> None:
+def test_the_weight_of_the_output_is_left_out_unless_asked_for(calibration) -> None:
     assert set(calibrate(mlp, weights(), [draw(4, 5, K)], plan=calibration.plan, progress=False).stats) == {"up"}
     assert set(calibration.stats) == {"up", "down"}
 

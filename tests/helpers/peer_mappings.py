@@ -79,7 +79,7 @@ PEERS = {"AutoAWQ": AUTOAWQ, "llm-compressor": COMPRESSOR}
 
 # What a peer has and we have not, and why.
 EXPLAINED = {
-    ACT: "no parameter lies behind the activation, so that it is replaced by a module with a vector of its own; "
+    ACT: "no parameter lies upstream of the activation, so that it is replaced by a module with a vector of its own; "
     "`explicit_scale=True` keeps such a vector beside the weight",
     "down <- gate": "the gate lies inside of the activation, so that this changes what the model computes; here the "
     "up projection absorbs the scale",

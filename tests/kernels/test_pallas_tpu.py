@@ -22,7 +22,7 @@ from awq_jax import kernels
 from awq_jax.errors import BackendError
 from awq_jax.kernels import pallas_kernels, pallas_tpu
 
-# A simulated TPU: memory nobody wrote is NaN, and so is what a block holds behind the end of its array.
+# A simulated TPU: memory nobody wrote is NaN, and so is what a block holds after the end of its array.
 TPU = pltpu.InterpretParams(out_of_bounds_reads="uninitialized")
 # Rounding of the dequantized weight to x.dtype where the sums are not scaled instead.
 EXACT, ROUNDED = 1e-6, 6e-3
@@ -77,7 +77,7 @@ def test_offsets_in_place_of_zero_points():
     assert error(run(x, q, True), want) < EXACT
 
 
-def test_the_oracle_sees_a_wrong_code_and_what_lies_behind_the_end(monkeypatch):
+def test_the_oracle_sees_a_wrong_code_and_what_lies_after_the_end(monkeypatch):
     q, w = random_packed(1536, 128, group_size=128, dtype="bfloat16")
     x = rows(2, 1536, dtype="bfloat16")
     want = np.asarray(x, np.float64) @ w

@@ -191,7 +191,7 @@ def test_published_low_precision_is_refused_with_a_remedy(gpt_oss, tmp_path, met
 
 
 def test_what_chooses_experts_is_not_rounded_and_further_heads_are_dropped():
-    """DeepSeek-V3 stores corrections as float32, and a layer behind the last that predicts one more token."""
+    """DeepSeek-V3 stores corrections as float32, and a layer after the last that predicts one more token."""
     case = next(c for c in family_cases.CASES if c.name == "deepseek_v3")
     hf = {"model_type": case.family} | family_cases.config_of(case)
     config = models.config_from_hf(hf)

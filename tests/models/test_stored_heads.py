@@ -109,7 +109,7 @@ def test_an_embedding_that_only_the_head_holds(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2_5_vl"])
-def test_logits_are_those_of_transformers_also_behind_a_streamed_quantization(name: str, tmp_path: Path) -> None:
+def test_logits_are_those_of_transformers_also_after_a_streamed_quantization(name: str, tmp_path: Path) -> None:
     hf = tied(CASES[name], False)
     random_files.write(tmp_path / "model", hf)
     said = {"tie_word_embeddings": True} if name == "llama" else {"text_config": hf["text_config"]}

@@ -54,7 +54,7 @@ def check(found: dict[str, Any]) -> None:
     assert on_first == forecast < whole
 
 
-def test_one_sum_behind_the_attention_and_one_behind_the_mlp(quick):
+def test_one_sum_after_the_attention_and_one_after_the_mlp(quick):
     """And for the embedding; only logits are gathered. The search would see a gathered weight."""
     found = quick["llama-4"]
     assert found["collectives"] == {"all-reduce f32[2,1,128]": 1 + 2 * 2, "all-gather f32[2,96]": 1}
@@ -256,7 +256,7 @@ def test_what_does_not_divide_says_so():
     assert "act-order" in sharding.rule(config, ordered, 2)["layers/0/self_attn/o_proj/kernel"].why
     text = sharding.explain(leaves, sharding.rule(config, leaves, 16), 16)
     assert "8 key/value heads for 16 devices" in text
-    assert "gathered before and behind it" in text
+    assert "gathered before and after it" in text
 
 
 def test_bytes_of_each_device():

@@ -25,7 +25,7 @@ def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "bloom".
 
     Raises:
-      UnsupportedModelError: for a residual stream that starts behind the norm.
+      UnsupportedModelError: for a residual stream that starts after the norm.
     """
     if hf.get("apply_residual_connection_post_layernorm", False):
         raise UnsupportedModelError("bloom with apply_residual_connection_post_layernorm")

@@ -1,4 +1,4 @@
-"""dots.llm1: DeepSeek-V3's experts behind the attention of Qwen3."""
+"""dots.llm1: DeepSeek-V3's experts with the attention of Qwen3."""
 
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig, NormConfig

@@ -1,4 +1,4 @@
-"""EXAONE 4: norms behind each half of a layer and of each head; with windows, only layers that have one rotate."""
+"""EXAONE 4: norms after each half of a layer and of each head; with windows, only layers that have one rotate."""
 
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.errors import ConfigError

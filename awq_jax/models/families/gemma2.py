@@ -1,4 +1,4 @@
-"""Gemma 2: a norm before and behind each half of a layer, soft caps, a window on every other layer."""
+"""Gemma 2: a norm before and after each half of a layer, soft caps, a window on every other layer."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""GLM-4-0414 and GLM-Z1: GLM with a norm before and behind each half of a layer."""
+"""GLM-4-0414 and GLM-Z1: GLM with a norm before and after each half of a layer."""
 
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig

@@ -1,4 +1,4 @@
-"""GLM-4.5 and 4.6: DeepSeek-V3's experts behind grouped-query attention, half of a head rotated."""
+"""GLM-4.5 and 4.6: DeepSeek-V3's experts with grouped-query attention, half of a head rotated."""
 
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig, NormConfig

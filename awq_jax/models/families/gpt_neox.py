@@ -1,4 +1,4 @@
-"""GPT-NeoX and Pythia: attention and MLP side by side behind two norms, q, k, v fused by head."""
+"""GPT-NeoX and Pythia: attention and MLP side by side after two norms, q, k, v fused by head."""
 
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig

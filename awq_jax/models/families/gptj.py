@@ -1,4 +1,4 @@
-"""GPT-J: attention and MLP side by side behind one norm, neighbouring channels rotated."""
+"""GPT-J: attention and MLP side by side after one norm, neighbouring channels rotated."""
 
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig, RopeConfig

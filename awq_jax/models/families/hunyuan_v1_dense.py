@@ -1,4 +1,4 @@
-"""Hunyuan dense (0.5B to 7B): Llama with a norm of each head behind its rotation."""
+"""Hunyuan dense (0.5B to 7B): Llama with a norm of each head after its rotation."""
 
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig, NormConfig, RopeConfig

@@ -1,4 +1,4 @@
-"""OLMo 2: norms behind each half of a layer, and one over all queries and one over all keys."""
+"""OLMo 2: norms after each half of a layer, and one over all queries and one over all keys."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Phi 1 and 2: LayerNorm, half of a head rotated, attention and MLP side by side behind one norm."""
+"""Phi 1 and 2: LayerNorm, half of a head rotated, attention and MLP side by side after one norm."""
 
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig, NormConfig

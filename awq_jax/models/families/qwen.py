@@ -31,7 +31,7 @@ def config(hf: HfConfig) -> ModelConfig:
     not supported: with either of them ``max_length`` is ``seq_length``, where they begin to matter.
 
     Raises:
-      UnsupportedModelError: for a residual stream that starts behind the norm, and for Qwen-VL and Qwen-Audio.
+      UnsupportedModelError: for a residual stream that starts after the norm, and for Qwen-VL and Qwen-Audio.
     """
     for key in ("apply_residual_connection_post_layernorm", "visual", "audio"):
         if hf.get(key):

@@ -1,4 +1,4 @@
-"""Qwen1.5 and Qwen2 MoE: Qwen2 with experts and one that all tokens share, behind a gate."""
+"""Qwen1.5 and Qwen2 MoE: Qwen2 with experts and one that all tokens share, with a gate."""
 
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import MLPConfig, ModelConfig, MoEConfig

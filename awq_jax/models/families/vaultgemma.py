@@ -1,4 +1,4 @@
-"""VaultGemma: Gemma 2 without the norms behind each half of a layer."""
+"""VaultGemma: Gemma 2 without the norms after each half of a layer."""
 
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig

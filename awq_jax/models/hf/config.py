@@ -152,7 +152,7 @@ def mlp_config(hf: HfConfig, **changes: object) -> MLPConfig:
 
 
 def predicting_layers(hf: HfConfig) -> str:
-    """`Names.carried` for layers that predict the tokens after the next: they are numbered behind the others."""
+    """`Names.carried` for layers that predict the tokens after the next: they are numbered after the others."""
     count, more = required(hf, "num_hidden_layers"), get(hf, "num_nextn_predict_layers", 1)
     numbers = "|".join(str(count + i) for i in range(more if type(more) is int and 0 < more <= count else 1))
     return rf"^(model\.)?layers\.({numbers})\."

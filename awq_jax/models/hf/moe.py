@@ -9,7 +9,7 @@ from awq_jax.models.hf.config import mlp_config, required
 
 
 def moe_config(hf: HfConfig, **changes: object) -> MoEConfig:
-    """Experts of ``moe_intermediate_size`` (or ``intermediate_size``) behind a softmax, with changes.
+    """Experts of ``moe_intermediate_size`` (or ``intermediate_size``) chosen by a softmax, with changes.
 
     Args:
       hf: content of ``config.json``.

@@ -1,7 +1,7 @@
 """How a model's weights are cut over the devices of a mesh (Megatron-LM's way, arXiv 1909.08053, section 3).
 
 What reads the residual stream is cut by columns, at whole heads; what writes to it is cut by rows, and the
-products are summed over the devices: one sum behind the attention, one behind the MLP. The rule looks at the
+products are summed over the devices: one sum after the attention, one after the MLP. The rule looks at the
 modules of the decoder and their sizes, not at families. Where it cannot be kept, a weight is cut by columns
 anyway and the activations are gathered, or every device has the whole; results are the same in each case.
 """
@@ -156,7 +156,7 @@ class _Cuts:
         """By columns; ``odd``: why the parts are not what a device goes on with, if so."""
         if path in self.leaves:
             problem = self.no_columns(path)
-            self.put(path, "" if problem else "n", problem or (odd and f"{odd}: gathered behind it"))
+            self.put(path, "" if problem else "n", problem or (odd and f"{odd}: gathered after it"))
 
     def rows(self, path: str, odd: str = "") -> None:
         """By rows, else by columns."""
@@ -166,7 +166,7 @@ class _Cuts:
                 self.put(path, "k")
             else:
                 problem = self.no_columns(path)
-                self.put(path, "" if problem else "n", f"{why}; {problem or 'gathered before and behind it'}")
+                self.put(path, "" if problem else "n", f"{why}; {problem or 'gathered before and after it'}")
 
 
 def _uneven(count: int, what: str, devices: int) -> str:

@@ -88,7 +88,7 @@ def rope_positions(seen: jax.Array, grids: jax.Array, merge: int) -> tuple[jax.A
     """Frame, row and column by which a decoder rotates each token (arXiv 2409.12191, section 2.1).
 
     Text goes on by one in all three. The tokens of an image share the place where it begins, and differ
-    by frame, row and column; the text behind it goes on behind the longer edge.
+    by frame, row and column; the text after it goes on after the longer edge.
 
     Args:
       seen: bool ``[B, T]``: tokens that stand for a feature of an image.

@@ -74,7 +74,7 @@ def _array(value: Any, name: str) -> np.ndarray:
 
 
 def _to_the_left(tokens: np.ndarray, mask: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Rows with their padding behind them, and how many tokens they have."""
+    """Rows with their padding after them, and how many tokens they have."""
     if mask is None:
         return tokens, np.full(len(tokens), tokens.shape[1], np.int32)
     if mask.shape != tokens.shape:

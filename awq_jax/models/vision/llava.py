@@ -79,7 +79,7 @@ def kept(side: int, tiles: jax.Array, sizes: jax.Array) -> tuple[jax.Array, ...]
 
 
 def unpadded(x: jax.Array, newline: jax.Array, tiles: jax.Array, sizes: jax.Array, room: int) -> jax.Array:
-    """Features of each image: those of the whole picture, then the tiles' row by row, with a ``newline`` behind each.
+    """Features of each image: those of the whole picture, then the tiles' row by row, with a ``newline`` after each.
 
     Args:
       x: ``[I, 1 + most tiles, side * side, hidden]``.

@@ -35,7 +35,7 @@ class Attention(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Attention and MLP, each behind a norm and added."""
+    """Attention and MLP, each after a norm and added."""
 
     def __init__(self, config: QwenVision, rngs: nnx.Rngs):
         c = config

@@ -34,7 +34,7 @@ class Seen:
       shift: int32 ``[B]``: what later tokens' positions differ by from their number; None for nothing.
       blocks: int32 ``[B, T]``: tokens with the same number of 0 or more see each other whatever their
         order; None for none.
-      deep: ``[B, T, hidden]`` each, added behind the first layers.
+      deep: ``[B, T, hidden]`` each, added after the first layers.
     """
 
     embedded: jax.Array

@@ -94,7 +94,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array | None) -> 
 
 
 class Layer(nnx.Module):
-    """Attention and MLP, each behind a norm and added."""
+    """Attention and MLP, each after a norm and added."""
 
     def __init__(self, config: ViTConfig, rngs: nnx.Rngs):
         norm = NormConfig("layer", config.eps, bias=True)

@@ -499,7 +499,7 @@ def gguf_values(rng: random.Random, files: Files) -> Files:
 
 
 def gguf_harmless(rng: random.Random, files: Files) -> Files:
-    """Bytes behind the last tensor."""
+    """Bytes after the last tensor."""
     (file,) = files
     return {file: files[file] + bytes(32)}
 
