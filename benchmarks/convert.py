@@ -5,31 +5,34 @@
 
 Every conversion is a process of its own on one worker thread (``--workers``), reading files that were just written; its
 seconds are those of the conversion, without the start of Python. Where ``--envs`` has compressed-tensors
-(``tests/interop/make_envs.sh ENVS compressed``), its own AutoAWQ converter is timed on the same checkpoint.
+(``tests/interop/make_envs.sh ENVS compressed``), its own AutoAWQ converter is timed on the same checkpoint. ``--shape``
+is the hidden size, the inner one, and the vocabulary.
 """
 
+import functools
+import json
 import shutil
-from collections.abc import Iterator, Sequence
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from shared import checkpoints, peers, running
 
-from awq_jax import convert
+from awq_jax import convert as library
 from awq_jax.convert import registry
 from awq_jax.convert.arrays import linear
 from awq_jax.qtensor import QuantizedTensor
 
-SHAPE = (4096, 11008, 32000)  # hidden, inner, vocabulary
 
-
-def tensors(
-    layers: int, hidden: int, inner: int, vocab: int, g: int
-) -> Iterator[tuple[str, np.ndarray | QuantizedTensor]]:
+def make(directory: Path, g: int, layers: int, hidden: int, inner: int, vocab: int) -> None:
     """Random weights in groups of ``g``, every zero point and code possible."""
     rng = np.random.default_rng(0)
 
-    def packed(n: int, k: int) -> QuantizedTensor:
+    def tensor(*shape: int) -> np.ndarray | QuantizedTensor:
+        return (rng.normal(size=shape) if len(shape) > 1 else np.ones(shape)).astype(np.float16)
+
+    def packed(n: int, k: int) -> np.ndarray | QuantizedTensor:
         return linear.build(
             rng.integers(0, 2**32, (k // 8, n), dtype=np.uint32),
             rng.uniform(0.002, 0.02, (k // g, n)).astype(np.float16),
@@ -37,20 +40,15 @@ def tensors(
             4, g, k, n, "float32",
         )  # fmt: skip
 
-    yield "model.embed_tokens.weight", rng.normal(size=(vocab, hidden)).astype(np.float16)
-    for i in range(layers):
-        for name, n, k in checkpoints.linears(hidden, inner):
-            yield f"model.layers.{i}.{name}.weight", packed(n, k)
-        for name in ("input", "post_attention"):
-            yield f"model.layers.{i}.{name}_layernorm.weight", np.ones(hidden, np.float16)
-    yield "model.norm.weight", np.ones(hidden, np.float16)
-    yield "lm_head.weight", rng.normal(size=(vocab, hidden)).astype(np.float16)
+    config = checkpoints.config(layers, hidden, inner, vocab, heads=32)
+    tensors = checkpoints.named(layers, hidden, inner, vocab, tensor, packed)
+    library.write_checkpoint(directory, tensors, config, "gemm", max_shard_bytes=1 << 30)
 
 
 def work(source: Path, dst: Path, to: str, workers: int) -> running.Row:
     """One conversion."""
     result, cost = running.measured(
-        convert.checkpoint, source, dst, to, workers=workers, allow_lossy=True, overwrite=True
+        library.checkpoint, source, dst, to, workers=workers, allow_lossy=True, overwrite=True
     )
     megabytes = result.nbytes / 1e6
     return {
@@ -61,40 +59,37 @@ def work(source: Path, dst: Path, to: str, workers: int) -> running.Row:
     }  # fmt: skip
 
 
-def main(arguments: Sequence[str] | None = None) -> running.Row:
-    parser = running.parser(__doc__)
-    parser.add_argument("workdir", type=Path)
-    parser.add_argument("--to", nargs="+", default=["compressed-tensors"])
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--shape", type=int, nargs=3, metavar="N", default=SHAPE, help="hidden, inner, vocabulary")
-    parser.add_argument("--group-size", type=int, default=128)
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path)
-    peers.add_envs(parser)
-    args = parser.parse_args(arguments)
-    source, theirs = args.workdir / "source", args.workdir / "peer"
-    hidden, inner, vocab = args.shape
+def convert(
+    workdir: Path,
+    *,
+    to: tuple[str, ...] = ("compressed-tensors",),
+    layers: int = 8,
+    shape: tuple[int, ...] = (4096, 11008, 32000),
+    group_size: int = 128,
+    workers: int = 1,
+    repeats: int = 3,
+    envs: Path = peers.ENVS,
+) -> running.Row:
+    """Each format in turn, and the peer."""
+    source, theirs = workdir / "source", workdir / "peer"
     if not source.exists():
-        config = checkpoints.config(args.layers, hidden, inner, vocab, heads=32)
-        made = tensors(args.layers, hidden, inner, vocab, args.group_size)
-        convert.write_checkpoint(source, made, config, "gemm", max_shard_bytes=1 << 30)
+        make(source, group_size, layers, *shape)
     peer = peers.COMPRESSED_TENSORS
-    missing = peer.missing(args.envs)
+    missing = peer.missing(envs)
     rows: list[running.Row] = []
-    for repeat in range(args.repeats):
-        for to in args.to:
-            dst = args.workdir / f"out{registry.FORMATS[to].suffix}"
-            row, _ = running.apart(work, source, dst, to, args.workers)
+    for repeat in range(repeats):
+        for name in to:
+            dst = workdir / f"out{registry.FORMATS[name].suffix}"
+            row, _ = running.apart(work, source, dst, name, workers)
             rows.append({"by": "awq_jax", "repeat": repeat, **row})
             print(rows[-1], flush=True)
         if not missing:
             shutil.rmtree(theirs, ignore_errors=True)
-            said = running.json_of(peer.command(args.envs, source, theirs))
-            rows.append({"by": peer.name, "repeat": repeat, **said})
+            said = subprocess.check_output(peer.command(envs, source, theirs), text=True)
+            rows.append({"by": peer.name, "repeat": repeat, **json.loads(said.splitlines()[-1])})
             print(rows[-1], flush=True)
-    result: running.Row = {"layers": args.layers, "group_size": args.group_size, **running.machine(), "rows": rows}
-    return running.finish(result | {"skipped": {peer.name: missing} if missing else {}}, args.out)
+    skipped = {peer.name: missing} if missing else {}
+    return {"layers": layers, "group_size": group_size, **running.machine(), "rows": rows, "skipped": skipped}
 
 
 def smoke(directory: Path) -> Iterator[list[str]]:
@@ -102,5 +97,7 @@ def smoke(directory: Path) -> Iterator[list[str]]:
     yield [str(directory), "--to", "mlx", *tiny, "--envs", str(directory), "--out", str(directory / "r.json")]
 
 
+main = functools.partial(running.run, (convert,), smoke)
+
 if __name__ == "__main__":
-    running.run(main, smoke)
+    main()

@@ -26,13 +26,16 @@ The counts, for a group of K channels whose weights have N columns together, T c
   in the systems of the refitting.
 """
 
-import argparse
 import dataclasses
+import functools
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Literal, TypeVar
+from unittest import mock
 
 import jax
 import numpy as np
@@ -44,22 +47,24 @@ from awq_jax.algorithm.round_matrix import ROUNDS
 from awq_jax.config import AwqConfig
 from awq_jax.data import BATCH_TOKENS_ELSEWHERE
 from awq_jax.models.weights import params as model_params
-from awq_jax.plan import fold
-from awq_jax.plan.plan import Plan, ScaleGroup
-from awq_jax.qtensor import QuantizedTensor
+from awq_jax.plan.plan import ScaleGroup
 from awq_jax.quantizer import column_pieces as columns
-from awq_jax.quantizer.scale_groups import GroupScale, find_scale, round_group
+from awq_jax.quantizer import quantize as quantizer
 from awq_jax.quantizer.targets import Target
 from awq_jax.stream import parts
+from awq_jax.stream.decoder_blocks import DecoderBlock, Leaves
 from awq_jax.stream.job import Options, prepare
-from awq_jax.stream.run import BlockReader
 from awq_jax.stream.session import Session
 
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # of the processes that are started here
+
+R = TypeVar("R")
+Patched = AbstractContextManager[object]
 OPS = 14  # of rounding a number on its grid and taking the error: counted in `quantize_dequantize`, `column_loss`
 PAIRS = 100  # of clipping factors
 RATIO = 3.5  # Llama 2 and 3, 70B: inner size over hidden size
 SAMPLES, LENGTH = 128, 512  # calibration of `count`
-MEASURED = 8  # samples of `cost`, of LENGTH tokens
+PHASES = ("round", "search", "calibrate")
 KINDS = ("products", "factors", "numbers")  # of operations
 MODELS = {  # layers, hidden size, inner size, vocabulary, heads
     "70b": (80, 8192, 28672, 128256, 64),
@@ -113,53 +118,66 @@ def named(work: np.ndarray) -> dict[str, float]:
     return dict(zip(KINDS, work.tolist(), strict=True))
 
 
-def count(args: argparse.Namespace) -> running.Row:
-    """Operations and bytes of a layer, on the device that does most, and seconds at the assumed rates."""
-    layers, hidden, inner, vocab, heads = MODELS[args.model]
-    settings, d, tokens = AwqConfig.from_dict({"explicit_scale": False}), args.devices, SAMPLES * LENGTH
+def count(
+    model: Literal["70b", "405b", "small"],
+    *,
+    devices: int = 1,
+    products: float = 30e12,
+    bf16_products: float = 300e12,
+    numbers: float = 2e12,
+    row: float = 20e-6,
+    disk_rate: float = 1e9,
+) -> running.Row:
+    """Operations and bytes of a layer, on the device that does most, and seconds at the assumed rates.
+
+    ``--products`` and ``--numbers`` are operations in float32 per second, ``--bf16-products`` those of calibration,
+    ``--row`` seconds of a row's step, ``--disk-rate`` bytes per second.
+    """
+    layers, hidden, inner, vocab, heads = MODELS[model]
+    settings, tokens = AwqConfig.from_dict({"explicit_scale": False}), SAMPLES * LENGTH
     config = models.config_from_hf(checkpoints.config(2, hidden, inner, vocab, heads=heads, kv_heads=8))
     session = Session(config, settings)
     block = session.blocks[1]
     groups = [shape(g, targets, columns.PIECE_ELSEWHERE) for g, targets in session.work(block)]
     batch = min(BATCH_TOKENS_ELSEWHERE, tokens)
-    pairs = [(g, math.ceil(g.pieces / d)) for g in groups]
+    pairs = [(g, math.ceil(g.pieces / devices)) for g in groups]
     rows = sum(ROUNDS * g.k * n for g, n in pairs)
     work = {
-        "calibrate": calibrating(groups, math.ceil(tokens / batch / d) * batch, LENGTH, hidden),
+        "calibrate": calibrating(groups, math.ceil(tokens / batch / devices) * batch, LENGTH, hidden),
         "search": sum((searching(g, settings, n / g.pieces) for g, n in pairs), operations()),
         "round": sum((rounding(g, settings, n / g.pieces) for g, n in pairs), operations()),
     }
-    rates = np.array([args.products, args.products, args.numbers])
+    rates = np.array([products, products, numbers])
     weights = sum(g.k * g.n for g in groups)
     moved = {
         "weights read": 2 * block.count_elements(),
         # Codes, a float16 scale and a byte of zero point for each group.
         "packed weights written": int(weights * (settings.bits / 8 + 3 / settings.group_size)),
-        "Grams on a device": sum(4 * math.ceil(g.k / d) * g.k for g in groups),
+        "Grams on a device": sum(4 * math.ceil(g.k / devices) * g.k for g in groups),
         "hidden states on the host": 2 * tokens * hidden,
     }
     seconds = {
-        "calibrate": work["calibrate"][0] / args.bf16_products,
+        "calibrate": work["calibrate"][0] / bf16_products,
         "search": float((work["search"] / rates).sum()),
         "round": float((work["round"] / rates).sum()),
-        "rows one after another": rows * args.row,
+        "rows one after another": rows * row,
     }
-    read = moved["weights read"] / args.disk_rate
-    assumed = {name: getattr(args, name) for name in ("products", "bf16_products", "numbers", "row", "disk_rate")}
+    read = moved["weights read"] / disk_rate
     return {
-        "command": f"python benchmarks/scale.py count {args.model} --devices {d}",
-        "devices": d,
+        "command": f"python benchmarks/scale.py count {model} --devices {devices}",
+        "devices": devices,
         "calibration": f"{SAMPLES} x {LENGTH} tokens",
         "layers": layers,
         "groups": [dataclasses.asdict(g) for g in groups],
         "operations": {phase: named(w) for phase, w in work.items()},
         "rows": rows,
         "bytes": moved,
-        "assumed": assumed,
+        "assumed": {"products": products, "bf16_products": bf16_products, "numbers": numbers, "row": row,
+                    "disk_rate": disk_rate},
         "seconds_per_layer": seconds,
         "seconds_reading_a_layer": read,
         "hours": max(sum(seconds.values()), read) * layers / 3600,
-    }
+    }  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -170,11 +188,11 @@ class Spent:
     group: Shape
     work: np.ndarray
     cpu_s: float
-    predicted_s: float = math.nan
+    predicted_s: float | None = None
 
     def row(self) -> running.Row:
         """For a result; the prediction is there where the rates are those of other sizes."""
-        said = {} if math.isnan(self.predicted_s) else {"predicted_s": self.predicted_s}
+        said = {} if self.predicted_s is None else {"predicted_s": self.predicted_s}
         return {"phase": self.phase, **dataclasses.asdict(self.group), **named(self.work), "cpu_s": self.cpu_s, **said}
 
 
@@ -188,12 +206,9 @@ class Size:
     rows: list[Spent]
     files: dict[str, dict[str, float]]
 
-    def totals(self) -> dict[str, float]:
-        """Processor seconds by phase."""
-        found: dict[str, float] = {}
-        for row in self.rows:
-            found[row.phase] = found.get(row.phase, 0.0) + row.cpu_s
-        return found
+    def total(self, phase: str) -> float:
+        """Processor seconds of a phase."""
+        return sum(row.cpu_s for row in self.rows if row.phase == phase)
 
 
 def measure(directory: Path, hidden: int, samples: int, length: int, group_size: int) -> Size:
@@ -201,58 +216,47 @@ def measure(directory: Path, hidden: int, samples: int, length: int, group_size:
     inner, vocab = int(hidden * RATIO), 1024
     checkpoint, part = directory / "model", directory / "part"
     shutil.rmtree(checkpoint, ignore_errors=True)
-    checkpoints.make(checkpoint, 2, hidden, inner, vocab)
+    checkpoints.make(checkpoint, layers=2, hidden=hidden, inner=inner, vocab=vocab, dtype="float32")
     part.mkdir(exist_ok=True)
     tokens = checkpoints.random_tokens(vocab, samples, length)
-    options, chosen = Options(seq_len=length), {"group_size": group_size}
-    job = prepare(checkpoint, directory / "out", tokens, options, chosen)
+    job = prepare(checkpoint, directory / "out", tokens, Options(seq_len=length), {"group_size": group_size})
     session, (states, _) = job.session, job.open_hidden(0)
-    embed, first, block = session.blocks[:3]
-    with BlockReader(job, [embed, first]) as reader:
-        for each in (embed, first):
-            leaves = reader(each)
-            session.quantize(each, leaves, session.calibrate(each, leaves, states))
-    # Not by `BlockReader`, whose thread reads the next block while this one is at work.
-    tensors, reading = running.measured(
-        lambda: {p: list(job.weights.read(block.prefix + p)) for p in session.read_by(block)}
-    )
-    leaves = {block.prefix + p: job.weights.leaf(block.prefix + p, t) for p, t in tensors.items()}
-    inside = {path.removeprefix(block.prefix): leaf for path, leaf in leaves.items()}
-    fetch, calibration = running.measured(session.calibrate, block, inside, states)
-    work, settings = session.work(block), job.settings
-    groups = [
-        shape(g, targets, columns.PIECE.get(jax.default_backend(), columns.PIECE_ELSEWHERE)) for g, targets in work
-    ]
+    piece = columns.PIECE.get(jax.default_backend(), columns.PIECE_ELSEWHERE)
     rows: list[Spent] = []
-    folded = {g.name: np.ones(g.channels, np.float32) for g, _ in work}
-    scales: list[GroupScale] = []
-    packed: dict[str, QuantizedTensor] = {}
-    with jax.default_matmul_precision("highest"):
-        for (group, targets), g in zip(work, groups, strict=True):
-            found, cost = running.measured(find_scale, group, targets, leaves, fetch(group.name), settings)
-            rows.append(Spent("search", g, searching(g, settings), cost.cpu))
-            scales.append(found)
-            if found.scale is not None:
-                folded[group.name] = found.scale
-        folder = fold.Folder(Plan(tuple(group for group, _ in work)), folded)
-        for (group, targets), g, found in zip(work, groups, scales, strict=True):
-            sums = fetch(group.name)
-            made, cost = running.measured(
-                round_group, group, targets, leaves, folder, found, sums, settings, consume=True
-            )
-            rows.append(Spent("round", g, rounding(g, settings), cost.cpu))
-            packed |= {path: q for path, (q, _) in made.items()}
-    counted = calibrating(groups, tokens.size, length, hidden)
+
+    def timed(
+        phase: str, step: Callable[..., R], work: Callable[[Shape, AwqConfig], np.ndarray]
+    ) -> AbstractContextManager[object]:
+        """``step`` of `quantize_groups`, which leaves a row."""
+
+        def instead(group: ScaleGroup, targets: Sequence[Target], *rest: object, **more: object) -> R:
+            out, cost = running.measured(step, group, targets, *rest, **more)
+            g = shape(group, targets, piece)
+            rows.append(Spent(phase, g, work(g, job.settings), cost.cpu))
+            return out
+
+        return mock.patch.object(quantizer, step.__name__, instead)
+
+    # Not by `BlockReader`, whose thread reads the next block while this one is at work.
+    def read(block: DecoderBlock) -> Leaves:
+        return {p: job.weights.leaf(block.prefix + p, list(job.weights.read(block.prefix + p))) for p in block.leaves}
+
+    with timed("search", quantizer.find_scale, searching), timed("round", quantizer.round_group, rounding):
+        for block in session.blocks[:3]:  # the embedding, a layer that compiles, and the one that counts
+            rows.clear()
+            leaves, reading = running.measured(read, block)
+            fetch, calibration = running.measured(session.calibrate, block, leaves, states)
+            done = session.quantize(block, leaves, fetch)
+    counted = calibrating([row.group for row in rows if row.phase == "round"], tokens.size, length, hidden)
     rows.append(Spent("calibrate", Shape("all", 0, 0, 0), counted, calibration.cpu))
-    ready = list(model_params.tensors(leaves | packed, session.chain.config))
+    ready = list(model_params.tensors(done.leaves, session.chain.config))
     _, writing = running.measured(parts.write_tensors, part, 0, ready)
-    written = sum(f.stat().st_size for f in part.iterdir())
-    shutil.rmtree(part)
-    shutil.rmtree(checkpoint)
     files = {
         "read": {"bytes": block.count_elements() * 4, "cpu_s": reading.cpu},
-        "write": {"bytes": written, "cpu_s": writing.cpu},
+        "write": {"bytes": sum(f.stat().st_size for f in part.iterdir()), "cpu_s": writing.cpu},
     }
+    shutil.rmtree(part)
+    shutil.rmtree(checkpoint)
     return Size(hidden, inner, tokens.size, rows, files)
 
 
@@ -269,69 +273,52 @@ def fit(rows: Sequence[Spent]) -> np.ndarray:
     return np.exp(rates)
 
 
-def cost(args: argparse.Namespace) -> running.Row:
-    """All sizes, each in a process of its own; the last is held out of the fit."""
-    sizes: list[Size] = []
-    args.directory.mkdir(parents=True, exist_ok=True)
-    start = running.measured if args.in_process else running.apart
-    for hidden in args.sizes:
-        sizes.append(start(measure, args.directory, hidden, args.samples, args.seq_len, args.group_size)[0])
-        print(hidden, running.rounded(sizes[-1].totals(), 2), flush=True)
-    known = [row for size in sizes[:-1] or sizes for row in size.rows]
-    rates = fit(known)
-    passes = [row for row in known if row.phase == "calibrate"]
+def cost(
+    directory: Path,
+    *,
+    sizes: tuple[int, ...] = (1024, 1536),
+    samples: int = 8,
+    seq_len: int = LENGTH,
+    group_size: int = 128,
+) -> running.Row:
+    """All hidden sizes, each in a process of its own; the last is held out of the fit, and predicted.
+
+    Checkpoints of up to 0.3 GB are written into the directory, and deleted again.
+    """
+    measured: list[Size] = []
+    directory.mkdir(parents=True, exist_ok=True)
+    for hidden in sizes:
+        measured.append(running.apart(measure, directory, hidden, samples, seq_len, group_size)[0])
+        print(hidden, {phase: round(measured[-1].total(phase), 2) for phase in PHASES}, flush=True)
+    first, held = measured[0], measured[-1]
+    known = measured[:-1] or measured
+    rates = fit([row for size in known for row in size.rows])
+    passes = [row for size in known for row in size.rows if row.phase == "calibrate"]
     calibration = sum(row.work[0] for row in passes) / sum(row.cpu_s for row in passes)
-    held, said = sizes[-1], dict.fromkeys(("search", "round", "calibrate"), 0.0)
     for row in held.rows:
         row.predicted_s = float(row.work[0] / calibration if row.phase == "calibrate" else (row.work / rates).sum())
-        said[row.phase] += row.predicted_s
-    took, before = held.totals(), sizes[0].totals()
+    phases: dict[str, running.Row] = {}
+    for phase in PHASES:
+        took, said = held.total(phase), sum(row.predicted_s or 0.0 for row in held.rows if row.phase == phase)
+        phases[phase] = {"cpu_s": took, "predicted_s": said, "predicted_over_cpu": said / took,
+                         "ratio_to_smallest": took / first.total(phase)}  # fmt: skip
     return {
-        "command": f"python benchmarks/scale.py cost DIR --sizes {' '.join(map(str, args.sizes))}",
+        "command": f"python benchmarks/scale.py cost DIR --sizes {' '.join(map(str, sizes))}",
         **running.machine(),
         "rates": {f"{kind}_per_s": rate for kind, rate in (named(rates) | {"calibration": calibration}).items()},
         "held_out": held.hidden,
-        "phases": {
-            p: {"cpu_s": took[p], "predicted_s": said[p], "predicted_over_cpu": said[p] / took[p],
-                "ratio_to_smallest": took[p] / before[p]} for p in took
-        },
-        "sizes": [vars(size) | {"rows": [row.row() for row in size.rows]} for size in sizes],
-    }  # fmt: skip
-
-
-def main(arguments: Sequence[str] | None = None) -> running.Row:
-    parser = running.parser(__doc__)
-    sub = parser.add_subparsers(required=True)
-    p = sub.add_parser("count", help="operations and bytes of a layer of a large model")
-    p.add_argument("model", choices=MODELS)
-    p.add_argument("--devices", type=int, default=1)
-    p.add_argument("--products", type=float, default=30e12, help="float32 operations per second (default: %(default)g)")
-    p.add_argument("--bf16-products", type=float, default=300e12, help="of calibration (default: %(default)g)")
-    p.add_argument("--numbers", type=float, default=2e12, help="of what goes number by number (default: %(default)g)")
-    p.add_argument("--row", type=float, default=20e-6, help="seconds of a row's step (default: %(default)g)")
-    p.add_argument("--disk-rate", type=float, default=1e9, help="bytes per second (default: %(default)g)")
-    p.set_defaults(run=count)
-    c = sub.add_parser("cost", help="measure a layer at several sizes")
-    c.add_argument("directory", type=Path, help="for checkpoints of up to 0.3 GB, which are deleted again")
-    c.add_argument("--sizes", type=int, nargs="+", default=[1024, 1536], help="hidden sizes; the last is predicted")
-    c.add_argument("--samples", type=int, default=MEASURED)
-    c.add_argument("--seq-len", type=int, default=LENGTH)
-    c.add_argument("--group-size", type=int, default=128)
-    c.add_argument("--in-process", action="store_true", help="start no process for each size: quicker, not comparable")
-    c.set_defaults(run=cost)
-    for each in (p, c):
-        each.add_argument("--out", type=Path, help="write JSON here")
-    args = parser.parse_args(arguments)
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    return running.finish(args.run(args), args.out)
+        "phases": phases,
+        "sizes": [vars(size) | {"rows": [row.row() for row in size.rows]} for size in measured],
+    }
 
 
 def smoke(directory: Path) -> Iterator[list[str]]:
     out = ["--out", str(directory / "r.json")]
     yield ["count", "small", "--devices", "2", *out]
-    tiny = ["--sizes", "64", "--samples", "2", "--seq-len", "16", "--group-size", "32", "--in-process"]
-    yield ["cost", str(directory), *tiny, *out]
+    yield ["cost", str(directory), "--sizes", "64", "--samples", "2", "--seq-len", "16", "--group-size", "32", *out]
 
+
+main = functools.partial(running.run, (count, cost), smoke)
 
 if __name__ == "__main__":
-    running.run(main, smoke)
+    main()

@@ -16,8 +16,8 @@ rounded to nearest; ``dense`` has the same ones, dequantized. Speeds are medians
 in the same round; on a busy machine the best turns and processor time say more.
 """
 
-import argparse
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -36,20 +36,23 @@ ROWS = 4  # sequences at a time
 FORWARD = "forward"
 # Kind of decoding -> (merge_linears, copy) of `ServedWeights`; None leaves it to the package.
 KINDS: dict[str, tuple[bool | None, bool | None]] = {
+    "dense": (None, None),
     "packed": (None, None),
     "packed-unmerged": (False, None),
     "packed-only": (None, False),
 }
 
 
-def work(args: argparse.Namespace, what: str, samples: int) -> dict[str, float]:
+def work(
+    path: str, text: Path, samples: int, seq_len: int, bits: int, group_size: int, method: str
+) -> dict[str, float]:
     """One run; seconds by phase if it quantizes."""
-    model = awq_jax.load(args.model)
-    tokens, _ = checkpoints.split(model, args.text, samples, args.seq_len)
+    model = awq_jax.load(path)
+    tokens, _ = checkpoints.split(model.tokenizer, text, samples, seq_len)
     batches = [tokens[i : i + ROWS] for i in range(0, len(tokens), ROWS)]
-    if what != FORWARD:
+    if method != FORWARD:
         _, report = awq_jax.quantize(
-            model.params, batches, apply_fn=model.apply, bits=args.bits, group_size=args.group_size, method=what,
+            model.params, batches, apply_fn=model.apply, bits=bits, group_size=group_size, method=method,
             explicit_scale=False, progress=False, return_report=True,
         )  # fmt: skip
         return dict(report.seconds)
@@ -59,54 +62,73 @@ def work(args: argparse.Namespace, what: str, samples: int) -> dict[str, float]:
     return {}
 
 
-def quantize(args: argparse.Namespace) -> running.Row:
-    """Quantizing against the forward pass."""
+def quantize(
+    model: str,
+    *,
+    text: Path,
+    samples: tuple[int, ...] = (8, 32, 128),
+    seq_len: int = 512,
+    method: str = "awq+gptq",
+    bits: int = 4,
+    group_size: int = 64,
+) -> running.Row:
+    """Against the plain forward pass over the same tokens."""
     rows: list[running.Row] = []
-
-    def measure(what: str, samples: int) -> tuple[dict[str, float], running.Cost]:
-        start = running.measured if args.in_process else running.apart
-        phases, cost = start(work, args, what, samples)
-        rows.append({"samples": samples, "work": what, "tokens": samples * args.seq_len, **cost.row()})
-        return phases, cost
-
-    for samples in args.samples:
-        _, plain = measure(FORWARD, samples)
-        phases, cost = measure(args.method, samples)
+    for count in samples:
+        (_, plain), (phases, cost) = (
+            running.apart(work, model, text, count, seq_len, bits, group_size, what) for what in (FORWARD, method)
+        )
         ratios = {
             "wall_vs_forward": cost.wall / plain.wall,
             "cpu_vs_forward": cost.cpu / plain.cpu,
             "search_vs_forward": (phases["search"] + phases["round"]) / plain.wall,
         }
-        rows[-1] |= {"seconds_by_phase": running.rounded(phases), **running.rounded(ratios, 2)}
-        print(*rows[-2:], sep="\n", flush=True)
+        seconds = {"seconds_by_phase": running.rounded(phases), **running.rounded(ratios, 2)}
+        for what, row in ((FORWARD, plain.row()), (method, cost.row() | seconds)):
+            rows.append({"samples": count, "work": what, "tokens": count * seq_len, **row})
+            print(rows[-1], flush=True)
     return {
-        "model": Path(args.model).name, "bits": args.bits, "group_size": args.group_size, "method": args.method,
+        "model": Path(model).name, "bits": bits, "group_size": group_size, "method": method,
         **running.machine(), "rows": rows,
     }  # fmt: skip
 
 
-def decode(args: argparse.Namespace) -> running.Row:
-    """Packed models against the dense one."""
-    if args.model:
-        model = awq_jax.load(args.model, dtype="float32")
+def decode(
+    *,
+    shape: str = "smollm2-135m",
+    layers: int | None = None,
+    model: str = "",
+    dtype: str = "float32",
+    bits: int = 4,
+    group_size: int = 64,
+    context: int = 32,
+    steps: int = 4,
+    rounds: int = 41,
+) -> running.Row:
+    """Packed weights on a CPU, with and without the float32 copy.
+
+    Of random weights in a shape of `awq_jax.bench.random_models.SHAPES`, or of its first ``--layers``; or of a
+    ``--model``. A turn is of so many ``--steps``; ``--dtype`` is that of the shape's floats and activations.
+    """
+    if model:
+        loaded = awq_jax.load(model, dtype="float32")
         # Rounding to nearest reads no statistics, so any tokens will do.
-        settings = {"bits": args.bits, "group_size": args.group_size, "method": "rtn"}
-        model.quantize([list(range(16))], samples=1, seq_len=16, progress=False, **settings)
-        c, packed = model.config, model.params
+        tokens = np.zeros((1, 16), int)
+        loaded.quantize(tokens, seq_len=16, progress=False, bits=bits, group_size=group_size, method="rtn")
+        c, packed = loaded.config, loaded.params
         graphdef, _ = model_params.abstract(c)
     else:
-        c = random_models.config(args.shape, args.layers)
-        graphdef, packed = random_models.random_model(c, args.dtype, args.bits, args.group_size)
+        c = random_models.config(shape, layers)
+        graphdef, packed = random_models.random_model(c, dtype, bits, group_size)
 
-    def session(kind: str) -> decoding.DecodingTimer:
+    def timer(kind: str) -> decoding.DecodingTimer:
         params = resident(packed) if kind == "dense" else jax.tree.map(lambda a: a, packed)
-        weights = ServedWeights(graphdef, c, params, *KINDS.get(kind, (None, None)))
-        return decoding.DecodingTimer(weights, context=args.context, steps=args.steps)
+        return decoding.DecodingTimer(ServedWeights(graphdef, c, params, *KINDS[kind]), context=context, steps=steps)
 
-    sessions = {kind: session(kind) for kind in ("dense", *args.kinds)}
+    timers = {kind: timer(kind) for kind in KINDS}
     rows: list[running.Row] = []
-    for kind, times in decoding.paired(sessions, "dense", args.rounds).items():
-        one = sessions[kind]
+    for kind, times in decoding.paired(timers, "dense", rounds).items():
+        one = timers[kind]
         rows.append({"kind": kind, **times, "served": one.weights.explain(), "served_bytes": paths.nbytes(one.params),
                      "packed_bytes": None if kind == "dense" else paths.nbytes(packed),
                      "step_temp_bytes": one.temp_bytes()["step"]})  # fmt: skip
@@ -115,49 +137,19 @@ def decode(args: argparse.Namespace) -> running.Row:
             f"(quartiles {times['speed_low']:.2f}, {times['speed_high']:.2f}; processor time {times['cpu_speed']:.2f})"
         )
     return device() | running.machine() | {
-        "model": Path(args.model).name if args.model else args.shape, "layers": len(c.layers),
-        "dtype": args.dtype, "bits": args.bits, "group_size": args.group_size,
-        "context": args.context, "steps": args.steps, "rounds": args.rounds, "decode": rows,
+        "model": Path(model).name or shape, "layers": len(c.layers), "dtype": dtype, "bits": bits,
+        "group_size": group_size, "context": context, "steps": steps, "rounds": rounds, "decode": rows,
     }  # fmt: skip
 
 
-def main(arguments: Sequence[str] | None = None) -> running.Row:
-    parser = running.parser(__doc__)
-    sub = parser.add_subparsers(required=True)
-    q = sub.add_parser("quantize", help="against the plain forward pass over the same tokens")
-    q.add_argument("model")
-    q.add_argument("--text", type=Path, required=True)
-    q.add_argument("--samples", type=int, nargs="+", default=[8, 32, 128])
-    q.add_argument("--seq-len", type=int, default=512)
-    q.add_argument("--method", default="awq+gptq")
-    q.add_argument("--in-process", action="store_true", help="start no process for each run: quicker, not comparable")
-    q.set_defaults(run=quantize)
-    d = sub.add_parser("decode", help="packed weights on a CPU, with and without the float32 copy")
-    d.add_argument("--shape", default="smollm2-135m", help="a name in awq_jax.bench.random_models.SHAPES")
-    d.add_argument("--layers", type=int, help="only so many of the shape's layers")
-    d.add_argument("--model", help="measure this model instead")
-    d.add_argument("--dtype", default="float32", help="of the shape's floats and activations")
-    d.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    d.add_argument("--context", type=int, default=32)
-    d.add_argument("--steps", type=int, default=4, help="tokens of each turn")
-    d.add_argument("--rounds", type=int, default=41)
-    d.set_defaults(run=decode)
-    for each in (q, d):
-        each.add_argument("--bits", type=int, default=4)
-        each.add_argument("--group-size", type=int, default=64)
-        each.add_argument("--out", type=Path)
-    args = parser.parse_args(arguments)
-    return running.finish(args.run(args), args.out)
-
-
 def smoke(directory: Path) -> Iterator[list[str]]:
-    model, text = checkpoints.make(directory / "model"), directory / "text.npy"
-    np.save(text, checkpoints.random_tokens(256, 4, 16))
-    tiny = ["--group-size", "32", "--out", str(directory / "r.json")]
-    quick = ["--in-process", "--method", "rtn"]
-    yield ["quantize", str(model), "--text", str(text), "--samples", "2", "--seq-len", "16", *quick, *tiny]
-    yield ["decode", "--model", str(model), "--context", "16", "--steps", "2", "--rounds", "2", *tiny]
+    model, text = checkpoints.tiny(directory)
+    quick = ["--samples", "2", "--seq-len", "16", "--method", "rtn", "--group-size", "32"]
+    yield ["quantize", model, "--text", text, *quick, "--out", str(directory / "r.json")]
+    yield ["decode", "--model", model, "--context", "16", "--steps", "2", "--rounds", "2", "--group-size", "32"]
 
+
+main = functools.partial(running.run, (quantize, decode), smoke)
 
 if __name__ == "__main__":
-    running.run(main, smoke)
+    main()

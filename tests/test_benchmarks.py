@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
+import json
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -33,14 +37,51 @@ def state(directory: Path) -> dict[str, int]:
 @pytest.mark.parametrize("name", NAMES)
 def test_smoke(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(BENCHMARKS)
-    from shared import running
-
     benchmark, before = importlib.import_module(name), state(BENCHMARKS / "results")
-    results = running.run(benchmark.main, benchmark.smoke, ["--smoke"])
+    results = benchmark.main(["--smoke"])
     assert all(results)
     assert all(map(math.isfinite, numbers(results)))
     assert not any(result.get("failures") for result in results)
     assert state(BENCHMARKS / "results") == before
+
+
+def test_a_process_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What smokes do in this process is done, and accounted, in one of its own, which takes no compiled programs."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "never")
+    running = importlib.import_module("shared.running")
+    process, cost = running.apart(os.getpid)
+    assert process != os.getpid()
+    assert min(cost.wall, cost.cpu, cost.peak_mb) > 0
+    assert running.apart(os.getenv, "JAX_COMPILATION_CACHE_DIR")[0] is None
+
+
+def test_options_are_parameters(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    running = importlib.import_module("shared.running")
+
+    def one(
+        model: str, *, text: Path, sizes: tuple[int, ...] = (1, 2), layers: int | None = None, fast: bool = False,
+        where: Literal["memory", "disk"] = "memory",
+    ) -> dict[str, object]:  # fmt: skip
+        return {"model": model, "text": str(text), "sizes": list(sizes), "layers": layers, "fast": fast, "where": where}
+
+    def two(*, out: Path) -> dict[str, object]:
+        return {"out": out}
+
+    main = functools.partial(running.run, (one, two), lambda directory: ())
+    given = {"model": "m", "text": "t", "sizes": [1, 2], "layers": None, "fast": False, "where": "memory"}
+    assert main(["one", "m", "--text", "t", "--out", str(tmp_path / "r.json")]) == [given]
+    assert json.loads((tmp_path / "r.json").read_text()) == given
+    [found] = main(["one", "m", "--text", "t", "--sizes", "3", "--layers", "4", "--fast", "--where", "disk"])
+    assert found == given | {"sizes": [3], "layers": 4, "fast": True, "where": "disk"}
+    assert main(["two", "--out", "d"]) == [{"out": Path("d")}]
+    for wrong in (["one", "m"], ["one", "m", "--text", "t", "--where", "tape"], ["two"]):
+        with pytest.raises(SystemExit):
+            main(wrong)
+    assert running.settings(["bits=3", "clip=False", "method=awq+gptq"]) == {
+        "bits": 3, "clip": False, "method": "awq+gptq",
+    }  # fmt: skip
 
 
 def test_no_private_name_of_the_library() -> None:

@@ -88,7 +88,12 @@ def error(y: jax.Array | np.ndarray, x: jax.Array, q: QuantizedTensor, seed: int
         return float("inf")
     columns = np.random.default_rng(seed).choice(q.n, min(CHECKED, q.n), replace=False)
     want = expected(np.asarray(x.astype(jnp.float32)), q, columns)
-    return float(np.linalg.norm(y[:, columns] - want) / np.linalg.norm(want))
+    return distance(y[:, columns], want)
+
+
+def distance(y: np.ndarray, want: np.ndarray) -> float:
+    """Of two arrays, relative to the second."""
+    return float(np.linalg.norm(y - want) / np.linalg.norm(want))
 
 
 def implementations(m: int, w: RandomWeight, dtype: DTypeLike) -> dict[str, tuple[Product, QuantizedTensor]]:

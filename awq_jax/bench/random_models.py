@@ -14,7 +14,8 @@ from awq_jax.models.weights import params as model_params
 from awq_jax.qtensor import QuantizedTensor
 
 
-def _llama(vocab: int, size: int, inner: int, layers: int, heads: int, kv: int, **more: float) -> HfConfig:
+def llama(vocab: int, size: int, inner: int, layers: int, heads: int, kv: int, **more: float) -> HfConfig:
+    """``config.json`` of a Llama of these sizes."""
     sizes = {"vocab_size": vocab, "hidden_size": size, "intermediate_size": inner, "num_hidden_layers": layers}
     others = {"num_attention_heads": heads, "num_key_value_heads": kv, "max_position_embeddings": 4096}
     fixed = {"model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 1e4}
@@ -23,10 +24,10 @@ def _llama(vocab: int, size: int, inner: int, layers: int, heads: int, kv: int, 
 
 # Published configs, and a small one for CPUs.
 SHAPES: dict[str, HfConfig] = {
-    "llama-3-8b": _llama(128256, 4096, 14336, 32, 32, 8, rope_theta=5e5, max_position_embeddings=8192),
-    "llama-2-7b": _llama(32000, 4096, 11008, 32, 32, 32),
-    "smollm2-135m": _llama(49152, 576, 1536, 30, 9, 3, rope_theta=1e5, tie_word_embeddings=True),
-    "small": _llama(1024, 256, 512, 2, 4, 2, max_position_embeddings=512),
+    "llama-3-8b": llama(128256, 4096, 14336, 32, 32, 8, rope_theta=5e5, max_position_embeddings=8192),
+    "llama-2-7b": llama(32000, 4096, 11008, 32, 32, 32),
+    "smollm2-135m": llama(49152, 576, 1536, 30, 9, 3, rope_theta=1e5, tie_word_embeddings=True),
+    "small": llama(1024, 256, 512, 2, 4, 2, max_position_embeddings=512),
 }
 
 

@@ -1,83 +1,89 @@
 """Synthetic checkpoints in Llama's shape, and tokens; nothing is downloaded."""
 
-from __future__ import annotations
-
+import functools
+import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Literal, TypeVar
 
-import ml_dtypes
 import numpy as np
 
-from awq_jax import convert
+from awq_jax import convert, data
+from awq_jax.bench import random_models
+from awq_jax.convert.config_json import HfConfig
+from awq_jax.convert.text import TextTokenizer
+from shared.running import Row
 
-if TYPE_CHECKING:
-    from awq_jax.serve.model import Model
+T = TypeVar("T")
 
 
 def config(
     layers: int, hidden: int, inner: int, vocab: int, *, heads: int = 0, kv_heads: int = 0, dtype: str = "float32"
-) -> dict[str, str | int | float | bool | list[str]]:
+) -> HfConfig:
     """``config.json`` of a Llama; by default heads are 64 wide, and each has keys of its own."""
     heads = heads or hidden // 64
-    return {
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "vocab_size": vocab,
-        "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads or heads, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": False, "torch_dtype": dtype,
-    }  # fmt: skip
+    llama = random_models.llama(vocab, hidden, inner, layers, heads, kv_heads or heads)
+    return {**llama, "architectures": ["LlamaForCausalLM"], "torch_dtype": dtype}
 
 
-def linears(hidden: int, inner: int) -> Iterator[tuple[str, int, int]]:
-    """Name, outputs and inputs of each linear of a layer."""
-    for name in "qkvo":
-        yield f"self_attn.{name}_proj", hidden, hidden
-    yield "mlp.gate_proj", inner, hidden
-    yield "mlp.up_proj", inner, hidden
-    yield "mlp.down_proj", hidden, inner
+def named(
+    layers: int, hidden: int, inner: int, vocab: int, tensor: Callable[..., T], linear: Callable[[int, int], T]
+) -> Iterator[tuple[str, T]]:
+    """All tensors of a Llama: ``linear(outputs, inputs)`` makes the linears of layers, ``tensor(*shape)`` the rest."""
+    linears = {f"self_attn.{name}_proj": (hidden, hidden) for name in "qkvo"}
+    linears |= {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}
+    yield "model.embed_tokens.weight", tensor(vocab, hidden)
+    for i in range(layers):
+        for name, shape in linears.items():
+            yield f"model.layers.{i}.{name}.weight", linear(*shape)
+        for name in ("input", "post_attention"):
+            yield f"model.layers.{i}.{name}_layernorm.weight", tensor(hidden)
+    yield "model.norm.weight", tensor(hidden)
+    yield "lm_head.weight", tensor(vocab, hidden)
 
 
 def make(
     directory: Path,
-    layers: int = 1,
-    hidden: int = 64,
-    inner: int = 224,
-    vocab: int = 256,
-    dtype: str = "float32",
-) -> Path:
+    *,
+    layers: int = 116,
+    hidden: int = 1024,
+    inner: int = 2816,
+    vocab: int = 32000,
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+) -> Row:
     """Write a checkpoint of random weights; every hundredth channel of the norms is ten times the others."""
     rng = np.random.default_rng(0)
-    kind = np.dtype(np.float32 if dtype == "float32" else ml_dtypes.bfloat16)
-    made: dict[tuple[int, ...], list[np.ndarray]] = {}
+
+    @functools.cache
+    def some(*shape: int) -> Iterator[np.ndarray]:
+        """Three different tensors of a shape, in turn: random numbers take longer than all the rest."""
+        values = rng.standard_normal((3, *shape), np.float32)
+        if len(shape) == 1:
+            values = 1 + 0.1 * values
+            values[:, ::100] *= 10
+        else:
+            values *= shape[1] ** -0.5
+        return itertools.cycle(values.astype(dtype))
 
     def tensor(*shape: int) -> np.ndarray:
-        """Three different tensors of a shape, in turn: random numbers take longer than all the rest."""
-        values = made.setdefault(shape, [])
-        if len(values) < 3:
-            value = rng.standard_normal(shape, np.float32)
-            if len(shape) == 1:
-                value = 1 + 0.1 * value
-                value[::100] *= 10
-            else:
-                value *= shape[1] ** -0.5
-            values.append(value.astype(kind))
-        values.append(values.pop(0))
-        return values[-1]
+        return next(some(*shape))
 
-    def tensors() -> Iterator[tuple[str, np.ndarray]]:
-        yield "model.embed_tokens.weight", tensor(vocab, hidden)
-        for i in range(layers):
-            for name, rows, columns in linears(hidden, inner):
-                yield f"model.layers.{i}.{name}.weight", tensor(rows, columns)
-            for name in ("input", "post_attention"):
-                yield f"model.layers.{i}.{name}_layernorm.weight", tensor(hidden)
-        yield "model.norm.weight", tensor(hidden)
-        yield "lm_head.weight", tensor(vocab, hidden)
-
+    tensors = named(layers, hidden, inner, vocab, tensor, tensor)
     described = config(layers, hidden, inner, vocab, dtype=dtype)
-    convert.write_checkpoint(directory, tensors(), described, "float", max_shard_bytes=512 << 20)
-    return directory
+    convert.write_checkpoint(directory, tensors, described, "float", max_shard_bytes=512 << 20)
+    return {"made": str(directory), "checkpoint_bytes": size(directory)}
+
+
+def tiny(directory: Path) -> tuple[str, str]:
+    """A checkpoint, and a file of tokens, that take no time."""
+    make(directory / "model", layers=1, hidden=64, inner=64, vocab=128, dtype="float32")
+    return str(directory / "model"), str(token_file(directory / "model", directory, 4, 16))
+
+
+def size(directory: Path) -> int:
+    """Bytes of a checkpoint's tensors."""
+    return sum(f.stat().st_size for f in directory.glob("*.safetensors"))
 
 
 def hf_config(directory: Path) -> dict[str, int]:
@@ -101,25 +107,18 @@ def token_file(checkpoint: Path, where: Path, samples: int, length: int) -> Path
     return path
 
 
-def split(model: Model, text: Path, samples: int, length: int, scored: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def split(
+    tokenizer: TextTokenizer | None, text: Path, samples: int, length: int, scored: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     """The first tokens of a text to calibrate on, int32 ``[samples, length]``, and its last ``scored`` ones.
 
     Args:
-      model: whose tokenizer to use.
+      tokenizer: of the model.
       text: a text, or a ``.npy`` file of token ids.
       samples, length: of the calibration set.
       scored: tokens at the end.
     """
-    ids = token_ids(model, text)
+    ids = np.load(text).reshape(-1) if text.suffix == ".npy" else data.encode(text.read_text(), tokenizer)
     if len(ids) < samples * length + scored:
         raise SystemExit(f"{text} has {len(ids)} tokens: {samples} x {length} and {scored} more do not fit into it")
     return ids[: samples * length].reshape(samples, length), ids[len(ids) - scored :]
-
-
-def token_ids(model: Model, text: Path) -> np.ndarray:
-    """All tokens of a text, int32 ``[T]``; a ``.npy`` file has them already."""
-    if text.suffix == ".npy":
-        return np.load(text).reshape(-1)
-    if model.tokenizer is None:
-        raise SystemExit(f"the model has no tokenizer: give the ids of {text} as a .npy file")
-    return np.asarray(model.tokenizer([text.read_text()])["input_ids"][0], np.int32)

@@ -1,7 +1,9 @@
 """How a benchmark is run, what a process costs, and how a result is written."""
 
 import argparse
+import ast
 import dataclasses
+import inspect
 import json
 import multiprocessing
 import os
@@ -11,11 +13,12 @@ import subprocess
 import sys
 import tempfile
 import time
+import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 from unittest import mock
 
 P = ParamSpec("P")
@@ -24,41 +27,89 @@ Row = dict[str, object]
 
 
 def run(
-    main: Callable[[Sequence[str] | None], Row],
+    commands: Sequence[Callable[..., Row]],
     smoke: Callable[[Path], Iterable[Sequence[str]]],
     arguments: Sequence[str] | None = None,
 ) -> list[Row]:
-    """``main``; or, if the only argument is ``--smoke``, each command of ``smoke`` in a directory that goes away.
+    """One of ``commands``; or, if ``--smoke`` is all that is given, each line of ``smoke``.
 
     Args:
-      main: takes the command line, and returns what it has found.
-      smoke: writes tiny inputs into a directory, and says with which arguments ``main`` covers its own code.
+      commands: functions whose parameters are their command line (see `add_options`), chosen by name if there are
+        several. What one returns is printed as JSON, and written to ``--out``; one that has such an option of its
+        own does that itself.
+      smoke: writes tiny inputs into a directory, which goes away afterwards, and says with which arguments
+        ``commands`` cover their own code. What is measured `apart` otherwise runs in this process then.
       arguments: None takes those of this process.
     """
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=sys.modules[smoke.__module__].__doc__, formatter_class=form)
+    parser.add_argument("--smoke", action="store_true", help="given alone: run all of this on a tiny input, in seconds")
+    sub = parser.add_subparsers(required=True) if len(commands) > 1 else None
+    for work in commands:
+        doc = inspect.getdoc(work)
+        add_options(sub.add_parser(work.__name__, description=doc, formatter_class=form) if sub else parser, work)
+
+    def once(line: Sequence[str]) -> Row:
+        options = vars(parser.parse_args(line))
+        del options["smoke"]
+        work = options.pop("work")
+        if "out" in inspect.signature(work).parameters:
+            return work(**options)
+        out = options.pop("out")
+        result: Row = work(**options)
+        text = json.dumps(result, indent=1)
+        print(text, flush=True)
+        if out is not None:
+            out.write_text(text + "\n")
+        return result
+
     given = sys.argv[1:] if arguments is None else list(arguments)
     if given != ["--smoke"]:
-        return [main(given)]
-    with tempfile.TemporaryDirectory() as directory:
+        return [once(given)]
+    with (
+        tempfile.TemporaryDirectory() as directory,
         # The processes of one benchmark compile the same programs.
-        cache = {"JAX_COMPILATION_CACHE_DIR": directory, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-        with mock.patch.dict(os.environ, cache):
-            return [main(command) for command in smoke(Path(directory))]
+        mock.patch.dict(
+            os.environ, JAX_COMPILATION_CACHE_DIR=directory, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0"
+        ),
+        mock.patch.object(sys.modules[__name__], "apart", measured),
+    ):
+        return [once(line) for line in smoke(Path(directory))]
 
 
-def parser(doc: str | None) -> argparse.ArgumentParser:
-    """A parser with the module's docstring as its help."""
-    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--smoke", action="store_true", help="given alone: run all of this on a tiny input, in seconds")
-    return made
+def add_options(parser: argparse.ArgumentParser, work: Callable[..., Row]) -> None:
+    """An argument for each parameter of ``work``, an option for one that is keyword-only; ``--out`` in any case.
+
+    A `bool` is a switch, a tuple takes several values, a `Literal` is a choice; an option without a default has to be
+    given.
+    """
+    parser.set_defaults(work=work)
+    parameters = inspect.signature(work, eval_str=True).parameters
+    for name, each in parameters.items():
+        inside = typing.get_args(each.annotation)  # of ``tuple[int, ...]``, ``int | None``, ``Literal["a", "b"]``
+        kind = inside[0] if inside else each.annotation
+        how: dict[str, Any] = {"choices": inside} if isinstance(kind, str) else {"type": kind}
+        if kind is bool:
+            how = {"action": "store_true"}
+        if typing.get_origin(each.annotation) is tuple:
+            how["nargs"] = "+"
+        if each.kind is each.KEYWORD_ONLY:
+            name = f"--{name.replace('_', '-')}"
+            how |= {"required": True} if each.default is each.empty else {"default": each.default}
+        parser.add_argument(name, **how, help="" if each.default is each.empty else "default: %(default)s")
+    if "out" not in parameters:
+        parser.add_argument("--out", type=Path, help="JSON file to write")
 
 
-def finish(result: Row, out: Path | None) -> Row:
-    """Print a result as JSON, and write it to ``out``."""
-    text = json.dumps(result, indent=1)
-    print(text, flush=True)
-    if out is not None:
-        out.write_text(text + "\n")
-    return result
+def settings(pairs: Iterable[str]) -> dict[str, Any]:
+    """``("bits=3", "clip=False", "method=rtn")`` as keyword arguments."""
+    found: dict[str, Any] = {}
+    for key, value in (pair.split("=", 1) for pair in pairs):
+        try:
+            found[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):  # a word
+            found[key] = value
+    return found
 
 
 def machine() -> Row:
@@ -119,20 +170,25 @@ def measured(work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> tuple[R
     return out, Cost(wall, after.user - before.user, after.system - before.system, after.peak_mb)
 
 
+def environment() -> dict[str, str]:
+    """For a process that is measured.
+
+    Compilations are not taken from JAX's cache on disk, which would hide what they cost. Torch's threads wait
+    passively: spinning, two of them took 7 times the processor time of one on a busy machine.
+    """
+    return {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"} | {"OMP_WAIT_POLICY": "PASSIVE"}
+
+
 def apart(work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> tuple[R, Cost]:
     """``work`` in a fresh process, and all that the process took, the start of Python and imports included."""
     start = time.perf_counter()
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    with (
+        mock.patch.dict(os.environ, environment(), clear=True),
+        ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool,
+    ):
         out = pool.submit(work, *args, **kwargs).result()
         cost = pool.submit(spent).result()
         return out, dataclasses.replace(cost, wall=time.perf_counter() - start)
-
-
-def json_of(command: Sequence[str]) -> dict[str, float | str]:
-    """The last line that a command prints, which is a JSON object of numbers and words."""
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    found: dict[str, float | str] = json.loads(done.stdout.splitlines()[-1])
-    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,19 +205,21 @@ class Watched:
     cost: Cost
     samples: list[tuple[float, int]]
 
+    @property
+    def peak(self) -> int:
+        """Bytes."""
+        return self.cost.peak_mb << 20
+
 
 def watched(command: Sequence[str], log: Path, limit: float = float("inf")) -> Watched:
     """Run a command with its output in ``log``, and look at its memory twenty times a second.
 
-    It is killed after ``limit`` seconds. Compilations are not taken from JAX's cache on disk, which would hide what
-    they cost. Torch's threads wait passively: spinning, two of them took 7 times the processor time of one on a busy
-    machine.
+    It is killed after ``limit`` seconds.
     """
     print("+", " ".join(command), file=sys.stderr, flush=True)
-    env = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"} | {"OMP_WAIT_POLICY": "PASSIVE"}
     start, samples, peak = time.perf_counter(), [(0.0, 0)], 0
     with log.open("wb") as out:
-        process = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, env=environment(), stdout=out, stderr=subprocess.STDOUT)
         while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
             now = time.perf_counter() - start
             try:

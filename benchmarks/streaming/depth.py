@@ -5,12 +5,11 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import jax
 import numpy as np
-from shared import running
+from shared import checkpoints, running
 from tqdm import tqdm
 
 import awq_jax
@@ -19,8 +18,9 @@ from awq_jax.stream import run
 SETTLED = 50  # blocks after which memory may no longer grow
 
 
-def deep(checkpoint: Path, out: Path, calib: Path, options: str) -> running.Row:
+def deep(directory: Path, target: Path, *, samples: int = 8, seq_len: int = 64, options: str = "") -> running.Row:
     """Quantize in this process; slope and compilations from block to block."""
+    calib = checkpoints.token_file(directory, target.parent, samples, seq_len)
     compiled: list[str] = []
     marks: list[tuple[int, int, int]] = []
 
@@ -37,9 +37,9 @@ def deep(checkpoint: Path, out: Path, calib: Path, options: str) -> running.Row:
             return super().update(n)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
-    start = time.perf_counter()
+    start, chosen = time.perf_counter(), running.settings(options.split())
     with mock.patch.object(run, "tqdm", Bar):
-        done = awq_jax.quantize_checkpoint(checkpoint, out, calib, progress=False, **settings(options))
+        done = awq_jax.quantize_checkpoint(directory, target, calib, progress=False, **chosen)
     seconds = time.perf_counter() - start
     layers = marks[2:-1]  # at the start, embedding, layers, head
     settled = np.array([b for _, b, _ in layers[min(SETTLED, len(layers) // 2) :]], float)
@@ -58,12 +58,4 @@ def deep(checkpoint: Path, out: Path, calib: Path, options: str) -> running.Row:
         "report_bytes_per_block": kept / len(layers),
         "objects_every_100": [o for _, _, o in marks if o],
         "resident_bytes_at_the_end": running.status_bytes("VmRSS"),
-    }
-
-
-def settings(options: str) -> dict[str, Any]:
-    """``"bits=3 clip=False"`` as keyword arguments of `quantize_checkpoint`."""
-    pairs = (item.split("=") for item in options.split())
-    return {
-        key: int(value) if value.isdigit() else {"True": True, "False": False}.get(value, value) for key, value in pairs
     }

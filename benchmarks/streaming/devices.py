@@ -6,7 +6,6 @@ GPUs the seconds are those of the devices. The first layer, which compiles, is l
 digest of the last layer's Grams, which must be the same for all.
 """
 
-import dataclasses
 import hashlib
 import json
 import multiprocessing
@@ -29,29 +28,12 @@ from awq_jax.stream.run import BlockReader
 Measured = dict[str, int | float | str]
 
 
-@dataclasses.dataclass(frozen=True)
-class Team:
-    """So many processes with so many devices each."""
-
-    processes: int
-    devices: int
-
-
-TEAMS = (Team(1, 1), Team(1, 2), Team(1, 4), Team(1, 8), Team(2, 4))
-
-
-def team(text: str) -> Team:
-    """``"2x4"`` as two processes of four devices each."""
-    return Team(*map(int, text.split("x")))
-
-
 def measure(checkpoint: Path, samples: int, length: int, rank: int, size: int, port: int) -> Measured:
     """In a process whose devices are all to be used."""
     if size > 1:
         processes.join(f"127.0.0.1:{port}", size, rank)
     tokens = checkpoints.random_tokens(checkpoints.hf_config(checkpoint)["vocab_size"], samples, length)
-    devices = jax.devices()
-    mesh = Mesh(np.asarray(devices), ("d",)) if len(devices) > 1 else None
+    mesh = Mesh(np.asarray(jax.devices()), ("d",)) if jax.device_count() > 1 else None
     with processes.team() as all_of_them:
         pool = pool_of(mesh, all_of_them)
         options = Options(seq_len=length, batch_size=1)
@@ -73,39 +55,44 @@ def measure(checkpoint: Path, samples: int, length: int, rank: int, size: int, p
     return {
         "processes": size,
         "devices": d,
-        "kind": devices[0].device_kind,
+        "kind": jax.devices()[0].device_kind,
         "wall_s_per_layer": sum(c.wall for c in timed) / len(timed),
         "cpu_s_per_layer": sum(cpus),
         "gram_bytes_per_layer": nbytes,
         "bytes_moved_per_layer": -(-samples // d) * (d - 1) * nbytes,
-        "bytes_moved_per_device_and_batch": nbytes * (d - 1) // d if d > 1 else 0,
+        "bytes_moved_per_device_and_batch": nbytes * (d - 1) // d,
         "tokens": samples * length,
         "grams": hashlib.sha256(b"".join(g.tobytes() for g in grams)).hexdigest()[:16],
     }
 
 
-def launch(checkpoint: Path, samples: int, length: int, team: Team) -> Measured:
-    """What the first process of a team says."""
+def launch(checkpoint: Path, samples: int, length: int, size: int, each: int) -> Measured:
+    """What the first of ``size`` processes with so many devices each says."""
     with socket.create_server(("127.0.0.1", 0)) as s:
         port = s.getsockname()[1]
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={team.devices}"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={each}"
     with (
         mock.patch.dict(os.environ, XLA_FLAGS=flags),
-        ProcessPoolExecutor(team.processes, multiprocessing.get_context("spawn")) as pool,
+        ProcessPoolExecutor(size, multiprocessing.get_context("spawn")) as pool,
     ):
-        size = team.processes
         ranks = [pool.submit(measure, checkpoint, samples, length, rank, size, port) for rank in range(size)]
         first, *_ = (rank.result() for rank in ranks)
         return first
 
 
-def compare(checkpoint: Path, samples: int, length: int, teams: tuple[Team, ...] = TEAMS) -> running.Row:
-    """All teams, one after another."""
-    rows = [launch(checkpoint, samples, length, team) for team in teams]
+def devices(
+    directory: Path,
+    *,
+    samples: int = 16,
+    seq_len: int = 512,
+    teams: tuple[str, ...] = ("1x1", "1x2", "1x4", "1x8", "2x4"),
+) -> running.Row:
+    """All teams, processes x devices of each, one after another; the first is what the others are compared with."""
+    rows = [launch(directory, samples, seq_len, *map(int, team.split("x"))) for team in teams]
     first = float(rows[0]["cpu_s_per_layer"])
     return {
-        "command": f"python benchmarks/stream.py devices DIR --samples {samples} --seq-len {length}",
-        "checkpoint": json.loads((checkpoint / "config.json").read_text()),
+        "command": f"python benchmarks/stream.py devices DIR --samples {samples} --seq-len {seq_len}",
+        "checkpoint": json.loads((directory / "config.json").read_text()),
         **running.machine(),
         "same_grams": len({row["grams"] for row in rows}) == 1,
         "rows": [row | {"cpu_over_one_device": float(row["cpu_s_per_layer"]) / first} for row in rows],

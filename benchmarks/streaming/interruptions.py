@@ -3,15 +3,21 @@
 import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import random
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from shared import running
 from shared.running import Row
+
+from awq_jax import cli
+from awq_jax.convert.files.manifest import NAME as MANIFEST
 
 FINISHING = 0.3  # share of the kills that wait until the last block is done
 
@@ -22,7 +28,8 @@ class Job:
 
     Attributes:
       out: directory of the results.
-      command: what quantizes into a directory, with hidden states in ``"memory"`` or on ``"disk"``.
+      command: arguments of ``awq-jax`` that quantize into a directory, with hidden states in ``"memory"`` or on
+        ``"disk"``.
     """
 
     out: Path
@@ -35,12 +42,14 @@ class Job:
 
     def run(self, target: Path, hidden: str) -> str:
         """To the end; what it prints."""
-        return subprocess.run(self.command(target, hidden), check=True, stdout=subprocess.PIPE, text=True).stdout
+        said, _ = running.apart(printed, self.command(target, hidden))
+        return said
 
     def interrupt(self, target: Path, hidden: str, wait: Callable[[subprocess.Popen[bytes]], None]) -> Row | None:
         """Start, ``wait``, and kill; how far it got, or None if it had reached the end."""
         before, began = finished(target), time.perf_counter()
-        process = subprocess.Popen(self.command(target, hidden), stdout=subprocess.DEVNULL)
+        command = [sys.executable, "-m", "awq_jax.cli", *self.command(target, hidden)]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         wait(process)
         if process.poll() is None:
             process.kill()
@@ -48,7 +57,7 @@ class Job:
             return {"hidden": hidden, "after_seconds": time.perf_counter() - began, "blocks_before": before,
                     "blocks": finished(target), "stage": stage(target)}  # fmt: skip
         if process.returncode:
-            raise SystemExit(f"a run failed: {process.args!r}")
+            raise SystemExit(f"a run failed: {command}")
         return None
 
     def compare(self, target: Path) -> None:
@@ -58,7 +67,15 @@ class Job:
             raise SystemExit(f"{self.whole} and {target} differ")
 
 
-def kills(job: Job, count: int, seed: int) -> Row:
+def printed(command: Sequence[str]) -> str:
+    """What ``awq-jax quantize`` prints, in this process."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        if cli.main([*command]):
+            raise SystemExit(f"a run failed: {command}")
+    return said.getvalue()
+
+
+def kill(job: Job, count: int, seed: int) -> Row:
     """Kill and continue until it is done, and compare with an uninterrupted run.
 
     Each run keeps hidden states in memory or on the disk, in turn, continuing what the other one left.
@@ -101,49 +118,30 @@ def kills(job: Job, count: int, seed: int) -> Row:
     }
 
 
-def cut_part(work: Path) -> None:
-    last = sorted(work.glob("part-*.safetensors"))[-1]
-    last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
+def edit(change: Callable[[bytes], bytes], pattern: str, which: slice = slice(None)) -> Callable[[Path], None]:
+    """Damage that changes the content of some of the files that match."""
 
+    def damage(work: Path) -> None:
+        for path in sorted(work.glob(pattern))[which]:
+            path.write_bytes(change(path.read_bytes()))
 
-def lose_part(work: Path) -> None:
-    min(work.glob("part-*.safetensors")).unlink()
-
-
-def half_line(work: Path) -> None:
-    lines = (work / "manifest.jsonl").read_bytes().splitlines(keepends=True)
-    (work / "manifest.jsonl").write_bytes(b"".join(lines[:-1]) + lines[-1][: len(lines[-1]) // 2])
-
-
-def zeros_at_the_end(work: Path) -> None:
-    with (work / "manifest.jsonl").open("ab") as f:
-        f.write(bytes(512))
-
-
-def no_line(work: Path) -> None:
-    (work / "manifest.jsonl").write_bytes(b"")
+    return damage
 
 
 def stray_files(work: Path) -> None:
-    (work / "part-00099.safetensors").write_bytes(b"from another run")
-    (work / "something.tmp").write_bytes(b"half")
     (work / "out").mkdir(exist_ok=True)
-    (work / "out" / "stray.safetensors").write_bytes(b"half")
-
-
-def cut_hidden(work: Path) -> None:
-    for path in (work / "hidden").glob("*.bin"):
-        path.write_bytes(path.read_bytes()[:-100])
+    for name in ("part-00099.safetensors", "something.tmp", "out/stray.safetensors"):
+        (work / name).write_bytes(b"from another run")
 
 
 DAMAGE: dict[str, Callable[[Path], None]] = {
-    "the last part cut in half": cut_part,
-    "the first part lost": lose_part,
-    "half a manifest line": half_line,
-    "zeros at the end of the manifest": zeros_at_the_end,
-    "an empty manifest": no_line,
+    "the last part cut in half": edit(lambda b: b[: len(b) // 2], "part-*.safetensors", slice(-1, None)),
+    "the first part lost": lambda work: min(work.glob("part-*.safetensors")).unlink(),
+    "half a manifest line": edit(lambda b: b[: (b.rindex(b"\n", 0, -1) + len(b)) // 2], MANIFEST),
+    "zeros at the end of the manifest": edit(lambda b: b + bytes(512), MANIFEST),
+    "an empty manifest": edit(lambda b: b"", MANIFEST),
     "stray files": stray_files,
-    "hidden states cut short": cut_hidden,
+    "hidden states cut short": edit(lambda b: b[:-100], "hidden/*.bin"),
 }
 
 
@@ -175,7 +173,7 @@ def work_of(target: Path) -> Path:
 def finished(target: Path) -> int:
     """Blocks in the manifest."""
     try:
-        return max(0, (work_of(target) / "manifest.jsonl").read_bytes().count(b"\n") - 1)
+        return max(0, (work_of(target) / MANIFEST).read_bytes().count(b"\n") - 1)
     except OSError:
         return 0
 

@@ -82,43 +82,44 @@ def gpu(monkeypatch):
 
 
 def test_a_run_on_a_card_keeps_what_it_has(gpu, tmp_path):
-    result = {"device": "d", "seed": 1, "correctness": [], "kernels": [], "decode": [], "failures": []}
+    result = {"device": "d", "seed": 1, "correctness": [], "kernels": [], "decode": [], "tuned": [], "failures": []}
     run = gpu.Run(tmp_path, 10, "d", result)
     seen = []
 
     def work():
         for i in range(3):
-            result["correctness"].append({"correct": i != 1})
-            yield
+            yield {"correct": i != 1}
             seen.append(json.loads((tmp_path / "gpu_d.json").read_text()))
         raise ValueError("no more")
 
-    run.part("one", 1.0, work)
+    run.part("one", 1.0, "correctness", work())
     assert [len(r["correctness"]) for r in seen] == [1, 2, 3]
     assert "no more" in json.loads((tmp_path / "gpu_d.json").read_text())["failures"][0]["error"]
     assert "2 of 3 kernel checks correct" in (tmp_path / "gpu_d.md").read_text()
     run.start -= 301  # half of the time is over: nothing is begun, and what runs is stopped at its next piece
-    run.part("two", 0.5, work)
+    run.part("two", 0.5, "correctness", work())
     assert len(result["correctness"]) == 3
-    run.seconds = 602
-    run.part("three", 0.5, lambda: (run.__setattr__("seconds", 600) for _ in range(9)))
+    run.seconds = 700
+    run.part("three", 0.5, "tuned", (run.__setattr__("seconds", 600) or {} for _ in range(9)))
+    assert len(result["tuned"]) == 1
     assert len(result["failures"]) == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["gpu_d.json", "gpu_d.md"]
 
 
 def test_no_piece_of_a_run_takes_too_long(gpu, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "LONGEST", 0.3)
-    result = {"device": "d", "seed": 1, "correctness": [], "kernels": [], "decode": [], "failures": []}
+    result = {"device": "d", "seed": 1, "correctness": [], "kernels": [], "decode": [], "tuned": [], "failures": []}
     run, done = gpu.Run(tmp_path, 10, "d", result), []
 
     def work():
-        yield done.append(json.loads((tmp_path / "gpu_d.json").read_text())["running"])
+        done.append(json.loads((tmp_path / "gpu_d.json").read_text())["running"])
+        yield {"correct": True}
         with peers.deadline(60):  # a limit within the limit, which gives it back
             pass
         time.sleep(30)
 
-    run.part("slow", 1.0, work)
-    run.part("next", 1.0, lambda: (done.append(i) for i in range(2)))
+    run.part("slow", 1.0, "correctness", work())
+    run.part("next", 1.0, "correctness", (done.append(i) or {"correct": True} for i in range(2)))
     assert done == ["slow", 0, 1]
     assert "more than 0.3 s" in result["failures"][0]["error"]
     code = "import gpu\nwith gpu.ended_after(0.3): sum(range(10**12))  # never looks for signals"
