@@ -261,7 +261,7 @@ class ModelConfig:
       vocab_size: rows of the embedding.
       hidden_size: width of the residual stream.
       layers: one entry per layer.
-      max_length: longest sequence the model was made for, in tokens.
+      max_length: longest sequence the model was made for, in tokens, as stretched by a scaling of the rope.
       norm: of the residual stream.
       norms: where it stands: ``pre`` before attention and MLP, ``post`` after each and before the
         sum, ``sandwich`` both, ``residual`` after each sum.

@@ -11,6 +11,7 @@ from awq_jax.errors import CalibrationError
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.vision import inputs as vision
 from awq_jax.serve.generate import check_tokens
+from awq_jax.stream.job import within_context
 
 
 def are_images(calib: object) -> TypeGuard[Sequence[Mapping[str, Any]]]:
@@ -38,7 +39,7 @@ def of_text(
         cast(data.CalibrationSource, calib),  # `load` refuses what is not
         tokenizer,
         samples=samples,
-        seq_len=min(seq_len, architecture.max_length),
+        seq_len=within_context(architecture, seq_len),
         vocab_size=architecture.vocab_size,
         seed=seed,
         column=column,

@@ -4,6 +4,7 @@ Prompts are padded on the right, and every row keeps its own position: slot s of
 position s, so causality alone hides padding and no attention mask is needed.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
@@ -18,6 +19,8 @@ from awq_jax.models.layers.cache import Cache
 from awq_jax.models.vision.inputs import of_images
 from awq_jax.placement import Placement
 from awq_jax.serve.sampling import Mode, Sampling, sample
+
+log = logging.getLogger(__name__)
 
 SMALLEST_PROMPT, SMALLEST_CACHE = 16, 64
 
@@ -112,7 +115,8 @@ class Generator:
         Args:
           params: the decoder's state, float or packed.
           prompts: one or more non-empty rows of ids.
-          max_new_tokens: at most this many per row, and never beyond ``config.max_length``.
+          max_new_tokens: at most this many per row, and never beyond ``config.max_length``: a row that ends there
+            is said to.
           sampling: how tokens are picked.
           seed: of the random stream; row b's draws depend on ``seed``, b and the step only.
           eos: ids that end a row; not part of the result.
@@ -159,8 +163,15 @@ class Generator:
                     live.discard(row)
                     continue
                 out[row].append(new)
-                if (on_token is not None and on_token(row, new)) or len(out[row]) == limits[row]:
+                if on_token is not None and on_token(row, new):
                     live.discard(row)
+                elif len(out[row]) == limits[row]:
+                    live.discard(row)
+                    if limits[row] < max_new_tokens:
+                        log.warning(
+                            "answer %d ends after %d tokens, not %d: the model's context of %d is full",
+                            row, limits[row], max_new_tokens, self.config.max_length,
+                        )  # fmt: skip
             if not live:
                 break
             token = following

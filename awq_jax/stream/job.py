@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 import shutil
 from collections.abc import Mapping
@@ -28,6 +29,8 @@ from awq_jax.qtensor import QuantizedTensor
 from awq_jax.stream.decoder_blocks import HEAD, REST, DecoderBlock
 from awq_jax.stream.hidden_states import Hidden, InMemory, OnDisk, holds
 from awq_jax.stream.session import Session
+
+log = logging.getLogger(__name__)
 
 FLOAT_FORMATS = ("float", "gguf")
 HIDDEN = "hidden"  # in the working directory: hidden states
@@ -261,7 +264,7 @@ def prepare(
         calib,
         source.tokenizer() if _needs_tokenizer(calib) else None,
         samples=o.samples,
-        seq_len=min(o.seq_len, architecture.max_length),
+        seq_len=within_context(architecture, o.seq_len),
         vocab_size=architecture.vocab_size,
         seed=o.seed,
         column=o.column,
@@ -279,6 +282,17 @@ def _parsed(fingerprint: str) -> dict[str, str]:
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def within_context(architecture: models.ModelConfig, seq_len: int) -> int:
+    """Tokens of a calibration sequence: ``seq_len``, or with a warning as many as the model's context holds."""
+    if seq_len > architecture.max_length:
+        log.warning(
+            "calibrating on sequences of %d tokens, not %d: that is the model's context",
+            architecture.max_length,
+            seq_len,
+        )
+    return min(seq_len, architecture.max_length)
 
 
 def _needs_tokenizer(calib: data.CalibrationSource) -> bool:

@@ -33,6 +33,7 @@ def config(hf: HfConfig) -> ModelConfig:
             "norm": NormConfig(eps=float(get(hf, "norm_eps", 1e-6)), offset=1.0),
         },
         ropes=[ropes[t] for t in types],
+        max_length=required(hf, "max_position_embeddings"),  # as stretched
         windows=windows(types, hf.get("sliding_window", 4096)),
         norms="sandwich",
         logit_cap=hf.get("final_logit_softcapping"),

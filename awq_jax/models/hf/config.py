@@ -31,6 +31,8 @@ SPELLINGS = {
     "norm_eps": ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon"),
 }
 
+# Rope scalings in whose configs ``max_position_embeddings`` may be the length before the stretch, as in Qwen's READMEs.
+STRETCHED = ("dynamic", "linear", "yarn")
 LARGEST = {"num_hidden_layers": 4096}  # a plausible bound, before lists of that length are made
 
 Family = Callable[[HfConfig], ModelConfig]
@@ -92,14 +94,14 @@ def base(
     per_window = list(windows) if windows is not None else [None] * count
     layers = [LayerConfig(*t) for t in zip(each_mixer, per_mlp, each, per_window, strict=True)]
     length = required(hf, "max_position_embeddings")
-    stretch = each[0].factor if each[0] is not None and each[0].kind == "dynamic" else 1
+    reach = [r.original_length * r.factor for r in each if r is not None and r.kind in STRETCHED]
     norms: dict[str, Any] = {"eps": float(get(hf, "norm_eps", 1e-6))}
     norms.update(norm or {})
     known: dict[str, Any] = {
         "family": hf["model_type"],
         "vocab_size": required(hf, "vocab_size"),
         "hidden_size": required(hf, "hidden_size"),
-        "max_length": int(length * stretch),
+        "max_length": int(max([length, *reach])),
         "norm": NormConfig(**norms),
         "tied": is_tied(hf),
         "layers": tuple(layers),
