@@ -43,12 +43,10 @@ def add(subparsers: common.Commands) -> None:
     p.add_argument("--to", metavar="FORMAT", help="target format, see --list")
     p.add_argument("--list", action="store_true", help="formats, what they hold, and which conversions are exact")
     p.add_argument("--allow-lossy", action="store_true", help="accept weights that move by a fraction of a step")
-    p.add_argument(
-        "--dtype", choices=common.FLOATS, help="of float tensors (default: as stored; dequantized weights: float32)"
-    )
-    p.add_argument(
-        "--search", type=Path, metavar="FILE.pt", help="fold llm-awq's search result into the float checkpoint SRC"
-    )
+    p.add_argument("--dtype", choices=common.FLOATS,
+                   help="of float tensors (default: as stored; dequantized weights: float32)")  # fmt: skip
+    p.add_argument("--search", type=Path, metavar="FILE.pt",
+                   help="fold llm-awq's search result into the float checkpoint SRC")  # fmt: skip
     p.add_argument("--overwrite", action="store_true", help="replace DST if it is a checkpoint")
     p.add_argument(
         "--max-shard-size", type=size, default=512 << 20, metavar="SIZE", help="of a file, e.g. 2GB (default: 512MiB)"

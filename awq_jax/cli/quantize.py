@@ -48,13 +48,8 @@ def add(subparsers: common.Commands) -> None:
     p.add_argument("dst", metavar="DST", type=Path, help="directory to create")
     g = p.add_argument_group("quantization")
     g.add_argument("--bits", type=int, default=4, help="2, 3, 4 or 8 (default: %(default)s)")
-    g.add_argument(
-        "--group-size",
-        type=int,
-        default=128,
-        metavar="N",
-        help="rows per scale; -1: whole column (default: %(default)s)",
-    )
+    g.add_argument("--group-size", type=int, default=128, metavar="N",
+                   help="rows per scale; -1: whole column (default: %(default)s)")  # fmt: skip
     g.add_argument("--method", default="awq+gptq", help=f"{', '.join(METHOD_NAMES)} (default: %(default)s)")
     g.add_argument("--symmetric", action="store_true", help="fixed zero point")
     g.add_argument("--no-clip", action="store_true", help="no search for clipping thresholds")
@@ -94,9 +89,8 @@ def add(subparsers: common.Commands) -> None:
     r.add_argument("--hidden", default="memory", choices=("memory", "disk"),
                    help="where hidden states are between blocks; from disk a run continues at once (default: "
                    "%(default)s)")  # fmt: skip
-    r.add_argument(
-        "--hidden-dtype", choices=common.FLOATS, help="of hidden states between blocks (default: the model's)"
-    )
+    r.add_argument("--hidden-dtype", choices=common.FLOATS,
+                   help="of hidden states between blocks (default: the model's)")  # fmt: skip
     d = p.add_argument_group(
         "devices",
         "They share the work, and the bits of the result do not depend on their number. Several processes\n  run the "
