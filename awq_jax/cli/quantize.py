@@ -60,10 +60,10 @@ def add(subparsers: common.Commands) -> None:
     g.add_argument("--on-indivisible", default="error", metavar="WHAT",
                    help="rows not a multiple of the group: error, pad or float (default: %(default)s)")  # fmt: skip
     c = p.add_argument_group("calibration")
-    c.add_argument("--calib", default="builtin", metavar="SOURCE",
+    c.add_argument("--calib", metavar="SOURCE",
                    help="builtin (Python's help topics, no network), pileval, wikitext, c4, "
                    "hf:OWNER/NAME[:CONFIG[:SPLIT]] (with the datasets package), or a .txt, .jsonl, .json, .csv, "
-                   ".parquet or .npy file (default: %(default)s)")  # fmt: skip
+                   ".parquet or .npy file (default: builtin; nothing with --method rtn)")  # fmt: skip
     common.add_column(c)
     c.add_argument("--samples", type=common.positive, default=SAMPLES, metavar="N",
                    help="sequences (default: %(default)s)")  # fmt: skip

@@ -69,6 +69,13 @@ class CalibrationSet:
         return [self.tokens[i : i + batch_size] for i in range(0, len(self.tokens), batch_size)]
 
 
+def default(needed: bool) -> str | CalibrationSet:
+    """What is calibrated on where nothing is said: the built-in text, or `NOTHING` where no statistics are needed."""
+    return sources.BUILTIN[0] if needed else NOTHING
+
+
+NOTHING = CalibrationSet(np.zeros((0, 1), np.int32), "no calibration: rounding to nearest needs none")
+
 # see `load`
 CalibrationSource = str | Path | CalibrationSet | Iterable[str | Row | Sequence[Message]] | npt.ArrayLike
 
@@ -115,6 +122,8 @@ def load(
         raise CalibrationError(f"samples and seq_len must be at least 1; got {samples} and {seq_len}")
     if seed < 0:
         raise CalibrationError(f"seed must be 0 or more; got {seed}")
+    if source is NOTHING:
+        return NOTHING
     if isinstance(source, CalibrationSet):
         check_tokens(source.tokens, vocab_size, "the calibration set")
         return source

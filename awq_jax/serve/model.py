@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from awq_jax import data, models
+from awq_jax.algorithm.methods import METHODS
 from awq_jax.config import SAMPLES, SEQ_LEN, AwqConfig
 from awq_jax.convert import registry, writing
 from awq_jax.convert.source import Source
@@ -280,7 +281,7 @@ class Model:
 
     def quantize(
         self,
-        calib: data.CalibrationSource | Sequence[Mapping[str, Any]] = "builtin",
+        calib: data.CalibrationSource | Sequence[Mapping[str, Any]] | None = None,
         *,
         samples: int = SAMPLES,
         seq_len: int = SEQ_LEN,
@@ -295,7 +296,8 @@ class Model:
 
         Args:
           calib: what `awq_jax.data.load` takes: a dataset's name, a file, texts, rows, conversations or token
-            ids; or a list of what a processor returned for texts and images, each of rows of one length.
+            ids; or a list of what a processor returned for texts and images, each of rows of one length. None:
+            the built-in text, or nothing where the method needs no statistics (``"rtn"``).
           samples: calibration sequences.
           seq_len: tokens of each, at most the model's context.
           batch_size: sequences per forward pass of the calibration; None takes as many as make about
@@ -331,6 +333,7 @@ class Model:
             # What cannot be done is refused before the long work.
             session = Session(self.config, config, pool)
             planned = time.perf_counter() - start
+            calib = data.default(METHODS[config.method].needs_statistics) if calib is None else calib
             if calibration_batches.are_images(calib):
                 seen = [calibration_batches.unpadded(self.config, b, i) for i, b in enumerate(calib[:samples])]
                 params, report = calibrate_images.quantize(

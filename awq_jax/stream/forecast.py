@@ -87,7 +87,7 @@ def memory(job: Job, peak: int, device_peak: int | None = None) -> tuple[dict[st
     hidden = job.hidden_bytes() if job.options.hidden == "memory" else 0
     moments = [_moment(job, i, hidden) for i in range(len(blocks))]
     # The trial held the embedding, then the first layer and its hidden states before and after.
-    tried = [_moment(job, i, 2 * job.hidden_bytes() * seen // tokens) for i in range(2)]
+    tried = [_moment(job, i, 2 * job.hidden_bytes() * seen // max(tokens, 1)) for i in range(2)]
     tried[1]["next block"] = 0
     if device_peak is None:
         return _worst(moments, tried, peak), {}
@@ -169,7 +169,7 @@ def _trial(job: Job) -> dict[str, float]:
     again = session.collecting - again  # grows with the tokens, as calibration does; the rest does not
     rest = 1 - again / max(done.seconds["search"] + done.seconds["round"], again, 1e-9)
     share = sum(b.count_elements() for b in _with_weights(job)) / max(first[1].count_elements(), 1)
-    tokens = sum(b.size for b in job.batches) / sum(b.size for b in batches)
+    tokens = sum(b.size for b in job.batches) / max(sum(b.size for b in batches), 1)
     return {
         "compile": max(0.0, compiled - calibrated - sum(done.seconds.values())),
         "calibrate": (calibrated + again) * tokens * share,

@@ -16,6 +16,7 @@ import numpy as np
 
 from awq_jax import data, models, pack
 from awq_jax._version import __version__
+from awq_jax.algorithm.methods import METHODS
 from awq_jax.config import SAMPLES, SEQ_LEN, AwqConfig
 from awq_jax.convert import registry, writing
 from awq_jax.convert.files import manifest
@@ -150,7 +151,7 @@ class Job:
           finished: blocks that are done, which the session has been told of (`Session.restore`).
         """
         session, pool, o = self.session, self.session.pool, self.options
-        if all(b.kind in (HEAD, REST) and not session.work(b) for b in session.blocks[finished:]):
+        if not self.batches or all(b.kind in (HEAD, REST) and not session.work(b) for b in session.blocks[finished:]):
             return InMemory(self.batches), finished  # nothing is left to calibrate: nobody will look at them
         if o.hidden == "memory":
             return InMemory(self.batches, o.hidden_dtype), 0
@@ -224,7 +225,7 @@ class Job:
 def prepare(
     src: str | Path | Source,
     dst: str | Path,
-    calib: data.CalibrationSource,
+    calib: data.CalibrationSource | None,
     options: Options,
     settings: Mapping[str, object],
     pool: Pool = HERE,
@@ -246,6 +247,7 @@ def prepare(
         raise ConfigError(f'hidden must be "memory" or "disk"; got {o.hidden!r}')
     if o.format != "auto" and registry.get(o.format).sink is not None:
         raise FormatError(f"{o.format} is not written block by block; write awq-jax and convert it (awq-jax convert)")
+    calib = data.default(METHODS[config.method].needs_statistics) if calib is None else calib
     path = Path(dst).expanduser().absolute()
     source = registry.open_source(src) if isinstance(src, str | Path) else src
     writing.refuse_source(path, source)

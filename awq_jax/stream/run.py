@@ -56,7 +56,7 @@ class Outcome:
 def quantize_checkpoint(
     src: str | Path | Source,
     dst: str | Path,
-    calib: CalibrationSource = "builtin",
+    calib: CalibrationSource | None = None,
     *,
     samples: int = SAMPLES,
     seq_len: int = SEQ_LEN,

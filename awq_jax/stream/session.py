@@ -134,7 +134,7 @@ class Session:
             calibrated = time.perf_counter() - loaded
             done = self.quantize(block, leaves, fetch)
             quantized = time.perf_counter()
-            if self.experts_at_a_time(block):
+            if hidden.batches and self.experts_at_a_time(block):
                 self.pass_on(block, leaves, hidden)
                 calibrated += time.perf_counter() - quantized
             del leaves, fetch
@@ -210,7 +210,7 @@ class Session:
         """
         sizes = self.experts_at_a_time(block)
         groups = [_within(g, block) for g, _ in self.work(block)]
-        if block.kind == REST or (block.kind == HEAD and not groups):
+        if block.kind == REST or (block.kind == HEAD and not groups) or not hidden.batches:
             return lambda name: None
         wanted = [Wanted(g, 0 if g.name in sizes else None) for g in groups]
         sums = self._pass(block, leaves, hidden, wanted, keep=not sizes)
