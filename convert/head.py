@@ -55,7 +55,8 @@ def copies(config: HfConfig, names: Collection[str]) -> set[str]:
 
 def told(config: HfConfig, names: Collection[str]) -> HfConfig:
     """The config of a checkpoint that stores the tensors ``names``: a head beside the embedding is one of its own."""
-    return with_tied(config, False) if copies(config, names) else config
+    own = any(HEAD.search(n) and embedding_of(n, names) is not None for n in names)
+    return with_tied(config, False) if own and may_be_tied(config) else config
 
 
 def without_copies(config: HfConfig, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

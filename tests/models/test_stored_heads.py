@@ -124,6 +124,7 @@ def test_logits_are_those_of_transformers_also_after_a_streamed_quantization(nam
     awq_jax.quantize_checkpoint(tmp_path / "model", tmp_path / "out", TOKENS, format="awq-jax", **FAST)
     config, tensors = random_files.read(tmp_path / "out")
     assert config["tie_word_embeddings"] is False
+    assert config.get("text_config", config)["tie_word_embeddings"] is False  # and no part contradicts the whole
     assert "lm_head.weight" in tensors
 
 
