@@ -2,15 +2,14 @@
 
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
-from awq_jax.models.hf.config import base, get
+from awq_jax.models.hf.config import base, biases, norm_config, plain_mlp
 
 
 def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "arcee"."""
-    bias = bool(hf.get("attention_bias", False))
     return base(
         hf,
-        attention={"qkv_bias": bias, "o_bias": bias},
-        mlp={"gated": False, "bias": bool(hf.get("mlp_bias", False)), "activation": get(hf, "hidden_act", "relu2")},
-        norm={"eps": float(get(hf, "norm_eps", 1e-5))},
+        attention=biases(hf),
+        mlp=plain_mlp(hf, "relu2", bias=bool(hf.get("mlp_bias", False))),
+        norm=norm_config(hf, 1e-5),
     )

@@ -3,7 +3,7 @@
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.errors import UnsupportedModelError
 from awq_jax.models.config import ModelConfig
-from awq_jax.models.hf.config import base, get, required
+from awq_jax.models.hf.config import base, norm_config, required
 from awq_jax.models.names import names
 
 NAMES = names(
@@ -33,7 +33,7 @@ def config(hf: HfConfig) -> ModelConfig:
         {"max_position_embeddings": LENGTH} | dict(hf),
         attention={"fused": "grouped", "qkv_bias": True, "o_bias": True, "alibi": "float32"},
         mlp={"size": 4 * required(hf, "hidden_size"), "gated": False, "bias": True, "activation": "gelu_new"},
-        norm={"kind": "layer", "eps": float(get(hf, "norm_eps", 1e-5)), "bias": True},
+        norm=norm_config(hf, 1e-5, kind="layer", bias=True),
         ropes=None,
         embed_norm=True,
         names=NAMES,

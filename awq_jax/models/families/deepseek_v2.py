@@ -62,5 +62,4 @@ def latent_base(hf: HfConfig, interleaved: bool = True, **changes: Any) -> Model
         bias=bool(hf.get("attention_bias", False)),
         scale=(plain + rotated) ** -0.5 * temperature**2,
     )
-    rope = rope_config(hf, dims=rotated, interleaved=interleaved)
-    return base(hf, mixers=[latent] * required(hf, "num_hidden_layers"), ropes=rope, **changes)
+    return base(hf, mixers=latent, ropes=rope_config(hf, dims=rotated, interleaved=interleaved), **changes)

@@ -4,17 +4,16 @@ from typing import Any
 
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
-from awq_jax.models.hf.config import base, get
+from awq_jax.models.hf.config import base, biases, norm_config
 from awq_jax.models.hf.rope import rope_config
 
 
 def ernie_base(hf: HfConfig, **changes: Any) -> ModelConfig:
     """What both kinds share; ``changes`` as `awq_jax.models.hf.config.base` takes them."""
-    bias = bool(hf.get("use_bias", False))
     return base(
         hf,
-        attention={"qkv_bias": bias, "o_bias": bias},
-        norm={"eps": float(get(hf, "norm_eps", 1e-5))},
+        attention=biases(hf, "use_bias"),
+        norm=norm_config(hf, 1e-5),
         ropes=rope_config(hf, theta=500000.0, interleaved=True),
         **changes,
     )

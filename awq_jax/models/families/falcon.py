@@ -1,10 +1,9 @@
 """Falcon: 7B (one key/value head, one norm), 40B (grouped heads, two norms), and RW (ALiBi)."""
 
-from typing import Any
-
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
-from awq_jax.models.hf.config import base, get, required
+from awq_jax.models.hf.config import base, biases, norm_config, plain_mlp, required
+from awq_jax.models.hf.rope import rope_config
 from awq_jax.models.names import names
 
 ENTRIES = {
@@ -22,31 +21,25 @@ TWO_NORMS = names(ENTRIES | {"input_layernorm": "ln_attn", "post_attention_layer
 
 def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "falcon"."""
+    hf = {"max_position_embeddings": 2048} | dict(hf)
     heads, new = required(hf, "num_attention_heads"), bool(hf.get("new_decoder_architecture", False))
     several = new or not hf.get("multi_query", True)
     two = new and hf.get("num_ln_in_parallel_attn") in (None, 2)
+    size = hf.get("ffn_hidden_size") or 4 * required(hf, "hidden_size")
     parallel = ("two" if two else "one") if hf.get("parallel_attn", True) or new else None
-    bias = bool(hf.get("bias", False))
     alibi = bool(hf.get("alibi", False))
-    changes: dict[str, Any] = {"ropes": None} if alibi else {}
     return base(
-        {"max_position_embeddings": 2048} | dict(hf),
-        attention={
+        hf,
+        attention=biases(hf, "bias")
+        | {
             "kv_heads": (hf.get("num_kv_heads") or heads) if several else 1,
             "fused": "grouped",
-            "qkv_bias": bias,
-            "o_bias": bias,
             "alibi": "bfloat16" if alibi else None,
             "alibi_scaled": alibi,
         },
-        mlp={
-            "size": hf.get("ffn_hidden_size") or 4 * required(hf, "hidden_size"),
-            "activation": get(hf, "hidden_act", "gelu"),
-            "gated": False,
-            "bias": bias,
-        },
-        norm={"kind": "layer", "eps": float(get(hf, "norm_eps", 1e-5)), "bias": True},
+        mlp=plain_mlp(hf, "gelu", bool(hf.get("bias", False)), size=size),
+        norm=norm_config(hf, 1e-5, kind="layer", bias=True),
+        ropes=None if alibi else rope_config(hf),
         parallel=parallel,
         names=TWO_NORMS if two else NAMES,
-        **changes,
     )

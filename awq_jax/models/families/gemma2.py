@@ -4,8 +4,8 @@ from typing import Any
 
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
-from awq_jax.models.families.gemma import gemma_base
-from awq_jax.models.hf.config import layer_types, required, windows
+from awq_jax.models.families import gemma
+from awq_jax.models.hf.config import layer_types, windows
 from awq_jax.models.names import names
 
 NAMES = names(
@@ -19,15 +19,13 @@ NAMES = names(
 
 def config(hf: HfConfig, **changes: Any) -> ModelConfig:
     """``model_type`` "gemma2"; ``changes`` are arguments of `base` that differ in its relatives."""
-    count = required(hf, "num_hidden_layers")
-    types = layer_types(hf, ["full_attention" if i % 2 else "sliding_attention" for i in range(count)])
-    return gemma_base(
+    return gemma.config(
         hf,
         attention={
             "scale": float(hf.get("query_pre_attn_scalar", 256)) ** -0.5,
             "cap": hf.get("attn_logit_softcapping", 50.0),
         },
-        windows=windows(types, hf.get("sliding_window", 4096)),
+        windows=windows(layer_types(hf, lambda i: i % 2 == 0), hf.get("sliding_window", 4096)),
         logit_cap=hf.get("final_logit_softcapping", 30.0),
         **{"norms": "sandwich", "names": NAMES} | changes,
     )

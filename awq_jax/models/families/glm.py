@@ -4,7 +4,7 @@ from typing import Any
 
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
-from awq_jax.models.hf.config import base, get
+from awq_jax.models.hf.config import base, norm_config
 from awq_jax.models.hf.rope import rope_config
 
 
@@ -15,7 +15,7 @@ def config(hf: HfConfig, **fields: Any) -> ModelConfig:
         hf,
         attention={"qkv_bias": bool(hf.get("attention_bias", True))},
         mlp={"fused": True},
-        norm={"eps": float(get(hf, "norm_eps", 1.5625e-7))},
+        norm=norm_config(hf, 1.5625e-7),
         ropes=rope_config(hf, fraction=0.5, interleaved=True),
         **fields,
     )

@@ -4,7 +4,7 @@ from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.families.deepseek_v2 import latent_base
 from awq_jax.models.families.deepseek_v3 import NAMES, sigmoid_experts
-from awq_jax.models.hf.config import get, mlp_config, predicting_layers
+from awq_jax.models.hf.config import mlp_config, norm_config, predicting_layers
 from awq_jax.models.hf.moe import after_dense
 from awq_jax.models.names import names
 
@@ -22,6 +22,6 @@ def config(hf: HfConfig) -> ModelConfig:
         hf,
         bool(hf.get("rope_interleave", True)),
         mlps=mlps,
-        norm={"eps": float(get(hf, "norm_eps", 1e-5))},
+        norm=norm_config(hf, 1e-5),
         names=names(NAMES, carried=predicting_layers(hf)),
     )

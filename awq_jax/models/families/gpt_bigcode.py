@@ -3,7 +3,7 @@
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.families.gpt2 import ENTRIES
-from awq_jax.models.hf.config import base, get, required
+from awq_jax.models.hf.config import base, get, norm_config, plain_mlp, required
 from awq_jax.models.names import names
 
 NAMES = names(ENTRIES)  # its linears are stored [out, in]
@@ -21,13 +21,8 @@ def config(hf: HfConfig) -> ModelConfig:
             "o_bias": True,
             "scale": None if hf.get("scale_attn_weights", True) else 1.0,
         },
-        mlp={
-            "size": get(hf, "intermediate_size", 4 * required(hf, "hidden_size")),
-            "activation": get(hf, "hidden_act", "gelu_pytorch_tanh"),
-            "gated": False,
-            "bias": True,
-        },
-        norm={"kind": "layer", "eps": float(get(hf, "norm_eps", 1e-5)), "bias": True},
+        mlp=plain_mlp(hf, "gelu_pytorch_tanh", size=get(hf, "intermediate_size", 4 * required(hf, "hidden_size"))),
+        norm=norm_config(hf, 1e-5, kind="layer", bias=True),
         ropes=None,
         positions=required(hf, "max_position_embeddings"),
         names=NAMES,

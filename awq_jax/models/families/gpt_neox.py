@@ -2,7 +2,7 @@
 
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
-from awq_jax.models.hf.config import base, get, required
+from awq_jax.models.hf.config import base, biases, norm_config, plain_mlp, required
 from awq_jax.models.hf.rope import rope_config
 from awq_jax.models.names import names
 
@@ -23,18 +23,12 @@ NAMES = names(
 
 def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "gpt_neox"."""
-    bias = bool(hf.get("attention_bias", True))
     rope = rope_config(hf, theta=hf.get("rotary_emb_base") or 10000.0, fraction=hf.get("rotary_pct") or 0.25)
     return base(
         hf,
-        attention={
-            "kv_heads": required(hf, "num_attention_heads"),
-            "fused": "grouped",
-            "qkv_bias": bias,
-            "o_bias": bias,
-        },
-        mlp={"gated": False, "bias": True, "activation": get(hf, "hidden_act", "gelu")},
-        norm={"kind": "layer", "eps": float(get(hf, "norm_eps", 1e-5)), "bias": True},
+        attention=biases(hf, default=True) | {"kv_heads": required(hf, "num_attention_heads"), "fused": "grouped"},
+        mlp=plain_mlp(hf, "gelu"),
+        norm=norm_config(hf, 1e-5, kind="layer", bias=True),
         ropes=rope,
         parallel="two" if hf.get("use_parallel_residual", True) else None,
         names=NAMES,

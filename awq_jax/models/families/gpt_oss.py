@@ -2,7 +2,7 @@
 
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
-from awq_jax.models.hf.config import base, get, layer_types, mlp_config, required, windows
+from awq_jax.models.hf.config import base, biases, layer_types, mlp_config, norm_config, windows
 from awq_jax.models.hf.moe import moe_config
 from awq_jax.models.hf.rope import rope_config
 from awq_jax.models.names import names
@@ -26,16 +26,14 @@ NAMES = names(
 
 def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "gpt_oss"; as floats (the published MXFP4 is to be made float first)."""
-    count = required(hf, "num_hidden_layers")
-    types = layer_types(hf, ["full_attention" if i % 2 else "sliding_attention" for i in range(count)])
-    bias, limit = bool(hf.get("attention_bias", True)), float(hf.get("swiglu_limit", 7.0))
-    expert = mlp_config(hf, bias=True, limit=limit, steepness=float(hf.get("swiglu_alpha", 1.702)))
+    limit, steepness = float(hf.get("swiglu_limit", 7.0)), float(hf.get("swiglu_alpha", 1.702))
+    expert = mlp_config(hf, bias=True, limit=limit, steepness=steepness)
     return base(
         hf,
-        attention={"qkv_bias": bias, "o_bias": bias, "sinks": True},
-        norm={"eps": float(get(hf, "norm_eps", 1e-5))},
-        mlps=[moe_config(hf, expert=expert, normalize=True, router_bias=True)] * count,
+        attention=biases(hf, default=True) | {"sinks": True},
+        norm=norm_config(hf, 1e-5),
+        mlps=moe_config(hf, expert=expert, normalize=True, router_bias=True),
         ropes=rope_config(hf, theta=150000.0),
-        windows=windows(types, hf.get("sliding_window", 128)),
+        windows=windows(layer_types(hf, lambda i: i % 2 == 0), hf.get("sliding_window", 128)),
         names=NAMES,
     )

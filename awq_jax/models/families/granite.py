@@ -4,23 +4,17 @@ from typing import Any
 
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
-from awq_jax.models.hf.config import base
+from awq_jax.models.hf.config import base, biases
 
 
-def granite_base(hf: HfConfig, **changes: Any) -> ModelConfig:
-    """What all Granite models share; ``changes`` as `awq_jax.models.hf.config.base` takes them."""
-    bias = bool(hf.get("attention_bias", False))
+def config(hf: HfConfig, **changes: Any) -> ModelConfig:
+    """``model_type`` "granite"; ``changes`` are arguments of `base` that differ in its relatives."""
     return base(
         hf,
-        attention={"qkv_bias": bias, "o_bias": bias, "scale": float(hf.get("attention_multiplier", 1.0))},
+        attention=biases(hf) | {"scale": float(hf.get("attention_multiplier", 1.0))},
         mlp={"bias": bool(hf.get("mlp_bias", False))},
         embed_scale=float(hf.get("embedding_multiplier", 1.0)),
         residual_scale=float(hf.get("residual_multiplier", 1.0)),
         logit_scale=1 / float(hf.get("logits_scaling", 1.0)),
         **changes,
     )
-
-
-def config(hf: HfConfig) -> ModelConfig:
-    """``model_type`` "granite"."""
-    return granite_base(hf)

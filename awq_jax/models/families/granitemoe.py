@@ -2,8 +2,7 @@
 
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
-from awq_jax.models.families.granite import granite_base
-from awq_jax.models.hf.config import required
+from awq_jax.models.families import granite
 from awq_jax.models.hf.moe import moe_config
 from awq_jax.models.names import names
 
@@ -25,5 +24,4 @@ NAMES = names(
 
 def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "granitemoe"."""
-    moe = moe_config(hf, normalize=True)
-    return granite_base(hf, mlps=[moe] * required(hf, "num_hidden_layers"), names=NAMES)
+    return granite.config(hf, mlps=moe_config(hf, normalize=True), names=NAMES)

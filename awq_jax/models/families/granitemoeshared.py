@@ -2,8 +2,7 @@
 
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
-from awq_jax.models.families import granitemoe
-from awq_jax.models.families.granite import granite_base
+from awq_jax.models.families import granite, granitemoe
 from awq_jax.models.hf.config import mlp_config, required
 from awq_jax.models.hf.moe import moe_config
 from awq_jax.models.names import names
@@ -22,5 +21,4 @@ def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "granitemoeshared"."""
     size = hf.get("shared_intermediate_size")
     shared = mlp_config(hf, size=required(hf, "shared_intermediate_size"), fused=True) if size else None
-    moe = moe_config(hf, normalize=True, shared=shared)
-    return granite_base(hf, mlps=[moe] * required(hf, "num_hidden_layers"), names=NAMES)
+    return granite.config(hf, mlps=moe_config(hf, normalize=True, shared=shared), names=NAMES)

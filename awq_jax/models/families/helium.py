@@ -2,7 +2,7 @@
 
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
-from awq_jax.models.hf.config import base, get
+from awq_jax.models.hf.config import base, norm_config
 from awq_jax.models.hf.rope import rope_config
 
 
@@ -12,6 +12,6 @@ def config(hf: HfConfig) -> ModelConfig:
         hf,
         attention={"head_dim": hf.get("head_dim") or 128, "qkv_bias": bool(hf.get("attention_bias", False))},
         mlp={"bias": bool(hf.get("mlp_bias", False))},
-        norm={"eps": float(get(hf, "norm_eps", 1e-8))},
+        norm=norm_config(hf, 1e-8),
         ropes=rope_config(hf, theta=100000.0, interleaved=True),
     )

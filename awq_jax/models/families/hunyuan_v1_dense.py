@@ -1,8 +1,8 @@
 """Hunyuan dense (0.5B to 7B): Llama with a norm of each head after its rotation."""
 
 from awq_jax.convert.config_json import HfConfig
-from awq_jax.models.config import ModelConfig, NormConfig, RopeConfig
-from awq_jax.models.hf.config import base, get
+from awq_jax.models.config import ModelConfig, RopeConfig
+from awq_jax.models.hf.config import base, biases, norm_config
 from awq_jax.models.hf.rope import rope_config
 from awq_jax.models.names import names
 
@@ -11,12 +11,11 @@ NAMES = names({"self_attn.q_norm": "self_attn.query_layernorm", "self_attn.k_nor
 
 def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "hunyuan_v1_dense"."""
-    bias = bool(hf.get("attention_bias", False))
-    eps = float(get(hf, "norm_eps", 1e-5))
+    norm = norm_config(hf, 1e-5)
     return base(
         hf,
-        attention={"qkv_bias": bias, "o_bias": bias, "norm": NormConfig(eps=eps), "norm_rotated": True},
-        norm={"eps": eps},
+        attention=biases(hf) | {"norm": norm, "norm_rotated": True},
+        norm=norm,
         ropes=_rope(hf),
         names=NAMES,
     )

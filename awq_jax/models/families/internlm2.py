@@ -2,7 +2,7 @@
 
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
-from awq_jax.models.hf.config import base
+from awq_jax.models.hf.config import base, biases
 from awq_jax.models.names import names
 
 NAMES = names(
@@ -22,5 +22,4 @@ NAMES = names(
 
 def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "internlm2"."""
-    bias = bool(hf.get("bias", True))
-    return base(hf, attention={"fused": "grouped", "qkv_bias": bias, "o_bias": bias}, names=NAMES)
+    return base(hf, attention=biases(hf, "bias", True) | {"fused": "grouped"}, names=NAMES)

@@ -2,14 +2,9 @@
 
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
-from awq_jax.models.hf.config import base
+from awq_jax.models.hf.config import base, biases
 
 
 def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "llama"."""
-    bias = bool(hf.get("attention_bias", False))
-    return base(
-        hf,
-        attention={"qkv_bias": bias, "o_bias": bias},
-        mlp={"bias": bool(hf.get("mlp_bias", False))},
-    )
+    return base(hf, attention=biases(hf), mlp={"bias": bool(hf.get("mlp_bias", False))})

@@ -5,7 +5,7 @@ import math
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.errors import UnsupportedModelError
 from awq_jax.models.config import ModelConfig
-from awq_jax.models.hf.config import base, required
+from awq_jax.models.hf.config import base, biases, required
 
 
 def config(hf: HfConfig) -> ModelConfig:
@@ -18,10 +18,9 @@ def config(hf: HfConfig) -> ModelConfig:
         if hf.get(key):
             raise UnsupportedModelError(f"minicpm with {key}: only dense models are supported")
     size, count = required(hf, "hidden_size"), required(hf, "num_hidden_layers")
-    bias = bool(hf.get("attention_bias", False))
     return base(
         hf,
-        attention={"qkv_bias": bias, "o_bias": bias},
+        attention=biases(hf),
         embed_scale=float(hf.get("scale_emb", 1)),
         residual_scale=float(hf.get("scale_depth", 1)) / math.sqrt(count),
         logit_scale=float(hf.get("dim_model_base", 1)) / size,

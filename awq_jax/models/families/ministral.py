@@ -2,10 +2,9 @@
 
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
-from awq_jax.models.hf.config import base, layer_types, required, windows
+from awq_jax.models.hf.config import base, layer_types, windows
 
 
 def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "ministral"."""
-    types = layer_types(hf, ["sliding_attention"] * required(hf, "num_hidden_layers"))
-    return base(hf, windows=windows(types, hf.get("sliding_window", 4096)))
+    return base(hf, windows=windows(layer_types(hf, lambda i: True), hf.get("sliding_window", 4096)))

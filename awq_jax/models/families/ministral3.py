@@ -2,7 +2,7 @@
 
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
-from awq_jax.models.hf.config import base, required
+from awq_jax.models.hf.config import base
 
 
 def config(hf: HfConfig) -> ModelConfig:
@@ -15,5 +15,5 @@ def config(hf: HfConfig) -> ModelConfig:
             "head_dim": hf.get("head_dim") or 128,
             "query_growth": (float(beta), int(length)) if beta and length else None,
         },
-        windows=[hf.get("sliding_window")] * required(hf, "num_hidden_layers"),
+        windows=hf.get("sliding_window"),
     )

@@ -18,12 +18,11 @@ NAMES = names(
 
 def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "mixtral"."""
-    count = required(hf, "num_hidden_layers")
     moe = MoEConfig(required(hf, "num_local_experts"), required(hf, "num_experts_per_tok"), mlp_config(hf))
     return base(
         hf,
-        mlps=[moe] * count,
+        mlps=moe,
         ropes=rope_config(hf, theta=1e6),
-        windows=[hf.get("sliding_window")] * count,
+        windows=hf.get("sliding_window"),
         names=NAMES,
     )

@@ -3,7 +3,7 @@
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.errors import UnsupportedModelError
 from awq_jax.models.config import ModelConfig
-from awq_jax.models.hf.config import base, get, required
+from awq_jax.models.hf.config import base, norm_config, required
 from awq_jax.models.names import names
 
 NAMES = names(
@@ -44,12 +44,8 @@ def config(hf: HfConfig) -> ModelConfig:
             "alibi": "float32",
             "alibi_max": float(attention.get("alibi_bias_max", 8)),
         },
-        mlp={
-            "size": hf.get("expansion_ratio", 4) * required(hf, "hidden_size"),
-            "activation": "gelu",
-            "gated": False,
-        },
-        norm={"kind": "layer", "eps": float(get(hf, "norm_eps", 1e-5))},
+        mlp={"size": hf.get("expansion_ratio", 4) * required(hf, "hidden_size"), "activation": "gelu", "gated": False},
+        norm=norm_config(hf, 1e-5, kind="layer"),
         ropes=None,
         names=NAMES,
     )

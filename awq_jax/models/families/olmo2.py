@@ -3,8 +3,8 @@
 from typing import Any
 
 from awq_jax.convert.config_json import HfConfig
-from awq_jax.models.config import ModelConfig, NormConfig
-from awq_jax.models.hf.config import base, get
+from awq_jax.models.config import ModelConfig
+from awq_jax.models.hf.config import base, biases, norm_config
 from awq_jax.models.names import names
 
 NAMES = names(
@@ -17,12 +17,11 @@ NAMES = names(
 
 def config(hf: HfConfig, **changes: Any) -> ModelConfig:
     """``model_type`` "olmo2"; ``changes`` are arguments of `base` that differ in its relatives."""
-    bias = bool(hf.get("attention_bias", False))
-    eps = float(get(hf, "norm_eps", 1e-5))
+    norm = norm_config(hf, 1e-5)
     return base(
         hf,
-        attention={"qkv_bias": bias, "o_bias": bias, "norm": NormConfig(eps=eps), "norm_over": "width"},
-        norm={"eps": eps},
+        attention=biases(hf) | {"norm": norm, "norm_over": "width"},
+        norm=norm,
         norms="post",
         names=NAMES,
         **changes,

@@ -3,14 +3,13 @@
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.families import olmo2
-from awq_jax.models.hf.config import layer_types, required, windows
+from awq_jax.models.hf.config import layer_types, windows
 from awq_jax.models.hf.rope import rope_config
 
 
 def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "olmo3"."""
-    count = required(hf, "num_hidden_layers")
-    types = layer_types(hf, ["sliding_attention" if (i + 1) % 4 else "full_attention" for i in range(count)])
+    types = layer_types(hf, lambda i: (i + 1) % 4)
     given = dict(hf.get("rope_parameters") or {})
     data = {
         "sliding_attention": given.get("sliding_attention", {}),

@@ -1,26 +1,19 @@
 """OLMoE: Llama with experts, and norms over all queries and all keys."""
 
 from awq_jax.convert.config_json import HfConfig
-from awq_jax.models.config import ModelConfig, NormConfig
+from awq_jax.models.config import ModelConfig
 from awq_jax.models.families.qwen2_moe import NAMES
-from awq_jax.models.hf.config import base, get, required
+from awq_jax.models.hf.config import base, biases, norm_config
 from awq_jax.models.hf.moe import moe_config
 
 
 def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "olmoe"."""
-    bias, eps = bool(hf.get("attention_bias", False)), float(get(hf, "norm_eps", 1e-5))
-    clip = hf.get("clip_qkv")
+    norm, clip = norm_config(hf, 1e-5), hf.get("clip_qkv")
     return base(
         hf,
-        attention={
-            "qkv_bias": bias,
-            "o_bias": bias,
-            "norm": NormConfig(eps=eps),
-            "norm_over": "width",
-            "clip": None if clip is None else float(clip),
-        },
-        norm={"eps": eps},
-        mlps=[moe_config(hf)] * required(hf, "num_hidden_layers"),
+        attention=biases(hf) | {"norm": norm, "norm_over": "width", "clip": None if clip is None else float(clip)},
+        norm=norm,
+        mlps=moe_config(hf),
         names=NAMES,
     )

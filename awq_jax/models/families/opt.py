@@ -1,8 +1,8 @@
 """OPT: LayerNorm, learned positions that begin at row 2, ReLU."""
 
 from awq_jax.convert.config_json import HfConfig
-from awq_jax.models.config import ModelConfig
-from awq_jax.models.hf.config import base, get, required
+from awq_jax.models.config import ModelConfig, NormConfig
+from awq_jax.models.hf.config import base, biases, plain_mlp, required
 from awq_jax.models.names import names
 
 NAMES = names(
@@ -24,14 +24,13 @@ NAMES = names(
 
 def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "opt"."""
-    bias = bool(hf.get("enable_bias", True))
     affine = bool(hf.get("layer_norm_elementwise_affine", True))
     before = bool(hf.get("do_layer_norm_before", True))
     return base(
         hf,
-        attention={"qkv_bias": bias, "o_bias": bias},
-        mlp={"gated": False, "bias": bias, "activation": get(hf, "hidden_act", "relu")},
-        norm={"kind": "layer", "eps": 1e-5, "scale": affine, "bias": affine},
+        attention=biases(hf, "enable_bias", True),
+        mlp=plain_mlp(hf, "relu", bool(hf.get("enable_bias", True))),
+        norm=NormConfig("layer", 1e-5, scale=affine, bias=affine),
         norms="pre" if before else "residual",
         final_norm=before and not hf.get("_remove_final_layer_norm", False),
         ropes=None,

@@ -1,8 +1,8 @@
 """Phi 1 and 2: LayerNorm, half of a head rotated, attention and MLP side by side after one norm."""
 
 from awq_jax.convert.config_json import HfConfig
-from awq_jax.models.config import ModelConfig, NormConfig
-from awq_jax.models.hf.config import base, get
+from awq_jax.models.config import ModelConfig
+from awq_jax.models.hf.config import base, norm_config, plain_mlp
 from awq_jax.models.hf.rope import rope_config
 from awq_jax.models.names import names
 
@@ -20,12 +20,12 @@ NAMES = names(
 
 def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "phi"."""
-    norm = NormConfig("layer", eps=float(get(hf, "norm_eps", 1e-5)), bias=True)
+    head_norm = norm_config(hf, 1e-5, kind="layer", bias=True)
     return base(
         hf,
-        attention={"qkv_bias": True, "o_bias": True, "norm": norm if hf.get("qk_layernorm", False) else None},
-        mlp={"gated": False, "bias": True, "activation": get(hf, "hidden_act", "gelu_new")},
-        norm={"kind": "layer", "bias": True},
+        attention={"qkv_bias": True, "o_bias": True, "norm": head_norm if hf.get("qk_layernorm", False) else None},
+        mlp=plain_mlp(hf, "gelu_new"),
+        norm=norm_config(hf, kind="layer", bias=True),
         ropes=rope_config(hf, fraction=0.5),
         parallel="one",
         head_bias=True,

@@ -2,7 +2,7 @@
 
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
-from awq_jax.models.hf.config import base, required
+from awq_jax.models.hf.config import base
 from awq_jax.models.hf.rope import rope_config
 
 
@@ -16,5 +16,5 @@ def config(hf: HfConfig) -> ModelConfig:
         attention={"fused": "concatenated"},
         mlp={"fused": True},
         ropes=rope_config(hf, data=data),
-        windows=[hf.get("sliding_window")] * required(hf, "num_hidden_layers"),
+        windows=hf.get("sliding_window"),
     )

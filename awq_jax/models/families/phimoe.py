@@ -4,7 +4,7 @@ from awq_jax.convert.config_json import HfConfig
 from awq_jax.errors import ConfigError, UnsupportedModelError
 from awq_jax.models.config import ModelConfig, RopeConfig
 from awq_jax.models.families.mixtral import NAMES
-from awq_jax.models.hf.config import base, get, required
+from awq_jax.models.hf.config import base, biases, norm_config
 from awq_jax.models.hf.moe import moe_config
 from awq_jax.models.hf.rope import rope_config
 
@@ -19,15 +19,13 @@ def config(hf: HfConfig) -> ModelConfig:
     moe = moe_config(hf, score="sparsemixer", jitter=float(hf.get("router_jitter_noise", 0.01)))
     if moe.top_k != 2:
         raise UnsupportedModelError(f"phimoe chooses 2 experts per token; config.json says {moe.top_k}")
-    count = required(hf, "num_hidden_layers")
-    bias = bool(hf.get("attention_bias", False))
     return base(
         hf,
-        attention={"qkv_bias": bias, "o_bias": bias},
-        mlps=[moe] * count,
-        norm={"kind": "layer", "eps": float(get(hf, "norm_eps", 1e-5)), "bias": True},
+        attention=biases(hf),
+        mlps=moe,
+        norm=norm_config(hf, 1e-5, kind="layer", bias=True),
         ropes=_rope(hf),
-        windows=[hf.get("sliding_window")] * count,
+        windows=hf.get("sliding_window"),
         head_bias=bool(hf.get("lm_head_bias", False)),
         names=NAMES,
     )

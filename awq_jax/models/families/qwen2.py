@@ -2,18 +2,14 @@
 
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
-from awq_jax.models.hf.config import base, layer_types, required, windows
+from awq_jax.models.hf.config import base, layer_types, windows
 
 
 def qwen_windows(hf: HfConfig) -> list[int | None]:
     """The window applies only if ``use_sliding_window`` is set."""
     window = hf.get("sliding_window", 4096) if hf.get("use_sliding_window", False) else None
     first = hf.get("max_window_layers", 28)
-    default = [
-        "sliding_attention" if window is not None and i >= first else "full_attention"
-        for i in range(required(hf, "num_hidden_layers"))
-    ]
-    return windows(layer_types(hf, default), window)
+    return windows(layer_types(hf, lambda i: window is not None and i >= first), window)
 
 
 def config(hf: HfConfig) -> ModelConfig:

@@ -4,7 +4,7 @@ from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.families.qwen2_moe import NAMES, qwen_mlps
 from awq_jax.models.families.qwen3 import attention
-from awq_jax.models.hf.config import base, required
+from awq_jax.models.hf.config import base
 from awq_jax.models.hf.moe import moe_config
 
 
@@ -15,6 +15,6 @@ def config(hf: HfConfig) -> ModelConfig:
         hf,
         attention=attention(hf),
         mlps=qwen_mlps(hf, moe_config(hf)),
-        windows=[window] * required(hf, "num_hidden_layers"),
+        windows=window,
         names=NAMES,
     )

@@ -2,9 +2,9 @@
 
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.errors import UnsupportedModelError
-from awq_jax.models.config import DeltaConfig, ModelConfig, NormConfig
+from awq_jax.models.config import DeltaConfig, ModelConfig
 from awq_jax.models.families.qwen2_moe import EXPERTS, qwen_mlps
-from awq_jax.models.hf.config import attention_config, base, get, mlp_config, required
+from awq_jax.models.hf.config import attention_config, base, biases, mlp_config, norm_config, required
 from awq_jax.models.hf.moe import moe_config
 from awq_jax.models.hf.rope import rope_config
 from awq_jax.models.names import names
@@ -31,15 +31,15 @@ def config(hf: HfConfig) -> ModelConfig:
     unknown = set(types) - {"linear_attention", "full_attention"}
     if unknown or hf.get("hidden_act", "silu") != "silu":
         raise UnsupportedModelError(f"qwen3_next with layers {sorted(unknown)} or hidden_act {hf.get('hidden_act')!r}")
-    eps, bias = float(get(hf, "norm_eps", 1e-6)), bool(hf.get("attention_bias", False))
-    attention = attention_config(hf, qkv_bias=bias, o_bias=bias, norm=NormConfig(eps=eps, offset=1.0), gated=True)
+    norm = norm_config(hf, offset=1.0)
+    attention = attention_config(hf, **biases(hf), norm=norm, gated=True)
     delta = DeltaConfig(
         key_heads=required(hf, "linear_num_key_heads"),
         value_heads=required(hf, "linear_num_value_heads"),
         key_dim=required(hf, "linear_key_head_dim"),
         value_dim=required(hf, "linear_value_head_dim"),
         window=required(hf, "linear_conv_kernel_dim"),
-        eps=eps,
+        eps=norm.eps,
     )
     shared = mlp_config(hf, size=required(hf, "shared_expert_intermediate_size"))
     moe = moe_config(hf, normalize=bool(hf.get("norm_topk_prob", True)), shared=shared, shared_gate=True)
@@ -50,6 +50,6 @@ def config(hf: HfConfig) -> ModelConfig:
         mixers=[attention if f else delta for f in full],
         ropes=[rope if f else None for f in full],
         mlps=qwen_mlps(hf, moe),
-        norm={"offset": 1.0},
+        norm=norm,
         names=NAMES,
     )

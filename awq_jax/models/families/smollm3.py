@@ -2,7 +2,7 @@
 
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
-from awq_jax.models.hf.config import base, layer_types, required, windows
+from awq_jax.models.hf.config import base, biases, layer_types, required, windows
 from awq_jax.models.hf.rope import rope_config
 
 
@@ -15,12 +15,10 @@ def config(hf: HfConfig) -> ModelConfig:
         rotates = [int((i + 1) % interval != 0) for i in range(count)]
     rope = rope_config(hf, theta=2000000.0)
     window = hf.get("sliding_window") if hf.get("use_sliding_window", False) else None
-    types = layer_types(hf, ["full_attention" if r else "sliding_attention" for r in rotates])
-    bias = bool(hf.get("attention_bias", False))
     return base(
         hf,
         ropes=[rope if r else None for r in rotates[:count]],
-        windows=windows(types, window),
-        attention={"qkv_bias": bias, "o_bias": bias},
+        windows=windows(layer_types(hf, lambda i: not rotates[i]), window),
+        attention=biases(hf),
         mlp={"bias": bool(hf.get("mlp_bias", False))},
     )

@@ -3,7 +3,7 @@
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.families.deepseek_v3 import NAMES, sigmoid_experts
-from awq_jax.models.hf.config import base, get, required
+from awq_jax.models.hf.config import base, norm_config
 from awq_jax.models.hf.rope import rope_config
 from awq_jax.models.names import names
 
@@ -13,8 +13,8 @@ def config(hf: HfConfig) -> ModelConfig:
     return base(
         {"head_dim": 128} | dict(hf),
         attention={"qkv_bias": bool(hf.get("attention_bias", False))},
-        norm={"eps": float(get(hf, "norm_eps", 1e-5))},
-        mlps=[sigmoid_experts(hf)] * required(hf, "num_hidden_layers"),
+        norm=norm_config(hf, 1e-5),
+        mlps=sigmoid_experts(hf),
         ropes=rope_config(hf, theta=1e6),
         names=names(NAMES),
     )

@@ -1,8 +1,8 @@
 """StableLM: LayerNorm, a quarter of a head rotated; StableLM 2 12B: a norm of each head, attention beside the MLP."""
 
 from awq_jax.convert.config_json import HfConfig
-from awq_jax.models.config import ModelConfig, NormConfig
-from awq_jax.models.hf.config import base, get
+from awq_jax.models.config import ModelConfig
+from awq_jax.models.hf.config import base, norm_config
 from awq_jax.models.hf.rope import rope_config
 from awq_jax.models.names import names
 
@@ -16,15 +16,14 @@ NAMES = names(
 
 def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "stablelm"."""
-    norm = NormConfig("layer", eps=float(get(hf, "norm_eps", 1e-5)))
     return base(
         hf,
         attention={
             "qkv_bias": bool(hf.get("use_qkv_bias", False)),
-            "norm": norm if hf.get("qk_layernorm", False) else None,
+            "norm": norm_config(hf, 1e-5, kind="layer") if hf.get("qk_layernorm", False) else None,
             "norm_over": "heads",
         },
-        norm={"kind": "layer", "eps": norm.eps, "bias": True},
+        norm=norm_config(hf, 1e-5, kind="layer", bias=True),
         ropes=rope_config(hf, fraction=0.25),
         parallel="one" if hf.get("use_parallel_residual", False) else None,
         names=NAMES,

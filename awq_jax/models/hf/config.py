@@ -1,7 +1,7 @@
 """Hugging Face's ``config.json`` to `ModelConfig`: what families share, and the spellings of its keys."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from awq_jax.convert.config_json import HfConfig, is_tied
 from awq_jax.errors import ConfigError, UnsupportedModelError
@@ -36,6 +36,9 @@ STRETCHED = ("dynamic", "linear", "yarn")
 LARGEST = {"num_hidden_layers": 4096}  # a plausible bound, before lists of that length are made
 
 Family = Callable[[HfConfig], ModelConfig]
+Mixer = AttentionConfig | LatentConfig | DeltaConfig
+AnyMLP = MLPConfig | MoEConfig
+T = TypeVar("T")
 
 
 def get(hf: HfConfig, key: str, default: object = None) -> Any:
@@ -63,22 +66,23 @@ def base(
     *,
     attention: Mapping[str, object] | None = None,
     mlp: Mapping[str, object] | None = None,
-    norm: Mapping[str, object] | None = None,
-    mlps: Sequence[MLPConfig | MoEConfig] | None = None,
-    mixers: Sequence[AttentionConfig | LatentConfig | DeltaConfig] | None = None,
+    norm: NormConfig | None = None,
+    mlps: AnyMLP | Sequence[AnyMLP] | None = None,
+    mixers: Mixer | Sequence[Mixer] | None = None,
     ropes: RopeConfig | Sequence[RopeConfig | None] | Literal["llama"] | None = "llama",
-    windows: Sequence[int | None] | None = None,
+    windows: int | Sequence[int | None] | None = None,
     **fields: object,
 ) -> ModelConfig:
     """A Llama with changes.
 
     Args:
       hf: content of ``config.json``.
-      attention, mlp, norm: fields of `AttentionConfig`, `MLPConfig`, `NormConfig` that differ.
-      mlps: of each layer, if they are not alike.
-      mixers: attention of each layer, if it is not alike or not `AttentionConfig`.
+      attention, mlp: fields of `AttentionConfig` and `MLPConfig` that differ.
+      norm: of the residual stream, if not `norm_config`'s.
+      mlps: of all layers, or of each, if it is not an `MLPConfig` or they are not alike.
+      mixers: attention of all layers, or of each, if it is not `AttentionConfig` or they are not alike.
       ropes: of all layers, or of each; None for no rotation.
-      windows: sliding window of each layer.
+      windows: sliding window of all layers, or of each; None for none.
       **fields: of `ModelConfig`.
 
     Raises:
@@ -86,28 +90,37 @@ def base(
       UnsupportedModelError: for an activation or rope scaling the decoder does not have.
     """
     count = required(hf, "num_hidden_layers")
-    if ropes == "llama":
-        ropes = rope_config(hf)
-    each: list[RopeConfig | None] = [ropes] * count if ropes is None or isinstance(ropes, RopeConfig) else list(ropes)
-    each_mixer = list(mixers) if mixers is not None else [attention_config(hf, **(attention or {}))] * count
-    per_mlp = list(mlps) if mlps is not None else [mlp_config(hf, **(mlp or {}))] * count
-    per_window = list(windows) if windows is not None else [None] * count
-    layers = [LayerConfig(*t) for t in zip(each_mixer, per_mlp, each, per_window, strict=True)]
-    length = required(hf, "max_position_embeddings")
-    reach = [r.original_length * r.factor for r in each if r is not None and r.kind in STRETCHED]
-    norms: dict[str, Any] = {"eps": float(get(hf, "norm_eps", 1e-6))}
-    norms.update(norm or {})
+
+    def each(of: T | Sequence[T]) -> Sequence[T]:
+        return of if isinstance(of, Sequence) else [of] * count
+
+    each_mixer: Sequence[Mixer] = each(attention_config(hf, **(attention or {})) if mixers is None else mixers)
+    each_mlp: Sequence[AnyMLP] = each(mlp_config(hf, **(mlp or {})) if mlps is None else mlps)
+    each_rope = each(rope_config(hf) if ropes == "llama" else ropes)
+    layers = [LayerConfig(*t) for t in zip(each_mixer, each_mlp, each_rope, each(windows), strict=True)]
+    reach = [r.original_length * r.factor for r in each_rope if r is not None and r.kind in STRETCHED]
     known: dict[str, Any] = {
         "family": hf["model_type"],
         "vocab_size": required(hf, "vocab_size"),
         "hidden_size": required(hf, "hidden_size"),
-        "max_length": int(max([length, *reach])),
-        "norm": NormConfig(**norms),
+        "max_length": int(max([required(hf, "max_position_embeddings"), *reach])),
+        "norm": norm or norm_config(hf),
         "tied": is_tied(hf),
         "layers": tuple(layers),
     }
-    known.update(fields)
-    return ModelConfig(**known)
+    return ModelConfig(**(known | fields))
+
+
+def norm_config(hf: HfConfig, eps: float = 1e-6, **changes: object) -> NormConfig:
+    """Llama's norm with changes; ``eps`` where the config does not say."""
+    known: dict[str, Any] = {"eps": float(get(hf, "norm_eps", eps))}
+    return NormConfig(**(known | changes))
+
+
+def biases(hf: HfConfig, key: str = "attention_bias", default: bool = False) -> dict[str, object]:
+    """Fields of `AttentionConfig`: all its linears have biases, or none has."""
+    has = bool(hf.get(key, default))
+    return {"qkv_bias": has, "o_bias": has}
 
 
 def attention_config(hf: HfConfig, **changes: object) -> AttentionConfig:
@@ -123,8 +136,7 @@ def attention_config(hf: HfConfig, **changes: object) -> AttentionConfig:
         "kv_heads": hf.get("num_key_value_heads") or heads,
         "head_dim": hf.get("head_dim") or size // heads,
     }
-    known.update(changes)
-    config = AttentionConfig(**known)
+    config = AttentionConfig(**(known | changes))
     whole = all(type(v) is int and v > 0 for v in (config.heads, config.kv_heads, config.head_dim))
     if not whole or config.heads % config.kv_heads or config.head_dim % 2:
         raise ConfigError(
@@ -140,11 +152,9 @@ def mlp_config(hf: HfConfig, **changes: object) -> MLPConfig:
     Raises:
       UnsupportedModelError: for an activation the decoder does not have.
     """
-    fields: dict[str, Any] = dict(changes)
+    fields: dict[str, Any] = {"activation": get(hf, "hidden_act", "silu")} | changes
     if "size" not in fields:
         fields["size"] = required(hf, "intermediate_size")
-    if "activation" not in fields:
-        fields["activation"] = get(hf, "hidden_act", "silu")
     known = (*ACTIVATIONS, *(() if fields.get("gated", True) else LEARNED))
     if fields["activation"] not in known:
         raise UnsupportedModelError(
@@ -160,19 +170,25 @@ def predicting_layers(hf: HfConfig) -> str:
     return rf"^(model\.)?layers\.({numbers})\."
 
 
-def layer_types(hf: HfConfig, default: Sequence[str] | None = None) -> list[str]:
+def plain_mlp(hf: HfConfig, activation: str, bias: bool = True, **changes: object) -> dict[str, object]:
+    """Fields of `MLPConfig` without a gate; ``activation`` where the config does not say."""
+    return {"gated": False, "bias": bias, "activation": get(hf, "hidden_act", activation)} | changes
+
+
+def layer_types(hf: HfConfig, slides: Callable[[int], object] = lambda i: False) -> list[str]:
     """``sliding_attention`` or ``full_attention`` for each layer.
 
     Args:
       hf: content of ``config.json``.
-      default: where it does not say; None for full attention everywhere.
+      slides: whether the layer of a number has a window, where the config does not say.
 
     Raises:
       UnsupportedModelError: for another kind of layer.
       ConfigError: if it does not list all layers.
     """
     count = required(hf, "num_hidden_layers")
-    types = list(hf.get("layer_types") or default or ["full_attention"] * count)
+    default = ["sliding_attention" if slides(i) else "full_attention" for i in range(count)]
+    types = list(hf.get("layer_types") or default)
     unknown = set(types) - {"sliding_attention", "full_attention"}
     if unknown:
         raise UnsupportedModelError(f"layer_types {sorted(unknown)} are not supported")

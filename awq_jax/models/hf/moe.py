@@ -27,8 +27,7 @@ def moe_config(hf: HfConfig, **changes: object) -> MoEConfig:
     if "expert" not in changes:
         size = "moe_intermediate_size" if hf.get("moe_intermediate_size") else "intermediate_size"
         known["expert"] = mlp_config(hf, size=required(hf, size))
-    known.update(changes)
-    c = MoEConfig(**known)
+    c = MoEConfig(**(known | changes))
     if c.experts % c.groups or c.top_groups > c.groups or c.group_best > c.experts // c.groups:
         raise ConfigError(
             f"config.json: {c.experts} experts in {c.groups} groups, {c.top_groups} of them chosen: groups must "
