@@ -11,7 +11,7 @@ from awq_jax.errors import CalibrationError
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.vision import inputs as vision
 from awq_jax.serve.generate import check_tokens
-from awq_jax.stream.job import within_context
+from awq_jax.stream.job import say_if_cut
 
 
 def are_images(calib: object) -> TypeGuard[Sequence[Mapping[str, Any]]]:
@@ -35,15 +35,17 @@ def of_text(
     Raises:
       CalibrationError: see `awq_jax.data.load`.
     """
-    return data.load(
+    found = data.load(
         cast(data.CalibrationSource, calib),  # `load` refuses what is not
         tokenizer,
         samples=samples,
-        seq_len=within_context(architecture, seq_len),
+        seq_len=min(seq_len, architecture.max_length),
         vocab_size=architecture.vocab_size,
         seed=seed,
         column=column,
     )
+    say_if_cut(architecture, seq_len)
+    return found
 
 
 def unpadded(architecture: ModelConfig, batch: Mapping[str, Any], number: int) -> dict[str, np.ndarray]:

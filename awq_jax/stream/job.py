@@ -266,11 +266,12 @@ def prepare(
         calib,
         source.tokenizer() if _needs_tokenizer(calib) else None,
         samples=o.samples,
-        seq_len=within_context(architecture, o.seq_len),
+        seq_len=min(o.seq_len, architecture.max_length),
         vocab_size=architecture.vocab_size,
         seed=o.seed,
         column=o.column,
     )
+    say_if_cut(architecture, o.seq_len)
     work = path.parent / f".{path.name}.quantizing"
     job = Job(source, path, work, o, config, session, weights, text.batches(o.batch_size), text.description)
     if not job.installed():
@@ -286,15 +287,10 @@ def _parsed(fingerprint: str) -> dict[str, str]:
     return found if isinstance(found, dict) else {}
 
 
-def within_context(architecture: models.ModelConfig, seq_len: int) -> int:
-    """Tokens of a calibration sequence: ``seq_len``, or with a warning as many as the model's context holds."""
-    if seq_len > architecture.max_length:
-        log.warning(
-            "calibrating on sequences of %d tokens, not %d: that is the model's context",
-            architecture.max_length,
-            seq_len,
-        )
-    return min(seq_len, architecture.max_length)
+def say_if_cut(architecture: models.ModelConfig, seq_len: int) -> None:
+    """Warn if calibration sequences are not of ``seq_len`` tokens, as the model's context holds fewer."""
+    if seq_len > (most := architecture.max_length):
+        log.warning("calibrating on sequences of %d tokens, not %d: that is the model's context", most, seq_len)
 
 
 def _needs_tokenizer(calib: data.CalibrationSource) -> bool:
