@@ -1,8 +1,9 @@
 """How good a model is on text: perplexity, and the divergence of a quantized model from its float model."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -53,13 +54,8 @@ class Perplexity:
 
     def to_dict(self) -> dict[str, object]:
         """Plain JSON data."""
-        return {
-            "ppl": self.ppl,
-            "nll": self.nll,
-            "standard_error": self.standard_error,
-            "tokens": self.tokens,
-            "windows": len(self.window_nll),
-        }
+        numbers = {name: getattr(self, name) for name in ("ppl", "nll", "standard_error", "tokens")}
+        return numbers | {"windows": len(self.window_nll)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,17 +113,12 @@ def perplexity(
     work = _Windows(model, text, context, stride, max_tokens, batch_size)
 
     @jax.jit
-    def score(params: object, tokens: jax.Array, targets: jax.Array) -> jax.Array:
+    def score(params: object, tokens: jax.Array, targets: jax.Array) -> tuple[jax.Array]:
         logits = model.apply(params, tokens).astype(jnp.float32)
         gold = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return jax.nn.logsumexp(logits, axis=-1) - gold
+        return (jax.nn.logsumexp(logits, axis=-1) - gold,)
 
-    params, sums, counts = model.params, [], []
-    for tokens, targets, counted in work.batches("perplexity", progress):
-        per_token = np.asarray(score(params, tokens, targets), np.float64)
-        sums.append(_window_sums(per_token, counted))
-        counts.append(counted.sum(axis=1))
-    window_nll, window_tokens = np.concatenate(sums)[: work.count], np.concatenate(counts)[: work.count]
+    (window_nll,), window_tokens = work.sums("perplexity", progress, functools.partial(score, model.params))
     nll, error = _mean(window_nll, window_tokens)
     return Perplexity(_exp(nll), nll, error, int(window_tokens.sum()), window_nll, window_tokens)
 
@@ -161,23 +152,19 @@ def kl(
         raise ConfigError(f"the models have {work.vocabulary} and {other} tokens; KL needs the same vocabulary")
 
     @jax.jit
-    def compare(params: object, reference_params: object, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def compare(
+        params: object, reference_params: object, tokens: jax.Array, _: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         q = jax.nn.log_softmax(model.apply(params, tokens).astype(jnp.float32))
         p = jax.nn.log_softmax(reference.apply(reference_params, tokens).astype(jnp.float32))
         terms = jnp.where(p > -jnp.inf, jnp.exp(p) * (p - q), 0.0)  # masked tokens: 0 log 0 = 0
         return terms.sum(axis=-1), p.argmax(-1) == q.argmax(-1)
 
-    params, reference_params = model.params, reference.params
-    sums, counts, same = [], [], 0
-    for tokens, _, counted in work.batches("KL", progress):
-        divergence, agree = compare(params, reference_params, tokens)
-        sums.append(_window_sums(np.asarray(divergence, np.float64), counted))
-        counts.append(counted.sum(axis=1))
-        same += int(np.sum(np.asarray(agree) & counted))
-    window_kl, window_tokens = np.concatenate(sums)[: work.count], np.concatenate(counts)[: work.count]
+    per_token = functools.partial(compare, model.params, reference.params)
+    (window_kl, same), window_tokens = work.sums("KL", progress, per_token)
     mean, error = _mean(window_kl, window_tokens)
     total = int(window_tokens.sum())
-    return Divergence(mean, error, same / total, total)
+    return Divergence(mean, error, float(same.sum()) / total, total)
 
 
 def difference(a: Perplexity, b: Perplexity) -> tuple[float, float | None]:
@@ -192,7 +179,7 @@ def difference(a: Perplexity, b: Perplexity) -> tuple[float, float | None]:
 
 
 class _Windows:
-    """The windows of a text, and batches of them in one constant shape."""
+    """The windows of a text, which are scored in batches of one constant shape."""
 
     def __init__(
         self,
@@ -203,64 +190,69 @@ class _Windows:
         max_tokens: int | None,
         batch_size: int | None,
     ):
-        _check_settings(model, context, stride, max_tokens, batch_size)
+        for name, value in (("context", context), ("max_tokens", max_tokens), ("batch_size", batch_size)):
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1; got {value}")
+        limit = getattr(getattr(model, "config", None), "max_length", None)
+        if limit is not None and context > limit:
+            most = Setting("context", limit)
+            raise ConfigError(f"context {context} is more than the model's {limit} positions; use {most}", most)
+        if stride is not None and not 1 <= stride <= context:
+            raise ConfigError(f"stride must be 1 ... context ({context}), or tokens would be left out; got {stride}")
         tokens = data.encode(text, getattr(model, "tokenizer", None)) if isinstance(text, str) else np.asarray(text)
         if tokens.ndim != 1 or tokens.size < 2:
             raise CalibrationError(f"the text to score has tokens of shape {tokens.shape}; at least 2 are needed")
         self.tokens = tokens if max_tokens is None else tokens[: max_tokens + 1]
-        scored = self.tokens.size - 1
-        self.context = min(context, scored)
+        self.scored = self.tokens.size - 1
+        self.context = min(context, self.scored)
         self.stride = min(stride or context, self.context)
         self.vocabulary = _vocabulary(model, self.context)
         data.check_tokens(self.tokens, self.vocabulary, "the text to score")
-        self.count = 1 + max(0, math.ceil((scored - self.context) / self.stride))
+        self.count = 1 + max(0, math.ceil((self.scored - self.context) / self.stride))
         fits = max(1, LOGIT_BYTES // (4 * self.context * self.vocabulary))
         self.batch_size = min(batch_size or min(8, fits), self.count)
 
-    def batches(self, name: str, progress: bool) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """(tokens int32 [B, T], targets int32 [B, T], counted bool [B, T]); the last is filled up, uncounted."""
-        scored = self.tokens.size - 1
-        at = np.arange(self.context)
-        bar = tqdm(total=self.count, desc=name, unit="window", disable=not progress, leave=False)
-        with bar:
+    def sums(
+        self, name: str, progress: bool, per_token: Callable[[np.ndarray, np.ndarray], Sequence[jax.Array]]
+    ) -> tuple[list[np.ndarray], np.ndarray]:
+        """Sums over the scored tokens of each window, and how many tokens these are.
+
+        Args:
+          name: of the progress bar.
+          progress: show it.
+          per_token: (tokens, targets), int32 ``[B, T]`` each -> arrays ``[B, T]``.
+
+        Returns:
+          float64 ``[W]`` for each of the arrays, and int64 ``[W]``.
+
+        Raises:
+          WeightError: a value is not finite.
+        """
+        sums: list[list[np.ndarray]] = []
+        with tqdm(total=self.count, desc=name, unit="window", disable=not progress, leave=False) as bar:
             for first in range(0, self.count, self.batch_size):
+                # The last batch is filled up with windows that do not count.
                 window = first + np.arange(self.batch_size)[:, None]
-                position = window * self.stride + at
+                position = window * self.stride + np.arange(self.context)
                 done = np.where(window > 0, (window - 1) * self.stride + self.context, 0)
-                counted = (position >= done) & (position < scored) & (window < self.count)
-                read = np.minimum(position, scored - 1)
-                yield self.tokens[read].astype(np.int32), self.tokens[read + 1].astype(np.int32), counted
+                counted = (position >= done) & (position < self.scored) & (window < self.count)
+                read = np.minimum(position, self.scored - 1)
+                found = per_token(self.tokens[read].astype(np.int32), self.tokens[read + 1].astype(np.int32))
+                values = [np.asarray(a, np.float64) for a in found]
+                if not all(np.isfinite(v[counted]).all() for v in values):
+                    raise WeightError(
+                        "the model's logits are not finite: a weight is damaged, or activations overflow; try dtype "
+                        "float32"
+                    )
+                sums.append([np.where(counted, v, 0).sum(axis=1) for v in (*values, counted)])
                 bar.update(min(self.batch_size, self.count - first))
-
-
-def _check_settings(
-    model: Scorable, context: int, stride: int | None, max_tokens: int | None, batch_size: int | None
-) -> None:
-    if context < 1:
-        raise ConfigError(f"context must be at least 1; got {context}")
-    limit = getattr(getattr(model, "config", None), "max_length", None)
-    if limit is not None and context > limit:
-        most = Setting("context", limit)
-        raise ConfigError(f"context {context} is more than the model's {limit} positions; use {most}", most)
-    if stride is not None and not 1 <= stride <= context:
-        raise ConfigError(f"stride must be 1 ... context ({context}), or tokens would be left out; got {stride}")
-    if max_tokens is not None and max_tokens < 1:
-        raise ConfigError(f"max_tokens must be at least 1; got {max_tokens}")
-    if batch_size is not None and batch_size < 1:
-        raise ConfigError(f"batch_size must be at least 1; got {batch_size}")
+        *totals, counts = (np.concatenate(column)[: self.count] for column in zip(*sums, strict=True))
+        return totals, counts.astype(np.int64)
 
 
 def _vocabulary(model: Scorable, context: int) -> int:
     tokens = jax.ShapeDtypeStruct((1, context), jnp.int32)
     return int(jax.eval_shape(model.apply, model.params, tokens).shape[-1])
-
-
-def _window_sums(values: np.ndarray, counted: np.ndarray) -> np.ndarray:
-    if not np.isfinite(values[counted]).all():
-        raise WeightError(
-            "the model's logits are not finite: a weight is damaged, or activations overflow; try dtype float32"
-        )
-    return np.where(counted, values, 0.0).sum(axis=1)
 
 
 def _mean(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float | None]:

@@ -90,7 +90,7 @@ def correctness(seed: int, many: int | None) -> Iterator[Row]:
         row = {"m": m, "k": k, "n": n, "group_size": g, "bits": bits, "dtype": dtype, "form": form,
                "kernel": config.kernel if config else "of the table"}  # fmt: skip
         try:
-            w = products.weight(seed + i, k, n, g, bits).canonical
+            w = products.weight(seed + i, k, n, g, bits)
             x = jax.random.normal(jax.random.key(seed + i), (m, k), dtype)
             wrong = form_error(functools.partial(product, config=config), x, w, form, seed)
             row |= {"error": wrong, "correct": wrong < products.LIMIT}

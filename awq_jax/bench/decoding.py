@@ -170,23 +170,24 @@ def paired(timers: Mapping[str, DecodingTimer], against: str, rounds: int) -> di
       ``speed_high``), and in processor time (``cpu_speed``); and the best turns compared (``best_speed``), which
       other programs disturbed least.
     """
-    took: dict[str, list[tuple[float, float]]] = {name: [] for name in timers}
+    turns: dict[str, list[tuple[float, float]]] = {name: [] for name in timers}
     for timer in timers.values():
         timer.decode()
     names = list(timers)
     for i in range(rounds):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            took[name].append(timers[name].decode())
-    out, fastest = {}, {name: min(turn[0] for turn in turns) for name, turns in took.items()}
+        for name in np.roll(names, -i):
+            turns[name].append(timers[name].decode())
+    took = {name: np.array(mine) for name, mine in turns.items()}  # [rounds, 2]: seconds, processor seconds
+    best = {name: float(mine[:, 0].min()) for name, mine in took.items()}
+    out: dict[str, dict[str, float]] = {}
     for name, mine in took.items():
-        ratios = [(b[0] / a[0], b[1] / max(a[1], 1e-9)) for a, b in zip(mine, took[against], strict=True)]
-        low, middle, high = np.quantile([r[0] for r in ratios], (0.25, 0.5, 0.75))
+        speed, cpu_speed = (took[against] / np.maximum(mine, 1e-9)).T
+        low, middle, high = np.quantile(speed, (0.25, 0.5, 0.75)).tolist()
+        ms, cpu_ms = (np.median(mine, axis=0) * 1e3).tolist()
         out[name] = {
-            "ms_per_step": statistics.median(a[0] for a in mine) * 1e3,
-            "cpu_ms_per_step": statistics.median(a[1] for a in mine) * 1e3,
-            "speed": float(middle), "speed_low": float(low), "speed_high": float(high),
-            "cpu_speed": statistics.median(r[1] for r in ratios),
-            "best_ms_per_step": fastest[name] * 1e3, "best_speed": fastest[against] / fastest[name],
+            "ms_per_step": ms, "cpu_ms_per_step": cpu_ms, "speed": middle, "speed_low": low, "speed_high": high,
+            "cpu_speed": float(np.median(cpu_speed)),
+            "best_ms_per_step": best[name] * 1e3, "best_speed": best[against] / best[name],
         }  # fmt: skip
     return out
 

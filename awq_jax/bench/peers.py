@@ -48,16 +48,16 @@ class TorchWeight:
     zeros: torch.Tensor
 
 
-class Products(NamedTuple):
-    """What a peer offers: as many products by copies of a weight as were asked for.
+class Peer(NamedTuple):
+    """What a library offers.
 
     Attributes:
-      products: each by another copy.
+      product: makes a product by another copy of the weight.
       dtype: of activations.
       checked: whether the result is that of our weight.
     """
 
-    products: Sequence[Product]
+    product: Callable[[], Product]
     dtype: torch.dtype
     checked: bool
 
@@ -95,16 +95,15 @@ def measure(
     for name, build in (("torch", _torch), ("gemlite", _gemlite), ("marlin", _marlin)):
         try:
             with deadline(LONGEST):
-                count = timing.copies(q.qweight.nbytes)
-                products, dtype, checked = build(w, count)
-                given = rows.to(dtype)
+                peer = build(w)
+                products = [peer.product() for _ in range(timing.copies(q.qweight.nbytes))]
+                given = rows.to(peer.dtype)
                 y = products[0](given).float().cpu().numpy()
-                if checked:
-                    wrong = error(y, x, q, seed)
-                    if not wrong < 2e-2:
-                        out[name] = f"wrong: relative error {wrong:.1e}"
-                        continue
-                out[name] = _graph_time(products, given, seconds) * 1e6
+                wrong = error(y, x, q, seed) if peer.checked else 0.0
+                right = wrong < 2e-2  # unlike NaN
+                out[name] = (
+                    _graph_time(products, given, seconds) * 1e6 if right else f"wrong: relative error {wrong:.1e}"
+                )
         except Exception as e:  # whatever another library does must not end our measurement
             out[name] = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:160]}"
     return out
@@ -161,7 +160,7 @@ def _graph_time(products: Sequence[Product], x: torch.Tensor, seconds: float) ->
     return statistics.median(took) / len(products)
 
 
-def _torch(w: TorchWeight, count: int) -> Products:
+def _torch(w: TorchWeight) -> Peer:
     """``torch._weight_int4pack_mm``: bfloat16, ``(code - 8) * scale + zero``; even rows in the high nibble."""
     import torch
 
@@ -174,32 +173,25 @@ def _torch(w: TorchWeight, count: int) -> Products:
     def product(packed: torch.Tensor, both: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return torch._weight_int4pack_mm(x, packed, q.group_size, both)
 
-    products = [functools.partial(product, packed.clone(), both.clone()) for _ in range(count)]
-    return Products(products, torch.bfloat16, True)
+    return Peer(lambda: functools.partial(product, packed.clone(), both.clone()), torch.bfloat16, True)
 
 
-def _gemlite(w: TorchWeight, count: int) -> Products:
+def _gemlite(w: TorchWeight) -> Peer:
     """gemlite's Triton kernels, in bfloat16, ``(code - zero) * scale``."""
     import gemlite
     import torch
 
-    def one() -> Product:
-        q = w.q
-        layer = gemlite.GemLiteLinear(
-            q.bits,
-            group_size=q.group_size,
-            in_features=q.k,
-            out_features=q.n,
-            input_dtype=gemlite.DType.BF16,
-            output_dtype=gemlite.DType.BF16,
-        )
+    def product() -> Product:
+        q, kind = w.q, gemlite.DType.BF16
+        sizes = {"group_size": q.group_size, "in_features": q.k, "out_features": q.n}
+        layer = gemlite.GemLiteLinear(q.bits, **sizes, input_dtype=kind, output_dtype=kind)
         layer.pack(w.codes, w.scales.to(torch.bfloat16), w.zeros.to(torch.bfloat16), None)
         return layer
 
-    return Products([one() for _ in range(count)], torch.bfloat16, True)
+    return Peer(product, torch.bfloat16, True)
 
 
-def _marlin(w: TorchWeight, count: int) -> Products:
+def _marlin(w: TorchWeight) -> Peer:
     """IST-DASLab's Marlin: float16, symmetric, so it is timed on random words and not checked."""
     import marlin
     import torch
@@ -216,5 +208,4 @@ def _marlin(w: TorchWeight, count: int) -> Products:
         marlin.mul(x, words, y, table, workspace, -1, -1, -1)
         return y
 
-    products = [functools.partial(product, words.clone(), table.clone()) for _ in range(count)]
-    return Products(products, torch.float16, False)
+    return Peer(lambda: functools.partial(product, words.clone(), table.clone()), torch.float16, False)

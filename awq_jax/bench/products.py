@@ -23,18 +23,7 @@ CHECKED = 256  # columns compared with float64
 LIMIT = 1e-2  # relative error of a product of bfloat16 numbers
 Say = Callable[[str], None]
 Product = Callable[[jax.Array, QuantizedTensor], jax.Array]
-
-
-@dataclasses.dataclass(frozen=True)
-class RandomWeight:
-    """A random packed weight.
-
-    Attributes:
-      canonical, ready: as files hold it, and in this platform's layout.
-    """
-
-    canonical: QuantizedTensor
-    ready: QuantizedTensor
+Prepare = Callable[[QuantizedTensor], QuantizedTensor]
 
 
 def floor(m: int, k: int, n: int, group: int, bits: int, top: timing.Ceilings) -> float:
@@ -56,11 +45,10 @@ def _random(key: jax.Array, k: int, n: int, group: int, bits: int) -> tuple[jax.
     return jax.random.bits(a, (k * bits // 32, n), jnp.uint32), scales, zeros
 
 
-def weight(seed: int, k: int, n: int, group: int, bits: int) -> RandomWeight:
+def weight(seed: int, k: int, n: int, group: int, bits: int) -> QuantizedTensor:
     """Random codes, scales and zero points; every 32-bit word is a valid one."""
     words, scales, zeros = _random(jax.random.key(seed), k, n, group, bits)
-    q = QuantizedTensor(words, scales, zeros, None, bits, group, "kn", (k,), (n,), "bfloat16")
-    return RandomWeight(q, kernels.prepare(q))
+    return QuantizedTensor(words, scales, zeros, None, bits, group, "kn", (k,), (n,), "bfloat16")
 
 
 def expected(x: np.ndarray, q: QuantizedTensor, columns: np.ndarray) -> np.ndarray:
@@ -96,18 +84,43 @@ def distance(y: np.ndarray, want: np.ndarray) -> float:
     return float(np.linalg.norm(y - want) / np.linalg.norm(want))
 
 
-def implementations(m: int, w: RandomWeight, dtype: DTypeLike) -> dict[str, tuple[Product, QuantizedTensor]]:
-    """What can run here by name, with the weight in the layout it reads."""
-    out: dict[str, tuple[Product, QuantizedTensor]] = {}
+def implementations(m: int, q: QuantizedTensor, dtype: DTypeLike) -> dict[str, tuple[Product, Prepare]]:
+    """What can run here by name, and what brings a weight into the layout it reads."""
+    out: dict[str, tuple[Product, Prepare]] = {}
+    x = jax.ShapeDtypeStruct((m, q.k), dtype)
     for backend in dispatch.BACKENDS:
-        q = w.canonical if backend.layout == "canonical" else w.ready
-        if backend.obstacle(dispatch.request_for(jax.ShapeDtypeStruct((m, q.k), dtype), q)) is None:
-            out[backend.name] = (functools.partial(_run, backend.name), q)
+        prepare: Prepare = kernels.canonical if backend.layout == "canonical" else kernels.prepare
+        if backend.obstacle(dispatch.request_for(x, prepare(q))) is None:
+            out[backend.name] = (functools.partial(kernels.matmul, impl=backend.name), prepare)
     return out
 
 
-def _run(name: str, x: jax.Array, q: QuantizedTensor) -> jax.Array:
-    return kernels.matmul(x, q, impl=name)
+def timed(
+    run: Product, xs: Sequence[jax.Array], qs: Sequence[QuantizedTensor], w: QuantizedTensor, seed: int, seconds: float
+) -> tuple[float, float, float] | str:
+    """Check and time a product.
+
+    Args:
+      run: the product.
+      xs, qs: its arguments, so many that no cache holds them.
+      w: the first of ``qs``, canonical.
+      seed: see `error`.
+      seconds: to measure for, about; twice.
+
+    Returns:
+      The relative error, and seconds of a call by the better measurement and the other; or how it failed.
+
+    Raises:
+      TimeoutError: a caller's, who waits no longer.
+    """
+    try:
+        wrong, sets = error(jax.jit(run)(xs[0], qs[0]), xs[0], w, seed), list(zip(xs, qs, strict=True))
+        first, second = (timing.per_call(run, sets, seconds) for _ in range(2))
+        return wrong, min(first, second), max(first, second)
+    except TimeoutError:
+        raise
+    except Exception as e:  # others may work
+        return f"{type(e).__name__}: {str(e)[:300]}"
 
 
 def measure(
@@ -138,25 +151,19 @@ def measure(
         for m in rows:
             xs = [jax.random.normal(jax.random.key(seed + 99 + i), (m, k), jnp.bfloat16) for i in range(count)]
             bf16 = timing.per_call(jnp.dot, list(zip(xs, dense, strict=False)), seconds)
-            others = peers.measure(weights[0].canonical, xs[0], seed, error, seconds) if with_peers else {}
+            others = peers.measure(weights[0], xs[0], seed, error, seconds) if with_peers else {}
             least = floor(m, k, n, group, bits, top)
-            for name, (run, q) in implementations(m, weights[0], jnp.bfloat16).items():
-                sets = [
-                    (x, w.ready if q is weights[0].ready else w.canonical) for x, w in zip(xs, weights, strict=True)
-                ]
+            for name, (run, prepare) in implementations(m, weights[0], jnp.bfloat16).items():
+                qs = [prepare(w) for w in weights]
                 asked = {"m": m, "k": k, "n": n, "group_size": group, "bits": bits, "impl": name}
-                try:
-                    wrong = error(jax.jit(run)(*sets[0]), xs[0], weights[0].canonical, seed + m)
-                    took = [timing.per_call(run, sets, seconds) for _ in range(2)]
-                except TimeoutError:  # a caller's, who waits no longer
-                    raise
-                except Exception as e:  # the others may work
-                    yield asked | {"failed": f"{type(e).__name__}: {str(e)[:300]}"}
+                found = timed(run, xs, qs, weights[0], seed + m, seconds)
+                if isinstance(found, str):
+                    yield asked | {"failed": found}
                     continue
-                best = min(took)
+                wrong, best, again = found
                 yield asked | {
-                    "form": kernels.explain(xs[0], q, impl=name),
-                    "us": best * 1e6, "us_again": max(took) * 1e6, "floor_us": least * 1e6,
+                    "form": kernels.explain(xs[0], qs[0], impl=name),
+                    "us": best * 1e6, "us_again": again * 1e6, "floor_us": least * 1e6,
                     "floor_share": least / best, "bf16_us": bf16 * 1e6, "vs_bf16": bf16 / best,
                     "error": wrong, "correct": wrong < LIMIT, "peers_us": others,
                 }  # fmt: skip
@@ -177,26 +184,22 @@ def candidates(m: int, chip: tuned.Chip, bits: int, k: int, n: int) -> list[tune
     """At most six configurations worth timing for ``m`` rows, the tables' own choice first."""
     own = tuned.choose(chip, bits, m, k, n)
     mma = functools.partial(tuned.Config, "mma")
-    if m <= 16:
-        bm = 8 if m <= 8 else 16
+    bm = next((rows for rows in (8, 16, 32, 64) if m <= rows), 128)
+    if bm <= 16:
         more = [
             mma(bm, 128, stages=6, resident=3), mma(bm, 64, warps=2, resident=8), mma(bm, 128, resident=8),
             mma(bm, 128, resident=2), tuned.Config("gemv", block_n=64, stages=1, resident=6),
         ]  # fmt: skip
-    elif m <= 64:
-        bm = 32 if m <= 32 else 64
+    elif bm <= 64:
         more = [
-            mma(bm, 128, late=True, resident=2), mma(bm, 128, late=False, resident=4),
-            mma(bm, 64, late=True, resident=3),
+            mma(bm, 128, late=True, resident=2), mma(bm, 128, late=False, resident=4), mma(bm, 64, resident=3),
             mma(bm, 256, warps=8, stages=3, late=False, resident=1), mma(16, 128, resident=4),
         ]  # fmt: skip
     else:
+        wide = functools.partial(mma, warps=8, stages=3, late=False, resident=1)
         more = [
-            tuned.Config("dequantize"),
-            mma(128, 128, split=1, warps=8, stages=3, late=False, resident=1),
-            mma(128, 256, split=1, warps=8, stages=3, late=False, resident=1),
-            mma(256, 128, split=1, warps=8, stages=3, late=False, resident=1),
-            mma(64, 256, warps=8, stages=3, late=False, resident=1), mma(64, 128, late=False, resident=2),
+            tuned.Config("dequantize"), wide(128, 128, split=1), wide(128, 256, split=1), wide(256, 128, split=1),
+            wide(64, 256), mma(64, 128, late=False),
         ]  # fmt: skip
     return list(dict.fromkeys([own, *more]))[:6]
 
@@ -230,24 +233,21 @@ def tune(
     for k, n in shapes:
         count = timing.copies(k * n * bits // 8)
         weights = [weight(seed + i, k, n, group, bits) for i in range(count)]
+        ready = [layout.to_cuda(w) for w in weights]
         for m in sorted({tuned.bucket(m) or m for m in rows}):
             xs = [jax.random.normal(jax.random.key(seed + 99 + i), (m, k), jnp.bfloat16) for i in range(count)]
-            timed: list[tuple[float, tuned.Config]] = []
+            ranked: list[tuple[float, tuned.Config]] = []
             for config in candidates(m, chip, bits, k, n):
                 run = functools.partial(product, out_dtype=jnp.bfloat16, chip=chip, config=config)
-                sets = [(x, layout.to_cuda(w.ready)) for x, w in zip(xs, weights, strict=True)]
-                try:
-                    if error(jax.jit(run)(*sets[0]), xs[0], weights[0].canonical, seed) < LIMIT:
-                        timed.append((timing.per_call(run, sets, seconds), config))
-                except TimeoutError:  # a caller's, who waits no longer
-                    raise
-                except Exception as e:  # what does not compile for this chip is no candidate
-                    say(f"{m} x {k}x{n} {config}: {type(e).__name__}: {str(e).splitlines()[0][:200]}")
-            if not timed:
-                continue
-            ranked = sorted(timed, key=lambda t: t[0])
-            say(f"{m} x {k}x{n}: {ranked[0][0] * 1e6:.1f} us with {ranked[0][1]}")
-            yield {"k": k, "n": n, "bits": bits, "rows": m} | dataclasses.asdict(ranked[0][1])
+                found = timed(run, xs, ready, weights[0], seed, seconds / 2)
+                if isinstance(found, str):  # what does not compile for this chip is no candidate
+                    say(f"{m} x {k}x{n} {config}: {found.splitlines()[0]}")
+                elif found[0] < LIMIT:
+                    ranked.append((found[1], config))
+            if ranked:
+                best, config = min(ranked, key=lambda r: r[0])
+                say(f"{m} x {k}x{n}: {best * 1e6:.1f} us with {config}")
+                yield {"k": k, "n": n, "bits": bits, "rows": m} | dataclasses.asdict(config)
 
 
 def table(chip: tuned.Chip, entries: Iterable[Measurement], before: Measurement | None = None) -> Measurement:
@@ -256,11 +256,7 @@ def table(chip: tuned.Chip, entries: Iterable[Measurement], before: Measurement 
     def key(entry: Measurement) -> tuple[int, ...]:
         return entry["k"], entry["n"], entry.get("bits", 4), entry["rows"]
 
-    kept = {key(e): e for e in [*(before or {}).get("shapes", ()), *entries]}
-    rules = list((before or {}).get("rules", ()))
-    return {
-        "chip": chip.kind,
-        "source": "measured by awq-jax bench tune",
-        "rules": rules,
-        "shapes": list(kept.values()),
-    }
+    before = before or {}
+    kept = {key(e): e for e in [*before.get("shapes", ()), *entries]}
+    rules, source = list(before.get("rules", ())), "measured by awq-jax bench tune"
+    return {"chip": chip.kind, "source": source, "rules": rules, "shapes": list(kept.values())}

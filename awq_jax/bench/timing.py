@@ -41,19 +41,17 @@ def per_call(fn: Callable[..., object], sets: Sequence[tuple[object, ...]], seco
       Seconds per call.
     """
     program = jax.jit(lambda sets: [fn(*arguments) for arguments in sets])
-    jax.block_until_ready(program(sets))
-    start = time.perf_counter()
-    jax.block_until_ready(program(sets))
-    once = time.perf_counter() - start
-    repeats = max(1, min(1000, int(seconds / 5 / once)))
-    rounds = []
-    for _ in range(5):
+
+    def took(repeats: int) -> float:
         start = time.perf_counter()
         for _ in range(repeats):  # queued without waiting: the host is ahead of the device
             out = program(sets)
         jax.block_until_ready(out)
-        rounds.append((time.perf_counter() - start) / repeats / len(sets))
-    return statistics.median(rounds)
+        return (time.perf_counter() - start) / repeats
+
+    took(1)
+    repeats = max(1, min(1000, int(seconds / 5 / took(1))))
+    return statistics.median(took(repeats) for _ in range(5)) / len(sets)
 
 
 def copies(nbytes: int, most: int = 64) -> int:
@@ -75,12 +73,8 @@ def ceilings(scale: float = 1.0) -> Ceilings:
 
 def device() -> Measurement:
     """What is measured on: the device, and the versions of what runs on it."""
+    installed = {d.name.lower(): d.version for d in metadata.distributions()}
     names = ("jax", "jaxlib", "jax-triton", "triton", "torch", "gemlite", "awq-jax")
-    versions: dict[str, str | None] = {}
-    for name in names:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
+    versions = {name: installed.get(name) for name in names}
     one = jax.devices()[0]
     return {"device": one.device_kind, "platform": one.platform, "python": sys.version.split()[0], "versions": versions}

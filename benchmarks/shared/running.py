@@ -42,12 +42,13 @@ def run(
       arguments: None takes those of this process.
     """
     form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=sys.modules[smoke.__module__].__doc__, formatter_class=form)
+    doc = sys.modules[smoke.__module__].__doc__ or ""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=form)
     parser.add_argument("--smoke", action="store_true", help="given alone: run all of this on a tiny input, in seconds")
     sub = parser.add_subparsers(required=True) if len(commands) > 1 else None
     for work in commands:
-        doc = inspect.getdoc(work)
-        add_options(sub.add_parser(work.__name__, description=doc, formatter_class=form) if sub else parser, work)
+        own = inspect.getdoc(work)
+        add_options(sub.add_parser(work.__name__, description=own, formatter_class=form) if sub else parser, work)
 
     def once(line: Sequence[str]) -> Row:
         options = vars(parser.parse_args(line))

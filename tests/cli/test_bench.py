@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from awq_jax import cli, paths
+from awq_jax import cli, kernels, paths
 from awq_jax.bench import decoding, peers, products, random_models, timing
 from awq_jax.errors import ConfigError
 from awq_jax.kernels import tuned
@@ -34,10 +34,10 @@ def test_the_floor_counts_each_byte_once():
 def test_the_check_knows_right_from_wrong(bits):
     w = products.weight(3, 128, 48, 32, bits)
     x = jax.random.normal(jax.random.key(0), (3, 128), jnp.float32)
-    y = np.asarray(x, np.float64) @ np.asarray(w.canonical.dequantize(jnp.float32), np.float64)
-    assert products.error(y, x, w.canonical, 0) < 1e-6
-    assert products.error(np.where(np.arange(48) == 5, y + 9, y), x, w.canonical, 0) > products.LIMIT
-    assert products.error(np.where(np.arange(48) == 5, np.nan, y), x, w.canonical, 0) == float("inf")
+    y = np.asarray(x, np.float64) @ np.asarray(w.dequantize(jnp.float32), np.float64)
+    assert products.error(y, x, w, 0) < 1e-6
+    assert products.error(np.where(np.arange(48) == 5, y + 9, y), x, w, 0) > products.LIMIT
+    assert products.error(np.where(np.arange(48) == 5, np.nan, y), x, w, 0) == float("inf")
 
 
 def test_candidates_are_few_and_begin_with_the_tables_choice():
@@ -63,7 +63,7 @@ def test_a_table_made_by_tune_is_one_that_is_read(tmp_path, monkeypatch):
 
 def test_peers_say_why_they_are_absent():
     w = products.weight(0, 128, 16, 32, 4)
-    found = peers.measure(w.canonical, jnp.ones((1, 128), jnp.bfloat16), 0, products.error, 0.01)
+    found = peers.measure(w, jnp.ones((1, 128), jnp.bfloat16), 0, products.error, 0.01)
     assert found["torch"] in ("not installed", "sees no CUDA device")
 
 
@@ -247,7 +247,7 @@ def test_an_implementation_that_fails_costs_no_other_row(monkeypatch):
     whole = products.implementations
 
     def some(m, w, dtype):
-        return whole(m, w, dtype) | ({} if m == 1 else {"xla": (lambda x, q: 1 / 0, w.canonical)})
+        return whole(m, w, dtype) | ({} if m == 1 else {"xla": (lambda x, q: 1 / 0, kernels.canonical)})
 
     monkeypatch.setattr(products, "implementations", some)
     rows = list(products.measure([(64, 32)], [1, 2, 1], 32, 4, TOP, seconds=0.001, with_peers=False))
