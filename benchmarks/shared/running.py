@@ -67,15 +67,14 @@ def run(
     given = sys.argv[1:] if arguments is None else list(arguments)
     if given != ["--smoke"]:
         return [once(given)]
-    with (
-        tempfile.TemporaryDirectory() as directory,
+    with tempfile.TemporaryDirectory() as directory:
         # The processes of one benchmark compile the same programs.
-        mock.patch.dict(
-            os.environ, JAX_COMPILATION_CACHE_DIR=directory, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0"
-        ),
-        mock.patch.object(sys.modules[__name__], "apart", measured),
-    ):
-        return [once(line) for line in smoke(Path(directory))]
+        cache = {"JAX_COMPILATION_CACHE_DIR": directory, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        with (
+            mock.patch.dict(os.environ, cache | dict(os.environ)),
+            mock.patch.object(sys.modules[__name__], "apart", measured),
+        ):
+            return [once(line) for line in smoke(Path(directory))]
 
 
 def add_options(parser: argparse.ArgumentParser, work: Callable[..., Row]) -> None:
