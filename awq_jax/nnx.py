@@ -1,13 +1,13 @@
 """Flax NNX: a linear layer whose kernel may be packed, and a model as a pure function."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from awq_jax import kernels
+from awq_jax import kernels, paths
 from awq_jax.errors import ShapeError
 from awq_jax.qtensor import QuantizedTensor
 
@@ -63,13 +63,18 @@ def functional(model: nnx.Module, method: str = "__call__") -> tuple[Callable[..
       method: name of the method to call.
 
     Returns:
-      ``apply_fn(params, *args, **kwargs)`` and the ``nnx.State`` of the model's parameters.
+      ``apply_fn(params, *args, **kwargs)`` and the ``nnx.State`` of the model's parameters. ``params`` may also be
+      nested dicts with the same paths, as `awq_jax.convert.restore` gives them.
     """
     graphdef, params, rest = cast(
         tuple[nnx.GraphDef[nnx.Module], nnx.State, nnx.State], nnx.split(model, nnx.Param, ...)
     )
 
-    def apply_fn(params: nnx.State, *args: Any, **kwargs: Any) -> Any:
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), params)
+
+    def apply_fn(params: nnx.State | Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(params, nnx.State):  # in files the keys of lists are text, and nothing wraps a variable
+            params = paths.filled(shapes, paths.flatten(params))
         # Copies, so that the call neither changes the caller's variables nor carries theirs into another trace.
         return getattr(nnx.merge(graphdef, params, rest, copy=True), method)(*args, **kwargs)
 

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
+import flax.serialization
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from awq_jax import pack
-from awq_jax.errors import ShapeError
+from awq_jax.errors import ShapeError, WeightError
 from awq_jax.pack import Array
 from awq_jax.placement import Placement
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
+
+ARRAYS = ("qweight", "scales", "zeros", "inv_scale", "offsets", "perm")
+STATIC = ("bits", "group_size", "axes", "k_dims", "n_dims", "dtype", "layout")
 
 
 @jax.tree_util.register_dataclass
@@ -161,6 +168,50 @@ Weight = jax.Array | QuantizedTensor  # a parameter of a model
 def is_quantized(x: object) -> TypeIs[QuantizedTensor]:
     """True for a `QuantizedTensor` (use as ``is_leaf=``)."""
     return isinstance(x, QuantizedTensor)
+
+
+def to_state(q: QuantizedTensor) -> dict[str, Array]:
+    """Its arrays by name, and ``static``: the other fields as JSON, uint8 ``[L]``.
+
+    Raises:
+      WeightError: it lies on a mesh.
+    """
+    if q.placement is not None:
+        raise WeightError("a weight packed for a mesh cannot be saved as it is: use awq_jax.convert.to_state(params)")
+    arrays = {name: getattr(q, name) for name in ARRAYS if getattr(q, name) is not None}
+    static = json.dumps({name: getattr(q, name) for name in STATIC})
+    return {**arrays, "static": np.frombuffer(static.encode(), np.uint8)}
+
+
+def from_state(like: object, state: Mapping[str, Array]) -> QuantizedTensor:
+    """The inverse of `to_state`; without ``static`` the fields are those of ``like``.
+
+    Raises:
+      WeightError: there is neither, or they do not fit the arrays.
+    """
+    arrays: dict[str, Any] = {name: state.get(name) for name in ARRAYS}
+    if "static" not in state:
+        if not isinstance(like, QuantizedTensor):
+            raise WeightError(
+                "these arrays of a packed weight lack bits, group size and axes (Orbax keeps them in the target only): "
+                "give a packed tree as target, or save awq_jax.convert.to_state(params)"
+            )
+        return dataclasses.replace(like, **arrays)
+    try:
+        static = json.loads(np.asarray(state["static"], np.uint8).tobytes())
+        fields: dict[str, Any] = {name: tuple(v) if isinstance(v := static[name], list) else v for name in STATIC}
+        q = QuantizedTensor(**arrays, **fields)
+        rows = q.scales.shape[-2] * q.group_size
+        whole = q.qweight.shape[-2:] == (pack.words(rows, q.bits), q.n) if q.layout == "canonical" else True
+        if not whole or not 0 <= rows - q.k < q.group_size:
+            raise ValueError(f"{q.qweight.shape} codes and {q.scales.shape} scales")
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as e:
+        raise WeightError(f"a packed weight is damaged ({type(e).__name__}: {e}); save it again") from e
+    return q
+
+
+# What `flax.serialization.to_bytes` and `from_bytes` do with a packed leaf.
+flax.serialization.register_serialization_state(QuantizedTensor, to_state, from_state)
 
 
 def split_shape(shape: tuple[int, ...], axes: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:

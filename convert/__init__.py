@@ -9,12 +9,24 @@ _PUBLIC = {
     "Conversion": "conversion",
     "apply_search": "formats.awq.search_results",
     "checkpoint": "conversion",
+    "from_state": "trees",
     "open_source": "registry",
     "restore": "formats.orbax",
     "store": "formats.orbax",
+    "to_state": "trees",
     "write_checkpoint": "writing",
 }
-__all__ = ["Conversion", "apply_search", "checkpoint", "open_source", "restore", "store", "write_checkpoint"]
+__all__ = [
+    "Conversion",
+    "apply_search",
+    "checkpoint",
+    "from_state",
+    "open_source",
+    "restore",
+    "store",
+    "to_state",
+    "write_checkpoint",
+]
 
 if TYPE_CHECKING:
     from awq_jax.convert.conversion import Conversion as Conversion
@@ -23,6 +35,8 @@ if TYPE_CHECKING:
     from awq_jax.convert.formats.orbax import restore as restore
     from awq_jax.convert.formats.orbax import store as store
     from awq_jax.convert.registry import open_source as open_source
+    from awq_jax.convert.trees import from_state as from_state
+    from awq_jax.convert.trees import to_state as to_state
     from awq_jax.convert.writing import write_checkpoint as write_checkpoint
 
 

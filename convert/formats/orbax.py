@@ -13,7 +13,7 @@ Orbax's documentation: https://orbax.readthedocs.io/en/latest/guides/checkpoint/
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import numpy as np
 
@@ -24,40 +24,49 @@ from awq_jax.convert.format import Destination, Format, Record, quant_method
 from awq_jax.convert.formats.native import VERSION, NativeEncoder, NativeSource
 from awq_jax.convert.formats.orbax_files import OrbaxFiles, Spool, nested, orbax
 from awq_jax.convert.source import Source, copy_companions
+from awq_jax.convert.trees import from_state, parameters
 from awq_jax.errors import CheckpointError
 from awq_jax.kernels.layout import to_canonical
 from awq_jax.qtensor import is_quantized
 
 QUANT_METHOD = "awq-jax-orbax"
+T = TypeVar("T")
 
 
-def restore(path: str | Path) -> dict[str, Any]:
+@overload
+def restore(path: str | Path) -> dict[str, Any]: ...
+@overload
+def restore(path: str | Path, like: T) -> T: ...
+def restore(path: str | Path, like: object = None) -> object:
     """The parameters of an Orbax checkpoint that `awq_jax` wrote.
 
     Args:
       path: its directory, as given to `store` or to ``awq-jax convert --to orbax``.
+      like: see `awq_jax.convert.from_state`: a tree of the kind to return, or an NNX model.
 
     Returns:
-      Nested dict of NumPy arrays and, for packed weights, `QuantizedTensor` of NumPy arrays
+      Nested dict (or what ``like`` is) of NumPy arrays and, for packed weights, `QuantizedTensor` of NumPy arrays
       (``jax.device_put`` moves the tree to devices or a mesh).
 
     Raises:
       CheckpointError: it is damaged, or not such a checkpoint.
+      WeightError: its parameters are not those of ``like``.
       BackendError: Orbax is not installed.
     """
     directory = Path(path).expanduser()
     source = OrbaxSource(directory, {"quantization_config": {"format_version": VERSION}})
-    return nested({name: source.read(name) for name in source.names()})
+    tree = nested({name: source.read(name) for name in source.names()})
+    return tree if like is None else from_state(tree, like)
 
 
-def store(path: str | Path, params: Any) -> None:
+def store(path: str | Path, params: object) -> None:
     """Write any parameter tree, with or without `QuantizedTensor` leaves, as an Orbax checkpoint.
 
     Keys become text: a list's index 0 the key ``"0"``.
 
     Args:
       path: directory to create; atomic.
-      params: pytree of arrays and `QuantizedTensor`. The disk holds the result twice for a while.
+      params: pytree of arrays and `QuantizedTensor`, or an NNX model. The disk holds the result twice for a while.
 
     Raises:
       CheckpointError: ``path`` exists, or a key holds a dot or a slash.
@@ -67,7 +76,7 @@ def store(path: str | Path, params: Any) -> None:
     encoder = NativeEncoder()
     with atomic_directory(Path(os.path.abspath(Path(path).expanduser()))) as directory:
         spool = Spool(directory)
-        for key, leaf in paths.flatten(params).items():
+        for key, leaf in paths.flatten(parameters(params)).items():
             if "." in key:
                 raise CheckpointError(f"the key {key!r} holds a dot, which separates keys in the file; rename it")
             name = key.replace("/", ".")
