@@ -235,13 +235,17 @@ class PackedSource(DirectorySource):
         module, info = self.packed[name]
         packed, whole_k = info.packed, index[1] == slice(0, info.shape[1])
         assert packed is not None
-        if packed.act_order and not whole_k:
+        if (packed.act_order and not whole_k) or self.whole_only(module):
             return None
         arrays = self._arrays(module, (info.shape, index))
         if arrays is None:
             return None
         n, k = ((stop - start) for start, stop in map(slices.bounds, index, info.shape))
         return self._decoded(module, info, (n, k), arrays)
+
+    def whole_only(self, module: str) -> bool:
+        """Whether a module's tensors lie otherwise than `roles` says, so that no block can be read."""
+        return False
 
     def _arrays(self, module: str, block: tuple[tuple[int, ...], slices.Index] | None) -> dict[str, np.ndarray] | None:
         """A module's tensors, or of each what makes a block of ``(shape, index)``; None if that cuts a unit."""

@@ -22,7 +22,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from awq_jax.convert.arrays import codes, linear, rearrange
+from awq_jax.convert.arrays import codes, cpu_words, linear, rearrange
 from awq_jax.convert.arrays.fitting import cast_scales, check_integer, integer_zeros
 from awq_jax.convert.config_json import HfConfig, JsonObject
 from awq_jax.convert.files.safetensors import Entry
@@ -46,6 +46,8 @@ def ones(bits: int) -> np.uint32:
 
 def unpack_qzeros(qzeros: np.ndarray, bits: int, n: int, v1: bool, carries: bool) -> np.ndarray:
     """int32 ``[K/g, W]`` to uint8 zero points ``[K/g, n]``; see the module for ``carries``."""
+    if qzeros.dtype == np.uint8:  # the zero points themselves: `cpu_words`
+        return qzeros
     words = np.ascontiguousarray(qzeros).view(np.uint32)
     if v1 and carries and bits != 3:
         words, v1 = words + ones(bits), False
@@ -86,6 +88,8 @@ class GptqSource(PackedSource):
         bits, size = scheme.bits, scheme.group_size
         q, z, s = (entries[p] for p in PARTS)
         index = entries.get("g_idx")
+        if cpu_words.are_in(entries):
+            return self._describe_cpu_words(module, entries)
         if any(len(e.shape) != 2 or 0 in e.shape for e in (q, z, s)):
             raise CheckpointError(
                 f"{module} has qweight {q.shape}, qzeros {z.shape} and scales {s.shape}; only matrices are readable"
@@ -116,6 +120,25 @@ class GptqSource(PackedSource):
         ordered = index and rearrange.permutation(self.files.read(part), groups, part) is not None
         return (n, k), Packed(bits, k // groups, scheme.symmetric is not False, s.dtype.name, act_order=bool(ordered))
 
+    def _describe_cpu_words(self, module: str, entries: Mapping[str, Entry]) -> tuple[tuple[int, int], Packed]:
+        scheme, (n, k, groups) = self.settings.of(module), cpu_words.sizes(module, entries)
+        size = scheme.group_size if scheme.group_size > 0 else k
+        if scheme.bits != 4 or groups * size != k:
+            raise CheckpointError(
+                f"{module} has {k} inputs in {groups} groups of 4 bits; its config says {scheme.bits} bits, groups of "
+                f"{scheme.group_size}"
+            )
+        part = f"{module}.g_idx"
+        if "g_idx" in entries and rearrange.permutation(self.files.read(part), groups, part) is not None:
+            raise FormatError(
+                f"{module} is in act-order and was saved after a forward pass, which has sorted its rows; take the "
+                "checkpoint that was loaded there, or save the model before it runs"
+            )
+        return (n, k), Packed(4, size, scheme.symmetric is not False, entries["scales"].dtype.name)
+
+    def whole_only(self, module: str) -> bool:
+        return self.files.entry(f"{module}.qweight").dtype == np.uint8
+
     def decode(
         self, module: str, arrays: Mapping[str, np.ndarray], shape: tuple[int, int], packed: Packed
     ) -> QuantizedTensor:
@@ -123,7 +146,8 @@ class GptqSource(PackedSource):
         bits, groups = packed.bits, k // packed.group_size
         v1, symmetric = self._zero_points(module)
         zeros = None if symmetric else unpack_qzeros(arrays["qzeros"], bits, n, v1, self.settings.carries)
-        qweight = arrays["qweight"].view(np.uint32)
+        repacked = arrays["qweight"].dtype == np.uint8
+        qweight = cpu_words.unpack(arrays["qweight"]) if repacked else arrays["qweight"].view(np.uint32)
         index = arrays.get("g_idx")
         perm = (
             rearrange.permutation(index, groups, f"{module}.g_idx") if packed.act_order and index is not None else None

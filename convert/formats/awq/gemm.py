@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from awq_jax.convert.arrays import linear, nibbles
+from awq_jax.convert.arrays import cpu_words, linear, nibbles
 from awq_jax.convert.config_json import JsonObject
 from awq_jax.convert.files.safetensors import Entry
 from awq_jax.convert.format import Format, Stored, quant_method
@@ -56,7 +56,9 @@ def pack_qweight(canonical: np.ndarray, k: int) -> np.ndarray:
 
 
 def unpack_qzeros(qzeros: np.ndarray) -> np.ndarray:
-    """int32 ``[G, N/8]`` to uint8 ``[G, N]``."""
+    """int32 ``[G, N/8]`` to uint8 ``[G, N]``, which it may be already (`cpu_words`)."""
+    if qzeros.dtype == np.uint8:
+        return qzeros
     words = np.ascontiguousarray(qzeros).view(np.uint32)
     out = np.empty((*words.shape, 8), np.uint8)
     for i, j in enumerate(ORDER):
@@ -94,6 +96,11 @@ class GemmSource(AwqSource):
         super().__init__(directory, config)
 
     def describe(self, module: str, entries: Mapping[str, Entry]) -> tuple[tuple[int, int], Packed]:
+        if cpu_words.are_in(entries):
+            n, k, stored = cpu_words.sizes(module, entries)
+            if self.groups(k, stored) is None:
+                raise self.misfit(module, entries)
+            return (n, k), packed_of(k, stored, self.zero_point, entries["scales"])
         self.check_types(module, entries, {"qweight": "int32", "qzeros": "int32"}, ["scales"])
         q, z, s = (entries[p].shape for p in self.required)
         k, n = q[0], q[1] * 8
@@ -101,6 +108,9 @@ class GemmSource(AwqSource):
         if groups is None or s[1] != n or z != (groups, n // 8):
             raise self.misfit(module, entries)
         return (n, k), packed_of(k, groups, self.zero_point, entries["scales"])
+
+    def whole_only(self, module: str) -> bool:
+        return self.files.entry(f"{module}.qweight").dtype == np.uint8
 
     def decode(
         self, module: str, arrays: Mapping[str, np.ndarray], shape: tuple[int, int], packed: Packed
@@ -110,7 +120,8 @@ class GemmSource(AwqSource):
             self.middle_only(f"{module}.qzeros", unpack_qzeros)
         else:
             zeros = unpack_qzeros(arrays["qzeros"])
-        qweight = unpack_qweight(arrays["qweight"])
+        repacked = arrays["qweight"].dtype == np.uint8
+        qweight = cpu_words.unpack(arrays["qweight"]) if repacked else unpack_qweight(arrays["qweight"])
         n, k = shape
         return linear.build(qweight, arrays["scales"], zeros, 4, packed.group_size, k, n, "float32")
 
