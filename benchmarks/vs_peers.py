@@ -15,9 +15,11 @@ listed as skipped.
 """
 
 import functools
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
@@ -73,7 +75,8 @@ def compare(
         theirs = {name: cost.cpu for name, cost in costs.items()}
         for method in methods:
             name = f"awq_jax {OURS[method]}"
-            _, costs[name] = running.apart(quantize, source, calibration, work / name, group_size, method)
+            with mock.patch.dict(os.environ, running.environment(), clear=True):
+                _, costs[name] = running.apart(quantize, source, calibration, work / name, group_size, method)
             print(name, costs[name].row(), flush=True)
 
         def perplexity(path: Path) -> evaluate.Perplexity:

@@ -42,10 +42,11 @@ def run(
       arguments: None takes those of this process.
     """
     form = argparse.RawDescriptionHelpFormatter
-    doc = sys.modules[smoke.__module__].__doc__ or ""
+    doc, several = sys.modules[smoke.__module__].__doc__, len(commands) > 1
+    doc = doc if several else f"{doc}\n{inspect.getdoc(commands[0])}"
     parser = argparse.ArgumentParser(description=doc, formatter_class=form)
     parser.add_argument("--smoke", action="store_true", help="given alone: run all of this on a tiny input, in seconds")
-    sub = parser.add_subparsers(required=True) if len(commands) > 1 else None
+    sub = parser.add_subparsers(required=True) if several else None
     for work in commands:
         own = inspect.getdoc(work)
         add_options(sub.add_parser(work.__name__, description=own, formatter_class=form) if sub else parser, work)
@@ -182,10 +183,7 @@ def environment() -> dict[str, str]:
 def apart(work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> tuple[R, Cost]:
     """``work`` in a fresh process, and all that the process took, the start of Python and imports included."""
     start = time.perf_counter()
-    with (
-        mock.patch.dict(os.environ, environment(), clear=True),
-        ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool,
-    ):
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         out = pool.submit(work, *args, **kwargs).result()
         cost = pool.submit(spent).result()
         return out, dataclasses.replace(cost, wall=time.perf_counter() - start)
