@@ -3,7 +3,7 @@
     python benchmarks/convert.py WORKDIR --to compressed-tensors gptq-v2 mlx --out benchmarks/results/convert.json
     python benchmarks/convert.py WORKDIR --to compressed-tensors --envs ENVS
 
-Every conversion is a process of its own on one worker thread (``--workers``), reading files that were just written; its
+Every conversion is a process of its own on one worker thread, reading files that were just written; its
 seconds are those of the conversion, without the start of Python. Where ``--envs`` has compressed-tensors
 (``tests/interop/make_envs.sh ENVS compressed``), its own AutoAWQ converter is timed on the same checkpoint. ``--shape``
 is the hidden size, the inner one, and the vocabulary.
@@ -45,14 +45,12 @@ def make(directory: Path, g: int, layers: int, hidden: int, inner: int, vocab: i
     library.write_checkpoint(directory, tensors, config, "gemm", max_shard_bytes=1 << 30)
 
 
-def work(source: Path, dst: Path, to: str, workers: int) -> running.Row:
+def work(source: Path, dst: Path, to: str) -> running.Row:
     """One conversion."""
-    result, cost = running.measured(
-        library.checkpoint, source, dst, to, workers=workers, allow_lossy=True, overwrite=True
-    )
+    result, cost = running.measured(library.checkpoint, source, dst, to, workers=1, allow_lossy=True, overwrite=True)
     megabytes = result.nbytes / 1e6
     return {
-        "to": to, "workers": workers, "output_mb": round(megabytes), "seconds": round(cost.wall, 2),
+        "to": to, "workers": 1, "output_mb": round(megabytes), "seconds": round(cost.wall, 2),
         "cpu_seconds": round(cost.cpu, 2), "mb_per_second": round(megabytes / cost.wall),
         "mb_per_cpu_second": round(megabytes / cost.cpu), "peak_rss_mb": cost.peak_mb,
         "largest_deviation_steps": max((r.deviation for r in result.inexact), default=0.0),
@@ -66,7 +64,6 @@ def convert(
     layers: int = 8,
     shape: tuple[int, ...] = (4096, 11008, 32000),
     group_size: int = 128,
-    workers: int = 1,
     repeats: int = 3,
     envs: Path = peers.ENVS,
 ) -> running.Row:
@@ -80,7 +77,7 @@ def convert(
     for repeat in range(repeats):
         for name in to:
             dst = workdir / f"out{registry.FORMATS[name].suffix}"
-            row, _ = running.apart(work, source, dst, name, workers)
+            row, _ = running.apart(work, source, dst, name)
             rows.append({"by": "awq_jax", "repeat": repeat, **row})
             print(rows[-1], flush=True)
         if not missing:

@@ -93,34 +93,6 @@ def largest_tile(params: object, itemsize: int = 2) -> int:
     return max((q.k * q.n * itemsize for q in packed), default=0)
 
 
-def row(timer: DecodingTimer, top: timing.Ceilings, rounds: int = 3) -> timing.Measurement:
-    """Time one model.
-
-    Returns:
-      A dict: ``batch``, ``context``, ``prefill_tokens_per_s``, ``tokens_per_s`` (of all sequences together),
-      ``ms_per_step``, ``floor_ms`` (weights and cache read once at the copy bandwidth), ``floor_share``,
-      ``served`` (the form of the weights), ``weight_bytes``, ``cache_bytes``; and memory: ``prefill_temp_bytes``
-      and ``step_temp_bytes`` (see `DecodingTimer.temp_bytes`), ``tile_bytes`` (the largest weight, dequantized),
-      ``peak_bytes`` (of the process so far, by the allocator; None where it does not say) and
-      ``peak_allowed_bytes``: weights, cache and one tile.
-    """
-    timer.decode()
-    steps = statistics.median(timer.decode()[0] for _ in range(rounds))
-    prompt = statistics.median(timer.prefill() for _ in range(rounds))
-    weights, cache = paths.nbytes(timer.params), timer.cache_bytes()
-    least = (read_per_step(timer.weights.config, timer.params) + cache) / top.bandwidth
-    temp, tile = timer.temp_bytes(), largest_tile(timer.params)
-    return {
-        "batch": timer.batch, "context": timer.context,
-        "prefill_tokens_per_s": timer.batch * timer.context / prompt,
-        "tokens_per_s": timer.batch / steps, "ms_per_step": steps * 1e3,
-        "floor_ms": least * 1e3, "floor_share": least / steps, "served": timer.weights.explain(),
-        "weight_bytes": weights, "cache_bytes": cache, "tile_bytes": tile,
-        "prefill_temp_bytes": temp["prefill"], "step_temp_bytes": temp["step"],
-        "peak_bytes": peak_bytes(), "peak_allowed_bytes": weights + cache + tile,
-    }  # fmt: skip
-
-
 def peak_bytes() -> int | None:
     """The device allocator's peak since the process began, or None where it does not say."""
     stats = jax.devices()[0].memory_stats() or {}
@@ -139,21 +111,41 @@ def run(
     layers: int | None = None,
     dtype: str = "bfloat16",
 ) -> timing.Measurement:
-    """`row` of a model with random weights, with ``model``, ``layers``, ``bits`` (None: dense) and ``group_size``.
+    """Time a model with random weights.
 
     Dense weights are merged as packed ones are, so that only the weights differ.
+
+    Returns:
+      A dict: ``model``, ``layers``, ``bits`` (None: dense), ``group_size``, ``batch``, ``context``,
+      ``prefill_tokens_per_s``, ``tokens_per_s`` (of all sequences together), ``ms_per_step``, ``floor_ms`` (weights and
+      cache read once at the copy bandwidth), ``floor_share``, ``served`` (the form of the weights), ``weight_bytes``,
+      ``cache_bytes``; and memory: ``prefill_temp_bytes`` and ``step_temp_bytes`` (see `DecodingTimer.temp_bytes`),
+      ``tile_bytes`` (the largest weight, dequantized), ``peak_bytes`` (of the process so far, by the allocator; None
+      where it does not say), the same as ``peak_before_timing_bytes``, and ``peak_allowed_bytes``: weights, cache and
+      one tile.
 
     Raises:
       ConfigError: unknown shape, or a group size that does not divide it.
     """
     c = random_models.config(name, layers)
     graphdef, params = random_models.random_model(c, dtype, bits, group)
-    weights = ServedWeights(graphdef, c, params, merge_linears=True)
+    served = ServedWeights(graphdef, c, params, merge_linears=True)
     del params  # the form in which they are served may replace them
-    timer = DecodingTimer(weights, batch=batch, context=context, steps=steps)
+    timer = DecodingTimer(served, batch=batch, context=context, steps=steps)
     before = peak_bytes()
-    asked = {"model": name, "layers": len(c.layers), "bits": bits, "group_size": group if bits else None}
-    return asked | row(timer, top) | {"peak_before_timing_bytes": before}
+    timer.decode()
+    took = statistics.median(timer.decode()[0] for _ in range(3))
+    prompt = statistics.median(timer.prefill() for _ in range(3))
+    weights, cache, tile = paths.nbytes(timer.params), timer.cache_bytes(), largest_tile(timer.params)
+    least, temp = (read_per_step(c, timer.params) + cache) / top.bandwidth, timer.temp_bytes()
+    return {
+        "model": name, "layers": len(c.layers), "bits": bits, "group_size": group if bits else None,
+        "batch": batch, "context": context, "prefill_tokens_per_s": batch * context / prompt,
+        "tokens_per_s": batch / took, "ms_per_step": took * 1e3, "floor_ms": least * 1e3, "floor_share": least / took,
+        "served": served.explain(), "weight_bytes": weights, "cache_bytes": cache, "tile_bytes": tile,
+        "prefill_temp_bytes": temp["prefill"], "step_temp_bytes": temp["step"], "peak_bytes": peak_bytes(),
+        "peak_allowed_bytes": weights + cache + tile, "peak_before_timing_bytes": before,
+    }  # fmt: skip
 
 
 def paired(timers: Mapping[str, DecodingTimer], against: str, rounds: int) -> dict[str, dict[str, float]]:

@@ -43,19 +43,16 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("tokens", type=Path, help="integers [samples, length]")
     parser.add_argument("out")
-    parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--dtype", default="bfloat16", help="of the float weights and the search")
-    parser.add_argument(
-        "--no-search", action="store_true", help="neither scales nor clipping: time and memory of the rest"
-    )
+    parser.add_argument("--no-search", action="store_true", help="neither scales nor clipping: what the rest costs")
     args = parser.parse_args()
 
     rows = np.load(args.tokens).tolist()
     model = AutoAWQForCausalLM.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype), device_map="cpu")
     model.quantize(
         tokenizer=None,
-        quant_config={"zero_point": True, "q_group_size": args.group_size, "w_bit": args.bits, "version": "GEMM"},
+        quant_config={"zero_point": True, "q_group_size": args.group_size, "w_bit": 4, "version": "GEMM"},
         calib_data=rows,
         max_calib_samples=len(rows),
         max_calib_seq_len=len(rows[0]),
