@@ -9,14 +9,16 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from numpy.typing import DTypeLike
+
 from awq_jax.convert import head, pipeline, registry
 from awq_jax.convert.files import manifest
 from awq_jax.convert.files.shards import ShardWriter, install
 from awq_jax.convert.format import Destination, Encoder, Format, Record
 from awq_jax.convert.source import Source
 from awq_jax.convert.writing import check_path, encoder_of, finish, into_sink, refuse_source
-from awq_jax.dtypes import FLOATS
-from awq_jax.errors import AwqError, CheckpointError, ConfigError
+from awq_jax.dtypes import FLOATS, name_of
+from awq_jax.errors import AwqError, CheckpointError
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +59,7 @@ def checkpoint(
     dst: str | Path,
     to: str,
     *,
-    dtype: str | None = None,
+    dtype: DTypeLike | None = None,
     allow_lossy: bool = False,
     overwrite: bool = False,
     max_shard_bytes: int = 512 << 20,
@@ -92,13 +94,12 @@ def checkpoint(
     """
     start = time.perf_counter()
     format = registry.get(to)
-    if dtype is not None and dtype not in FLOATS:
-        raise ConfigError(f"dtype must be one of {', '.join(FLOATS)}; got {dtype!r}")
+    name = name_of(dtype)
     path = Path(os.path.abspath(Path(dst).expanduser()))
     check_path(path, format, overwrite)
     source = registry.open_source(src, packed=True) if isinstance(src, str | Path) else src
     refuse_source(path, source)
-    encoder = encoder_of(to, Destination(config=source.config, dtype=dtype))
+    encoder = encoder_of(to, Destination(config=source.config, dtype=name))
     job = _Job(source, format, encoder, allow_lossy, workers or min(WORKERS, os.cpu_count() or 1), progress)
     run = _to_sink if format.sink else _to_directory
     try:

@@ -155,11 +155,18 @@ def calibrate(
       progress: show a progress bar on stderr.
 
     Raises:
-      CalibrationError: no batches, or every batch is empty.
+      CalibrationError: no batches, every batch is empty, or ``batches`` is one array.
       PlanError: ``plan`` does not describe ``params``.
     """
     if isinstance(batches, str | Mapping):
         raise CalibrationError(f"batches is a {type(batches).__name__}: pass a list of batches, [batch] if it is one")
+    if hasattr(batches, "shape"):
+        raise CalibrationError(
+            f"batches is one array of shape {tuple(batches.shape)}, whose rows would be taken for batches: pass "
+            "[array] if it is one batch, list(array) if its first axis counts batches"
+        )
+    if not isinstance(batches, Iterable) or (isinstance(batches, list) and batches and np.isscalar(batches[0])):
+        raise CalibrationError(f"batches is {str(batches)[:60]}: pass a list of arrays, each of them a batch")
     bar = tqdm(batches, desc="calibrate", unit="batch", disable=not progress)
     stats: dict[str, Stats] | None = None
     step: Callable[..., dict[str, Stats]] | None = None

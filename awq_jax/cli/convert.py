@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from awq_jax.cli import common, tables
+from awq_jax import report
+from awq_jax.cli import common
 from awq_jax.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -90,13 +91,13 @@ def run(args: argparse.Namespace) -> None:
     rows = [
         ("written", f"{Path(args.dst)} ({result.target}, from {result.source})"),
         ("tensors", f"{len(result.records)}, of which {packed} quantized"),
-        ("size", tables.size(result.nbytes)),
+        ("size", report.size(result.nbytes)),
         ("time", f"{result.seconds:.1f} s, {result.nbytes / 1e6 / max(result.seconds, 1e-9):.0f} MB/s"),
     ]
     if result.resumed:
         rows.append(("continued", f"{result.resumed} tensors were there from an interrupted run"))
     rows.append(("weights", _exactness(result)))
-    print("\n".join(tables.columns(rows)))
+    print("\n".join(report.columns(rows)))
 
 
 def size(text: str) -> int:
@@ -151,8 +152,8 @@ def _list(args: argparse.Namespace) -> None:
         return
     print(
         "\n".join(
-            tables.columns([("format", "whose", "holds"), *((f.name, f.title, f.holds) for f in FORMATS.values())])
+            report.columns([("format", "whose", "holds"), *((f.name, f.title, f.holds) for f in FORMATS.values())])
         )
     )
     print("\nConversions: = exact, a number = largest shift in quantization steps (needs --allow-lossy), - impossible")
-    print("\n".join(tables.columns(exactness.grid(table))))
+    print("\n".join(report.columns(exactness.grid(table))))

@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from awq_jax.cli import common, tables
+from awq_jax import report
+from awq_jax.cli import common
 from awq_jax.config import METHOD_NAMES
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
     if not args.json:
         print(f"{name}, 4 bits in groups of {args.group_size}; perplexity of {used['eval_tokens']:,} tokens\n")
         head = ("weights", "perplexity", "nll over float", "size")
-        print("\n".join(tables.columns([head, *map(_cells, rows)])))
+        print("\n".join(report.columns([head, *map(_cells, rows)])))
         print(f"\n{question}")
     [answer] = loaded.generate(
         question, max_new_tokens=args.max_new_tokens, chat=chat, stream=None if args.json else show
@@ -88,4 +89,4 @@ def run(args: argparse.Namespace) -> None:
 def _cells(row: Score) -> tuple[str, ...]:
     error = "" if row.delta_error is None else f" ± {row.delta_error:.4f}"
     delta = "" if row.name == "float" else f"{row.delta:+.4f}{error}"
-    return row.name, f"{row.ppl:.3f}", delta, tables.size(row.nbytes)
+    return row.name, f"{row.ppl:.3f}", delta, report.size(row.nbytes)

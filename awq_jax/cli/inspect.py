@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from awq_jax.cli import common, tables
+from awq_jax import report
+from awq_jax.cli import common
 
 if TYPE_CHECKING:
     from awq_jax.cli.contents import Facts
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _print(found: Facts, check: bool) -> None:
-    print("\n".join(tables.columns(_summary(found))))
+    print("\n".join(report.columns(_summary(found))))
     if not found["tensors"]:
         return
     print()
@@ -84,11 +85,11 @@ def _print(found: Facts, check: bool) -> None:
             t["type"],
             f"{t.get('group_size', '-')}{', act-order' if t.get('act_order') else ''}",
             t.get("scales", "-"),
-            tables.size(t["bytes"]),
+            report.size(t["bytes"]),
         )
         for t in found["tensors"]
     ]
-    print("\n".join(tables.columns([head, *rows])))
+    print("\n".join(report.columns([head, *rows])))
     print()
     print("problems" if found["problems"] else f"no problem found{'' if check else ' in the headers'}")
     for problem in found["problems"]:
@@ -110,12 +111,12 @@ def _summary(found: Facts) -> list[tuple[str, str]]:
         ("format", f"{found['format']}, {found['model_type']}"),
         ("parameters", f"{found['parameters']:,} in {len(found['tensors'])} tensors"),
         ("types", ", ".join(f"{count} {kind}" for kind, count in types.most_common())),
-        ("tensors", tables.size(found["bytes"])),
+        ("tensors", report.size(found["bytes"])),
     ]
     if found["bytes_on_disk"] is not None:
-        rows.append(("on disk", tables.size(found["bytes_on_disk"])))
+        rows.append(("on disk", report.size(found["bytes_on_disk"])))
     if found["quantized"]:
-        similar = tables.alike((name, "") for name in found["float_linears"])
+        similar = report.alike((name, "") for name in found["float_linears"])
         left = [f"{_plain(name)} ({count})" if count > 1 else _plain(name) for name, _, count in similar]
         rows += [
             ("bits", f"{_list(found['bits'])} ({found['bits_per_weight']:.2f} per weight with scales and zero points)"),

@@ -184,7 +184,7 @@ def _quantize(args: argparse.Namespace, config: AwqConfig, pool: Pool) -> None:
         extra = {"format": done.format, "resumed": done.resumed}
         print(common.to_json(report.to_dict() | extra))
     else:
-        print(as_options(tables.table(report), [QUANTIZE_HEAD]))
+        print(as_options(str(report), [QUANTIZE_HEAD]))
         print(f"\nwrote {args.dst} ({done.format})" + (f" and {args.report}" if args.report else ""))
 
 

@@ -1,69 +1,12 @@
-"""A quantization `Report` for people: a terminal summary, and one self-contained HTML page."""
+"""A quantization `Report` for people: one self-contained HTML page (`awq_jax.report` makes the text)."""
 
 from __future__ import annotations
 
 import html as _html
-import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from awq_jax.cli import chart
-from awq_jax.report import LayerReport, Report
-
-
-def table(report: Report, worst: int = 5) -> str:
-    """The summary a terminal shows at the end of a run.
-
-    Args:
-      report: what `awq_jax.quantize` or ``Model.quantize`` returned.
-      worst: layers listed by remaining error.
-    """
-    lines = columns(summary(report))
-    if rows := report.worst(worst):
-        lines += ["", "largest remaining errors (squared output error / squared output)"]
-        head = ("weight", "shape", "bits", "rounded", "stored", "ratio")
-        lines += [
-            "  " + line
-            for line in columns(
-                [head]
-                + [
-                    (r.path, _shape(r.shape), str(r.bits), number(r.error_rtn), number(r.error), number(r.ratio))
-                    for r in rows
-                ]
-            )
-        ]
-    for title, notes in _notes(report):
-        lines += ["", title]
-        lines += [f"  {path}{f' ({count})' if count > 1 else ''}: {why}" for path, why, count in notes]
-    return "\n".join(lines)
-
-
-def summary(report: Report) -> list[tuple[str, str]]:
-    """(name, value) of the figures of the whole run."""
-    config = report.config
-    group = config.get("group_size", -1)
-    rows = [
-        (
-            "quantized",
-            f"{len(report.layers)} weights to {config.get('bits')} bits, "
-            f"{'whole columns' if group == -1 else f'groups of {group}'}, "
-            f"{'symmetric' if config.get('symmetric') else 'asymmetric'}, {config.get('method')}",
-        ),
-        ("bits per weight", f"{report.bits_per_weight:.2f}, scales and zero points included"),
-        (
-            "size",
-            f"{size(report.bytes_before)} before, {size(report.bytes_after)} after "
-            f"({report.bytes_before / max(report.bytes_after, 1):.2f}x smaller)",
-        ),
-    ]
-    before, after = (_geometric(getattr(r, name) for r in report.layers) for name in ("error_rtn", "error"))
-    if before is not None and after is not None:
-        rows.append(("typical error", f"{number(before)} rounded to nearest, {number(after)} as stored"))
-    rows.append(("calibrated on", report.calibration or f"{report.tokens:,} tokens"))
-    total = sum(report.seconds.values())
-    phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in report.seconds.items())
-    rows.append(("seconds", f"{total:.1f}" + (f" ({phases})" if len(report.seconds) > 1 else "")))
-    return rows
+from awq_jax.report import LayerReport, Report, notes_of, number, shape_text, size, summary
 
 
 def html(report: Report, title: str = "awq_jax report") -> str:
@@ -87,7 +30,7 @@ def html(report: Report, title: str = "awq_jax report") -> str:
         ]
     else:
         body.append("<p>No picture: this run kept no calibration statistics to measure errors with.</p>")
-    for heading, notes in _notes(report):
+    for heading, notes in notes_of(report):
         body.append(f"<h2>{_html.escape(heading)}</h2><ul>")
         body += [
             f"<li><code>{_html.escape(path)}</code>{f' ({count})' if count > 1 else ''}: {_html.escape(why)}</li>"
@@ -105,56 +48,6 @@ def html(report: Report, title: str = "awq_jax report") -> str:
     )
 
 
-def columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of cells as lines, each column padded to its widest cell."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))] if rows else []
-    return ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
-def size(count: float) -> str:
-    """Bytes in binary units."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            break
-        count /= 1024
-    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
-
-
-def number(value: float | None) -> str:
-    """Three significant digits; "-" for None."""
-    return "-" if value is None else f"{value:.3g}"
-
-
-def _notes(report: Report) -> list[tuple[str, list[tuple[str, str, int]]]]:
-    """Headings with (path, reason, how many like it): what did not go the usual way."""
-    found = [
-        ("left float", alike(report.skipped.items())),
-        ("scale kept beside the weight", alike((r.path, r.reason) for r in report.layers if r.scale == "explicit")),
-        (
-            "not scaled",
-            alike((r.path, r.reason) for r in report.layers if r.scale == "none" and r.reason),
-        ),
-        ("other remarks", alike((r.path, r.reason) for r in report.layers if r.scale == "folded" and r.reason)),
-    ]
-    return [(title, notes) for title, notes in found if notes]
-
-
-def alike(items: Iterable[tuple[str, str]]) -> list[tuple[str, str, int]]:
-    """Paths that differ only in layer numbers, with the same reason, as one line with a count."""
-    found: dict[tuple[str, str], list[tuple[str, str]]] = {}
-    for path, why in items:
-        pattern = re.sub(r"\d+(?=[./_]|$)", "*", path)
-        found.setdefault((pattern, re.sub(r"\d+", "*", why)), []).append((path, why))
-    return [
-        (
-            pattern if len(same) > 1 else same[0][0],
-            same[0][1] if len({why for _, why in same}) == 1 else why,
-            len(same),
-        )
-        for (pattern, why), same in found.items()
-    ]
-
-
 def _weights(layers: Sequence[LayerReport]) -> str:
     head = ("", "weight", "shape", "bits", "group", "size", "rounded", "stored", "left", "ratio", "clipped", "scale")
     rows = []
@@ -164,7 +57,7 @@ def _weights(layers: Sequence[LayerReport]) -> str:
         cells = (
             str(i),
             r.path,
-            _shape(r.shape),
+            shape_text(r.shape),
             f"{r.bits}{' sym' if r.symmetric else ''}",
             str(r.group_size),
             size(r.bytes_after),
@@ -191,17 +84,6 @@ def _settings(config: Mapping[str, object]) -> str:
         f"<tr><td>{_html.escape(str(k))}</td><td>{_html.escape(str(v))}</td></tr>" for k, v in config.items()
     )
     return f"<table><tbody>{rows}</tbody></table>"
-
-
-def _shape(shape: Sequence[int]) -> str:
-    return " x ".join(map(str, shape))
-
-
-def _geometric(values: Iterable[float | None]) -> float | None:
-    known = [v for v in values if v is not None]
-    if not known or not all(v > 0 and math.isfinite(v) for v in known):
-        return None
-    return math.exp(sum(math.log(v) for v in known) / len(known))
 
 
 _STYLE = """

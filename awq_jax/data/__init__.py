@@ -102,8 +102,8 @@ def load(
       source: ``"builtin"`` (the text of Python's help topics, no network); ``"pileval"``, ``"wikitext"``, ``"c4"`` or
         ``"hf:OWNER/NAME[:CONFIG[:SPLIT]]"`` (read with `datasets`, streamed); a path to ``.txt``, ``.md``,
         ``.jsonl``, ``.json``, ``.csv``, ``.parquet`` or ``.npy``; a list of strings, of conversations or of rows; a
-        data set of `datasets`, a dict of columns, or a table of pandas, polars or pyarrow; a list of token lists
-        (packed like texts); an integer array ``[S, T]``, used whole and as it stands; or a `CalibrationSet`,
+        data set of `datasets`, a dict of columns, or a table of pandas, polars or pyarrow; token lists or one
+        of them (packed like texts); an integer array ``[S, T]``, used whole and as it stands; or a `CalibrationSet`,
         returned after the vocabulary check.
       tokenizer: a model's, or one of transformers; required for text.
       samples: sequences wanted.
@@ -139,6 +139,8 @@ def load(
     if isinstance(items, np.ndarray) and (items.ndim != 1 or items.dtype.kind not in "OTU"):
         items = [items]
     items = items if isinstance(items, Iterator) else list(items) if isinstance(items, Iterable) else []
+    if isinstance(items, list) and items and all(isinstance(i, int | np.integer) for i in items):
+        items = [items]  # one document of tokens
     if isinstance(items, list) and not rows.are_rows(items):
         return pack([(i, _as_tokens(d, i), "") for i, d in enumerate(items)], "given tokens", len(items))
     read = rows.Documents(items, name, column, tokenizer)
@@ -177,6 +179,8 @@ def _items(source: object, seed: int) -> object:
         return _read_npy(path) if path.suffix == ".npy" else sources.read_file(path)
     if isinstance(source, str):
         return sources.default_documents() if source in sources.BUILTIN else sources.stream(source, seed)
+    if isinstance(source, bytes | bytearray):
+        raise CalibrationError("calibration data are bytes: pass text, bytes.decode() for instance, or a path")
     items = rows.given(source, seed)
     return np.asarray(items) if hasattr(items, "ndim") else items
 

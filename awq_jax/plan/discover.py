@@ -1,6 +1,7 @@
 """`discover`: the scale groups of any JAX model, read off its jaxpr."""
 
 import contextlib
+import logging
 import math
 from collections.abc import Callable, Hashable
 
@@ -10,6 +11,8 @@ from awq_jax.plan.plan import Plan, ScaleGroup, Site
 from awq_jax.trace.jaxpr import Val
 from awq_jax.trace.scopes import OUTPUT, Node, Scope, flatten
 from awq_jax.trace.uses import SAME_SHAPE, Program, trace
+
+log = logging.getLogger(__name__)
 
 # Operations that may hide a matmul from us.
 OPAQUE = frozenset(("conv_general_dilated", "shard_map", "pallas_call", "custom_partitioning"))
@@ -39,6 +42,11 @@ def discover(fn: Callable[..., object], params: object, *args: object, **kwargs:
         raise PlanError(
             "no matmul with a parameter found: pass the parameters as the first argument of the function "
             "(a closure over them hides them), and do not wrap the model in shard_map"
+        )
+    if program.graph.draws():
+        log.warning(
+            "the model draws random numbers in this call, as dropout does in training: what is calibrated on is not "
+            "what is served; call model.eval() (NNX) or pass deterministic=True or train=False (Linen)"
         )
     where = [(scope, node) for scope in top.all() for node in scope.nodes if node.use]
     where.sort(key=lambda t: t[1].use.index if t[1].use else 0)

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
-from awq_jax import data, models
+from awq_jax import data, models, paths
 from awq_jax.algorithm.methods import METHODS
 from awq_jax.config import SAMPLES, SEQ_LEN, AwqConfig
 from awq_jax.convert import registry, writing
@@ -24,14 +24,15 @@ from awq_jax.convert.source import Source
 from awq_jax.convert.text import TokenizerLike
 from awq_jax.devices.pool import pool_of
 from awq_jax.devices.team import team
-from awq_jax.dtypes import FLOATS
+from awq_jax.dtypes import name_of
 from awq_jax.errors import ConfigError, ShapeError
 from awq_jax.models.mesh import sharded_loading, sharding
 from awq_jax.models.vision import inputs as vision
 from awq_jax.models.weights import naming
 from awq_jax.models.weights import params as model_params
 from awq_jax.placement import Placement
-from awq_jax.report import Report
+from awq_jax.qtensor import is_quantized
+from awq_jax.report import Report, size
 from awq_jax.serve import calibrate_images, calibration_batches, prompts
 from awq_jax.serve.detokenize import Detokenizer
 from awq_jax.serve.generate import check_tokens
@@ -44,7 +45,7 @@ log = logging.getLogger(__name__)
 
 def load(
     path: str | Path,
-    dtype: str | None = None,
+    dtype: DTypeLike | None = None,
     *,
     merge: bool | None = None,
     resident: bool | None = None,
@@ -55,7 +56,7 @@ def load(
     Args:
       path: a directory in Hugging Face's layout (float or quantized), a ``.gguf`` file, or a hub id.
       dtype: of floating-point tensors and activations, ``"float32"``, ``"bfloat16"`` or
-        ``"float16"``; None keeps what is stored (GGUF: float32).
+        ``"float16"``, or a type such as ``jnp.bfloat16``; None keeps what is stored (GGUF: float32).
       merge: while generating, linears that read the same activation are one (exact, and undone when
         the parameters are asked for); None: if any is packed.
       resident: generate with a float32 copy of packed weights; None: on CPU, if the copy takes
@@ -70,10 +71,9 @@ def load(
       ShapeError: a tensor has not the shape that ``config.json`` implies.
       ConfigError: unknown ``dtype``, or a broken ``config.json``.
     """
-    if dtype is not None and dtype not in FLOATS:
-        raise ConfigError(f"dtype must be one of {', '.join(FLOATS)} or None; got {dtype!r}")
+    name = name_of(dtype)
     source = registry.open_source(path)
-    return from_source(source, dtype or ("float32" if source.format == "gguf" else None), merge, resident, mesh)
+    return from_source(source, name or ("float32" if source.format == "gguf" else None), merge, resident, mesh)
 
 
 def from_source(
@@ -133,6 +133,15 @@ class Model:
 
         self.apply: Callable[..., jax.Array] = apply
         self.generator = self._weights.as_held()[0]
+
+    def __repr__(self) -> str:
+        leaves = paths.flatten(self._weights.as_held()[1]).values()
+        bits = sorted({q.bits for q in leaves if is_quantized(q)})
+        kind = "packed to " + " and ".join(map(str, bits)) + " bits" if bits else "float"
+        tokenizer = "no tokenizer" if self.tokenizer is None else "with tokenizer"
+        return (
+            f"Model({self.config.family}, {len(self.config.layers)} layers, {kind}, {size(self.nbytes)}, {tokenizer})"
+        )
 
     def take_params(self) -> nnx.State:
         """The parameters as they were loaded, quantized or assigned, to the bit.

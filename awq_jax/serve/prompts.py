@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import cast
 
+import numpy as np
+
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.convert.text import Message, TokenizerLike, ids_of
 from awq_jax.errors import ConfigError
@@ -15,15 +17,17 @@ def encode(tokenizer: TokenizerLike, prompt: str | Sequence[Message] | Sequence[
 
     Args:
       tokenizer: ours or of transformers.
-      prompt: a text, or texts or lists of token ids; with ``chat`` a list of ``{"role", "content"}`` is one
+      prompt: a text, token ids, or a list of such; with ``chat`` a list of ``{"role", "content"}`` is one
         conversation, and a text is a user's message.
       chat: wrap the prompts in the tokenizer's chat template.
 
     Raises:
       ConfigError: there is no chat template.
     """
-    if isinstance(prompt, str):
-        prompt = [prompt]
+    if isinstance(prompt, str) or (len(prompt) and all(isinstance(p, int | np.integer) for p in prompt)):
+        prompt = cast(Sequence[Prompt], [prompt])
+    if unlike := next((p for p in prompt if not isinstance(p, str | Sequence | np.ndarray | Mapping)), None):
+        raise ConfigError(f"a prompt is {unlike!r}: pass a text, token ids, or a list of those")
     if not chat:
         return [ids_of(tokenizer, [p])[0] if isinstance(p, str) else list(cast(Sequence[int], p)) for p in prompt]
     if not tokenizer.chat_template:

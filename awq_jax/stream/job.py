@@ -23,7 +23,7 @@ from awq_jax.convert.files import manifest
 from awq_jax.convert.files.shards import refuse_existing
 from awq_jax.convert.source import Source
 from awq_jax.devices.pool import HERE, Pool
-from awq_jax.dtypes import FLOATS
+from awq_jax.dtypes import FLOATS, name_of
 from awq_jax.errors import CheckpointError, ConfigError, FormatError, Setting
 from awq_jax.models.weights.params import Weights
 from awq_jax.qtensor import QuantizedTensor
@@ -241,8 +241,7 @@ def prepare(
     if o.batch_size is not None and o.batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, or None; got {o.batch_size}")
     for name, value in (("dtype", o.dtype), ("hidden_dtype", o.hidden_dtype)):
-        if value is not None and value not in FLOATS:
-            raise ConfigError(f"{name} must be one of {', '.join(FLOATS)} or None; got {value!r}")
+        name_of(value, name)
     if o.hidden not in ("memory", "disk"):
         raise ConfigError(f'hidden must be "memory" or "disk"; got {o.hidden!r}')
     if o.format != "auto" and registry.get(o.format).sink is not None:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from tqdm import tqdm
 
 from awq_jax.config import SAMPLES, SEQ_LEN
@@ -28,6 +29,7 @@ from awq_jax.data import CalibrationSource
 from awq_jax.devices import host_memory
 from awq_jax.devices.pool import pool_of
 from awq_jax.devices.team import team
+from awq_jax.dtypes import name_of
 from awq_jax.errors import CheckpointError, ConfigError, FormatError, Setting
 from awq_jax.models.weights import naming
 from awq_jax.models.weights import params as model_params
@@ -63,11 +65,11 @@ def quantize_checkpoint(
     batch_size: int | None = None,
     seed: int = 0,
     column: str | None = None,
-    dtype: str | None = None,
+    dtype: DTypeLike | None = None,
     format: str = "auto",
     overwrite: bool = False,
     hidden: str = "memory",
-    hidden_dtype: str | None = None,
+    hidden_dtype: DTypeLike | None = None,
     resume: bool = False,
     restart: bool = False,
     mesh: Mesh | None = None,
@@ -114,7 +116,8 @@ def quantize_checkpoint(
       CalibrationError: the calibration data are empty or do not fit the model.
       ProcessError: another process of this run has ended.
     """
-    options = Options(samples, seq_len, batch_size, seed, column, dtype, format, overwrite, hidden, hidden_dtype)
+    names = name_of(dtype), name_of(hidden_dtype, "hidden_dtype")
+    options = Options(samples, seq_len, batch_size, seed, column, names[0], format, overwrite, hidden, names[1])
     with team() as processes:
         job = prepare(src, dst, calib, options, settings, pool_of(mesh, processes))
         return run(job, resume=resume, restart=restart, progress=progress)

@@ -14,6 +14,7 @@ from jax.typing import ArrayLike, DTypeLike
 from awq_jax.trace.views import AxisRoles
 
 Params = dict[str, Any]  # of a primitive: each has its own
+DRAWS = frozenset(("random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform"))
 REMAT = frozenset(("remat2", "remat", "checkpoint"))
 CALLS = REMAT | frozenset(
     ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
@@ -130,6 +131,10 @@ class Graph:
     ops: list[Op]
     consts: dict[Val, Any]
     watched: bool = False
+
+    def draws(self) -> bool:
+        """Whether any operation inside draws random numbers."""
+        return any(op.name in DRAWS or any(body.draws() for body in op.bodies) for op in self.ops)
 
 
 def _sub_jaxprs(name: str, params: Params) -> list[jex.Jaxpr | jex.ClosedJaxpr]:
