@@ -113,9 +113,9 @@ def perplexity(
     work = _Windows(model, text, context, stride, max_tokens, batch_size)
 
     @jax.jit
-    def score(params: object, tokens: jax.Array, targets: jax.Array) -> tuple[jax.Array]:
+    def score(params: object, tokens: jax.Array, following: jax.Array) -> tuple[jax.Array]:
         logits = model.apply(params, tokens).astype(jnp.float32)
-        gold = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        gold = jnp.take_along_axis(logits, following[..., None], axis=-1)[..., 0]
         return (jax.nn.logsumexp(logits, axis=-1) - gold,)
 
     (window_nll,), window_tokens = work.sums("perplexity", progress, functools.partial(score, model.params))
@@ -220,7 +220,7 @@ class _Windows:
         Args:
           name: of the progress bar.
           progress: show it.
-          per_token: (tokens, targets), int32 ``[B, T]`` each -> arrays ``[B, T]``.
+          per_token: (tokens, following), int32 ``[B, T]`` each -> arrays ``[B, T]``.
 
         Returns:
           float64 ``[W]`` for each of the arrays, and int64 ``[W]``.

@@ -1,7 +1,7 @@
 """`quantize_checkpoint`: a checkpoint of any size, one block at a time, resumable.
 
 While a block is calibrated and quantized, one thread reads the next block and another writes the one
-before. What survives a crash: a directory beside the target with a part for each finished block and a
+before. What survives a crash: a directory beside the new checkpoint with a part for each finished block and a
 manifest (see `awq_jax.convert.files.manifest`), and, if they are kept on disk, the hidden states that came out
 of the last one.
 """

@@ -123,7 +123,7 @@ def test_float32_biases_and_norms_of_a_packed_model_change_no_dtype(tmp_path: Pa
     before = jax.tree.map(np.asarray, paths.flatten(served.params))
     assert "4 of 4 groups" in served.explain()
     config = fuse.merged(ours.config, paths.flatten(ours.params))
-    assert len(list(fuse.groups(config))) == 2  # where nothing is widened: one of three biases differs in dtype
+    assert len(list(fuse.fusable(config))) == 2  # where nothing is widened: one of three biases differs in dtype
     after = jax.tree.map(np.asarray, paths.flatten(served.params))
     jax.tree.map(np.testing.assert_array_equal, after, before)
     assert jax.tree.map(lambda a: a.dtype, after) == jax.tree.map(lambda a: a.dtype, before)
