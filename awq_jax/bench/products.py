@@ -96,8 +96,14 @@ def implementations(m: int, q: QuantizedTensor, dtype: DTypeLike) -> dict[str, t
 
 
 def timed(
-    run: Product, xs: Sequence[jax.Array], qs: Sequence[QuantizedTensor], w: QuantizedTensor, seed: int, seconds: float
-) -> tuple[float, float, float] | str:
+    run: Product,
+    xs: Sequence[jax.Array],
+    qs: Sequence[QuantizedTensor],
+    w: QuantizedTensor,
+    seed: int,
+    seconds: float,
+    times: int = 1,
+) -> tuple[float, list[float]] | str:
     """Check and time a product.
 
     Args:
@@ -105,18 +111,18 @@ def timed(
       xs, qs: its arguments, so many that no cache holds them.
       w: the first of ``qs``, canonical.
       seed: see `error`.
-      seconds: to measure for, about; twice.
+      seconds: to measure for, about.
+      times: how often to measure; each compiles.
 
     Returns:
-      The relative error, and seconds of a call by the better measurement and the other; or how it failed.
+      The relative error, and seconds of a call, the least first; or how it failed.
 
     Raises:
       TimeoutError: a caller's, who waits no longer.
     """
     try:
         wrong, sets = error(jax.jit(run)(xs[0], qs[0]), xs[0], w, seed), list(zip(xs, qs, strict=True))
-        first, second = (timing.per_call(run, sets, seconds) for _ in range(2))
-        return wrong, min(first, second), max(first, second)
+        return wrong, sorted(timing.per_call(run, sets, seconds) for _ in range(times))
     except TimeoutError:
         raise
     except Exception as e:  # others may work
@@ -156,11 +162,11 @@ def measure(
             for name, (run, prepare) in implementations(m, weights[0], jnp.bfloat16).items():
                 qs = [prepare(w) for w in weights]
                 asked = {"m": m, "k": k, "n": n, "group_size": group, "bits": bits, "impl": name}
-                found = timed(run, xs, qs, weights[0], seed + m, seconds)
+                found = timed(run, xs, qs, weights[0], seed + m, seconds, times=2)
                 if isinstance(found, str):
                     yield asked | {"failed": found}
                     continue
-                wrong, best, again = found
+                wrong, (best, again) = found
                 yield asked | {
                     "form": kernels.explain(xs[0], qs[0], impl=name),
                     "us": best * 1e6, "us_again": again * 1e6, "floor_us": least * 1e6,
@@ -239,11 +245,11 @@ def tune(
             ranked: list[tuple[float, tuned.Config]] = []
             for config in candidates(m, chip, bits, k, n):
                 run = functools.partial(product, out_dtype=jnp.bfloat16, chip=chip, config=config)
-                found = timed(run, xs, ready, weights[0], seed, seconds / 2)
+                found = timed(run, xs, ready, weights[0], seed, seconds)
                 if isinstance(found, str):  # what does not compile for this chip is no candidate
                     say(f"{m} x {k}x{n} {config}: {found.splitlines()[0]}")
                 elif found[0] < LIMIT:
-                    ranked.append((found[1], config))
+                    ranked.append((found[1][0], config))
             if ranked:
                 best, config = min(ranked, key=lambda r: r[0])
                 say(f"{m} x {k}x{n}: {best * 1e6:.1f} us with {config}")
