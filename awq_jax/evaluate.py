@@ -147,6 +147,7 @@ def kl(
       ConfigError: if the two models differ in vocabulary size.
     """
     work = _Windows(model, text, context, stride, max_tokens, batch_size)
+    check_settings(_limit(reference), work.context)
     other = _vocabulary(reference, work.context)
     if other != work.vocabulary:
         raise ConfigError(f"the models have {work.vocabulary} and {other} tokens; KL needs the same vocabulary")
@@ -190,24 +191,15 @@ class _Windows:
         max_tokens: int | None,
         batch_size: int | None,
     ):
-        for name, value in (("context", context), ("max_tokens", max_tokens), ("batch_size", batch_size)):
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be at least 1; got {value}")
-        limit = getattr(getattr(model, "config", None), "max_length", None)
-        if limit is not None and context > limit:
-            most = Setting("context", limit)
-            raise ConfigError(f"context {context} is more than the model's {limit} positions; use {most}", most)
-        if stride is not None and not 1 <= stride <= context:
-            raise ConfigError(f"stride must be 1 ... context ({context}), or tokens would be left out; got {stride}")
+        check_settings(_limit(model), context, stride, max_tokens, batch_size)
         tokens = data.encode(text, getattr(model, "tokenizer", None)) if isinstance(text, str) else np.asarray(text)
-        if tokens.ndim != 1 or tokens.size < 2:
-            raise CalibrationError(f"the text to score has tokens of shape {tokens.shape}; at least 2 are needed")
+        check_text(tokens)
         self.tokens = tokens if max_tokens is None else tokens[: max_tokens + 1]
         self.scored = self.tokens.size - 1
         self.context = min(context, self.scored)
         self.stride = min(stride or context, self.context)
         self.vocabulary = _vocabulary(model, self.context)
-        data.check_tokens(self.tokens, self.vocabulary, "the text to score")
+        check_text(self.tokens, self.vocabulary)
         self.count = 1 + max(0, math.ceil((self.scored - self.context) / self.stride))
         fits = max(1, LOGIT_BYTES // (4 * self.context * self.vocabulary))
         self.batch_size = min(batch_size or min(8, fits), self.count)
@@ -248,6 +240,44 @@ class _Windows:
                 bar.update(min(self.batch_size, self.count - first))
         *totals, counts = (np.concatenate(column)[: self.count] for column in zip(*sums, strict=True))
         return totals, counts.astype(np.int64)
+
+
+def check_text(tokens: np.ndarray, vocabulary: int | None = None) -> None:
+    """Refuse tokens that cannot be scored: too few, or outside the vocabulary.
+
+    Raises:
+      CalibrationError: saying which.
+    """
+    if tokens.ndim != 1 or tokens.size < 2:
+        raise CalibrationError(f"the text to score has tokens of shape {tokens.shape}; at least 2 are needed")
+    data.check_tokens(tokens, vocabulary, "the text to score")
+
+
+def check_settings(
+    limit: int | None,
+    context: int,
+    stride: int | None = None,
+    max_tokens: int | None = None,
+    batch_size: int | None = None,
+) -> None:
+    """Refuse settings of `perplexity` that are out of range for a model of ``limit`` positions (None: not known).
+
+    Raises:
+      ConfigError: naming the setting.
+    """
+    for name, value in (("context", context), ("max_tokens", max_tokens), ("batch_size", batch_size)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} must be at least 1; got {value}")
+    if limit is not None and context > limit:
+        most = Setting("context", limit)
+        raise ConfigError(f"context {context} is more than the model's {limit} positions; use {most}", most)
+    if stride is not None and not 1 <= stride <= context:
+        raise ConfigError(f"stride must be 1 ... context ({context}), or tokens would be left out; got {stride}")
+
+
+def _limit(model: object) -> int | None:
+    limit: int | None = getattr(getattr(model, "config", None), "max_length", None)
+    return limit
 
 
 def _vocabulary(model: Scorable, context: int) -> int:

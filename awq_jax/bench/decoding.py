@@ -38,8 +38,7 @@ class DecodingTimer:
         c = weights.config
         if min(batch, context, steps) < 1:
             raise ConfigError("batch, context and steps must be at least 1")
-        if context + steps > c.max_length:
-            raise ConfigError(f"{context} + {steps} tokens do not fit the model's context of {c.max_length}")
+        check_room(c, context, steps)
         generator, self.params = weights.serving()
         self.weights, self.batch, self.context, self.steps = weights, batch, context, steps
         self._tokens = np.random.default_rng(0).integers(0, c.vocab_size, (batch, context)).astype(np.int32)
@@ -77,6 +76,12 @@ class DecodingTimer:
         took = time.perf_counter() - start, time.process_time() - cpu
         self._token, self._cache = token, cache
         return took[0] / self.steps, took[1] / self.steps
+
+
+def check_room(c: ModelConfig, context: int, steps: int) -> None:
+    """Refuse more tokens than the model has positions (`ConfigError`)."""
+    if context + steps > c.max_length:
+        raise ConfigError(f"{context} + {steps} tokens do not fit the model's context of {c.max_length}")
 
 
 def read_per_step(c: ModelConfig, params: object) -> int:

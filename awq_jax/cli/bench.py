@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 from awq_jax.cli import common
@@ -49,8 +50,10 @@ def add(subparsers: common.Commands) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure and print."""
-    if args.out and not args.out.absolute().parent.is_dir():
-        raise ConfigError(f"cannot write {args.out}: its directory does not exist")
+    if args.out and (args.out.is_dir() or not args.out.absolute().parent.is_dir()):
+        raise ConfigError(f"cannot write {args.out}: its directory does not exist, or it is a directory itself")
+    if not 0 < args.seconds < math.inf:
+        raise ConfigError(f"--seconds must be a positive number; got {args.seconds}")
     if args.what in ("kernels", "tune"):
         _check_shapes(args)
     from awq_jax.cli import measure  # imports JAX, for which --help must not wait
@@ -73,6 +76,6 @@ def _shape(text: str) -> tuple[int, int]:
 
 def _check_shapes(args: argparse.Namespace) -> None:
     unit = args.group_size
-    for k, n in args.shapes or ():
+    for k, n in args.shapes or ((4096, 1024),):  # all that is measured otherwise is a multiple of 1024
         if k % unit or k % 32:
             raise ConfigError(f"{k}x{n}: --group-size {unit} does not divide {k} inputs, or 32 does not")

@@ -67,6 +67,13 @@ def positive(text: str) -> int:
     return value
 
 
+def seed(text: str) -> int:
+    """An argparse type: an integer from which random numbers are drawn, 0 to 2**32 - 1."""
+    if not text.isdecimal() or int(text) >= 1 << 32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {(1 << 32) - 1}")
+    return int(text)
+
+
 def devices(text: str) -> int:
     """An argparse type: a number of devices; 0 for all."""
     return 0 if text == "all" else positive(text)

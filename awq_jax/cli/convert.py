@@ -63,7 +63,9 @@ def run(args: argparse.Namespace) -> None:
     if not (args.src and args.dst and args.to):
         raise ConfigError("give SRC, DST and --to FORMAT, or --list to see the formats")
     from awq_jax import convert  # JAX, for which --help must not wait
+    from awq_jax.convert import registry, writing
 
+    writing.check_path(Path(args.dst).expanduser().absolute(), registry.get(args.to), args.overwrite)
     source = args.src
     if args.search is not None:
         source = convert.apply_search(convert.open_source(args.src), args.search)

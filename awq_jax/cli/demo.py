@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from awq_jax import report
 from awq_jax.cli import common
-from awq_jax.config import METHOD_NAMES
+from awq_jax.config import METHOD_NAMES, AwqConfig
 
 if TYPE_CHECKING:
     from awq_jax.cli.demo_model import Score
@@ -39,7 +39,8 @@ def add(subparsers: common.Commands) -> None:
                    help="calibration sequences of 512 tokens (default: %(default)s)")  # fmt: skip
     p.add_argument("--eval-tokens", type=common.positive, default=4096, metavar="N", help="default: %(default)s")
     p.add_argument("--group-size", type=int, default=64, metavar="N", help="rows per scale (default: %(default)s)")
-    p.add_argument("--method", default="awq+gptq", help=f"{' or '.join(METHOD_NAMES[1:])} (default: %(default)s)")
+    p.add_argument("--method", default="awq+gptq", choices=METHOD_NAMES[1:],
+                   help="default: %(default)s")  # fmt: skip
     p.add_argument("--question", help="what to ask the packed model")
     p.add_argument("--max-new-tokens", type=common.positive, default=60, metavar="N", help="default: %(default)s")
     p.add_argument("--cache", type=Path, metavar="DIR", help="where the download is kept (default: ~/.cache/awq_jax)")
@@ -47,18 +48,25 @@ def add(subparsers: common.Commands) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Fetch, compare, answer."""
-    from awq_jax.cli import demo_model  # imports JAX, for which --help must not wait
+    from awq_jax import models  # imports JAX, for which --help must not wait
+    from awq_jax.cli import demo_model
+    from awq_jax.convert import registry
     from awq_jax.serve import model
+    from awq_jax.stream.job import check_float
+    from awq_jax.stream.session import Session
 
     start = time.perf_counter()
+    settings = demo_model.SETTINGS | {"group_size": args.group_size, "method": args.method}
+    config = AwqConfig.from_dict(settings)
     path = args.model or demo_model.fetch(args.cache or demo_model.cache_dir())
     name = args.model or demo_model.MODEL
     common.say(f"loading {path}", args.quiet)
+    source = registry.open_source(path)
+    check_float(source)
+    Session(models.config_of(source), config)  # refuses what cannot be quantized so before minutes of scoring
     loaded = model.load(path)
-    settings = demo_model.SETTINGS | {"group_size": args.group_size}
     rows, used = demo_model.compare(
         loaded,
-        method=args.method,
         samples=args.samples,
         eval_tokens=args.eval_tokens,
         progress=not args.quiet,

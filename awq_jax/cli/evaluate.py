@@ -45,15 +45,18 @@ def run(args: argparse.Namespace) -> None:
     # What cannot be done is refused before the weights of anything are read.
     data.check_source(args.text)
     opened = [registry.open_source(path) for path in (args.dir, args.against) if path is not None]
-    vocabularies = {models.config_of(source).vocab_size for source in opened}
+    configs = [models.config_of(source) for source in opened]
+    vocabularies, limit = {c.vocab_size for c in configs}, min(c.max_length for c in configs)
     if len(vocabularies) > 1:
         raise ConfigError(f"KL needs the same vocabulary; the models have {sorted(vocabularies)} tokens")
+    context = args.context or min(512, limit)
+    evaluate.check_settings(limit, context, args.stride)
     tokenizer = opened[0].tokenizer()
     read, texts = data.read_texts(args.text, tokenizer, args.column)
     common.say(f"text: {read}", args.quiet)
     tokens = data.encode("\n\n".join(texts), tokenizer)
+    evaluate.check_text(tokens, *vocabularies)
     quantized = model.load(args.dir, args.dtype)
-    context = args.context or min(512, quantized.config.max_length)
     settings = {
         "context": context,
         "stride": args.stride,

@@ -7,6 +7,7 @@ import sys
 import time
 
 from awq_jax.cli import common
+from awq_jax.errors import ConfigError
 
 _EXAMPLES = """
 awq-jax generate ./model-awq "Once upon a time" --max-new-tokens 200
@@ -33,7 +34,7 @@ def add(subparsers: common.Commands) -> None:
     p.add_argument("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens (0: all)")
     p.add_argument("--top-p", type=float, default=1.0, metavar="P", help="smallest set of tokens of probability P")
     p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
-    p.add_argument("--seed", type=int, default=0, help="of the random draws (default: %(default)s)")
+    p.add_argument("--seed", type=common.seed, default=0, help="of the random draws (default: %(default)s)")
     p.add_argument("--devices", type=common.devices, metavar="N", help="spread the weights over N devices, or 'all'")
     common.add_dtype(p)
 
@@ -43,8 +44,17 @@ def run(args: argparse.Namespace) -> None:
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     import jax  # which takes seconds, so not for --help
 
-    from awq_jax.serve import model
+    from awq_jax import models
+    from awq_jax.convert import registry
+    from awq_jax.serve import generate, model, prompts
+    from awq_jax.serve.sampling import Sampling
 
+    # What cannot be done is refused before the weights are read.
+    Sampling(args.temperature, args.top_k, args.top_p)
+    if "" in args.stop:
+        raise ConfigError("a stop string is empty")
+    source = registry.open_source(args.dir)
+    generate.check_prompts(models.config_of(source), prompts.encode(source.tokenizer(), prompt, args.chat))
     loaded = model.load(args.dir, args.dtype, mesh=len(jax.devices()) if args.devices == 0 else args.devices)
     start = time.perf_counter()
 

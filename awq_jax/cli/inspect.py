@@ -37,9 +37,10 @@ def add(subparsers: common.Commands) -> None:
         _EXAMPLES,
     )
     p.add_argument("dir", metavar="DIR", help="checkpoint directory, .gguf file or hub id")
-    p.add_argument("--check", action="store_true", help="read every tensor and report what is wrong with it")
-    p.add_argument("--plan", action="store_true", help="print the scale groups discovered in the model instead")
-    p.add_argument(
+    one = p.add_mutually_exclusive_group()
+    one.add_argument("--check", action="store_true", help="read every tensor and report what is wrong with it")
+    one.add_argument("--plan", action="store_true", help="print the scale groups discovered in the model instead")
+    one.add_argument(
         "--devices",
         type=common.positive,
         metavar="N",

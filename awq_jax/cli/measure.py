@@ -50,11 +50,13 @@ def model(args: argparse.Namespace) -> Measurement:
       ConfigError: see `awq_jax.bench.decoding.run`.
     """
     names = args.model or (["llama-3-8b"] if _fast() else ["small"])
-    for name in names:
-        random_models.config(name)  # refuses before any work
-    top = _ceilings(args)
     context = args.context or (512 if _fast() else 32)
     steps = args.steps if args.what == "decode" else 1
+    for name in names:  # what cannot be done is refused before anything is measured
+        c = random_models.config(name, args.layers)
+        decoding.check_room(c, context, steps)
+        jax.eval_shape(lambda c=c: random_models.random_model(c, "bfloat16", args.bits, args.group_size)[1])
+    top = _ceilings(args)
     kept = []
     for name, bits in itertools.product(names, (None, args.bits)):
         row = decoding.run(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from awq_jax.cli import common, tables
 from awq_jax.config import METHOD_NAMES, SAMPLES, SEQ_LEN, AwqConfig
-from awq_jax.errors import AwqError, ConfigError, FormatError, ProcessError, as_options
+from awq_jax.errors import AwqError, CheckpointError, ConfigError, FormatError, ProcessError, as_options
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -84,8 +84,9 @@ def add(subparsers: common.Commands) -> None:
                              "command is given again.")  # fmt: skip
     r.add_argument("--dry-run", action="store_true",
                    help="print blocks, memory, disk and time (of a trial on the first block), and stop")  # fmt: skip
-    r.add_argument("--resume", action="store_true", help="refuse to begin anew: there must be an unfinished run")
-    r.add_argument("--restart", action="store_true", help="discard an unfinished run")
+    once = r.add_mutually_exclusive_group()
+    once.add_argument("--resume", action="store_true", help="refuse to begin anew: there must be an unfinished run")
+    once.add_argument("--restart", action="store_true", help="discard an unfinished run")
     r.add_argument("--hidden", default="memory", choices=("memory", "disk"),
                    help="where hidden states are between blocks; from disk a run continues at once (default: "
                    "%(default)s)")  # fmt: skip
@@ -131,9 +132,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    name = args.dst.absolute().name
-    if not args.dry_run and not (args.dst.absolute().parent / f".{name}.quantizing").exists():
-        common.check_new_directory(args.dst, args.overwrite)
+    path = Path(os.path.abspath(args.dst))
+    if not args.dry_run and not (path.parent / f".{path.name}.quantizing").exists():
+        if args.resume:
+            raise CheckpointError(f"there is no unfinished run of {args.dst} to continue; leave --resume out")
+        common.check_new_directory(path, args.overwrite)
     common.check_report_path(args.report)
     config = settings(args)
     from awq_jax.devices import host_memory, pool  # as in `run`

@@ -65,7 +65,8 @@ class Documents:
             what = "Alpaca's columns" if self._alpaca else f"column {self._column!r}"
             self.described += f", {what}{how}"
         elif column is not None:
-            raise CalibrationError(f"{where} has no columns, hence no {Setting('column', column, 'calib-column')}")
+            pick = Setting("column", column, "calib-column")
+            raise CalibrationError(f"{where} has no columns: leave {pick} out", pick)
 
     def __iter__(self) -> Iterator[Document]:
         number = 0
@@ -167,7 +168,7 @@ def _of_dict(source: Mapping[object, object], seed: int) -> object:
         return given(source[split], seed)
     columns = [v for v in values if isinstance(v, Sequence | np.ndarray) and not isinstance(v, str | bytes)]
     if not values or len(columns) < len(values) or len({len(c) for c in columns}) > 1:
-        kinds = ", ".join(f"{n!r}: {type(v).__name__}" for n, v in source.items())
+        kinds = ", ".join(f"{n!r}: {type(v).__name__}" for n, v in itertools.islice(source.items(), 9))
         raise CalibrationError(f"the calibration data are a dict of {{{kinds}}}; pass rows, or columns of one length")
     return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
 

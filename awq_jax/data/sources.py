@@ -61,8 +61,7 @@ def read_file(path: Path) -> list[object]:
         # utf-8-sig: a mark at the start, as Windows writes it, is no text.
         with path.open(encoding="utf-8-sig", newline=None if path.suffix not in SEPARATORS else "") as f:
             if path.suffix == ".json":
-                found = rows.given(json.load(f), 0)
-                return found if isinstance(found, list) else [found]
+                return _json_rows(json.load(f), path)
             if path.suffix in SEPARATORS:
                 csv.field_size_limit(1 << 30)
                 return list(csv.DictReader(f, delimiter=SEPARATORS[path.suffix]))
@@ -126,6 +125,14 @@ def _articles(lines: Iterable[str]) -> Iterator[str]:
             article = []
         article.append(line)
     yield "".join(article)
+
+
+def _json_rows(content: object, path: Path) -> list[object]:
+    try:
+        found = rows.given(content, 0)
+    except CalibrationError as e:
+        raise CalibrationError(f"{path}: {e}") from None
+    return found if isinstance(found, list) else [found]
 
 
 def _jsonl_rows(path: Path) -> Iterator[object]:

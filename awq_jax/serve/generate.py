@@ -133,7 +133,7 @@ class Generator:
         if max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
         lengths = np.array([len(p) for p in prompts], np.int32)
-        self._check(prompts, lengths)
+        check_prompts(self.config, prompts)
         limits = np.minimum(max_new_tokens, self.config.max_length - lengths)
         width = bucket(int(lengths.max()), SMALLEST_PROMPT)
         slots = max(bucket(int((lengths + limits).max()), SMALLEST_CACHE), width)
@@ -177,16 +177,23 @@ class Generator:
             token = following
         return out
 
-    def _check(self, prompts: Sequence[Sequence[int]], lengths: np.ndarray) -> None:
-        if not len(lengths) or lengths.min() == 0:
-            raise ShapeError("a prompt has no tokens; give at least one")
-        for row, prompt in enumerate(prompts):
-            check_tokens(of_images(self.config, np.asarray(prompt)), self.config.vocab_size, f"prompt {row}")
-        if lengths.max() >= self.config.max_length:
-            raise ShapeError(
-                f"prompt {int(lengths.argmax())} has {lengths.max()} tokens; the model's context is "
-                f"{self.config.max_length} including the answer: shorten it"
-            )
+
+def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]]) -> None:
+    """Refuse token ids that cannot be continued.
+
+    Raises:
+      ShapeError: on an empty prompt, ids outside the vocabulary, or no room for a new token.
+    """
+    lengths = np.array([len(p) for p in prompts], np.int32)
+    if not len(lengths) or lengths.min() == 0:
+        raise ShapeError("a prompt has no tokens; give at least one")
+    for row, prompt in enumerate(prompts):
+        check_tokens(of_images(config, np.asarray(prompt)), config.vocab_size, f"prompt {row}")
+    if lengths.max() >= config.max_length:
+        raise ShapeError(
+            f"prompt {int(lengths.argmax())} has {lengths.max()} tokens; the model's context is "
+            f"{config.max_length} including the answer: shorten it"
+        )
 
 
 def bucket(length: int, smallest: int) -> int:

@@ -20,6 +20,7 @@ from awq_jax import data, models, paths
 from awq_jax.algorithm.methods import METHODS
 from awq_jax.config import SAMPLES, SEQ_LEN, AwqConfig
 from awq_jax.convert import registry, writing
+from awq_jax.convert.files.shards import refuse_existing
 from awq_jax.convert.source import Source
 from awq_jax.convert.text import TokenizerLike
 from awq_jax.devices.pool import pool_of
@@ -376,6 +377,8 @@ class Model:
           FormatError: the format is unknown or cannot hold these weights.
           CheckpointError: ``dst`` exists and ``overwrite`` is not set.
         """
+        if format == "auto":  # others are looked at where they are written, before anything is
+            refuse_existing(Path(dst).expanduser().absolute(), overwrite)
         params = self.take_params()
         if format == "auto":
             format, why = "float", "no weight is quantized"

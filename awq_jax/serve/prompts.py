@@ -12,18 +12,22 @@ from awq_jax.errors import ConfigError
 Prompt = str | Sequence[int] | Sequence[Message]  # a text, token ids, or (with ``chat``) a conversation
 
 
-def encode(tokenizer: TokenizerLike, prompt: str | Sequence[Message] | Sequence[Prompt], chat: bool) -> list[list[int]]:
+def encode(
+    tokenizer: TokenizerLike | None, prompt: str | Sequence[Message] | Sequence[Prompt], chat: bool
+) -> list[list[int]]:
     """Token ids of each prompt.
 
     Args:
-      tokenizer: ours or of transformers.
+      tokenizer: ours or of transformers; None if the checkpoint has none.
       prompt: a text, token ids, or a list of such; with ``chat`` a list of ``{"role", "content"}`` is one
         conversation, and a text is a user's message.
       chat: wrap the prompts in the tokenizer's chat template.
 
     Raises:
-      ConfigError: there is no chat template.
+      ConfigError: there is no tokenizer or no chat template.
     """
+    if tokenizer is None:
+        raise ConfigError("the checkpoint has no tokenizer; put tokenizer.json beside its weights")
     if isinstance(prompt, str) or (len(prompt) and all(isinstance(p, int | np.integer) for p in prompt)):
         prompt = cast(Sequence[Prompt], [prompt])
     if unlike := next((p for p in prompt if not isinstance(p, str | Sequence | np.ndarray | Mapping)), None):

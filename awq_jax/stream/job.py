@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -247,14 +248,16 @@ def prepare(
     if o.format != "auto" and registry.get(o.format).sink is not None:
         raise FormatError(f"{o.format} is not written block by block; write awq-jax and convert it (awq-jax convert)")
     calib = data.default(METHODS[config.method].needs_statistics) if calib is None else calib
-    path = Path(dst).expanduser().absolute()
+    path = Path(os.path.abspath(Path(dst).expanduser()))
     source = registry.open_source(src) if isinstance(src, str | Path) else src
     writing.refuse_source(path, source)
+    work = path.parent / f".{path.name}.quantizing"
+    if not work.exists():
+        refuse_existing(path, o.overwrite)
     if isinstance(calib, str):
         data.check_source(calib)
     architecture = models.config_of(source)
-    if source.format not in FLOAT_FORMATS:
-        raise ConfigError(f"{src} is quantized already ({source.format}); give the float checkpoint")
+    check_float(source)
     session = Session(architecture, config, pool)
     if o.format != "auto":
         _check_format(session, o.format)
@@ -271,11 +274,21 @@ def prepare(
         column=o.column,
     )
     say_if_cut(architecture, o.seq_len)
-    work = path.parent / f".{path.name}.quantizing"
     job = Job(source, path, work, o, config, session, weights, text.batches(o.batch_size), text.description)
     if not job.installed():
         refuse_existing(path, o.overwrite)
     return job
+
+
+def check_float(source: Source) -> None:
+    """Refuse a source of packed weights.
+
+    Raises:
+      ConfigError: naming its format.
+    """
+    if source.format not in FLOAT_FORMATS:
+        where = writing.path_of(source) or "the source"
+        raise ConfigError(f"{where} is quantized already ({source.format}); give the float checkpoint")
 
 
 def _parsed(fingerprint: str) -> dict[str, str]:

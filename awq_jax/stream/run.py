@@ -116,6 +116,8 @@ def quantize_checkpoint(
       CalibrationError: the calibration data are empty or do not fit the model.
       ProcessError: another process of this run has ended.
     """
+    if resume and restart:
+        raise ConfigError("resume continues an unfinished run and restart discards it: give one of them")
     names = name_of(dtype), name_of(hidden_dtype, "hidden_dtype")
     options = Options(samples, seq_len, batch_size, seed, column, names[0], format, overwrite, hidden, names[1])
     with team() as processes:
@@ -125,8 +127,6 @@ def quantize_checkpoint(
 
 def run(job: Job, *, resume: bool = False, restart: bool = False, progress: bool = True) -> Outcome:
     """Do, or continue, what `awq_jax.stream.job.prepare` has checked; see `quantize_checkpoint`."""
-    if resume and restart:
-        raise ConfigError("resume continues an unfinished run and restart discards it: give one of them")
     pool = job.session.pool
     job.agree()
     if not pool.rank:

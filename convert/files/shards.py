@@ -21,6 +21,7 @@ from awq_jax.errors import CheckpointError, ConfigError, Setting
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SPOOL = "spool.bin"
+FILES = (".gguf", ".safetensors", ".bin", ".pt")  # what directories are not called
 
 
 class ShardWriter:
@@ -222,6 +223,9 @@ def refuse_existing(dst: Path, overwrite: bool, file: bool = False) -> None:
     """
     if not dst.name:
         raise CheckpointError(f"{str(dst)!r} is not a directory that can be created; give it a name")
+    if not file and dst.suffix.lower() in FILES:
+        gguf = "; GGUF is made by awq-jax convert ... --to gguf-q4_1" if dst.suffix.lower() == ".gguf" else ""
+        raise CheckpointError(f"{dst} is called like a file and would be a directory; leave {dst.suffix} out{gguf}")
     if not os.path.lexists(dst):
         return
     if not overwrite:

@@ -103,7 +103,7 @@ def test_a_column_is_picked():
         read(rows, column="nope")
     with pytest.raises(CalibrationError, match="row 1 has no text in column 'n' but int"):
         read(rows, column="n")
-    with pytest.raises(CalibrationError, match='has no columns, hence no column="text"'):
+    with pytest.raises(CalibrationError, match='has no columns: leave column="text" out'):
         read(["a text"], column="text")
 
 
