@@ -125,6 +125,7 @@ def load(
     if source is NOTHING:
         return NOTHING
     if isinstance(source, CalibrationSet):
+        rows.refuse_column("a calibration set", column)
         check_tokens(source.tokens, vocab_size, "the calibration set")
         return source
     if isinstance(source, str):
@@ -135,6 +136,7 @@ def load(
     name = "Python help topics" if named and source in sources.BUILTIN else str(source) if named else "given texts"
     items = _items(source, seed)
     if isinstance(items, np.ndarray) and items.ndim == 2:
+        rows.refuse_column("an array of tokens", column)
         return _as_given(items, vocab_size)
     if isinstance(items, np.ndarray) and (items.ndim != 1 or items.dtype.kind not in "OTU"):
         items = [items]
@@ -142,6 +144,7 @@ def load(
     if isinstance(items, list) and items and all(isinstance(i, int | np.integer) for i in items):
         items = [items]  # one document of tokens
     if isinstance(items, list) and not rows.are_rows(items):
+        rows.refuse_column(name, column)
         return pack([(i, _as_tokens(d, i), "") for i, d in enumerate(items)], "given tokens", len(items))
     read = rows.Documents(items, name, column, tokenizer)
     if isinstance(items, Iterator):

@@ -64,9 +64,8 @@ class Documents:
                 how = " through the chat template" if getattr(tokenizer, "chat_template", None) else ", messages joined"
             what = "Alpaca's columns" if self._alpaca else f"column {self._column!r}"
             self.described += f", {what}{how}"
-        elif column is not None:
-            pick = Setting("column", column, "calib-column")
-            raise CalibrationError(f"{where} has no columns: leave {pick} out", pick)
+        else:
+            refuse_column(where, column)
 
     def __iter__(self) -> Iterator[Document]:
         number = 0
@@ -152,6 +151,13 @@ def given(source: object, seed: int) -> object:
         whole = itertools.chain(first, items)
         return whole if first and isinstance(first[0], Mapping) else list(whole)
     return source
+
+
+def refuse_column(where: str, column: str | None) -> None:
+    """Raise `CalibrationError` if a column is asked for, of what has none."""
+    if column is not None:
+        pick = Setting("column", column, "calib-column")
+        raise CalibrationError(f"{where} has no columns: leave {pick} out", pick)
 
 
 def are_rows(items: Sequence[object]) -> bool:

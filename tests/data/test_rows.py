@@ -103,8 +103,9 @@ def test_a_column_is_picked():
         read(rows, column="nope")
     with pytest.raises(CalibrationError, match="row 1 has no text in column 'n' but int"):
         read(rows, column="n")
-    with pytest.raises(CalibrationError, match='has no columns: leave column="text" out'):
-        read(["a text"], column="text")
+    for source in (["a text"], np.ones((2, 3), int), [[1, 2]], data.load(["a text"], Bytes())):
+        with pytest.raises(CalibrationError, match='has no columns: leave column="text" out'):
+            read(source, column="text")
 
 
 def test_null_and_empty_rows_are_skipped_and_counted():
