@@ -19,6 +19,28 @@ TIED_BY_DEFAULT = frozenset((
 ))  # fmt: skip
 
 
+QUANTIZATION = ("quantization_config", "quantization", "compression_config")
+DECODERS = ("text_config", "llm_config", "language_config", "thinker_config")
+
+
+def with_quantization_on_top(hf: HfConfig) -> JsonObject:
+    """``hf`` with the quantization settings of the part that is the decoder, where the whole has none; nowhere else."""
+    found = {k: hf[k] for k in QUANTIZATION if hf.get(k) is not None}
+    for part in (p for k in DECODERS if isinstance(p := hf.get(k), Mapping)):
+        inner = with_quantization_on_top(part)
+        found = found or {k: inner[k] for k in QUANTIZATION if k in inner}
+    return without_quantization(hf) | found
+
+
+def without_quantization(hf: HfConfig) -> JsonObject:
+    """``hf`` less the quantization settings of the whole and of all its parts."""
+    return {
+        k: without_quantization(v) if k.endswith("_config") and isinstance(v, Mapping) else v
+        for k, v in hf.items()
+        if k not in QUANTIZATION
+    }
+
+
 def flag(hf: HfConfig, key: str) -> bool:
     """A switch of the config, off if it is absent or null.
 

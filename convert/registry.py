@@ -5,10 +5,10 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from awq_jax.convert import head, unmatched
-from awq_jax.convert.config_json import JsonObject
+from awq_jax.convert.config_json import QUANTIZATION, JsonObject, with_quantization_on_top
 from awq_jax.convert.files.safetensors import find_files, read_header, read_json
 from awq_jax.convert.format import Format
-from awq_jax.convert.formats import compressed_tensors, float_weights, gptq, mlx, native, orbax, orbax_files
+from awq_jax.convert.formats import auto_round, compressed_tensors, float_weights, gptq, mlx, native, orbax, orbax_files
 from awq_jax.convert.formats.awq import gemm, gemv, gemv_fast, llm_awq, marlin
 from awq_jax.convert.formats.gguf import encoder
 from awq_jax.convert.formats.gguf.source import GgufSource
@@ -91,7 +91,8 @@ def _open_directory(directory: Path) -> Source:
     if ggufs and not any(directory.glob("*.safetensors")):
         raise CheckpointError(f"{directory} holds GGUF files; pass one of them, e.g. {ggufs[0]}")
     float_weights.refuse_pickles(directory)
-    config = _with_legacy(directory, read_config(directory))
+    config = with_quantization_on_top(read_config(directory))
+    config = auto_round.translated(_with_legacy(directory, config))
     names = _names(directory)
     for format in FORMATS.values():
         if format.reader is not None and format.matches(config, names):
@@ -107,8 +108,7 @@ def _open_directory(directory: Path) -> Source:
 
 def _with_legacy(directory: Path, config: JsonObject) -> JsonObject:
     """``config`` with the settings that AutoAWQ and AutoGPTQ once kept in files of their own."""
-    known = {"quantization_config", "quantization", "compression_config"}
-    if known & set(config):
+    if set(QUANTIZATION) & set(config):
         return config
     gptq_settings = directory / "quantize_config.json"
     if gptq_settings.is_file():

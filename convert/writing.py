@@ -15,7 +15,7 @@ import numpy as np
 
 from awq_jax.config import AwqConfig
 from awq_jax.convert import head, pipeline, registry
-from awq_jax.convert.config_json import HfConfig, JsonObject
+from awq_jax.convert.config_json import HfConfig, JsonObject, without_quantization
 from awq_jax.convert.files.shards import ShardWriter, atomic_directory, install, refuse_existing, write_json
 from awq_jax.convert.format import Destination, Encoder, Format, Record
 from awq_jax.convert.formats import joined_linears
@@ -220,9 +220,8 @@ def final_config(config: HfConfig, changes: HfConfig | None, records: Sequence[R
     """
     for line in joined_linears.mismatches(records) if changes and "quantization_config" in changes else ():
         log.warning("%s", line)
-    stale = ("quantization_config", "quantization", "compression_config", "torch_dtype", "dtype")
-    config = head.told(config, [r.name for r in records])
-    out = {k: v for k, v in config.items() if k not in stale}
+    config = without_quantization(head.told(config, [r.name for r in records]))
+    out = {k: v for k, v in config.items() if k not in ("torch_dtype", "dtype")}
     floats: dict[str, int] = {}
     for r in records:
         if not r.bits and jnp.issubdtype(r.dtype, jnp.floating):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from awq_jax.convert import registry
-from awq_jax.convert.config_json import HfConfig
+from awq_jax.convert.config_json import HfConfig, with_quantization_on_top
 from awq_jax.convert.files.safetensors import INDEX, read_json
 from awq_jax.convert.formats import float_weights
 from awq_jax.convert.source import Source
@@ -52,7 +52,7 @@ def _fetch(directory: Path, repo: str, revision: str | None) -> None:
             f"the headers of {repo!r} could not be fetched from the hub: {type(e).__name__}: {str(e)[:300]} Check the "
             "spelling, the connection and `hf auth login`"
         ) from e
-    config = read_json(directory / "config.json")
+    config = with_quantization_on_top(read_json(directory / "config.json"))
     for name, file in found.files_metadata.items():
         if Path(name).name != name:
             raise CheckpointError(f"{repo!r} names a file {name!r} outside of its top folder, which is not read")

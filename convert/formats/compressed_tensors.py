@@ -21,7 +21,7 @@ import numpy as np
 
 from awq_jax.convert.arrays import codes, linear, rearrange
 from awq_jax.convert.arrays.fitting import check_integer, integer_zeros
-from awq_jax.convert.config_json import HfConfig, JsonObject
+from awq_jax.convert.config_json import HfConfig, JsonObject, without_quantization
 from awq_jax.convert.files.safetensors import Entry, SafetensorsDir
 from awq_jax.convert.format import BaseEncoder, Format, Record, Stored, named
 from awq_jax.convert.formats import compressed_tensors_config
@@ -246,7 +246,7 @@ class DecompressedSource(DirectorySource):
 
     def __init__(self, directory: Path, config: JsonObject) -> None:
         compressed_tensors_config.refuse_activations(config)
-        super().__init__(directory, compressed_tensors_config.without(config))
+        super().__init__(directory, without_quantization(config))
         left = set(_beside_floats(self.files.entries))
         self._names = sorted(set(self.files.names()) - left)
         odd = next((n for n in self._names if n.rpartition(".")[2] in (*PARTS, *FOREIGN)), None)

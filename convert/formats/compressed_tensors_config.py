@@ -85,11 +85,6 @@ def entry(config: HfConfig) -> JsonObject | None:
     return config.get("quantization_config", config.get("compression_config"))
 
 
-def without(config: HfConfig) -> JsonObject:
-    """``config`` less that part."""
-    return {k: v for k, v in config.items() if k not in ("quantization_config", "compression_config")}
-
-
 def parse(config: HfConfig) -> CompressedSettings:
     """Settings of a checkpoint in the packed format.
 

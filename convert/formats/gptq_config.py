@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from awq_jax.convert.config_json import HfConfig, JsonObject
 from awq_jax.convert.format import Record
@@ -87,7 +87,8 @@ def parse(config: HfConfig) -> GptqSettings:
     if words != "int32":
         raise FormatError(f"quantization_config packs into {words[:50]!r}; int32 is readable (pack_dtype)")
     known = {"bits": quant.get("bits"), "group_size": quant.get("group_size", 128)}
-    base = _scheme("quantization_config", {**known, "sym": quant.get("sym")}, quant.get("desc_act", False))
+    held = range(2, 9) if "autoround_version" in quant else BITS
+    base = _scheme("quantization_config", {**known, "sym": quant.get("sym")}, quant.get("desc_act", False), held)
     meta = quant.get("meta")
     writers = meta.get("quantizer") if isinstance(meta, dict) else None
     writers = writers if isinstance(writers, list) else [writers]
@@ -95,11 +96,11 @@ def parse(config: HfConfig) -> GptqSettings:
     dynamic = quant.get("dynamic") or {}
     if not isinstance(dynamic, dict):
         raise FormatError(f"quantization_config: dynamic must be a table of patterns; got {str(dynamic)[:100]!r}")
-    rules = tuple(_rule(base, pattern, values) for pattern, values in dynamic.items())
+    rules = tuple(_rule(base, pattern, values, held) for pattern, values in dynamic.items())
     return GptqSettings(base, layout(quant) == V1, carries, rules)
 
 
-def _rule(base: GptqScheme, pattern: str, values: object) -> tuple[str, GptqScheme | None]:
+def _rule(base: GptqScheme, pattern: str, values: object, held: Collection[int]) -> tuple[str, GptqScheme | None]:
     raw = pattern[2:] if pattern[:2] in ("+:", "-:") else pattern
     if pattern.startswith("-:"):
         return raw, None
@@ -110,12 +111,12 @@ def _rule(base: GptqScheme, pattern: str, values: object) -> tuple[str, GptqSche
         raise FormatError(f"dynamic[{pattern[:100]!r}] asks for {sorted(layouts)[0][:50]!r}, which is not readable")
     own = {"bits": base.bits, "group_size": base.group_size, "sym": base.symmetric, "desc_act": base.act_order}
     own.update({k: v for k, v in values.items() if k in OVERRIDES})
-    return raw, _scheme(f"dynamic[{pattern[:100]!r}]", own, own["desc_act"])
+    return raw, _scheme(f"dynamic[{pattern[:100]!r}]", own, own["desc_act"], held)
 
 
-def _scheme(where: str, values: HfConfig, act_order: object) -> GptqScheme:
+def _scheme(where: str, values: HfConfig, act_order: object, held: Collection[int]) -> GptqScheme:
     bits, size, symmetric = values["bits"], values["group_size"], values["sym"]
-    if type(bits) is not int or bits not in BITS:
+    if type(bits) is not int or bits not in held:
         raise FormatError(f"{where}: bits must be 2, 3, 4 or 8 to be readable; got {bits!r:.100}")
     if type(size) is not int or not (size == -1 or size > 0):
         raise FormatError(f"{where}: group_size must be a positive integer or -1; got {size!r:.100}")
