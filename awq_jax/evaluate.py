@@ -16,6 +16,7 @@ from awq_jax.errors import CalibrationError, ConfigError, Setting, WeightError
 
 # Logits of one forward pass are kept below this many bytes (float32) unless a batch size is given.
 LOGIT_BYTES = 256 * 2**20
+FEWEST = 4  # windows that a standard error is estimated from
 Text = str | Sequence[int] | np.ndarray
 
 
@@ -39,7 +40,7 @@ class Perplexity:
       ppl: ``exp(nll)``.
       nll: mean negative log likelihood per scored token, in nats.
       standard_error: of ``nll``, from the scatter between windows (tokens of one window are
-        correlated); None if there is only one window.
+        correlated); None below `FEWEST` windows, which say too little of it.
       tokens: tokens scored.
       window_nll: float64 ``[W]``, nats summed per window.
       window_tokens: int64 ``[W]``, tokens scored per window.
@@ -64,7 +65,7 @@ class Divergence:
 
     Attributes:
       kl: mean KL(reference || model) per token, in nats.
-      standard_error: of ``kl``, from the scatter between windows; None if there is only one.
+      standard_error: of ``kl``, from the scatter between windows; None below `FEWEST` windows.
       agreement: share of tokens at which both models rank the same token first.
       tokens: tokens compared.
     """
@@ -289,7 +290,7 @@ def _mean(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float | None]:
     """Mean per token and its standard error, a ratio estimate with windows as the sampling unit."""
     windows, total = len(sums), counts.sum()
     mean = float(sums.sum() / total)
-    if windows < 2:
+    if windows < FEWEST:
         return mean, None
     scatter = np.sum((sums - counts * mean) ** 2)
     return mean, float(math.sqrt(windows / (windows - 1) * scatter) / total)

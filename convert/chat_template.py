@@ -5,6 +5,7 @@ The environment is that of ``transformers.utils.chat_template_utils``: a templat
 
 import functools
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date, datetime
 from typing import NoReturn
@@ -130,6 +131,7 @@ def _plain(value: object) -> object:
 
 
 def _schema(tool: Callable[..., object]) -> Mapping[str, object]:
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no PyTorch
     from transformers.utils import get_json_schema  # takes a second; only for tools that are functions
 
     schema: Mapping[str, object] = get_json_schema(tool)

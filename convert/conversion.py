@@ -1,6 +1,7 @@
 """`checkpoint`: any format to any other, tensor by tensor, resumable and all or nothing."""
 
 import dataclasses
+import errno
 import logging
 import math
 import os
@@ -105,7 +106,8 @@ def checkpoint(
     try:
         records, resumed = run(job, path, overwrite, max_shard_bytes)
     except OSError as e:
-        raise CheckpointError(f"cannot write {path}: {e}. Free some space and run the same command again") from e
+        remedy = "Free some space" if e.errno in (errno.ENOSPC, errno.EDQUOT) else "Repair what that names"
+        raise CheckpointError(f"cannot write {path}: {e}. {remedy} and run the same command again") from e
     return Conversion(source.format, to, tuple(records), time.perf_counter() - start, resumed)
 
 

@@ -177,6 +177,12 @@ class Tokenizer:
         texts = [text] if isinstance(text, str) else list(text)
         if not all(isinstance(t, str) for t in texts):
             raise ConfigError(f"a tokenizer takes a text or a list of texts; got {str(text)[:100]!r}")
+        for t in texts:
+            try:
+                t.encode()
+            except UnicodeEncodeError as e:
+                # How Python holds bytes of the command line that are no UTF-8.
+                raise ConfigError(f"character {e.start} of a text is no character: bytes that are not UTF-8?") from None
         if return_tensors not in (None, "np"):
             raise ConfigError(f'return_tensors is "np" or None; got {return_tensors!r}')
         rows = [e.ids for e in self.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=add_special_tokens)]

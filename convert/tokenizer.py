@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,7 @@ def from_directory(directory: Path) -> TokenizerLike | None:
             )
             return None
         log.info("%s has no tokenizer.json; transformers makes the tokenizer of the other files", directory)
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no PyTorch
         from transformers import AutoTokenizer  # takes seconds
 
         theirs = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)

@@ -53,7 +53,7 @@ def unfit(format: str, tensors: Tensors, allow_lossy: bool = False) -> str | Non
 
 
 def first_that_holds(tensors: Callable[[], Tensors]) -> tuple[str, str]:
-    """The most widely readable format of `AUTO` that holds these tensors as they are, and why not another.
+    """The most widely readable format of `AUTO` that holds these tensors as they are, and the reason (see `because`).
 
     Args:
       tensors: they, anew at each call.
@@ -62,9 +62,14 @@ def first_that_holds(tensors: Callable[[], Tensors]) -> tuple[str, str]:
     for format in AUTO[:-1]:
         problem = unfit(format, tensors())
         if problem is None:
-            return format, "; ".join([*reasons, "it holds every weight"])
-        reasons.append(f"not {format}: {problem}")
-    return AUTO[-1], "; ".join(reasons)
+            return format, because(reasons)
+        reasons.append(problem)
+    return AUTO[-1], because(reasons)
+
+
+def because(refusals: Sequence[str]) -> str:
+    """Why formats before the one taken were not, from what they said: ``", because w has 3 bits, gemm holds 4"``."""
+    return f", because {'; '.join(r.partition(';')[0] for r in refusals)}" if refusals else ""
 
 
 def write_checkpoint(

@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from awq_jax._version import __version__
 from awq_jax.cli import bench, common, convert, demo, evaluate, generate, inspect, quantize
@@ -61,9 +62,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(common.error(e), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("awq-jax: interrupted", file=sys.stderr)
+        print(f"awq-jax: interrupted{_continues(args)}", file=sys.stderr)
         return 130
     return 0
+
+
+def _continues(args: argparse.Namespace) -> str:
+    """What to say of work that lies on the disk, finished in part."""
+    path = Path(getattr(args, "dst", None) or "").expanduser().absolute()
+    left = any((path.parent / f".{path.name}.{doing}").is_dir() for doing in ("quantizing", "converting"))
+    return "; the same command continues" if left else ""
 
 
 @contextlib.contextmanager

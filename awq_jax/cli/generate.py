@@ -41,7 +41,10 @@ def add(subparsers: common.Commands) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Load, generate, print."""
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    try:
+        prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"the prompt is not {e.encoding.upper()} text (byte {e.start})") from None
     import jax  # which takes seconds, so not for --help
 
     from awq_jax import models

@@ -358,7 +358,9 @@ def _read_npy(path: Path) -> np.ndarray:
         return np.load(path, allow_pickle=False)
     except FileNotFoundError:
         raise CalibrationError(f"{path} does not exist") from None
-    except (OSError, ValueError, EOFError) as e:
+    except EOFError:
+        raise CalibrationError(f"{path} is empty") from None
+    except (OSError, ValueError) as e:
         raise CalibrationError(f"{path} is not a readable .npy file: {e}") from None
 
 

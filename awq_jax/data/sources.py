@@ -54,6 +54,8 @@ def read_file(path: Path) -> list[object]:
       CalibrationError: if the file is missing, unreadable, or not what its name says.
     """
     try:
+        if path.is_file() and not path.stat().st_size:
+            raise CalibrationError(f"{path} is empty: it has no rows and no text")
         if path.suffix in (".jsonl", ".ndjson"):
             return list(_jsonl_rows(path))
         if path.suffix == ".parquet":

@@ -381,10 +381,10 @@ class Model:
             refuse_existing(Path(dst).expanduser().absolute(), overwrite)
         params = self.take_params()
         if format == "auto":
-            format, why = "float", "no weight is quantized"
+            format, why = "float", ", because no weight is quantized"
             if self._weights.packed():
                 format, why = writing.first_that_holds(lambda: model_params.tensors(params, self.config))
-            log.info("saving as %s: %s", format, why)
+            log.info("saving as %s%s", format, why)
         writing.write_checkpoint(
             dst,
             itertools.chain(model_params.tensors(params, self.config), naming.carried(self.source, self.config)),

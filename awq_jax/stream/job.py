@@ -89,10 +89,10 @@ class Job:
         for batch in self.batches:
             tokens.update(repr(batch.shape).encode() + np.ascontiguousarray(batch).tobytes())
         o = self.options
-        chosen = [self.settings.to_dict(), o.dtype, o.hidden_dtype]
+        chosen = self.settings.to_dict() | {"dtype": o.dtype, "hidden_dtype": o.hidden_dtype}
         return {
             "source": manifest.fingerprint(self.source),
-            "settings": hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest(),
+            "settings": json.dumps(chosen, sort_keys=True),
             "calibration data": tokens.hexdigest(),
             "environment": f"awq_jax {__version__}, jax {jax.__version__} on {jax.default_backend()}",
         }
@@ -128,10 +128,11 @@ class Job:
         before, now = _parsed(left), self.digest()
         changed = [what for what, value in now.items() if before.get(what) != value]
         if changed:
+            which = _changed_settings(before.get("settings", ""), now["settings"])
             discard = Setting("restart", True)
             raise CheckpointError(
-                f"an unfinished run in {self.work} had other {' and other '.join(changed)}; to continue it, give what "
-                f"it was given; to discard it, pass {discard}",
+                f"an unfinished run in {self.work} had other {' and other '.join(changed)};{which} to continue it, "
+                f"give what it was given; to discard it, pass {discard}",
                 discard,
             )
         return True
@@ -289,6 +290,12 @@ def check_float(source: Source) -> None:
     if source.format not in FLOAT_FORMATS:
         where = writing.path_of(source) or "the source"
         raise ConfigError(f"{where} is quantized already ({source.format}); give the float checkpoint")
+
+
+def _changed_settings(before: str, now: str) -> str:
+    """Which of the settings differ, both given as JSON: ``" bits=3 then and bits=4 now;"``."""
+    old, new = _parsed(before), _parsed(now)
+    return "".join(f" {k}={old[k]} then and {k}={v} now;" for k, v in new.items() if k in old and old[k] != v)
 
 
 def _parsed(fingerprint: str) -> dict[str, str]:

@@ -169,9 +169,9 @@ def assemble(job: Job, done: Manifest, format: str) -> str:
         except FormatError as e:
             if format != "auto" or choice == writing.AUTO[-1]:
                 raise
-            reasons.append(f"not {choice}: {e}")
+            reasons.append(str(e))
         else:
-            log.info("wrote %s: %s", choice, "; ".join([*reasons, "it holds every weight"]))
+            log.info("wrote %s%s", choice, writing.because(reasons))
             return choice
     raise AssertionError("the last format holds everything")
 

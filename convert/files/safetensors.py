@@ -232,7 +232,9 @@ def read_json(path: Path) -> JsonObject:
         refuse_outside(path, path.parent)
         if path.stat().st_size > MAX_HEADER:
             raise CheckpointError(f"{path} has over {MAX_HEADER} bytes, too many for a JSON file; download it again")
-        data = _loads(path.read_bytes())
+        if not (text := path.read_bytes()).strip():
+            raise CheckpointError(f"{path} is empty; download it again")
+        data = _loads(text)
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} must hold a JSON object; it holds a {type(data).__name__}")
     return data
@@ -248,6 +250,8 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """
     with _explained(path, "has a corrupt header"), path.open("rb") as f:
         size = os.fstat(f.fileno()).st_size
+        if not size:
+            raise CheckpointError(f"{path} is empty; download it again")
         if size < 8:
             raise CheckpointError(f"{path} is truncated: {size} bytes, less than a header; download it again")
         length = int.from_bytes(f.read(8), "little")
@@ -283,6 +287,8 @@ def _explained(path: Path, problem: str) -> Iterator[None]:
         raise CheckpointError(f"cannot read {path}: {e}") from e
     except CheckpointError:  # is a ValueError
         raise
+    except UnicodeDecodeError as e:
+        raise CheckpointError(f"{path} {problem}: its byte {e.start} is not UTF-8; download it again") from e
     except (ValueError, RecursionError) as e:
         raise CheckpointError(f"{path} {problem}: {_short(e)}; download it again") from e
 

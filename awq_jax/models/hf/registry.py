@@ -61,7 +61,8 @@ def nearest(hf: HfConfig) -> str:
 
 def _refusal(hf: HfConfig, kind: object) -> str:
     """Why a model is not run, for the user to read."""
-    says = f"model_type {kind!r:.100} is not supported"
+    says = f"model_type {kind!r:.100}" if kind is not None else "config.json has no model_type, which"
+    says += " is not supported"
     name = kind if isinstance(kind, str) else ""
     if hf.get("is_encoder_decoder") is True or name.startswith(ENCODER_DECODERS):
         return f"{says}: it is an encoder with a decoder, and decoders alone are run. {ANY_MODEL}"
