@@ -70,8 +70,7 @@ def matmul(
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ShapeError(f"activation has dtype {x.dtype}; cast it to a floating point dtype first")
     if q.placement is not None:
-        each = functools.partial(_on_one_device, impl=impl)
-        y = parallel.matmul(x, q, each, jnp.dtype(preferred_element_type or x.dtype))
+        y = parallel.matmul(x, q, functools.partial(matmul, impl=impl), jnp.dtype(preferred_element_type or x.dtype))
         return y if bias is None else y + bias.astype(y.dtype)
     request = dataclasses.replace(request_for(x, q), bias=bias)
     out_dtype = jnp.dtype(preferred_element_type or x.dtype)
@@ -85,10 +84,6 @@ def matmul(
     if bias is not None and not backend.fuses_bias:
         y = y + bias.astype(y.dtype)
     return y.reshape(*x.shape[:-1], q.n)
-
-
-def _on_one_device(x: jax.Array, q: QuantizedTensor, dtype: DTypeLike, impl: str) -> jax.Array:
-    return matmul(x, q, impl=impl, preferred_element_type=dtype)
 
 
 def explain(

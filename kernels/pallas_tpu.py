@@ -165,12 +165,6 @@ def _batched(out_dtype: DTypeLike, interpret: Interpret, x: jax.Array, q: Quanti
     return run(x, q)
 
 
-def _batched_forward(
-    out_dtype: DTypeLike, interpret: Interpret, x: jax.Array, q: QuantizedTensor
-) -> tuple[jax.Array, xla.Saved]:
-    return _batched(out_dtype, interpret, x, q), (x, q)
-
-
 def _batched_backward(
     out_dtype: DTypeLike, interpret: Interpret, saved: xla.Saved, dy: jax.Array
 ) -> tuple[jax.Array, QuantizedTensor]:
@@ -179,7 +173,7 @@ def _batched_backward(
     return xla.gradient(x, q, dy, "tpu"), xla.weight_gradient(x, q, dy, "tpu")
 
 
-_batched.defvjp(_batched_forward, _batched_backward)
+_batched.defvjp(lambda *args: (_batched(*args), args[2:]), _batched_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -188,12 +182,6 @@ def _experts(
 ) -> jax.Array:
     t = dataclasses.replace(tile(x.shape[1], q, x.dtype), rows=x.shape[1])
     return _call(x, q, expert, t, out_dtype, interpret)
-
-
-def _experts_forward(
-    out_dtype: DTypeLike, interpret: Interpret, x: jax.Array, q: QuantizedTensor, expert: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, QuantizedTensor, jax.Array]]:
-    return _experts(out_dtype, interpret, x, q, expert), (x, q, expert)
 
 
 def _experts_backward(
@@ -215,7 +203,7 @@ def _experts_backward(
     return (*jax.vjp(forward, x, q)[1](dy), None)
 
 
-_experts.defvjp(_experts_forward, _experts_backward)
+_experts.defvjp(lambda *args: (_experts(*args), args[2:]), _experts_backward)
 
 
 def _call(

@@ -66,7 +66,7 @@ def matmul(x: jax.Array, q: QuantizedTensor, run: Callable[..., jax.Array], out_
     Args:
       x: float; each device needs the part that goes with its rows of the weight, or all of it.
       q: with a `Placement`.
-      run: ``(x, q, dtype) -> [*B, ..., N]`` on one device.
+      run: ``(x, q, preferred_element_type=dtype) -> [*B, ..., N]`` on one device.
       out_dtype: dtype of the result.
 
     Returns:
@@ -78,16 +78,17 @@ def matmul(x: jax.Array, q: QuantizedTensor, run: Callable[..., jax.Array], out_
     summed = place.dim == "k"
 
     def own(x: jax.Array, q: QuantizedTensor) -> jax.Array:
-        y = run(x, local(q), jnp.promote_types(out_dtype, jnp.float32) if summed else out_dtype)
+        own_dtype = jnp.promote_types(out_dtype, jnp.float32) if summed else out_dtype
+        y = run(x, local(q), preferred_element_type=own_dtype)
         return lax.psum(y, place.axis).astype(out_dtype) if summed else y
 
-    def at(dim: str, last: str) -> P:
+    def cut_at(dim: str) -> P:
+        """Of an array whose last axis is cut if the weight is along ``dim``."""
         if place.dim == dim:
             return P(*[None] * (x.ndim - 1), place.axis)
-        return P(place.axis) if place.dim == "b" and last else P()
+        return P(place.axis) if place.dim == "b" else P()
 
-    in_x, out = at("k", "x"), at("n", "y")
-    y = jax.shard_map(own, mesh=place.mesh, in_specs=(in_x, specs(q, place)), out_specs=out)(x, q)
+    y = jax.shard_map(own, mesh=place.mesh, in_specs=(cut_at("k"), specs(q, place)), out_specs=cut_at("n"))(x, q)
     return lax.with_sharding_constraint(y, place.sharding(P())) if place.gather else y
 
 

@@ -176,10 +176,6 @@ def _product(spec: Spec, a: _Operands) -> jax.Array:
     return _vmappable(spec)(a)
 
 
-def _forward(spec: Spec, a: _Operands) -> tuple[jax.Array, _Operands]:
-    return _product(spec, a), a
-
-
 def _backward(spec: Spec, a: _Operands, dy: jax.Array) -> tuple[_Operands]:
     q = a.weight(spec)
     dx, dq = xla.gradient(a.x, q, dy, "cuda"), xla.weight_gradient(a.x, q, dy, "cuda")
@@ -187,7 +183,7 @@ def _backward(spec: Spec, a: _Operands, dy: jax.Array) -> tuple[_Operands]:
     return (_Operands(dx, dq.qweight, dq.scales, dq.zeros, db),)
 
 
-_product.defvjp(_forward, _backward)
+_product.defvjp(lambda spec, a: (_product(spec, a), a), _backward)
 
 
 @functools.cache

@@ -50,17 +50,13 @@ def matmul(x: jax.Array, q: QuantizedTensor, out_dtype: DTypeLike, platform: str
     return tiled(x, q, jnp.dtype(out_dtype), tile_size(platform))
 
 
-def _forward(x: jax.Array, q: QuantizedTensor, out_dtype: DTypeLike, platform: str) -> tuple[jax.Array, Saved]:
-    return matmul(x, q, out_dtype, platform), (x, q)
-
-
 def _backward(out_dtype: DTypeLike, platform: str, saved: Saved, dy: jax.Array) -> tuple[jax.Array, QuantizedTensor]:
     x, q = saved
     return gradient(x, q, dy, platform), weight_gradient(x, q, dy, platform)
 
 
 # Else what is kept for the gradient is every dequantized weight of a model.
-matmul.defvjp(_forward, _backward)
+matmul.defvjp(lambda *args: (matmul(*args), args[:2]), _backward)
 
 
 def gradient(x: jax.Array, q: QuantizedTensor, dy: jax.Array, platform: str) -> jax.Array:

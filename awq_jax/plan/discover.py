@@ -130,15 +130,10 @@ def _source(scope: Scope, v: Val) -> Val | None:
     return node.vals()[0]
 
 
-def _root(scope: Scope, v: Val) -> Val:
-    """The value an activation is a rearranged copy of."""
-    while (source := _source(scope, v)) is not None:
-        v = source
-    return v
-
-
 def _one_hot(scope: Scope, x: Val) -> bool:
-    made = scope.made_by.get(_root(scope, x))
+    while (source := _source(scope, x)) is not None:
+        x = source
+    made = scope.made_by.get(x)
     return made is not None and made[0].name == "eq"
 
 

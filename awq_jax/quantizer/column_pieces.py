@@ -35,6 +35,9 @@ Result = TypeVar("Result")
 Place = Callable[[jax.Array], jax.Array]  # brings a piece to the device that works on it
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["leaf", "steps"], meta_fields=["axes", "scan", "experts"]
+)
 @dataclasses.dataclass(frozen=True)
 class CanonicalWeight:
     """One weight, seen as ``[S, E, K, N]``.
@@ -70,14 +73,19 @@ class CanonicalWeight:
         _, k, _ = split_shape(self.leaf.shape, self.axes)
         return self.leaf.size // (math.prod(k) * self.scan * self.experts)
 
+    @functools.partial(jax.jit, static_argnames="size")
     def take(self, layer: int, expert: int, start: int, size: int) -> jax.Array:
         """Columns ``start ... start + size - 1`` of one instance, float32 ``[K, size]``."""
-        form = {"axes": self.axes, "scan": self.scan, "experts": self.experts}
-        return _take(self.leaf, self.steps, layer, expert, start, size=size, **form)
+        w = to_canonical(fold.scaled(self.leaf.astype(jnp.float32), self.steps), self.axes)
+        k, n = w.shape[-2:]
+        # Experts that share one activation become more columns.
+        w = jnp.moveaxis(w.reshape(self.scan, self.experts, -1, k, n), 2, 3).reshape(self.scan, self.experts, k, -1)
+        return jax.lax.dynamic_slice(w, (layer, expert, 0, start), (1, 1, k, size))[0, 0]
 
-    def largest(self) -> float:
+    @jax.jit
+    def largest(self) -> jax.Array:
         """The largest magnitude of all."""
-        return float(_largest(self.leaf, self.steps))
+        return jnp.abs(fold.scaled(self.leaf.astype(jnp.float32), self.steps)).max()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +139,7 @@ class Columns:
 
     def largest(self) -> float:
         """The largest magnitude of all."""
-        return max(p.largest() for p in self.weights)
+        return max(float(p.largest()) for p in self.weights)
 
 
 def sweep(
@@ -172,31 +180,6 @@ def sweep(
     window = -(-pool.size // pieces)  # experts whose pieces are worked on at a time
     starts = range(0, experts, window)
     return [row for low in starts for row in of_experts(low, min(low + window, experts))]
-
-
-@functools.partial(jax.jit, static_argnames=("axes", "scan", "experts", "size"))
-def _take(
-    leaf: jax.Array,
-    steps: tuple[fold.ScaleStep, ...],
-    layer: int,
-    expert: int,
-    start: int,
-    *,
-    axes: str,
-    scan: int,
-    experts: int,
-    size: int,
-) -> jax.Array:
-    w = to_canonical(fold.scaled(leaf.astype(jnp.float32), steps), axes)
-    k, n = w.shape[-2:]
-    # Experts that share one activation become more columns.
-    w = jnp.moveaxis(w.reshape(scan, experts, -1, k, n), 2, 3).reshape(scan, experts, k, -1)
-    return jax.lax.dynamic_slice(w, (layer, expert, 0, start), (1, 1, k, size))[0, 0]
-
-
-@jax.jit
-def _largest(leaf: jax.Array, steps: tuple[fold.ScaleStep, ...]) -> jax.Array:
-    return jnp.abs(fold.scaled(leaf.astype(jnp.float32), steps)).max()
 
 
 def to_batched(a: np.ndarray, target: Target) -> np.ndarray:

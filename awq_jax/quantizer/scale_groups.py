@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -75,10 +75,10 @@ def find_scale(
     rows *= -(-group.channels // rows)
     parts = [(t.leaf, CanonicalWeight.of(t, leaves[t.site.path])) for t in targets]
     weights = [(leaf, Columns([p for other, p in parts if other == leaf], rows)) for leaf in dict.fromkeys(dict(parts))]
-    dtype = _widest(_scale_dtype(p.largest(), leaf) for leaf, p in parts)
+    dtypes = {_scale_dtype(float(p.largest()), leaf) for leaf, p in parts}
     found = []
     for layer in range(math.prod(group.scan)):
-        absmean = _padded(means.absmean[layer], rows)
+        absmean = np.pad(means.absmean[layer], ((0, 0), (0, rows - group.channels)))
         energies = _energies(pool, means, layer, len(absmean), rows, method, config.damping)
 
         def metric(e: int, layer: int = layer, energies: np.ndarray | None = energies) -> Array:
@@ -93,7 +93,7 @@ def find_scale(
                 layer=layer,
                 n_grid=config.n_grid,
                 joint=_experts_share_channels(group),
-                dtype=dtype,
+                dtype="float32" if "float32" in dtypes else "float16",
                 pool=pool,
             )
         )
@@ -277,10 +277,6 @@ def _square(sums: _Sums, rows: int) -> jax.Array:
 _mean = jax.jit(_square, static_argnames=("rows",))
 
 
-def _padded(v: np.ndarray, rows: int) -> np.ndarray:
-    return np.pad(v, ((0, 0), (0, rows - v.shape[-1])))
-
-
 def _assemble(t: Target, group: ScaleGroup, leaf: Weight, rounded: _Packed, found: GroupScale) -> QuantizedTensor:
     _, k_dims, n_dims = split_shape(t.site.shape, t.site.canonical_axes)
     inverse = None
@@ -348,10 +344,6 @@ def _overflows(group: ScaleGroup, targets: list[Target], leaves: Mapping[str, We
     stays = [path for path in touched if path not in {t.site.path for t in targets}]
     over = (p for p in stays if not bool(all_finite(folder.leaf(p, leaves[p]))))
     return next((f"{p} ({leaves[p].dtype})" for p in over), "")
-
-
-def _widest(dtypes: Iterable[str]) -> str:
-    return "float32" if "float32" in dtypes else "float16"
 
 
 def _experts_share_channels(group: ScaleGroup) -> bool:

@@ -90,22 +90,16 @@ class Chain:
         found = discover(apply, state, jax.ShapeDtypeStruct((1, min(8, self.config.max_length)), jnp.int32))
         groups: dict[Hashable, list[ScaleGroup]] = {}
         skipped: dict[Hashable, dict[str, str]] = {}
-        prefixes = {f"layers/{i}/": layer for i, layer in enumerate(self._inner)}
-
-        def where(path: str) -> tuple[str, Hashable]:
-            for prefix, layer in prefixes.items():
-                if path.startswith(prefix):
-                    return prefix, layer
-            return "", EMBED if path.split("/")[0] in EMBEDDING else HEAD
-
+        kinds: dict[str, Hashable] = {EMBED: EMBED, HEAD: HEAD}
+        kinds |= {f"layers/{i}": layer for i, layer in enumerate(self._inner)}
         for group in found.groups:
-            prefix, kind = where(group.name)
-            if any(where(a.path) != (prefix, kind) for a in group.absorbers):
+            block = owner(group.name)
+            if any(owner(a.path) != block for a in group.absorbers):
                 group = without_absorbers(group, ELSEWHERE)
-            groups.setdefault(kind, []).append(renamed(group, prefix, ""))
+            groups.setdefault(kinds[block], []).append(renamed(group, f"{block}/", ""))
         for path, why in found.skipped.items():
-            prefix, kind = where(path)
-            skipped.setdefault(kind, {})[path[len(prefix) :]] = why
+            block = owner(path)
+            skipped.setdefault(kinds[block], {})[path.removeprefix(f"{block}/")] = why
         towers = {b.prefix + p: TOWER for b in self.blocks if b.kind == REST for p in b.leaves if p.endswith("/kernel")}
         return Plan(
             tuple(renamed(g, "", b.prefix) for b in self.blocks for g in groups.get(b.kind, ())),
@@ -147,6 +141,14 @@ class Chain:
             return nnx.merge(graphdef, _filled(state, leaves))(x, Step(positions, angles), None)[0]
 
         return run
+
+
+def owner(path: str) -> str:
+    """The name of the block that has a parameter, of those that text passes through."""
+    top, _, inside = path.partition("/")
+    if top == "layers":
+        return f"{top}/{inside.partition('/')[0]}"
+    return EMBED if top in EMBEDDING else HEAD
 
 
 def without_absorbers(group: ScaleGroup, reason: str) -> ScaleGroup:

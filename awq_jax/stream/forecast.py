@@ -13,7 +13,6 @@ import jax
 
 from awq_jax.calibration import expert_grams
 from awq_jax.quantizer.column_pieces import ALIGNED, PIECE, PIECE_ELSEWHERE
-from awq_jax.stream.decoder_blocks import DecoderBlock
 from awq_jax.stream.hidden_states import InMemory
 from awq_jax.stream.job import Job
 from awq_jax.stream.run import BlockReader
@@ -168,7 +167,7 @@ def _trial(job: Job) -> dict[str, float]:
     done = session.quantize(first[1], leaves, stats)
     again = session.collecting - again  # grows with the tokens, as calibration does; the rest does not
     rest = 1 - again / max(done.seconds["search"] + done.seconds["round"], again, 1e-9)
-    share = sum(b.count_elements() for b in _with_weights(job)) / max(first[1].count_elements(), 1)
+    share = sum(b.count_elements() for b in session.blocks if session.work(b)) / max(first[1].count_elements(), 1)
     tokens = sum(b.size for b in job.batches) / max(sum(b.size for b in batches), 1)
     return {
         "compile": max(0.0, compiled - calibrated - sum(done.seconds.values())),
@@ -176,10 +175,6 @@ def _trial(job: Job) -> dict[str, float]:
         "search": done.seconds["search"] * rest * share,
         "round": done.seconds["round"] * rest * share,
     }
-
-
-def _with_weights(job: Job) -> list[DecoderBlock]:
-    return [b for b in job.session.blocks if job.session.work(b)]
 
 
 def _forget_peak() -> None:

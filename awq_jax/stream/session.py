@@ -39,6 +39,7 @@ from awq_jax.stream.decoder_blocks import (
     Chain,
     DecoderBlock,
     Leaves,
+    owner,
     renamed,
     without_absorbers,
 )
@@ -101,7 +102,7 @@ class Session:
         self.refused: dict[Hashable, dict[str, str]] = {}
         self._groups: dict[str, list[ScaleGroup]] = {}
         for group in self.plan.groups:
-            self._groups.setdefault(self._owner(group.name), []).append(group)
+            self._groups.setdefault(owner(group.name), []).append(group)
         self._programs: dict[Hashable, Program] = {}
         self.activations: str | None = None
         self.collecting = 0.0
@@ -312,13 +313,6 @@ class Session:
             tuple(_refuse(g, refused.get(g.name[len(block.prefix) :])) for g in self._groups.get(block.name, ()))
         )
         return quantizer.with_targets(plan, self.targets)
-
-    def _owner(self, path: str) -> str:
-        """The name of the block that has a site."""
-        top, _, rest = path.partition("/")
-        if top == "layers":
-            return f"{top}/{rest.partition('/')[0]}"
-        return EMBED if path in self.blocks[0].leaves else HEAD
 
     def _program(self, block: DecoderBlock, wanted: Sequence[Wanted], keep: bool) -> Program:
         """Compiled once for each kind of block (and choice of weights)."""

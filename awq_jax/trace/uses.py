@@ -47,10 +47,6 @@ class Program:
     out_tree: PyTreeDef
 
 
-def _is_array(x: object) -> bool:
-    return hasattr(x, "shape") and hasattr(x, "dtype")
-
-
 def trace(fn: Callable[..., object], params: object, *args: object, **kwargs: object) -> Program:
     """Record ``fn(params, *args, **kwargs)`` for the shapes given; nothing is computed.
 
@@ -63,7 +59,7 @@ def trace(fn: Callable[..., object], params: object, *args: object, **kwargs: ob
     flat, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)
     leaves = [jax.ShapeDtypeStruct(x.shape, x.dtype) if is_quantized(x) else x for _, x in flat]
     rest, args_tree = jax.tree.flatten((args, kwargs))
-    dynamic = tuple(_is_array(x) for x in rest)
+    dynamic = tuple(hasattr(x, "shape") and hasattr(x, "dtype") for x in rest)
     out_tree: PyTreeDef
 
     def call(leaves: list[jax.Array], arrays: list[jax.Array]) -> list[jax.Array]:
@@ -92,11 +88,11 @@ def _view(op: Op, view: View, src: Val, k: int) -> View | None:
         case name if name in SAME_SHAPE and len(op.ins) == 1:
             return view
         case "transpose":
-            return views.transpose(view, p["permutation"])
+            return view.with_axes(tuple(view.axes[d] for d in p["permutation"]))
         case "reshape" if p.get("dimensions") is None:
             return views.reshape(view, out.shape)
         case "squeeze":
-            return views.squeeze(view, p["dimensions"])
+            return view.with_axes(tuple(a for d, a in enumerate(view.axes) if d not in p["dimensions"]))
         case "broadcast_in_dim":
             return views.broadcast(view, src.shape, out.shape, p["broadcast_dimensions"])
         case "slice" if p["strides"] is None or set(p["strides"]) == {1}:

@@ -69,10 +69,6 @@ class View:
         return dataclasses.replace(self, loops=self.loops + "r")
 
 
-def transpose(view: View, perm: tuple[int, ...]) -> View:
-    return view.with_axes(tuple(view.axes[p] for p in perm))
-
-
 def reshape(view: View, shape: tuple[int, ...]) -> View | None:
     """The view as ``shape``, or None if a leaf axis would be cut unevenly."""
     todo = [f for axis in view.axes for f in axis][::-1]
@@ -106,10 +102,6 @@ def _merge(axis: list[AxisFactor]) -> AxisFactors:
         else:
             out.append(f)
     return tuple(out)
-
-
-def squeeze(view: View, dims: tuple[int, ...]) -> View:
-    return view.with_axes(tuple(a for d, a in enumerate(view.axes) if d not in dims))
 
 
 def broadcast(view: View, old: tuple[int, ...], shape: tuple[int, ...], dims: tuple[int, ...]) -> View | None:

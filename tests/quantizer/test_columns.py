@@ -66,8 +66,8 @@ def test_a_piece_takes_no_memory_for_the_rest_of_the_leaf():
     """Scaling, transposing and converting happen on the columns that are wanted, not on all."""
     leaf = jax.ShapeDtypeStruct((4096, 512), jnp.bfloat16)
     step = ScaleStep("times", 0.0, jax.ShapeDtypeStruct((1, 512), jnp.float32))
-    settings = {"axes": "nk", "scan": 1, "experts": 1, "size": 64}
-    compiled = column_pieces._take.lower(leaf, (step,), 0, 0, 0, **settings).compile()
+    weight = CanonicalWeight(leaf, "nk", steps=(step,))
+    compiled = CanonicalWeight.take.lower(weight, 0, 0, 0, size=64).compile()
     assert compiled.memory_analysis().temp_size_in_bytes <= 512 * 64 * 4
 
 

@@ -3,21 +3,11 @@
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.errors import UnsupportedModelError
 from awq_jax.models.config import ModelConfig
+from awq_jax.models.families.falcon import ENTRIES
 from awq_jax.models.hf.config import base, norm_config, required
 from awq_jax.models.names import names
 
-NAMES = names(
-    {
-        "layers": "transformer.h",
-        "embed_tokens": "transformer.word_embeddings",
-        "embed_norm": "transformer.word_embeddings_layernorm",
-        "norm": "transformer.ln_f",
-        "self_attn.qkv_proj": "self_attention.query_key_value",
-        "self_attn.o_proj": "self_attention.dense",
-        "mlp.up_proj": "mlp.dense_h_to_4h",
-        "mlp.down_proj": "mlp.dense_4h_to_h",
-    }
-)
+NAMES = names(ENTRIES | {"embed_norm": "transformer.word_embeddings_layernorm"})
 LENGTH = 2048  # of training; the config does not always say, and the model has no limit of its own
 
 

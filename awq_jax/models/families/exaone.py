@@ -2,16 +2,13 @@
 
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
+from awq_jax.models.families.gpt2 import LAYERS
 from awq_jax.models.hf.config import base
 from awq_jax.models.names import names
 
 NAMES = names(
-    {
-        "layers": "transformer.h",
-        "embed_tokens": "transformer.wte",
-        "norm": "transformer.ln_f",
-        "input_layernorm": "ln_1",
-        "post_attention_layernorm": "ln_2",
+    LAYERS
+    | {
         "self_attn": "attn.attention",
         "self_attn.o_proj": "attn.attention.out_proj",
         "mlp.gate_proj": "mlp.c_fc_0",

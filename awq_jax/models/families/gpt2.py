@@ -6,13 +6,15 @@ from awq_jax.models.config import ModelConfig
 from awq_jax.models.hf.config import base, get, norm_config, plain_mlp, required
 from awq_jax.models.names import names
 
-ENTRIES = {
+LAYERS = {
     "layers": "transformer.h",
     "embed_tokens": "transformer.wte",
-    "embed_positions": "transformer.wpe",
     "norm": "transformer.ln_f",
     "input_layernorm": "ln_1",
     "post_attention_layernorm": "ln_2",
+}
+ENTRIES = LAYERS | {
+    "embed_positions": "transformer.wpe",
     "self_attn.qkv_proj": "attn.c_attn",
     "self_attn.o_proj": "attn.c_proj",
     "mlp.up_proj": "mlp.c_fc",

@@ -3,17 +3,14 @@
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.errors import UnsupportedModelError
 from awq_jax.models.config import ModelConfig
+from awq_jax.models.families.gpt2 import LAYERS
 from awq_jax.models.hf.config import base, get, required
 from awq_jax.models.hf.rope import rope_config
 from awq_jax.models.names import names
 
 NAMES = names(
-    {
-        "layers": "transformer.h",
-        "embed_tokens": "transformer.wte",
-        "norm": "transformer.ln_f",
-        "input_layernorm": "ln_1",
-        "post_attention_layernorm": "ln_2",
+    LAYERS
+    | {
         "self_attn.qkv_proj": "attn.c_attn",
         "self_attn.o_proj": "attn.c_proj",
         "mlp.gate_proj": "mlp.w2",

@@ -12,6 +12,13 @@ from awq_jax.models.hf.config import required
 from awq_jax.models.vision import hf as nested
 from awq_jax.models.vision.config import QwenVision
 
+SIZES: dict[str, Any] = {
+    "num_heads": 16,
+    "in_channels": 3,
+    "patch_size": 14,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+}
 MERGER = {"norm": "ln_q", "fc1": "mlp.0", "fc2": "mlp.2"}
 # Of a decoder, for which a flat config has its keys beside those of the whole.
 TEXT_KEYS = {"model_type", "vision_config", "text_config", "quantization_config"}
@@ -91,9 +98,8 @@ def places(layers: int, merger: Mapping[str, str], mlp: Mapping[str, str]) -> li
 def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "qwen2_vl"."""
     text = decoder(hf, text_part(hf))
-    defaults: dict[str, Any] = {"depth": 32, "embed_dim": 1280, "hidden_act": "quick_gelu", "mlp_ratio": 4}
-    defaults |= {"num_heads": 16, "in_channels": 3, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
-    v = defaults | nested.part(hf, "vision_config")
+    defaults = {"depth": 32, "embed_dim": 1280, "hidden_act": "quick_gelu", "mlp_ratio": 4}
+    v = SIZES | defaults | nested.part(hf, "vision_config")
     size = required(v, "embed_dim")
     vision = tower(hf, v, size=size, mlp=int(size * v["mlp_ratio"]))
     names = nested.name_fields(text.names, places(vision.layers, MERGER, nested.MLP))

@@ -11,13 +11,9 @@ from awq_jax.models.families import qwen2_vl, qwen3
 from awq_jax.models.hf.config import required
 from awq_jax.models.vision import hf as nested
 
-DEFAULTS: dict[str, Any] = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16}
-DEFAULTS |= {"in_channels": 3, "patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2}
-DEFAULTS |= {
-    "hidden_act": "gelu_pytorch_tanh",
-    "num_position_embeddings": 2304,
-    "deepstack_visual_indexes": (8, 16, 24),
-}
+DEFAULTS: dict[str, Any] = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "patch_size": 16}
+DEFAULTS |= {"hidden_act": "gelu_pytorch_tanh", "num_position_embeddings": 2304}
+DEFAULTS |= {"deepstack_visual_indexes": (8, 16, 24)}
 MERGER = {"fc1": "linear_fc1", "fc2": "linear_fc2"}
 MLP = {"mlp.up_proj": "mlp.linear_fc1", "mlp.down_proj": "mlp.linear_fc2"}
 
@@ -31,7 +27,7 @@ def config(hf: HfConfig) -> ModelConfig:
     text = {"rope_theta": 500000.0} | nested.part(hf, "text_config")
     found = nested.text_config(hf, text | {"model_type": "qwen3"}, {"qwen3": qwen3.config}, "qwen3")
     found = qwen2_vl.with_sections(found, text, [24, 20, 20], alternating=True)
-    v = DEFAULTS | nested.part(hf, "vision_config")
+    v = qwen2_vl.SIZES | DEFAULTS | nested.part(hf, "vision_config")
     side = math.isqrt(required(v, "num_position_embeddings"))
     deepstack = tuple(v["deepstack_visual_indexes"])
     if side**2 != v["num_position_embeddings"] or not set(deepstack) <= set(range(required(v, "depth"))):

@@ -70,12 +70,9 @@ def _refusal(hf: HfConfig, kind: object) -> str:
         return f"{says}: it is a state space or recurrent model, and models of attention are run. {ANY_MODEL}"
     if name.endswith(ENCODERS):
         return f"{says}: it is an encoder, which does not generate text. {ANY_MODEL}"
-    what = " (it looks at images or hears, and this one's parts are not known)" if _has_senses(hf) else ""
+    senses = any(key in hf for key in ("vision_config", "audio_config", "visual", "img_processor"))
+    what = " (it looks at images or hears, and this one's parts are not known)" if senses else ""
     return (
         f"{says}{what}; its nearest supported relative is {nearest(hf)!r} (all: {', '.join(FAMILIES)}). "
         f"docs/extending/family.md says how to add a family. {ANY_MODEL}"
     )
-
-
-def _has_senses(hf: HfConfig) -> bool:
-    return any(key in hf for key in ("vision_config", "audio_config", "visual", "img_processor"))

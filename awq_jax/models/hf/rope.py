@@ -73,7 +73,8 @@ def _scaling(hf: HfConfig, data: HfConfig, kind: str) -> dict[str, object]:
         extra |= {
             "short_factors": tuple(map(float, data["short_factor"])),
             "long_factors": tuple(map(float, data["long_factor"])),
-            "attention_factor": _longrope_attention(data, factor, original),
+            # The attention's temperature (arXiv 2402.13753), folded into cosines and sines.
+            "attention_factor": 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original)),
         }
     elif kind == "yarn":
         extra |= {
@@ -82,20 +83,13 @@ def _scaling(hf: HfConfig, data: HfConfig, kind: str) -> dict[str, object]:
             "truncate": bool(data.get("truncate", True)),
             "attention_factor": _yarn_attention(data, factor),
         }
+    if "attention_factor" in extra and data.get("attention_factor") is not None:
+        extra["attention_factor"] = float(data["attention_factor"])
     return extra
-
-
-def _longrope_attention(data: HfConfig, factor: float, original: int) -> float:
-    """Temperature of the attention, folded into cosines and sines (arXiv 2402.13753)."""
-    if data.get("attention_factor") is not None:
-        return float(data["attention_factor"])
-    return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
 
 
 def _yarn_attention(data: HfConfig, factor: float) -> float:
     """Temperature of the attention, folded into cosines and sines (arXiv 2309.00071, section 3.4)."""
-    if data.get("attention_factor") is not None:
-        return float(data["attention_factor"])
 
     def temperature(m: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1.0

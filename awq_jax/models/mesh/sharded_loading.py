@@ -42,7 +42,7 @@ def load(source: Source, config: ModelConfig, state: nnx.State, base: Placement,
       CheckpointError: a tensor cannot be read.
     """
     loader = Loader(source, config, state, base, dtype)
-    log.info("%s", loader.explain())
+    log.info("%s", sharding.explain(loader.leaves, loader.cuts, base.size))
     return paths.map_with_path(lambda path, _: loader.leaf(path), state)
 
 
@@ -56,10 +56,6 @@ class Loader:
         self.source, self.reader = source, SliceReader(source)
         self.leaves = leaves_of(source, self.weights, shapes)
         self.cuts = sharding.rule(config, self.leaves, base.size)
-
-    def explain(self) -> str:
-        """What lies where."""
-        return sharding.explain(self.leaves, self.cuts, self.base.size)
 
     def leaf(self, path: str) -> Weight:
         """A parameter on the mesh."""
@@ -163,15 +159,14 @@ def leaves_of(
     source: Source, weights: model_params.Weights, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, sharding.Leaf]:
     """What the headers of a checkpoint say of the parameters."""
-    return {path: _leaf_of(source, weights, path, shape) for path, shape in shapes.items()}
 
+    def leaf(path: str, shape: tuple[int, ...]) -> sharding.Leaf:
+        packed = [source.info(name).packed for name in weights.names(path)]
+        first, count = packed[0], math.prod(shape)
+        if first is None or not path.endswith("/kernel") or any(p != first for p in packed):
+            return sharding.Leaf(shape, count * FLOATS[weights.dtype_of(path)].itemsize)
+        per_group = np.dtype(first.scale_dtype).itemsize * (2 if first.offsets else 1) + (not first.symmetric)
+        nbytes = count * first.bits // 8 + count // first.group_size * per_group
+        return sharding.Leaf(shape, nbytes, sharding.unit(first.group_size, first.bits), first.act_order)
 
-def _leaf_of(source: Source, weights: model_params.Weights, path: str, shape: tuple[int, ...]) -> sharding.Leaf:
-    packed = [source.info(name).packed for name in weights.names(path)]
-    first = packed[0]
-    if first is None or not path.endswith("/kernel") or any(p != first for p in packed):
-        return sharding.Leaf(shape, math.prod(shape) * FLOATS[weights.dtype_of(path)].itemsize)
-    per_group = np.dtype(first.scale_dtype).itemsize * (2 if first.offsets else 1) + (not first.symmetric)
-    count, groups = math.prod(shape), math.prod(shape) // first.group_size
-    unit = sharding.unit(first.group_size, first.bits)
-    return sharding.Leaf(shape, count * first.bits // 8 + groups * per_group, unit, first.act_order)
+    return {path: leaf(path, shape) for path, shape in shapes.items()}

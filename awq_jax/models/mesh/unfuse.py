@@ -5,6 +5,7 @@ one by one; `awq_jax.models.weights.fuse` may then merge what each device has of
 """
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -30,36 +31,26 @@ def apart(config: ModelConfig, leaves: dict[str, Weight], base: Placement) -> Mo
     """
     plain = fuse.apart(config)
     known = {path: Leaf.of(leaf) for path, leaf in leaves.items()}
-    taken = _fused(config, plain)
-    for linears, sizes in taken:
-        for kind in ("kernel", "bias"):
-            whole = known.pop(f"{linears.module}/{linears.whole}/{kind}", None)
-            for part, size in zip(linears.parts, sizes, strict=True):
-                if whole is not None:
-                    shape = (*whole.shape[:-1], size)
-                    known[f"{linears.module}/{part}/{kind}"] = dataclasses.replace(whole, shape=shape)
+    taken = [fused for fused in _fused(config, plain) if fused[0] in leaves]
+    for path, parts, sizes in taken:
+        whole = known.pop(path)
+        known |= {
+            p: dataclasses.replace(whole, shape=(*whole.shape[:-1], n)) for p, n in zip(parts, sizes, strict=True)
+        }
     cuts = sharding.rule(plain, known, base.size)
-    for linears, sizes in taken:
-        for kind in ("kernel", "bias"):
-            leaf = leaves.pop(f"{linears.module}/{linears.whole}/{kind}", None)
-            if leaf is not None:
-                for part, value in zip(linears.parts, fuse.split(moved(leaf, Cut(), base), sizes), strict=True):
-                    path = f"{linears.module}/{part}/{kind}"
-                    leaves[path] = moved(value, cuts[path], base)
+    for path, parts, sizes in taken:
+        values = fuse.split(moved(leaves.pop(path), Cut(), base), sizes)
+        leaves |= {p: moved(value, cuts[p], base) for p, value in zip(parts, values, strict=True)}
     return plain
 
 
 def together(config: ModelConfig, leaves: dict[str, Weight], base: Placement) -> None:
     """The inverse of `apart`, in place and to the bit."""
-    taken = _fused(config, fuse.apart(config))
-    for linears, _ in taken:
-        for kind in ("kernel", "bias"):
-            if f"{linears.module}/{linears.parts[0]}/{kind}" in leaves:
-                parts = [moved(leaves.pop(f"{linears.module}/{p}/{kind}"), Cut(), base) for p in linears.parts]
-                path = f"{linears.module}/{linears.whole}/{kind}"
-                leaves[path] = fuse.join(parts)
-                known = {p: Leaf.of(leaf) for p, leaf in leaves.items()}
-                leaves[path] = moved(leaves[path], sharding.rule(config, known, base.size)[path], base)
+    for path, parts, _ in _fused(config, fuse.apart(config)):
+        if parts[0] in leaves:
+            leaves[path] = fuse.join([moved(leaves.pop(p), Cut(), base) for p in parts])
+            known = {p: Leaf.of(leaf) for p, leaf in leaves.items()}
+            leaves[path] = moved(leaves[path], sharding.rule(config, known, base.size)[path], base)
 
 
 def moved(leaf: Weight, cut: Cut, base: Placement) -> Weight:
@@ -78,7 +69,12 @@ def _same(a: Any) -> Any:
     return a
 
 
-def _fused(config: ModelConfig, plain: ModelConfig) -> list[tuple[fuse.FusedLinears, list[int]]]:
-    """The linears of ``plain`` that are fused in ``config``, and how many columns each part has."""
+def _fused(config: ModelConfig, plain: ModelConfig) -> Iterator[tuple[str, list[str], list[int]]]:
+    """Kernels and biases that are fused in ``config`` and not in ``plain``: path, those of the parts, their columns."""
     apart_already = set(fuse.fusable(config))
-    return [(g, fuse.sizes(plain.layers[g.layer], g)) for g in fuse.fusable(plain) if g not in apart_already]
+    for linears in fuse.fusable(plain):
+        if linears not in apart_already:
+            sizes = fuse.sizes(plain.layers[linears.layer], linears)
+            for kind in ("kernel", "bias"):
+                whole, *parts = (f"{linears.module}/{name}/{kind}" for name in (linears.whole, *linears.parts))
+                yield whole, parts, sizes

@@ -89,13 +89,15 @@ def _tiles(size: Sequence[int], config: LlavaVision) -> tuple[int, int]:
     As the processors choose: the picture that shows most of the image, then that with the least border.
     """
     height, width = size
-    best, shown = (0, 0), (0, 0)
-    for h, w in config.tiles:
+
+    def shown(picture: tuple[int, int]) -> tuple[int, int]:
+        h, w = picture
         scale = min(w / width, h / height)
         area = min(int(width * scale) * int(height * scale), width * height)
-        if (area, area - h * w) > shown or best == (0, 0):
-            best, shown = (h, w), (area, area - h * w)
-    return best[0] // config.tower.image, best[1] // config.tower.image
+        return area, area - h * w
+
+    h, w = max(config.tiles, key=shown)
+    return h // config.tower.image, w // config.tower.image
 
 
 def _features(config: VisionConfig, images: Mapping[str, np.ndarray]) -> int:
@@ -121,7 +123,7 @@ def _features(config: VisionConfig, images: Mapping[str, np.ndarray]) -> int:
         )
     if isinstance(config, Gemma3Vision):
         return len(pixels) * config.side**2
-    each = tower.side**2 + (tower.class_token and not config.drop_first) - (not tower.class_token and config.drop_first)
+    each = tower.side**2 + tower.class_token - config.drop_first
     if not tiled:
         return len(pixels) * each
     tiles, sizes = images["image_tiles"], images["image_sizes"]
