@@ -97,7 +97,7 @@ def test_the_time_of_all_that_is_done_with_a_block_is_counted(checkpoint, monkey
     monkeypatch.setattr(session, "quantize", lambda *_: done)
     monkeypatch.setattr(session, "experts_at_a_time", lambda _: {"experts": 1})
     monkeypatch.setattr(session, "pass_on", lambda *_: time.sleep(0.2))
-    (got,) = session.run(session.blocks[1:2], lambda _: time.sleep(0.05), InMemory([]))
+    (got,) = session.run(session.blocks[1:2], lambda _: time.sleep(0.05), InMemory([np.zeros((1, 4), np.int32)]))
     assert got.seconds["load"] >= 0.05
     assert 1.3 <= got.seconds["calibrate"] < 2
     assert (got.seconds["search"], got.seconds["round"]) == (2, 4)
