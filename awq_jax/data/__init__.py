@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -211,9 +212,10 @@ def encode(text: str, tokenizer: TextTokenizer | None) -> np.ndarray:
 
 
 def _is_file(name: str) -> bool:
-    if len(name) > 1000 or "\n" in name:
-        raise CalibrationError(f"a text of {len(name)} characters stands where a source's name belongs: pass [text]")
-    return Path(name).suffix in sources.SUFFIXES or (name not in sources.DATASETS and Path(name).is_file())
+    with contextlib.suppress(OSError):  # longer than a file's name may be
+        if len(name) <= 1000 and "\n" not in name:
+            return name not in sources.DATASETS and (Path(name).is_file() or Path(name).suffix in sources.SUFFIXES)
+    raise CalibrationError(f"a text of {len(name)} characters stands where a source's name belongs: pass [text]")
 
 
 def _needed(tokenizer: TextTokenizer | None, source: str) -> TextTokenizer:

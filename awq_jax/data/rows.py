@@ -90,7 +90,7 @@ class Documents:
                 value = value if asked and answer else None
         if isinstance(value, str):
             return value
-        if value is None or (isinstance(value, float) and math.isnan(value)):  # pandas' null
+        if not _is_something(value):
             return ""
         if (talk := _talk(value)) is not None:
             return self._render(talk)
@@ -203,12 +203,23 @@ def _choose(rows: Sequence[Mapping[object, object]], where: str, column: str | N
             return name
     if any(_ids(row.get(TOKENS), row) for row in rows):
         return TOKENS
+    empty = [n for n in (*TALKS, *TEXTS) if n in names and not any(map(_is_something, (row.get(n) for row in rows)))]
+    if empty:
+        return empty[0]  # text may follow, and rows without any are counted
     told = f"{where} has no column that is known to hold text; it has {', '.join(names) or 'none'}"
     best = (talks or [max(names, key=lambda n: lengths[n], default="")])[0]
     if not talks and not lengths.get(best):
         raise CalibrationError(told)
     pick = Setting("column", best, "calib-column")
     raise CalibrationError(f"{told}: pick one, such as {pick}", pick)
+
+
+def _is_something(value: object) -> bool:
+    """Whether a cell is not null (pandas' are NaN and NA), nor an empty text or list."""
+    if isinstance(value, str | list | tuple):
+        return len(value) > 0
+    null = value is None or type(value).__name__ == "NAType"
+    return not null and not (isinstance(value, float) and math.isnan(value))
 
 
 def _is_talk(rows: Sequence[Mapping[object, object]], name: str) -> bool:

@@ -129,6 +129,23 @@ def test_null_and_empty_rows_are_skipped_and_counted():
         read([{"text": None}, {"text": ""}], column="text")
 
 
+@pytest.mark.parametrize("null", [None, "", [], float("nan"), pd.NA])
+@pytest.mark.parametrize(("column", "value"), [("text", "a text"), ("messages", TALK)])
+def test_a_column_that_only_begins_empty_is_read_rather_than_ids(null, column, value):
+    empty = [row(**{column: null})] * 200
+    got, calibration = read([*empty, row(**{column: value})])
+    assert got == (JOINED if column == "messages" else value)
+    assert calibration.skipped == 200
+    with pytest.raises(CalibrationError, match=f"column '{column}' has no text: all 200 rows are empty"):
+        read(empty)
+
+
+@pytest.mark.parametrize("length", [300, 3000])
+def test_a_text_in_place_of_a_name_is_refused(length):
+    with pytest.raises(CalibrationError, match="pass \\[text\\]"):
+        read("a text " * (length // 7))
+
+
 def test_the_chat_template_is_used_and_its_start_token_is_not_doubled():
     t = chat_tokenizer(TEMPLATE)
     for rows in (

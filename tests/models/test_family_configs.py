@@ -20,6 +20,8 @@ LLAMA = {
     "max_position_embeddings": 64,
 }
 MPT = {"model_type": "mpt", "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64, "vocab_size": 64}
+GPT2 = {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 64, "vocab_size": 64}
+OPT = {k: v for k, v in LLAMA.items() if k != "intermediate_size"} | {"model_type": "opt", "ffn_dim": 64}
 QWEN = LLAMA | {"model_type": "qwen", "kv_channels": 8, "seq_length": 16}
 
 
@@ -39,6 +41,35 @@ QWEN = LLAMA | {"model_type": "qwen", "kv_channels": 8, "seq_length": 16}
 def test_what_would_change_the_result_is_refused(hf, culprit):
     with pytest.raises(UnsupportedModelError, match=culprit):
         models.config_from_hf(hf)
+
+
+def test_one_rope_is_found_under_types_of_layers_and_two_are_refused():
+    hf, rope = LLAMA | {"model_type": "llama"}, {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6}
+    nested = {"full_attention": rope, "sliding_attention": dict(rope)}
+    assert models.config_from_hf(hf | {"rope_parameters": nested}) == models.config_from_hf(
+        hf | {"rope_parameters": rope}
+    )
+    nested["sliding_attention"]["rope_theta"] = 1e4
+    with pytest.raises(UnsupportedModelError, match="full_attention, sliding_attention"):
+        models.config_from_hf(hf | {"rope_parameters": nested})
+    with pytest.raises(ConfigError, match="factor of rope scaling 'linear' must be positive; got 0"):
+        models.config_from_hf(hf | {"rope_parameters": rope | {"factor": 0}})
+
+
+@pytest.mark.parametrize(
+    "hf",
+    [
+        OPT,
+        MPT,
+        GPT2 | {"model_type": "gpt2"},
+        GPT2 | {"model_type": "gptj", "rotary_dim": 4},
+        GPT2 | {"model_type": "gpt_bigcode"},
+        {"model_type": "bloom", "hidden_size": 32, "n_head": 4, "n_layer": 2, "vocab_size": 64},
+    ],
+    ids=lambda hf: hf["model_type"],
+)
+def test_keys_of_other_families_change_nothing(hf):
+    assert models.config_from_hf(hf | {"num_key_value_heads": 2, "intermediate_size": 48}) == models.config_from_hf(hf)
 
 
 def test_exaone4_with_a_spelled_out_pattern_needs_the_layers():

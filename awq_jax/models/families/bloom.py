@@ -21,7 +21,13 @@ def config(hf: HfConfig) -> ModelConfig:
         raise UnsupportedModelError("bloom with apply_residual_connection_post_layernorm")
     return base(
         {"max_position_embeddings": LENGTH} | dict(hf),
-        attention={"fused": "grouped", "qkv_bias": True, "o_bias": True, "alibi": "float32"},
+        attention={
+            "kv_heads": required(hf, "num_attention_heads"),
+            "fused": "grouped",
+            "qkv_bias": True,
+            "o_bias": True,
+            "alibi": "float32",
+        },
         mlp={"size": 4 * required(hf, "hidden_size"), "gated": False, "bias": True, "activation": "gelu_new"},
         norm=norm_config(hf, 1e-5, kind="layer", bias=True),
         ropes=None,

@@ -3,7 +3,7 @@
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.errors import UnsupportedModelError
 from awq_jax.models.config import ModelConfig
-from awq_jax.models.hf.config import base, get, norm_config, plain_mlp, required
+from awq_jax.models.hf.config import base, norm_config, plain_mlp, required
 from awq_jax.models.names import names
 
 LAYERS = {
@@ -33,8 +33,13 @@ def config(hf: HfConfig) -> ModelConfig:
         raise UnsupportedModelError("gpt2 with scale_attn_by_inverse_layer_idx or without scaled scores")
     return base(
         hf,
-        attention={"fused": "concatenated", "qkv_bias": True, "o_bias": True},
-        mlp=plain_mlp(hf, "gelu_new", size=get(hf, "intermediate_size", 4 * required(hf, "hidden_size"))),
+        attention={
+            "kv_heads": required(hf, "num_attention_heads"),
+            "fused": "concatenated",
+            "qkv_bias": True,
+            "o_bias": True,
+        },
+        mlp=plain_mlp(hf, "gelu_new", size=hf.get("n_inner") or 4 * required(hf, "hidden_size")),
         norm=norm_config(hf, 1e-5, kind="layer", bias=True),
         ropes=None,
         positions=required(hf, "max_position_embeddings"),

@@ -3,7 +3,7 @@
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.families.gpt2 import ENTRIES
-from awq_jax.models.hf.config import base, get, norm_config, plain_mlp, required
+from awq_jax.models.hf.config import base, norm_config, plain_mlp, required
 from awq_jax.models.names import names
 
 NAMES = names(ENTRIES)  # its linears are stored [out, in]
@@ -21,7 +21,7 @@ def config(hf: HfConfig) -> ModelConfig:
             "o_bias": True,
             "scale": None if hf.get("scale_attn_weights", True) else 1.0,
         },
-        mlp=plain_mlp(hf, "gelu_pytorch_tanh", size=get(hf, "intermediate_size", 4 * required(hf, "hidden_size"))),
+        mlp=plain_mlp(hf, "gelu_pytorch_tanh", size=hf.get("n_inner") or 4 * required(hf, "hidden_size")),
         norm=norm_config(hf, 1e-5, kind="layer", bias=True),
         ropes=None,
         positions=required(hf, "max_position_embeddings"),

@@ -2,7 +2,7 @@
 
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig, RopeConfig
-from awq_jax.models.hf.config import base, get, norm_config, plain_mlp, required
+from awq_jax.models.hf.config import base, norm_config, plain_mlp, required
 from awq_jax.models.names import names
 
 NAMES = names(
@@ -23,7 +23,8 @@ def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "gptj"."""
     return base(
         hf,
-        mlp=plain_mlp(hf, "gelu_new", size=get(hf, "intermediate_size", 4 * required(hf, "hidden_size"))),
+        attention={"kv_heads": required(hf, "num_attention_heads")},
+        mlp=plain_mlp(hf, "gelu_new", size=hf.get("n_inner") or 4 * required(hf, "hidden_size")),
         norm=norm_config(hf, 1e-5, kind="layer", bias=True),
         ropes=RopeConfig(dims=hf.get("rotary_dim"), interleaved=True),
         parallel="one",

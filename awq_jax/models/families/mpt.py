@@ -38,6 +38,7 @@ def config(hf: HfConfig) -> ModelConfig:
     return base(
         hf,
         attention={
+            "kv_heads": required(hf, "num_attention_heads"),
             "fused": "concatenated",
             "scale": attention.get("softmax_scale"),
             "clip": attention.get("clip_qkv") or None,

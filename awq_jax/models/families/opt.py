@@ -28,8 +28,8 @@ def config(hf: HfConfig) -> ModelConfig:
     before = bool(hf.get("do_layer_norm_before", True))
     return base(
         hf,
-        attention=biases(hf, "enable_bias", True),
-        mlp=plain_mlp(hf, "relu", bool(hf.get("enable_bias", True))),
+        attention={"kv_heads": required(hf, "num_attention_heads"), **biases(hf, "enable_bias", True)},
+        mlp=plain_mlp(hf, "relu", bool(hf.get("enable_bias", True)), size=required(hf, "ffn_dim")),
         norm=NormConfig("layer", 1e-5, scale=affine, bias=affine),
         norms="pre" if before else "residual",
         final_norm=before and not hf.get("_remove_final_layer_norm", False),

@@ -1,6 +1,7 @@
 """Rope constants from ``config.json``, in the spellings of all transformers releases."""
 
 import math
+from collections.abc import Mapping
 from typing import Any, get_args
 
 from awq_jax.convert.config_json import HfConfig
@@ -31,7 +32,7 @@ def rope_config(
       ConfigError: if a constant it needs is missing.
     """
     if data is None:
-        data = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
+        data = _one_for_all(dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {}))
     kind = data.get("rope_type") or data.get("type") or "default"
     kind = OLD_KINDS.get(kind, kind)
     fraction = float(data.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or fraction)
@@ -49,6 +50,21 @@ def rope_config(
     return RopeConfig(**fields)
 
 
+def _one_for_all(data: HfConfig) -> HfConfig:
+    """The parameters of a model whose layers have one rope, where they may be given for each type of layer.
+
+    Raises:
+      UnsupportedModelError: if the types differ.
+    """
+    by_type = {k: v for k, v in data.items() if isinstance(v, Mapping) and "rope_type" not in data}
+    first: HfConfig = next(iter(by_type.values()), data)
+    if any(v != first for v in by_type.values()):
+        raise UnsupportedModelError(
+            f"config.json has different rope_parameters for {', '.join(by_type)}; layers of this family share theirs"
+        )
+    return first
+
+
 def _scaling(hf: HfConfig, data: HfConfig, kind: str) -> dict[str, object]:
     """The constants of one kind of scaling."""
     length = hf.get("max_position_embeddings")
@@ -62,6 +78,8 @@ def _scaling(hf: HfConfig, data: HfConfig, kind: str) -> dict[str, object]:
         factor = length / original
     if factor is None:
         raise ConfigError(f"config.json: rope scaling {kind!r} needs a factor")
+    if not float(factor) > 0:
+        raise ConfigError(f"config.json: the factor of rope scaling {kind!r} must be positive; got {factor!r:.100}")
     extra: dict[str, object] = {"factor": float(factor), "original_length": int(original)}
     wanted = {"llama3": ("low_freq_factor", "high_freq_factor"), "longrope": ("short_factor", "long_factor")}
     missing = set(wanted.get(kind, ())) - set(data)
