@@ -3,14 +3,12 @@
 # the first forward pass on a CPU; transformers then saves the model so, still called version "gemm" or format "gptq".
 # One would guess: a qweight in a file means one thing.
 # Seen: the same codes are other bytes with AVX-512 than without, and nothing in the file says which. (Needs a processor
-# that has it. Set TORCH_INDEX to nothing where pip's own index gives the build of torch without CUDA.)
+# that has it.)
 set -euo pipefail
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 python3 -m venv "$dir/venv"
-index=${TORCH_INDEX-https://download.pytorch.org/whl/cpu}
-"$dir/venv/bin/pip" install --quiet --disable-pip-version-check ${index:+--extra-index-url "$index"} \
-  "torch==2.13.0+cpu" numpy==2.4.6
+"$dir/venv/bin/pip" install --quiet --disable-pip-version-check torch==2.13.0 numpy==2.4.6
 cat > "$dir/seen.py" <<'PY'
 import torch
 
