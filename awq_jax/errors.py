@@ -1,7 +1,5 @@
 """Every error awq_jax raises on bad input. Each message names the culprit and the remedy."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """BPE tokenizers of the ``tokenizers`` package from vocabularies that come without ``tokenizer.json``."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import tokenizers

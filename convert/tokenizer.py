@@ -1,7 +1,5 @@
 """Tokenizers: from the files of a checkpoint directory, or rebuilt from GGUF metadata."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Mapping

@@ -4,8 +4,6 @@ How text is split is ``tokenizer.json``'s business alone: transformers 5 rebuild
 with other rules for splitting. ``tokenizer_config.json`` says which tokens are special, and holds chat templates.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path

@@ -4,8 +4,6 @@ Read here is what the files themselves say all of: SentencePiece BPE that leaves
 tekken. Neither sentencepiece nor transformers is needed. Other SentencePiece models are transformers' to read.
 """
 
-from __future__ import annotations
-
 import base64
 import json
 import struct

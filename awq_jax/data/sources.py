@@ -1,7 +1,5 @@
 """Where calibration and evaluation text comes from: local files, `datasets` sets, Python's own documentation."""
 
-from __future__ import annotations
-
 import csv
 import json
 import re

@@ -4,8 +4,6 @@ Layers are unrolled (a scan would copy each layer's packed weights before a cust
 module transform is used: split the state, call under `jax.jit`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 
 import jax

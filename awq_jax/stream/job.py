@@ -1,7 +1,5 @@
 """What a streamed quantization is to do, checked: everything that can be refused is refused before the work."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

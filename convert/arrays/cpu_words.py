@@ -6,8 +6,6 @@ and of output ``32u + 16 + i`` high; ``qzeros`` uint8 ``[K/g, N]``, the zero poi
 For torch's own int4 kernel ``qweight`` looks the same, but its order is the processor's; ``qzeros`` are not uint8.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import numpy as np

@@ -1,7 +1,5 @@
 """A packed linear between files and memory: building and checking `QuantizedTensor`s of NumPy arrays."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import numpy as np

@@ -6,8 +6,6 @@ symmetric group may be negative: the value that is furthest from 0 has the code 
 settings of modules by name, or by a pattern that is searched for in names, 16 bits meaning float.
 """
 
-from __future__ import annotations
-
 import re
 
 from awq_jax.convert.config_json import HfConfig, JsonObject

@@ -10,8 +10,6 @@ Before 0.18 a word held ``32 // bits`` whole codes, which differs for 3, 5, 6 an
 still zero points were int8 ``[N, K/g]``. Both are read. Act-order is part of the format up to 0.18 only.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path

@@ -12,8 +12,6 @@ the carry reaches the next field (not with 3 bits). We read either as its writer
 does, and write neither.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Collection, Mapping, Sequence

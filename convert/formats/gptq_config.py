@@ -1,7 +1,5 @@
 """``quantization_config`` of a GPTQ checkpoint, as AutoGPTQ, GPTQModel, transformers and vLLM write and read it."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Collection, Sequence

@@ -13,8 +13,6 @@ mlx-lm keeps the experts of a layer stacked, ``mlp.switch_mlp.up_proj.weight`` `
 are read one by one under the names that Hugging Face gives them.
 """
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import re

@@ -1,7 +1,5 @@
 """Softmax attention with a key/value cache."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 

@@ -1,7 +1,5 @@
 """Gated delta nets (arXiv 2412.06464): attention that keeps a state instead of keys and values."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 from flax import nnx

@@ -1,7 +1,5 @@
 """Attention whose keys and values come from a latent (DeepSeek-V2's MLA, arXiv 2405.04434)."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 from flax import nnx

@@ -1,7 +1,5 @@
 """The linear of the reference decoder: what it makes has the dtype of what it reads, however it is stored."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 

@@ -1,7 +1,5 @@
 """The dense half of a layer that has no attention."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 

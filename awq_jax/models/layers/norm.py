@@ -1,7 +1,5 @@
 """Normalisations."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 from flax import nnx

@@ -1,7 +1,5 @@
 """A checkpoint straight onto a mesh: each device's part of each tensor is read, put there and forgotten."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 import math

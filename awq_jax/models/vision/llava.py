@@ -1,7 +1,5 @@
 """LLaVA, LLaVA-NeXT and Gemma 3: pictures of one size through a vision transformer and a projector."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import jax

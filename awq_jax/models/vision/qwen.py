@@ -1,7 +1,5 @@
 """The vision towers of Qwen2-VL, Qwen2.5-VL and Qwen3-VL."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import jax

@@ -1,7 +1,5 @@
 """The tower of a `VisionConfig`, and what its features change for the decoder."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, TypeVar

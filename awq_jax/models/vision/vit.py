@@ -1,7 +1,5 @@
 """CLIP's and SigLIP's vision transformers."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 from flax import nnx

@@ -5,8 +5,6 @@ the same bytes in one go. Columns do not know of each other, so results are the 
 had back to the bit. The families that come with fused matrices already have the code paths.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence

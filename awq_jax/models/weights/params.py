@@ -1,7 +1,5 @@
 """A checkpoint's tensors into the reference decoder's state, one at a time, and back."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """What the AWQ layouts of AutoAWQ, GPTQModel and llm-awq share: settings, checks, config.json."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path

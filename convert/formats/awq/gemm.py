@@ -5,8 +5,6 @@ Per linear ``m`` of K inputs and N outputs: ``m.qweight`` int32 ``[K, N/8]``, ``
 column ``8c + ORDER[i]``; ``w = (q - z) * s``. Symmetric weights store z = 8 as well.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 

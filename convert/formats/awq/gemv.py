@@ -5,8 +5,6 @@ Per linear ``m`` of K inputs and N outputs: ``m.qweight`` int32 ``[N, K/8]``, ni
 ``w = (q - z) * s``. The groups are padded with zeros to a width W: see `zeros_width`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 

@@ -8,8 +8,6 @@ Of 32 inputs ``8b + 2a + c`` (a, b in 0 … 3, c in 0, 1) of one output, nibble 
 word a holds one each. The words of four outputs alternate every 64 inputs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import numpy as np

@@ -6,8 +6,6 @@ Per linear ``m`` of K inputs and N outputs: ``m.qweight`` int32 ``[K/16, 2N]``, 
 nibble ``4c + 2b + r``. The columns of the scales are permuted as well: see `_order`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 
