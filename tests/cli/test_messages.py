@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 
 import numpy as np
@@ -11,7 +12,7 @@ import tiny_checkpoints
 import awq_jax
 from awq_jax import cli, errors, evaluate
 from awq_jax.cli import entry, inspect
-from awq_jax.convert import conversion
+from awq_jax.convert import chat_template, conversion
 from awq_jax.stream import job
 
 TOKENS = np.random.default_rng(0).integers(0, 256, (2, 12)).astype(np.int32)
@@ -42,6 +43,12 @@ def test_a_file_of_a_checkpoint(source, tmp_path, name, content, told):
     (copy / name).write_bytes(content)
     with pytest.raises(errors.AwqError, match=told):
         awq_jax.load(copy)
+
+
+def test_an_empty_gguf_file(tmp_path):
+    (tmp_path / "a.gguf").touch()
+    with pytest.raises(errors.CheckpointError, match=r"a\.gguf is empty"):
+        awq_jax.load(tmp_path / "a.gguf")
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.csv", "a.npy", "a.parquet"])
@@ -107,3 +114,19 @@ def test_no_standard_error_from_few_windows():
 
 def test_an_unfinished_run_of_an_older_version_names_settings_only():
     assert job._changed_settings("0" * 64, json.dumps({"bits": 4})) == ""
+
+
+def test_transformers_says_nothing_of_pytorch(monkeypatch):
+    def tool(a: int) -> int:
+        """Say.
+
+        Args:
+            a: a number
+        """
+        return a
+
+    name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"  # what transformers asks before it says so
+    monkeypatch.setenv(name, "")
+    monkeypatch.delenv(name)
+    assert chat_template._schema(tool)["type"] == "function"
+    assert os.environ[name] == "1"

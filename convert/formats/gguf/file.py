@@ -136,6 +136,8 @@ class _HeaderReader:
     def __init__(self, path: Path, f: IO[bytes]) -> None:
         self._path, self._f = path, f
         self.size = os.fstat(f.fileno()).st_size
+        if not self.size:
+            raise CheckpointError(f"{path} is empty; download it again")
         self.position = 0
 
     def take(self, n: int) -> bytes:
