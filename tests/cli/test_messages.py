@@ -47,7 +47,7 @@ def test_a_file_of_a_checkpoint(source, tmp_path, name, content, told):
 
 def test_an_empty_gguf_file(tmp_path):
     (tmp_path / "a.gguf").touch()
-    with pytest.raises(errors.CheckpointError, match=r"a\.gguf is empty"):
+    with pytest.raises(errors.CheckpointError, match=r"a\.gguf is truncated: it is empty"):
         awq_jax.load(tmp_path / "a.gguf")
 
 

@@ -137,7 +137,7 @@ class _HeaderReader:
         self._path, self._f = path, f
         self.size = os.fstat(f.fileno()).st_size
         if not self.size:
-            raise CheckpointError(f"{path} is empty; download it again")
+            raise CheckpointError(f"{path} is truncated: it is empty; download it again")
         self.position = 0
 
     def take(self, n: int) -> bytes:
