@@ -75,9 +75,12 @@ class AwqConfig:
     overrides: tuple[tuple[str, Mapping[str, Any]], ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "skip", (self.skip,) if isinstance(self.skip, str) else tuple(self.skip))
-        items = self.overrides.items() if isinstance(self.overrides, Mapping) else self.overrides
-        object.__setattr__(self, "overrides", tuple((p, dict(v)) for p, v in items))
+        object.__setattr__(self, "skip", (self.skip,) if isinstance(self.skip, str) else tuple(self.skip or ()))
+        items = self.overrides.items() if isinstance(self.overrides, Mapping) else self.overrides or ()
+        try:
+            object.__setattr__(self, "overrides", tuple((p, dict(v)) for p, v in items))
+        except (TypeError, ValueError):
+            raise ConfigError(f"overrides are pairs of a pattern and settings; got {self.overrides!r:.200}") from None
         _check_leaf(self.bits, self.group_size, "")
         if self.method not in METHOD_NAMES:
             raise ConfigError(f"method must be one of {', '.join(METHOD_NAMES)}; got {self.method!r}")
@@ -90,14 +93,13 @@ class AwqConfig:
         for pattern in (*self.skip, *(p for p, _ in self.overrides)):
             try:
                 re.compile(pattern)
-            except re.error as e:
+            except (re.error, TypeError) as e:
                 raise ConfigError(f"bad regular expression {pattern!r}: {e}") from None
         for pattern, change in self.overrides:
             unknown = set(change) - {f.name for f in dataclasses.fields(LeafConfig)}
-            if unknown:
-                raise ConfigError(
-                    f"override {pattern!r} sets {sorted(unknown)}; it may set bits, group_size and symmetric"
-                )
+            if unknown or not change:
+                found = sorted(unknown) or "nothing"
+                raise ConfigError(f"override {pattern!r} sets {found}; it may set bits, group_size and symmetric")
             leaf = dataclasses.replace(self._base(), **change)
             _check_leaf(leaf.bits, leaf.group_size, f" in override {pattern!r}")
 

@@ -77,3 +77,19 @@ def test_patterns_for_any_model_are_checked():
             continue
         with pytest.raises(ConfigError, match=told):
             awq_jax.quantize(params, calib, settings, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"overrides": [("down", None)]}, "overrides are pairs of a pattern and settings; got .*'down', None"),
+        ({"overrides": ["down"]}, "overrides are pairs"),
+        ({"overrides": {"down": {}}}, "override 'down' sets nothing; it may set bits"),
+        ({"overrides": {"down": {"bit": 3}}}, r"override 'down' sets \['bit'\]"),
+        ({"skip": [None]}, "bad regular expression None"),
+    ],
+)
+def test_settings_of_another_form_are_refused(settings, told):
+    with pytest.raises(ConfigError, match=told):
+        AwqConfig(**settings)
+    assert AwqConfig(skip=None, overrides=None) == AwqConfig()
