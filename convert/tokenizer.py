@@ -47,8 +47,8 @@ def from_directory(directory: Path) -> TokenizerLike | None:
     """The tokenizer of a checkpoint directory; no code from it is ever run.
 
     Returns:
-      None if the directory has no tokenizer files; a tokenizer of transformers if they make none of the ``tokenizers``
-      package.
+      None if the directory has no tokenizer files, or none with a vocabulary; a tokenizer of transformers if they make
+      none of the ``tokenizers`` package.
 
     Raises:
       CheckpointError: if its files cannot be made into a tokenizer.
@@ -70,6 +70,9 @@ def from_directory(directory: Path) -> TokenizerLike | None:
         from transformers import AutoTokenizer  # takes seconds
 
         theirs = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
+        if not theirs("a", add_special_tokens=False)["input_ids"]:  # made of settings alone
+            log.warning("%s has settings of a tokenizer and no vocabulary: put tokenizer.json there", directory)
+            return None
         return tokenizer_files.adopt(theirs)
     except Exception as e:  # transformers and tokenizers raise whatever the damage leads to
         raise CheckpointError(

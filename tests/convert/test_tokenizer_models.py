@@ -168,3 +168,9 @@ def test_tiktoken_says_not_how_text_is_split(tmp_path: Path, name: str, caplog: 
     with caplog.at_level(logging.WARNING):
         assert tokenizer.from_directory(src) is None
     assert f"{name} does not say how text is split" in caplog.text
+
+
+def test_settings_without_a_vocabulary_make_no_tokenizer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    assert tokenizer.from_directory(tmp_path) is None
+    assert "no vocabulary: put tokenizer.json there" in caplog.text
