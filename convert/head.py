@@ -41,7 +41,8 @@ def settle(source: Source) -> None:
         return
     for name in heads:
         embedding = embedding_of(name, names)
-        if embedding is not None and not _same(source, name, embedding):
+        biased = name.removesuffix("weight") + "bias" in names  # phi, gptj: more than the embedding, then
+        if embedding is not None and (biased or not _same(source, name, embedding)):
             warn(name, embedding)
             source.config = with_tied(source.config, False)
 

@@ -160,3 +160,11 @@ def test_a_packed_head_is_kept_in_every_format(format: str, tmp_path: Path, capl
         dense = codes.dequantize(got).T if isinstance(got, QuantizedTensor) else got
         np.testing.assert_allclose(np.asarray(dense, np.float32), want, atol=1e-4)
         assert made.config["tie_word_embeddings"] is False
+
+
+def test_a_copy_with_a_bias_of_its_own_is_a_head(tmp_path: Path) -> None:
+    hf = tied(CASES["phi"], True)
+    tensors = random_files.write(tmp_path, tied(hf, False))
+    random_files.save(tmp_path, hf, tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]})
+    params = paths.flatten(awq_jax.load(tmp_path).params)
+    np.testing.assert_array_equal(np.asarray(params["lm_head/bias"]), tensors["lm_head.bias"])
