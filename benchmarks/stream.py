@@ -30,7 +30,7 @@ from typing import Literal
 from shared import checkpoints, peers, running
 from streaming.depth import deep
 from streaming.devices import devices
-from streaming.interruptions import DAMAGE, Job, kill, power_cuts
+from streaming.interruptions import DAMAGE, Interrupted, kill, power_cuts
 
 BASE = 700e6  # bytes
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # of the processes that are started here
@@ -136,7 +136,7 @@ def kills(
 ) -> running.Row:
     """See `streaming.interruptions`."""
     target.mkdir(parents=True, exist_ok=True)
-    job = Job(target, lambda out, hidden: command(directory, out, samples, seq_len, hidden, options))
+    job = Interrupted(target, lambda out, hidden: command(directory, out, samples, seq_len, hidden, options))
     return kill(job, kills, seed) | {"power_cuts": power_cuts(job, damages)}
 
 

@@ -15,7 +15,7 @@ ENVS = Path(os.environ.get("AWQ_JAX_INTEROP_ENVS", "."))
 
 
 @dataclasses.dataclass(frozen=True)
-class Peer:
+class Tool:
     """A program to compare with.
 
     Attributes:
@@ -49,6 +49,6 @@ class Peer:
         return dict(zip(self.packages, said.split(), strict=True))
 
 
-AUTOAWQ = Peer("autoawq", "autoawq", "autoawq_quantize.py", ("autoawq", "torch", "transformers"))
-COMPRESSED_TENSORS = Peer("compressed-tensors", "compressed", "compressed_tensors_convert.py", ("compressed-tensors",))
+AUTOAWQ = Tool("autoawq", "autoawq", "autoawq_quantize.py", ("autoawq", "torch", "transformers"))
+COMPRESSED_TENSORS = Tool("compressed-tensors", "compressed", "compressed_tensors_convert.py", ("compressed-tensors",))
 QUANTIZERS = (AUTOAWQ,)

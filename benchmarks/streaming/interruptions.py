@@ -23,7 +23,7 @@ FINISHING = 0.3  # share of the kills that wait until the last block is done
 
 
 @dataclasses.dataclass
-class Job:
+class Interrupted:
     """A quantization to be interrupted.
 
     Attributes:
@@ -75,7 +75,7 @@ def printed(command: Sequence[str]) -> str:
     return said.getvalue()
 
 
-def kill(job: Job, count: int, seed: int) -> Row:
+def kill(job: Interrupted, count: int, seed: int) -> Row:
     """Kill and continue until it is done, and compare with an uninterrupted run.
 
     Each run keeps hidden states in memory or on the disk, in turn, continuing what the other one left.
@@ -145,7 +145,7 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
 }
 
 
-def power_cuts(job: Job, damages: Sequence[str], blocks: int = 3) -> list[Row]:
+def power_cuts(job: Interrupted, damages: Sequence[str], blocks: int = 3) -> list[Row]:
     """Stop a run after some blocks, do the damage, and continue; for each of some of `DAMAGE`."""
     broken = job.out / "cut"
     rows: list[Row] = []
