@@ -212,7 +212,7 @@ def test_old_buffers_and_a_tied_head_are_ignored():
             r"'llama9'.*relative is 'llama'.*docs/extending/family.md",
         ),
         ({"model_type": "qwen2_audio"}, errors.UnsupportedModelError, "relative is 'qwen2"),
-        ({"model_type": None}, errors.UnsupportedModelError, "model_type None is not supported"),
+        ({"model_type": None}, errors.UnsupportedModelError, "config.json has no model_type"),
         ({"hidden_act": "xielu"}, errors.UnsupportedModelError, "hidden_act 'xielu'"),
         ({"rope_parameters": {"rope_type": "spiral"}}, errors.UnsupportedModelError, "rope scaling 'spiral'"),
         ({"rope_scaling": {"type": "linear"}}, errors.ConfigError, "needs a factor"),

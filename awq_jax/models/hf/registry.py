@@ -61,8 +61,9 @@ def nearest(hf: HfConfig) -> str:
 
 def _refusal(hf: HfConfig, kind: object) -> str:
     """Why a model is not run, for the user to read."""
-    says = f"model_type {kind!r:.100}" if kind is not None else "config.json has no model_type, which"
-    says += " is not supported"
+    if kind is None:
+        return f"config.json has no model_type: fetch it again, or put the family there ({', '.join(FAMILIES)})"
+    says = f"model_type {kind!r:.100} is not supported"
     name = kind if isinstance(kind, str) else ""
     if hf.get("is_encoder_decoder") is True or name.startswith(ENCODER_DECODERS):
         return f"{says}: it is an encoder with a decoder, and decoders alone are run. {ANY_MODEL}"
