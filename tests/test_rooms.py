@@ -159,5 +159,5 @@ def test_a_circle_is_named() -> None:
 def test_no_test_imports_a_test() -> None:
     tests = sorted((ROOT / "tests").rglob("test_*.py"))
     assert [
-        f.name for f in tests if re.search(r"^\s*(import|from) (test_|conftest)", f.read_text(), re.MULTILINE)
+        f.name for f in tests if re.search(r"^\s*(import|from) (test_|tests\b|conftest)", f.read_text(), re.MULTILINE)
     ] == []

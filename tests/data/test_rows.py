@@ -7,12 +7,12 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+from bpe_tokenizers import byte_level
 
 from awq_jax import data
 from awq_jax.convert import text
 from awq_jax.errors import CalibrationError, as_options
 from awq_jax.serve import calibration_batches
-from tests.helpers.bpe_tokenizers import byte_level
 
 TALK = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": "an answer"}]
 SHAREGPT = [{"from": "human", "value": "a question"}, {"from": "gpt", "value": "an answer"}]
