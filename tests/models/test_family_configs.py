@@ -153,3 +153,15 @@ def test_queries_grow_with_their_position():
     assert models.config_from_hf(hf).layers[0].attention.query_growth is None
     hf["rope_parameters"] |= {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 8}
     assert models.config_from_hf(hf).layers[0].attention.query_growth == (0.1, 8)
+
+
+@pytest.mark.parametrize("kind", models.supported())
+def test_the_epsilon_of_norms_that_a_config_leaves_out_is_transformers(kind):
+    transformers = pytest.importorskip("transformers")
+    try:
+        full = transformers.AutoConfig.for_model(kind).to_dict()
+        said = models.config_from_hf(full)
+    except (ValueError, ConfigError, UnsupportedModelError):
+        return  # a family that transformers has not, or whose defaults are no model
+    spelled = ("norm_eps", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon")
+    assert models.config_from_hf({k: v for k, v in full.items() if k not in spelled}).norm == said.norm

@@ -3,7 +3,7 @@
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.families.gpt2 import LAYERS
-from awq_jax.models.hf.config import base
+from awq_jax.models.hf.config import base, norm_config
 from awq_jax.models.names import names
 
 NAMES = names(
@@ -20,4 +20,4 @@ NAMES = names(
 
 def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "exaone"."""
-    return base(hf, names=NAMES)
+    return base(hf, norm=norm_config(hf, 1e-5), names=NAMES)

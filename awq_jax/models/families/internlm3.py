@@ -2,7 +2,7 @@
 
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
-from awq_jax.models.hf.config import base
+from awq_jax.models.hf.config import base, norm_config
 
 
 def config(hf: HfConfig) -> ModelConfig:
@@ -10,6 +10,7 @@ def config(hf: HfConfig) -> ModelConfig:
     bias = bool(hf.get("bias", hf.get("mlp_bias", False)))
     return base(
         hf,
+        norm=norm_config(hf, 1e-5),
         attention={"qkv_bias": bool(hf.get("qkv_bias", hf.get("attention_bias", False))), "o_bias": bias},
         mlp={"bias": bias},
     )

@@ -5,7 +5,7 @@ import math
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.families.deepseek_v2 import latent_base
-from awq_jax.models.hf.config import required
+from awq_jax.models.hf.config import norm_config, required
 
 
 def config(hf: HfConfig) -> ModelConfig:
@@ -14,6 +14,7 @@ def config(hf: HfConfig) -> ModelConfig:
     depth = hf.get("scale_depth", 1.4)
     return latent_base(
         hf,
+        norm=norm_config(hf, 1e-5),
         interleaved=False,
         embed_scale=float(hf.get("scale_emb", 12)),
         residual_scale=1.0 if depth is None else depth / math.sqrt(count),

@@ -2,7 +2,7 @@
 
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
-from awq_jax.models.hf.config import base
+from awq_jax.models.hf.config import base, norm_config
 
 
 def config(hf: HfConfig) -> ModelConfig:
@@ -11,6 +11,7 @@ def config(hf: HfConfig) -> ModelConfig:
     beta, length = data.get("llama_4_scaling_beta"), data.get("original_max_position_embeddings")
     return base(
         hf,
+        norm=norm_config(hf, 1e-5),
         attention={
             "head_dim": hf.get("head_dim") or 128,
             "query_growth": (float(beta), int(length)) if beta and length else None,

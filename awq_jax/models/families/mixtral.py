@@ -2,7 +2,7 @@
 
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig, MoEConfig
-from awq_jax.models.hf.config import base, mlp_config, required
+from awq_jax.models.hf.config import base, mlp_config, norm_config, required
 from awq_jax.models.hf.rope import rope_config
 from awq_jax.models.names import names
 
@@ -22,6 +22,7 @@ def config(hf: HfConfig) -> ModelConfig:
     return base(
         hf,
         mlps=moe,
+        norm=norm_config(hf, 1e-5),
         ropes=rope_config(hf, theta=1e6),
         windows=hf.get("sliding_window"),
         names=NAMES,

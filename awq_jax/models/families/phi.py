@@ -25,7 +25,7 @@ def config(hf: HfConfig) -> ModelConfig:
         hf,
         attention={"qkv_bias": True, "o_bias": True, "norm": head_norm if hf.get("qk_layernorm", False) else None},
         mlp=plain_mlp(hf, "gelu_new"),
-        norm=norm_config(hf, kind="layer", bias=True),
+        norm=norm_config(hf, 1e-5, kind="layer", bias=True),
         ropes=rope_config(hf, fraction=0.5),
         parallel="one",
         head_bias=True,

@@ -2,7 +2,7 @@
 
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.models.config import ModelConfig
-from awq_jax.models.hf.config import base
+from awq_jax.models.hf.config import base, norm_config
 from awq_jax.models.hf.rope import rope_config
 
 
@@ -15,6 +15,7 @@ def config(hf: HfConfig) -> ModelConfig:
         hf,
         attention={"fused": "concatenated"},
         mlp={"fused": True},
+        norm=norm_config(hf, 1e-5),
         ropes=rope_config(hf, data=data),
         windows=hf.get("sliding_window"),
     )
