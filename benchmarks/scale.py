@@ -59,7 +59,6 @@ from awq_jax.stream.session import Session
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # of the processes that are started here
 
 R = TypeVar("R")
-Patched = AbstractContextManager[object]
 OPS = 14  # of rounding a number on its grid and taking the error: counted in `quantize_dequantize`, `column_loss`
 PAIRS = 100  # of clipping factors
 SAMPLES, LENGTH = 128, 512  # calibration of `count`

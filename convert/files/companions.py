@@ -93,8 +93,10 @@ def without_code(config: HfConfig) -> tuple[JsonObject, list[str]]:
     kept: JsonObject = {}
     gone: list[str] = []
     for key, value in config.items():
-        if key in REFERENCES and (local := [c for c in _classes(value) if "--" not in c]):
+        if key in REFERENCES and (local := _local(value)):
             gone += local
+            if isinstance(value, Mapping) and (rest := {k: v for k, v in value.items() if not _local(v)}):
+                kept[key] = rest
         elif isinstance(value, Mapping):
             kept[key], more = without_code(value)
             gone += more
@@ -109,6 +111,11 @@ def _classes(value: object) -> list[str]:
         return [value] if "." in value else []
     inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
     return [c for v in inside for c in _classes(v)]
+
+
+def _local(value: object) -> list[str]:
+    """Those of `_classes` that are in a file beside the config; ``owner/name--module.Class`` is on the hub."""
+    return [c for c in _classes(value) if "--" not in c]
 
 
 def _list(names: Sequence[str], most: int = 8) -> str:

@@ -198,3 +198,12 @@ def test_patterns() -> None:
     assert all(companions.matches(name, companions.COMPANIONS) for name in KEPT)
     assert not companions.matches("sub/tokenizer.json", companions.COMPANIONS)
     assert fnmatch.fnmatchcase("sub/tokenizer.json", "*.json")  # why folders are counted
+
+
+def test_only_what_names_code_beside_the_config_is_forgotten() -> None:
+    elsewhere = "owner/name--configuration_mine.Mine"
+    config = {"auto_map": {"AutoConfig": elsewhere, "AutoModel": "modeling_mine.Model"}, "size": 3}
+    assert companions.without_code(config) == (
+        {"auto_map": {"AutoConfig": elsewhere}, "size": 3},
+        ["modeling_mine.Model"],
+    )
