@@ -201,6 +201,7 @@ def alike(items: Iterable[tuple[str, str]]) -> list[tuple[str, str, int]]:
 
 
 def shape_text(shape: Sequence[int]) -> str:
+    """``(64, 128)`` as ``64 x 128``."""
     return " x ".join(map(str, shape))
 
 

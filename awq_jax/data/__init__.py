@@ -367,6 +367,16 @@ def _read_npy(path: Path) -> np.ndarray:
 
 
 def check_tokens(tokens: np.ndarray, vocab_size: int | None, name: str) -> None:
+    """Refuse what are no token ids of a model.
+
+    Args:
+      tokens: of any shape.
+      vocab_size: they must lie in ``[0, vocab_size)``; None checks only the lower bound.
+      name: what they are, for the message.
+
+    Raises:
+      CalibrationError: with the first of them and its position.
+    """
     if not np.issubdtype(tokens.dtype, np.integer):
         raise CalibrationError(f"{name} has dtype {tokens.dtype}; tokens are integers")
     bad = tokens < 0 if vocab_size is None else (tokens < 0) | (tokens >= vocab_size)

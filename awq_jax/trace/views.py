@@ -175,4 +175,5 @@ def leaf_order(factors: AxisFactors) -> list[int]:
 
 
 def sizes(factors: AxisFactors) -> tuple[int, ...]:
+    """Of each factor."""
     return tuple(f.size for f in factors)
