@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from awq_jax import data
+from awq_jax.data.tokens import beginning
 from awq_jax.errors import CalibrationError, ConfigError, Setting, WeightError
 
 # Logits of one forward pass are kept below this many bytes (float32) unless a batch size is given.
@@ -88,30 +89,36 @@ def perplexity(
     stride: int | None = None,
     max_tokens: int | None = None,
     batch_size: int | None = None,
+    bos: str = "auto",
     progress: bool = False,
 ) -> Perplexity:
     """Perplexity of ``model`` on ``text``.
 
-    Every token but the first is scored exactly once. Window j reads tokens ``[j*stride, j*stride +
-    context)`` and predicts the token after each of them; with ``stride < context`` only those
-    predictions count that no earlier window has made, so each (past the first window) has at
-    least ``context - stride`` tokens of context. Log likelihoods are taken in float32.
+    Windows begin as the model's input does. Where the tokenizer puts BOS before a text, each is BOS and
+    ``context - 1`` tokens, and every token of the text is scored exactly once. Else window j reads tokens ``[j*stride,
+    j*stride + context)`` and predicts the token after each of them, so that every one but the first is scored.
+    Where windows overlap, only those predictions count that no earlier window has made: each (past the first window)
+    has at least ``context - stride`` tokens of context. Log likelihoods are taken in float32.
 
     Args:
       model: anything with ``.apply(params, tokens) -> logits`` and ``.params``.
-      text: a string (encoded with ``model.tokenizer``) or integer tokens ``[T]``.
-      context: tokens a window reads.
-      stride: tokens between windows, 1 ... context (default: context).
+      text: a string (encoded with ``model.tokenizer``) or integer tokens ``[T]``; BOS at their start is dropped
+        where all windows have it.
+      context: tokens a window reads, BOS included.
+      stride: tokens between windows, 1 ... context (default: as many as a window predicts, the most).
       max_tokens: score at most this many tokens, from the start.
       batch_size: windows per forward pass; by default up to 8, fewer for large vocabularies.
+      bos: whether windows begin with BOS: ``"auto"`` (where ``model.tokenizer`` puts it before a text), ``"yes"``,
+        ``"no"``.
       progress: show a progress bar on stderr.
 
     Raises:
       CalibrationError: if the text has fewer than two tokens or tokens outside the vocabulary.
-      ConfigError: if context, stride, max_tokens or batch_size is out of range.
+      ConfigError: if context, stride, max_tokens or batch_size is out of range, or if there is no BOS where one is
+        asked for.
       WeightError: if the logits are not finite.
     """
-    work = _Windows(model, text, context, stride, max_tokens, batch_size)
+    work = _Windows(model, text, context, stride, max_tokens, batch_size, bos)
 
     @jax.jit
     def score(params: object, tokens: jax.Array, following: jax.Array) -> tuple[jax.Array]:
@@ -133,6 +140,7 @@ def kl(
     stride: int | None = None,
     max_tokens: int | None = None,
     batch_size: int | None = None,
+    bos: str = "auto",
     progress: bool = False,
 ) -> Divergence:
     """Mean ``KL(reference || model)`` per token of ``text``, over the windows of `perplexity`.
@@ -140,14 +148,14 @@ def kl(
     Args:
       model: usually the quantized model.
       reference: usually the float model; it must have the same vocabulary.
-      text, context, stride, max_tokens, batch_size, progress: as for `perplexity`; a string is
+      text, context, stride, max_tokens, batch_size, bos, progress: as for `perplexity`; a string is
         encoded with ``model.tokenizer``.
 
     Raises:
       CalibrationError, ConfigError, WeightError: as for `perplexity`.
       ConfigError: if the two models differ in vocabulary size.
     """
-    work = _Windows(model, text, context, stride, max_tokens, batch_size)
+    work = _Windows(model, text, context, stride, max_tokens, batch_size, bos)
     check_settings(_limit(reference), work.context)
     other = _vocabulary(reference, work.context)
     if other != work.vocabulary:
@@ -191,17 +199,27 @@ class _Windows:
         stride: int | None,
         max_tokens: int | None,
         batch_size: int | None,
+        bos: str,
     ):
         check_settings(_limit(model), context, stride, max_tokens, batch_size)
         tokens = data.encode(text, getattr(model, "tokenizer", None)) if isinstance(text, str) else np.asarray(text)
-        check_text(tokens)
-        self.tokens = tokens if max_tokens is None else tokens[: max_tokens + 1]
-        self.scored = self.tokens.size - 1
-        self.context = min(context, self.scored)
-        self.stride = min(stride or context, self.context)
+        begin = beginning(getattr(model, "tokenizer", None), bos)
+        tokens = begin.strip(tokens) if tokens.ndim == 1 else tokens
+        check_text(tokens, least=1 if begin.ids else 2)
+        if context <= len(begin.ids):
+            raise ConfigError(
+                f"windows of {context} hold nothing but what they begin with, {begin.text}: a larger context"
+            )
+        self.head = np.asarray(begin.ids, tokens.dtype)
+        self.first = 0 if self.head.size else 1  # to be predicted: a text without a beginning starts with what is not
+        self.tokens = tokens if max_tokens is None else tokens[: max_tokens + self.first]
+        self.scored = self.tokens.size - self.first
+        self.context = min(context, self.scored + self.head.size)
+        self.span = self.context - self.head.size  # tokens that a window predicts
+        self.stride = min(stride or context, self.span)
         self.vocabulary = _vocabulary(model, self.context)
-        check_text(self.tokens, self.vocabulary)
-        self.count = 1 + max(0, math.ceil((self.scored - self.context) / self.stride))
+        check_text(self.tokens, self.vocabulary, least=1)
+        self.count = 1 + max(0, math.ceil((self.scored - self.span) / self.stride))
         fits = max(1, LOGIT_BYTES // (4 * self.context * self.vocabulary))
         self.batch_size = min(batch_size or min(8, fits), self.count)
 
@@ -226,11 +244,17 @@ class _Windows:
             for first in range(0, self.count, self.batch_size):
                 # The last batch is filled up with windows that do not count.
                 window = first + np.arange(self.batch_size)[:, None]
-                position = window * self.stride + np.arange(self.context)
-                done = np.where(window > 0, (window - 1) * self.stride + self.context, 0)
+                position = window * self.stride + np.arange(self.span)
+                done = np.where(window > 0, (window - 1) * self.stride + self.span, 0)
                 counted = (position >= done) & (position < self.scored) & (window < self.count)
-                read = np.minimum(position, self.scored - 1)
-                found = per_token(self.tokens[read].astype(np.int32), self.tokens[read + 1].astype(np.int32))
+                target = self.tokens[self.first + np.minimum(position, self.scored - 1)]
+                if self.first:
+                    row = [self.tokens[np.minimum(position[:, :1], self.scored - 1)], target]
+                else:  # nothing follows the last token that a window predicts: its own prediction does not count
+                    row = [np.broadcast_to(self.head, (self.batch_size, self.head.size)), target, target[:, -1:]]
+                    counted = np.pad(counted, ((0, 0), (self.head.size - 1, 1)))
+                read = np.concatenate(row, axis=1).astype(np.int32)
+                found = per_token(read[:, :-1], read[:, 1:])
                 values = [np.asarray(a, np.float64) for a in found]
                 if not all(np.isfinite(v[counted]).all() for v in values):
                     raise WeightError(
@@ -243,14 +267,14 @@ class _Windows:
         return totals, counts.astype(np.int64)
 
 
-def check_text(tokens: np.ndarray, vocabulary: int | None = None) -> None:
-    """Refuse tokens that cannot be scored: too few, or outside the vocabulary.
+def check_text(tokens: np.ndarray, vocabulary: int | None = None, least: int = 2) -> None:
+    """Refuse tokens that cannot be scored: fewer than ``least``, or outside the vocabulary.
 
     Raises:
       CalibrationError: saying which.
     """
-    if tokens.ndim != 1 or tokens.size < 2:
-        raise CalibrationError(f"the text to score has tokens of shape {tokens.shape}; at least 2 are needed")
+    if tokens.ndim != 1 or tokens.size < least:
+        raise CalibrationError(f"the text to score has tokens of shape {tokens.shape}; at least {least} are needed")
     data.check_tokens(tokens, vocabulary, "the text to score")
 
 

@@ -1,4 +1,4 @@
-"""Perplexity lost by each method on a real model, calibrated and scored on disjoint text.
+"""Perplexity lost by each method on a real model, and its divergence, calibrated and scored on disjoint text.
 
     python benchmarks/quality.py SmolLM2.gguf --text wiki.txt --bits 4 --group-size 64 --out results/quality.json
 
@@ -10,8 +10,9 @@ fields of `AwqConfig`.
 
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -22,6 +23,13 @@ from awq_jax import evaluate
 from awq_jax.config import METHOD_NAMES
 from awq_jax.serve.model import Model
 from awq_jax.serve.sampling import Sampling
+
+
+class Reference(NamedTuple):
+    """The float model, of which the quantized one is a copy with other parameters."""
+
+    apply: Callable[..., jax.Array]
+    params: Any
 
 
 def self_sampled(model: Model, rows: int, length: int, seed: int) -> np.ndarray:
@@ -51,25 +59,27 @@ def quality(
         calib, scored = checkpoints.split(loaded.tokenizer, text, samples, length, eval_tokens)
     else:
         calib = self_sampled(loaded, samples, length, seed=1)
-        scored = self_sampled(loaded, eval_tokens // length, length, seed=2).reshape(-1)
+        scored = self_sampled(loaded, eval_tokens // length, length, seed=2)[:, 1:].reshape(-1)  # windows have bos
     params = loaded.params
     before = evaluate.perplexity(loaded, scored, context=length)
     batches = [calib[i : i + 8] for i in range(0, len(calib), 8)]
     calibration, calibrating = running.measured(awq_jax.calibrate, loaded.apply, params, batches)
     asked = {"bits": bits, "group_size": group_size}
     rows: list[running.Row] = []
-    plain = 0.0
+    plain: tuple[float, float] | None = None
     for method in methods:
         chosen = {**asked, "explicit_scale": False, "method": method, **running.settings(settings)}
         start = time.perf_counter()
         loaded.params, report = awq_jax.quantize(params, calibration, return_report=True, **chosen)
         seconds = time.perf_counter() - start
         after = evaluate.perplexity(loaded, scored, context=length)
-        lost = after.nll - before.nll
-        plain = plain or lost
+        lost, error = evaluate.difference(after, before)
+        far = evaluate.kl(loaded, Reference(loaded.apply, params), scored, context=length)
+        plain = plain or (lost, far.kl)
         rows.append(
-            {"method": method, "ppl": after.ppl, "delta_nll": lost, "seconds": round(seconds, 1),
-             "vs_rtn": lost / plain, "bits_per_weight": report.bits_per_weight}
+            {"method": method, "ppl": after.ppl, "delta_nll": lost, "delta_nll_error": error, "kl": far.kl,
+             "kl_error": far.standard_error, "seconds": round(seconds, 1), "vs_rtn": lost / plain[0],
+             "kl_vs_rtn": far.kl / plain[1], "bits_per_weight": report.bits_per_weight}
         )  # fmt: skip
         print(rows[-1], flush=True)
     return {

@@ -56,6 +56,12 @@ def add_column(p: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
                    help="of rows, the one to read (default: messages, conversations, Alpaca's, or text)")  # fmt: skip
 
 
+def add_bos(p: argparse.ArgumentParser | argparse._ArgumentGroup, what: str) -> None:
+    """``--bos``; ``what``: that which begins with it."""
+    p.add_argument("--bos", choices=("auto", "yes", "no"), default="auto",
+                   help=f"begin {what} with BOS (default: where the tokenizer puts it before a text)")  # fmt: skip
+
+
 def positive(text: str) -> int:
     """An argparse type: an integer of at least 1."""
     try:

@@ -21,8 +21,8 @@ def add(subparsers: common.Commands) -> None:
         "eval",
         run,
         "perplexity on a text, and KL against another model",
-        "Perplexity with its standard error. Every token but the first is scored once, in windows of --context\n"
-        "tokens that start --stride tokens apart.",
+        "Perplexity with its standard error. Every token is scored once (without BOS: but the first), in windows of\n"
+        "--context tokens that start --stride tokens apart.",
         _EXAMPLES,
     )
     p.add_argument("dir", metavar="DIR", help="checkpoint directory, .gguf file or hub id")
@@ -33,6 +33,7 @@ def add(subparsers: common.Commands) -> None:
     p.add_argument("--stride", type=common.positive, help="tokens between windows (default: the context)")
     p.add_argument("--max-tokens", type=common.positive, metavar="N", help="score at most N tokens")
     p.add_argument("--batch-size", type=common.positive, metavar="N", help="windows per forward pass")
+    common.add_bos(p, "windows")
     common.add_dtype(p)
 
 
@@ -40,6 +41,7 @@ def run(args: argparse.Namespace) -> None:
     """Load, score, print."""
     from awq_jax import data, evaluate, models  # JAX, for which --help must not wait
     from awq_jax.convert import registry
+    from awq_jax.data import tokens
     from awq_jax.serve import model
 
     # What cannot be done is refused before the weights of anything are read.
@@ -54,20 +56,22 @@ def run(args: argparse.Namespace) -> None:
     tokenizer = opened[0].tokenizer()
     read, texts = data.read_texts(args.text, tokenizer, args.column)
     common.say(f"text: {read}", args.quiet)
-    tokens = data.encode("\n\n".join(texts), tokenizer)
-    evaluate.check_text(tokens, *vocabularies)
+    begin = tokens.beginning(tokenizer, args.bos).text
+    ids = data.encode("\n\n".join(texts), tokenizer)
+    evaluate.check_text(ids, *vocabularies)
     quantized = model.load(args.dir, args.dtype)
     settings = {
         "context": context,
         "stride": args.stride,
         "max_tokens": args.max_tokens,
         "batch_size": args.batch_size,
+        "bos": args.bos,
         "progress": not args.quiet,
     }
-    score = evaluate.perplexity(quantized, tokens, **settings)
+    score = evaluate.perplexity(quantized, ids, **settings)
     divergence = None
     if args.against:
-        divergence = evaluate.kl(quantized, model.load(args.against, args.dtype), tokens, **settings)
+        divergence = evaluate.kl(quantized, model.load(args.against, args.dtype), ids, **settings)
     if args.json:
         result = {
             "model": args.dir,
@@ -75,6 +79,7 @@ def run(args: argparse.Namespace) -> None:
             "read": read,
             "context": context,
             "stride": args.stride or context,
+            "begins_with": begin,
         }
         result |= score.to_dict()
         if divergence is not None:
@@ -83,7 +88,8 @@ def run(args: argparse.Namespace) -> None:
         return
     print(f"perplexity  {score.ppl:.4f}")
     print(f"nll         {score.nll:.5f}{_error(score.standard_error)} nats per token")
-    print(f"tokens      {score.tokens:,} in {len(score.window_nll):,} windows of {context}")
+    begins = f", each begins with {begin}" if begin else ""
+    print(f"tokens      {score.tokens:,} in {len(score.window_nll):,} windows of {context}{begins}")
     if divergence is not None:
         print(f"KL          {divergence.kl:.5f}{_error(divergence.standard_error)} nats per token, from {args.against}")
         print(f"agreement   {divergence.agreement:.2%} of tokens have the same first choice")

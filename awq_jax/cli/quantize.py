@@ -65,6 +65,7 @@ def add(subparsers: common.Commands) -> None:
                    "hf:OWNER/NAME[:CONFIG[:SPLIT]] (with the datasets package), or a .txt, .jsonl, .json, .csv, "
                    ".parquet or .npy file (default: builtin; nothing with --method rtn)")  # fmt: skip
     common.add_column(c)
+    common.add_bos(c, "sequences")
     c.add_argument("--samples", type=common.positive, default=SAMPLES, metavar="N",
                    help="sequences (default: %(default)s)")  # fmt: skip
     c.add_argument("--seq-len", type=common.positive, default=SEQ_LEN, metavar="N",
@@ -161,6 +162,7 @@ def _quantize(args: argparse.Namespace, config: AwqConfig, pool: Pool) -> None:
         batch_size=args.batch_size,
         seed=args.seed,
         column=args.column,
+        bos=args.bos,
         dtype=args.dtype,
         format=args.format,
         overwrite=args.overwrite or args.dry_run,

@@ -14,8 +14,9 @@ import numpy.typing as npt
 
 from awq_jax.config import SAMPLES, SEQ_LEN
 from awq_jax.convert.text import Message, TextTokenizer, ids_of
-from awq_jax.data import rows, sources
+from awq_jax.data import rows, sources, tokens
 from awq_jax.data.sources import Row
+from awq_jax.data.tokens import check as check_tokens
 from awq_jax.errors import CalibrationError
 
 BATCH_TOKENS = {"cpu": 512}  # by backend; what bounds the memory of activations
@@ -90,11 +91,13 @@ def load(
     vocab_size: int | None = None,
     seed: int = 0,
     column: str | None = None,
+    bos: str = "auto",
 ) -> CalibrationSet:
     """Calibration tokens from ``source``.
 
     Long texts are cut, short ones packed one after another with the tokenizer's end token between
-    them (if it has one); sequences may start in the middle of a text. Local texts are shuffled by
+    them (if it has one); sequences may start in the middle of a text, and each begins as the model's input does:
+    with BOS, where the tokenizer puts one, and with no other inside. Local texts are shuffled by
     ``seed`` in excerpts of about two sequences, so that few samples still see the whole source.
     If there are fewer tokens than one sequence, that one sequence is shorter; if there are fewer
     than ``samples`` sequences, all are used. ``description`` says so.
@@ -114,8 +117,11 @@ def load(
       column: of rows. None takes the first of these that there is: conversations (``messages``, ``conversations``),
         which go through the tokenizer's chat template if it has one; Alpaca's ``instruction``, ``input`` and
         ``output``, as a conversation; ``text``, ``content``, ``document`` or ``article``; ``input_ids``.
+      bos: whether each sequence begins with BOS, and ``seq_len`` counts it: ``"auto"`` (where the tokenizer puts it
+        before a text), ``"yes"`` or ``"no"``. An array ``[S, T]`` stays as it is.
 
     Raises:
+      ConfigError: ``bos`` is none of these, or ``"yes"`` where the tokenizer has none.
       CalibrationError: if the source is unknown, unreachable, unreadable or empty, if rows have no such column (it
         names those they have), if text comes without a tokenizer, or if a token lies outside the vocabulary.
     """
@@ -123,6 +129,7 @@ def load(
         raise CalibrationError(f"samples and seq_len must be at least 1; got {samples} and {seq_len}")
     if seed < 0:
         raise CalibrationError(f"seed must be 0 or more; got {seed}")
+    tokens.check_bos(bos)
     if source is NOTHING:
         return NOTHING
     if isinstance(source, CalibrationSet):
@@ -131,14 +138,16 @@ def load(
         return source
     if isinstance(source, str):
         check_source(source)
-    eos = getattr(tokenizer, "eos_token_id", None)
-    pack = functools.partial(_pack, eos=eos, samples=samples, seq_len=seq_len, vocab_size=vocab_size)
     named = isinstance(source, str | Path)
     name = "Python help topics" if named and source in sources.BUILTIN else str(source) if named else "given texts"
     items = _items(source, seed)
     if isinstance(items, np.ndarray) and items.ndim == 2:
         rows.refuse_column("an array of tokens", column)
         return _as_given(items, vocab_size)
+    eos, begin = getattr(tokenizer, "eos_token_id", None), tokens.beginning(tokenizer, bos)
+    if seq_len <= len(begin.ids):
+        raise CalibrationError(f"sequences of {seq_len} tokens hold nothing but {begin.text}: take longer ones")
+    pack = functools.partial(_pack, begin=begin, eos=eos, samples=samples, seq_len=seq_len, vocab_size=vocab_size)
     if isinstance(items, np.ndarray) and (items.ndim != 1 or items.dtype.kind not in "OTU"):
         items = [items]
     items = items if isinstance(items, Iterator) else list(items) if isinstance(items, Iterable) else []
@@ -146,7 +155,7 @@ def load(
         items = [items]  # one document of tokens
     if isinstance(items, list) and not rows.are_rows(items):
         rows.refuse_column(name, column)
-        return pack([(i, _as_tokens(d, i), "") for i, d in enumerate(items)], "given tokens", len(items))
+        return pack([(i, tokens.of_document(d, i), "") for i, d in enumerate(items)], "given tokens", len(items))
     read = rows.Documents(items, name, column, tokenizer)
     if isinstance(items, Iterator):
         return pack(_encode(enumerate(read), tokenizer, name), read.described, rows=read)
@@ -180,7 +189,7 @@ def _items(source: object, seed: int) -> object:
     """What a source holds: an array of tokens, or texts, rows, conversations or token lists; streamed: an iterator."""
     if isinstance(source, Path) or (isinstance(source, str) and _is_file(source)):
         path = Path(source)
-        return _read_npy(path) if path.suffix == ".npy" else sources.read_file(path)
+        return tokens.read_npy(path) if path.suffix == ".npy" else sources.read_file(path)
     if isinstance(source, str):
         return sources.default_documents() if source in sources.BUILTIN else sources.stream(source, seed)
     if isinstance(source, bytes | bytearray):
@@ -266,41 +275,45 @@ def _pack(
     characters: int = 0,
     *,
     rows: rows.Documents | None = None,
+    begin: tokens.Beginning,
     eos: int | None,
     samples: int,
     seq_len: int,
     vocab_size: int | None,
 ) -> CalibrationSet:
-    """Concatenate excerpts with end tokens between, and cut into sequences.
+    """Concatenate excerpts with end tokens between, and cut into sequences that begin with ``begin``.
 
     ``total``, ``characters``: documents and characters of all excerpts, if that is known beforehand. ``rows``: where
     they are from.
     """
-    want, have = samples * seq_len, 0
+    most = seq_len - len(begin.ids)  # of a sequence, after its beginning
+    want, have = samples * most, 0
     chunks: list[np.ndarray] = []
     seen: set[int] = set()
     begins = ""
-    for i, tokens, text in encoded:
+    for i, ids, text in encoded:
         if have >= want:
             break
+        ids = begin.strip(ids)
         if chunks and eos is not None and chunks[-1][-1] != eos:
             chunks.append(np.asarray([eos], np.int32))
             have += 1
-        if tokens.size:
-            chunks.append(tokens)
-            have += tokens.size
+        if ids.size:
+            chunks.append(ids)
+            have += ids.size
             seen.add(i)
         begins, characters = begins or text, characters - len(text)
     if not have:
         raise CalibrationError(f"{name} is empty: it gave no tokens")
     flat = np.concatenate(chunks)
     check_tokens(flat, vocab_size, name)
-    length = min(seq_len, have)
+    length = min(most, have)
     count = min(samples, have // length)
-    used = flat[: count * length].astype(np.int32).reshape(count, length)
+    used = begin.put(flat[: count * length].astype(np.int32).reshape(count, length))
     left_documents = 0 if total is None else total - len(seen)
-    left = have - used.size
+    left = have - count * length
     told = _describe(name, used.shape, (samples, seq_len), len(seen), left_documents, left, max(characters, 0))
+    told += f"; each sequence begins with {begin.text}" if begin.ids else ""
     skipped = 0 if rows is None else rows.skipped
     told += _remarks(skipped, begins)
     return CalibrationSet(used, told, len(seen), left_documents, left, max(characters, 0), skipped)
@@ -342,48 +355,3 @@ def _as_given(tokens: np.ndarray, vocab_size: int | None) -> CalibrationSet:
     check_tokens(tokens, vocab_size, "the token array")
     s, t = tokens.shape
     return CalibrationSet(tokens.astype(np.int32), f"given tokens: {s} x {t} = {s * t:,} tokens, as given", s)
-
-
-def _as_tokens(document: object, index: int) -> np.ndarray:
-    try:
-        tokens = np.asarray(document)
-    except ValueError:
-        tokens = np.asarray(None)
-    if tokens.ndim != 1 or (tokens.size and not np.issubdtype(tokens.dtype, np.integer)):
-        kind = f"{tokens.dtype} array of shape {tokens.shape}" if tokens.ndim else type(document).__name__
-        raise CalibrationError(f"document {index} is neither a text nor a list of tokens but {kind}")
-    return tokens.astype(np.int64)
-
-
-def _read_npy(path: Path) -> np.ndarray:
-    try:
-        return np.load(path, allow_pickle=False)
-    except FileNotFoundError:
-        raise CalibrationError(f"{path} does not exist") from None
-    except EOFError:
-        raise CalibrationError(f"{path} is empty") from None
-    except (OSError, ValueError) as e:
-        raise CalibrationError(f"{path} is not a readable .npy file: {e}") from None
-
-
-def check_tokens(tokens: np.ndarray, vocab_size: int | None, name: str) -> None:
-    """Refuse what are no token ids of a model.
-
-    Args:
-      tokens: of any shape.
-      vocab_size: they must lie in ``[0, vocab_size)``; None checks only the lower bound.
-      name: what they are, for the message.
-
-    Raises:
-      CalibrationError: with the first of them and its position.
-    """
-    if not np.issubdtype(tokens.dtype, np.integer):
-        raise CalibrationError(f"{name} has dtype {tokens.dtype}; tokens are integers")
-    bad = tokens < 0 if vocab_size is None else (tokens < 0) | (tokens >= vocab_size)
-    if bad.any():
-        where = tuple(int(i) for i in np.argwhere(bad)[0])
-        limit = "tokens are at least 0" if vocab_size is None else f"the model has tokens 0 ... {vocab_size - 1}"
-        raise CalibrationError(
-            f"{name} has token {int(tokens[where])} at position {where}, {int(bad.sum())} outside the vocabulary in "
-            f"all; {limit}: use the tokenizer that belongs to the model"
-        )

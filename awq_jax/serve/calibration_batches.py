@@ -29,6 +29,7 @@ def of_text(
     seq_len: int,
     seed: int,
     column: str | None,
+    bos: str,
 ) -> data.CalibrationSet:
     """Tokens; the arguments are those of `awq_jax.serve.model.Model.quantize`.
 
@@ -43,6 +44,7 @@ def of_text(
         vocab_size=architecture.vocab_size,
         seed=seed,
         column=column,
+        bos=bos,
     )
     say_if_cut(architecture, seq_len)
     return found

@@ -298,6 +298,7 @@ class Model:
         batch_size: int | None = None,
         seed: int = 0,
         column: str | None = None,
+        bos: str = "auto",
         mesh: Mesh | None = None,
         progress: bool = True,
         **settings: Any,
@@ -308,13 +309,12 @@ class Model:
           calib: what `awq_jax.data.load` takes: a dataset's name, a file, texts, rows, conversations or token
             ids; or a list of what a processor returned for texts and images, each of rows of one length. None:
             the built-in text, or nothing where the method needs no statistics (``"rtn"``).
-          samples: calibration sequences.
-          seq_len: tokens of each, at most the model's context.
+          samples, seq_len: calibration sequences, and tokens of each, at most the model's context.
           batch_size: sequences per forward pass of the calibration; None takes as many as make about
             512 tokens on a CPU and 8192 elsewhere. It changes memory and time, not the result (beyond the
             rounding of sums).
           seed: picks the calibration texts.
-          column: of the calibration data to read, if they are rows (see `awq_jax.data.load`).
+          column, bos: of the calibration data, if they are rows or text (see `awq_jax.data.load`).
           mesh: devices that share the work (see `awq_jax.quantize_checkpoint`), each with a copy of the block at
             work; they do not change the result. Calibration with images uses one.
           progress: show progress bars on stderr.
@@ -350,7 +350,8 @@ class Model:
                     self.apply, self.take_params(), self.config, seen, config, progress
                 )
             else:
-                read = calibration_batches.of_text(self.config, self.tokenizer, calib, samples, seq_len, seed, column)
+                given = calib, samples, seq_len, seed, column, bos
+                read = calibration_batches.of_text(self.config, self.tokenizer, *given)
                 shown = progress and pool.rank == 0
                 params, report = session.run_in_memory(self.take_params(), read.batches(batch_size), shown)
                 report.calibration = read.description

@@ -48,6 +48,7 @@ class Options:
     batch_size: int | None = None
     seed: int = 0
     column: str | None = None
+    bos: str = "auto"
     dtype: str | None = None
     format: str = "auto"
     overwrite: bool = False
@@ -271,6 +272,7 @@ def prepare(
         vocab_size=architecture.vocab_size,
         seed=o.seed,
         column=o.column,
+        bos=o.bos,
     )
     say_if_cut(architecture, o.seq_len)
     job = Job(source, path, work, o, config, session, weights, text.batches(o.batch_size), text.description)

@@ -65,6 +65,7 @@ def quantize_checkpoint(
     batch_size: int | None = None,
     seed: int = 0,
     column: str | None = None,
+    bos: str = "auto",
     dtype: DTypeLike | None = None,
     format: str = "auto",
     overwrite: bool = False,
@@ -88,7 +89,7 @@ def quantize_checkpoint(
     Args:
       src: float checkpoint: a directory, ``.gguf`` file, hub id, or an open source.
       dst: directory to create. Until it is done the work is in a hidden directory beside it.
-      calib, samples, seq_len, batch_size, seed, column: see `awq_jax.serve.model.Model.quantize`.
+      calib, samples, seq_len, batch_size, seed, column, bos: see `awq_jax.serve.model.Model.quantize`.
       dtype: of float tensors and activations; see `awq_jax.load`.
       format: see `awq_jax.serve.model.Model.save`.
       overwrite: replace ``dst`` if it is a checkpoint.
@@ -119,7 +120,7 @@ def quantize_checkpoint(
     if resume and restart:
         raise ConfigError("resume continues an unfinished run and restart discards it: give one of them")
     names = name_of(dtype), name_of(hidden_dtype, "hidden_dtype")
-    options = Options(samples, seq_len, batch_size, seed, column, names[0], format, overwrite, hidden, names[1])
+    options = Options(samples, seq_len, batch_size, seed, column, bos, names[0], format, overwrite, hidden, names[1])
     with team() as processes:
         job = prepare(src, dst, calib, options, settings, pool_of(mesh, processes))
         return run(job, resume=resume, restart=restart, progress=progress)

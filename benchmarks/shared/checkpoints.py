@@ -13,6 +13,7 @@ from awq_jax import convert, data
 from awq_jax.bench import random_models
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.convert.text import TextTokenizer
+from awq_jax.data import tokens
 from shared.running import Row
 
 T = TypeVar("T")
@@ -112,6 +113,8 @@ def split(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The first tokens of a text to calibrate on, int32 ``[samples, length]``, and its last ``scored`` ones.
 
+    The rows begin as the model's input does, as the windows of `awq_jax.evaluate` do.
+
     Args:
       tokenizer: of the model.
       text: a text, or a ``.npy`` file of token ids.
@@ -119,6 +122,8 @@ def split(
       scored: tokens at the end.
     """
     ids = np.load(text).reshape(-1) if text.suffix == ".npy" else data.encode(text.read_text(), tokenizer)
-    if len(ids) < samples * length + scored:
+    begin = tokens.beginning(tokenizer)
+    ids, own = begin.strip(ids), length - len(begin.ids)
+    if len(ids) < samples * own + scored:
         raise SystemExit(f"{text} has {len(ids)} tokens: {samples} x {length} and {scored} more do not fit into it")
-    return ids[: samples * length].reshape(samples, length), ids[len(ids) - scored :]
+    return begin.put(ids[: samples * own].reshape(samples, own)), ids[len(ids) - scored :]

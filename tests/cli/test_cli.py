@@ -116,7 +116,12 @@ def test_eval_text_output(checkpoint, text):
     code, out, err = run("eval", checkpoint, "--text", text, "--context", 16, "--max-tokens", 200, "--quiet")
     assert code == 0, err
     assert "perplexity" in out
-    assert "200 in 13 windows of 16" in out
+    assert "200 in 13 windows of 16\n" in out
+    argv = ["--text", text, "--context", 16, "--max-tokens", 30, "--quiet", "--json"]
+    assert json.loads(run("eval", checkpoint, *argv)[1])["begins_with"] == ""
+    assert json.loads(run("eval", checkpoint, *argv, "--bos", "yes")[1])["begins_with"] == "<s>"
+    _, out, _ = run("eval", checkpoint, *argv[:-1], "--bos", "yes")
+    assert "30 in 2 windows of 16, each begins with <s>" in out
 
 
 def test_generate_streams_the_same_text_as_json(packed):

@@ -32,18 +32,21 @@ def test_short_texts_are_packed_with_end_tokens_between():
     flat = got.tokens.ravel().tolist()
     assert got.tokens.shape == (2, 4)
     assert got.tokens.dtype == np.int32
-    # three texts of 3 tokens and two end tokens: 11 tokens, 3 of them left over
-    assert got.left_tokens == 3
+    # three texts of 2 tokens and two end tokens: 8 tokens, 2 of them left over; two sequences of 3 and their start
+    assert got.left_tokens == 2
     assert flat.count(0) == 2
+    assert flat[0] == flat[4] == 1
+    assert flat.count(1) == 2
     assert flat[3] == 0
     assert got.used_tokens == 8
+    assert "each sequence begins with token 1" in got.description
     assert "10 sequences wanted" in got.description
-    assert "3 tokens" in got.description
+    assert "2 tokens" in got.description
 
 
 def test_without_end_token_texts_follow_each_other():
-    got = data.load(["ab", "cd"], NoEnd(), samples=1, seq_len=6)
-    assert sorted(got.tokens.ravel().tolist()) == sorted([1, 1, *(b + 2 for b in b"abcd")])
+    got = data.load(["ab", "cd"], NoEnd(), samples=1, seq_len=5)
+    assert sorted(got.tokens.ravel().tolist()) == sorted([1, *(b + 2 for b in b"abcd")])
 
 
 def test_long_text_is_cut_and_nothing_is_lost():
@@ -82,8 +85,10 @@ def test_fewer_tokens_than_a_sequence_make_a_shorter_one():
 
 def test_token_lists_are_packed_and_arrays_used_as_they_stand():
     got = data.load([[5, 6], [7], np.array([8, 9, 10])], Bytes(), samples=2, seq_len=4)
-    np.testing.assert_array_equal(got.tokens, [[5, 6, 0, 7], [0, 8, 9, 10]])
+    np.testing.assert_array_equal(got.tokens, [[1, 5, 6, 0], [1, 7, 0, 8]])
     assert got.documents == 3
+    got = data.load([[1, 5, 6], [1, 7], np.array([8, 9, 10])], Bytes(), samples=2, seq_len=4, bos="no")
+    np.testing.assert_array_equal(got.tokens, [[5, 6, 0, 7], [0, 8, 9, 10]])
     given = np.arange(12, dtype=np.int64).reshape(4, 3)
     got = data.load(given, samples=1, seq_len=512)
     np.testing.assert_array_equal(got.tokens, given)
