@@ -14,6 +14,7 @@ _PUBLIC = {
     "QuantizedTensor": "qtensor",
     "Report": "report",
     "bind": "serve.bind",
+    "cache_programs": "devices.compile_cache",
     "calibrate": "calibration.calibration",
     "discover": "plan.discover",
     "dot": "serve.dot",
@@ -31,6 +32,7 @@ __all__ = [
     "QuantizedTensor",
     "Report",
     "bind",
+    "cache_programs",
     "calibrate",
     "convert",
     "data",
@@ -61,6 +63,7 @@ if TYPE_CHECKING:
     from awq_jax.calibration.calibration import Calibration as Calibration
     from awq_jax.calibration.calibration import calibrate as calibrate
     from awq_jax.config import AwqConfig as AwqConfig
+    from awq_jax.devices.compile_cache import cache_programs as cache_programs
     from awq_jax.plan.discover import discover as discover
     from awq_jax.plan.plan import Plan as Plan
     from awq_jax.qtensor import QuantizedTensor as QuantizedTensor

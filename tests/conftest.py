@@ -2,7 +2,7 @@
 
 They are in the environment before jax is imported, so that the workers and the commands which tests start have them
 too: few optimizations, and a cache of compiled programs that all these processes share and that ends with the run.
-With `pytest -m slow` everything is compiled as users do it.
+With `pytest -m slow` everything is compiled as users do it, but the user's own cache is left alone.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # Torch's threads would wait for one another on the cores that the other worker needs.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if config.getoption("markexpr") == "slow":
+        if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+            os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
         return
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):  # later ones do not know the first flag, and abort

@@ -29,7 +29,7 @@ def parser(
     description: str,
     examples: str,
 ) -> argparse.ArgumentParser:
-    """A subcommand's parser, with ``--json``, ``--quiet`` and ``--debug``."""
+    """A subcommand's parser, with ``--json``, ``--quiet``, ``--debug`` and ``--no-cache``."""
     p = subparsers.add_parser(
         name,
         help=help,
@@ -42,6 +42,9 @@ def parser(
     output.add_argument("--json", action="store_true", help="print one JSON object on stdout instead of text")
     output.add_argument("--quiet", action="store_true", help="no progress bars")
     output.add_argument("--debug", action="store_true", help="show the full traceback of an error")
+    output.add_argument("--no-cache", action="store_true",
+                        help="compile anew, and keep no compiled programs (default: they are kept in "
+                        "~/.cache/awq_jax/programs, or under $XDG_CACHE_HOME, at most 1 GB)")  # fmt: skip
     return p
 
 

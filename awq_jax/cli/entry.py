@@ -12,6 +12,7 @@ from pathlib import Path
 
 from awq_jax._version import __version__
 from awq_jax.cli import bench, common, convert, demo, evaluate, generate, inspect, quantize
+from awq_jax.devices import compile_cache
 from awq_jax.errors import AwqError
 
 _EXAMPLES = """examples:
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = build_parser().parse_args(argv)
     try:
-        with _remarks_on_stderr(args.quiet):
+        with _remarks_on_stderr(args.quiet), _programs_kept(not args.no_cache):
             args.run(args)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader (head, less) has gone: not an error, but nothing more can be written
@@ -72,6 +73,15 @@ def _continues(args: argparse.Namespace) -> str:
     path = Path(getattr(args, "dst", None) or "").expanduser().absolute()
     left = any((path.parent / f".{path.name}.{doing}").is_dir() for doing in ("quantizing", "converting"))
     return "; the same command continues" if left else ""
+
+
+@contextlib.contextmanager
+def _programs_kept(kept: bool) -> Iterator[None]:
+    """Compiled programs are kept on disk, or none is, from now until the process ends."""
+    if not kept:
+        compile_cache.disable()
+    with compile_cache.failures_in_one_line(compile_cache.cache_programs() if kept else None):
+        yield
 
 
 @contextlib.contextmanager

@@ -174,10 +174,11 @@ def measured(work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> tuple[R
 def environment() -> dict[str, str]:
     """For a process that is measured.
 
-    Compilations are not taken from JAX's cache on disk, which would hide what they cost. Torch's threads wait
+    Compilations are not taken from a cache on disk, which would hide what they cost. Torch's threads wait
     passively: spinning, two of them took 7 times the processor time of one on a busy machine.
     """
-    return {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"} | {"OMP_WAIT_POLICY": "PASSIVE"}
+    others = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    return others | {"OMP_WAIT_POLICY": "PASSIVE", "JAX_ENABLE_COMPILATION_CACHE": "false"}
 
 
 def apart(work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> tuple[R, Cost]:
