@@ -12,7 +12,7 @@ from pathlib import Path
 
 from numpy.typing import DTypeLike
 
-from awq_jax.convert import head, pipeline, registry
+from awq_jax.convert import float_form, head, pipeline, registry
 from awq_jax.convert.files import manifest
 from awq_jax.convert.files.shards import ShardWriter, install
 from awq_jax.convert.format import Destination, Encoder, Format, Record
@@ -100,6 +100,8 @@ def checkpoint(
     check_path(path, format, overwrite)
     source = registry.open_source(src, packed=True) if isinstance(src, str | Path) else src
     refuse_source(path, source)
+    if to == "float":
+        source = float_form.of(source)
     encoder = encoder_of(to, Destination(config=source.config, dtype=name))
     job = _Job(source, format, encoder, allow_lossy, workers or min(WORKERS, os.cpu_count() or 1), progress)
     run = _to_sink if format.sink else _to_directory

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from awq_jax.config import AwqConfig
-from awq_jax.convert import head, pipeline, registry
+from awq_jax.convert import float_form, head, pipeline, registry
 from awq_jax.convert.config_json import HfConfig, JsonObject, without_quantization
 from awq_jax.convert.files.shards import ShardWriter, atomic_directory, install, refuse_existing, write_json
 from awq_jax.convert.format import Destination, Encoder, Format, Record
@@ -114,6 +114,8 @@ def write_checkpoint(
     check_path(path, registry.get(format), overwrite)
     refuse_source(path, extra)
     tensors = head.without_copies(config, tensors)
+    if format == "float":
+        tensors = float_form.FloatForm(config).all_of(tensors)
     if registry.get(format).sink is not None:
         if extra is None:
             raise FormatError(f"{format} is made from a checkpoint's own files (its tokenizer): pass it as extra")

@@ -20,7 +20,7 @@ from types import TracebackType
 
 import numpy as np
 
-from awq_jax.convert import pipeline, writing
+from awq_jax.convert import float_form, pipeline, writing
 from awq_jax.convert.files import manifest
 from awq_jax.convert.files.manifest import Manifest
 from awq_jax.convert.files.safetensors import INDEX
@@ -190,8 +190,8 @@ def _write_checkpoint(
     encoder = writing.encoder_of(format, destination)
     records: list[Record] = []
     writer = ShardWriter(out, writing.SHARD, spool=True)
-    for name in names:
-        value = parts.read(name)
+    tensors = ((name, parts.read(name)) for name in names)
+    for name, value in float_form.FloatForm(destination.config).all_of(tensors) if format == "float" else tensors:
         encoded = pipeline.encode(encoder, name, value, lossy=False)
         if strict and isinstance(value, QuantizedTensor) and not encoded.record.bits:
             raise FormatError(f"{name} is packed, and {format} would hold it as float")

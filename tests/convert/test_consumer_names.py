@@ -90,7 +90,10 @@ LOADERS = {
     "minicpm3": Loader("model.layers", f"self_attn.q_a_proj self_attn.kv_a_proj_with_mqa {MLA} {GATED}"),
     "mixtral": Loader("model.layers", ATTENTION, "block_sparse_moe.experts", W123),
     "phimoe": Loader("model.layers", ATTENTION, "block_sparse_moe.experts", W123),
-    "granitemoe": Loader("model.layers", ATTENTION, "block_sparse_moe.experts", W123),
+    "granitemoe": Loader("model.layers", ATTENTION, "block_sparse_moe.experts"),
+    "granitemoeshared": Loader(
+        "model.layers", f"{ATTENTION} shared_mlp.input_linear shared_mlp.output_linear", "block_sparse_moe.experts"
+    ),
     "olmoe": Loader("model.layers", ATTENTION, "mlp.experts"),
     "qwen2_moe": Loader(
         "model.layers", f"{ATTENTION} {GATED} {SHARED.format('shared_expert', 'shared_expert')}", "mlp.experts"

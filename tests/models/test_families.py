@@ -22,7 +22,7 @@ import awq_jax
 from awq_jax import models, paths
 from awq_jax.cli import quantizable
 from awq_jax.config import AwqConfig
-from awq_jax.convert import registry, writing
+from awq_jax.convert import conversion, registry, writing
 from awq_jax.models.layers.moe import by_expert
 from awq_jax.models.weights import params as model_params
 from awq_jax.plan import verify
@@ -211,6 +211,18 @@ def test_packed_weights_come_back(pair, tmp_path):
             assert is_quantized(leaf) == (path in targets)
             for a, b in zip(jax.tree.leaves(leaf), jax.tree.leaves(want), strict=True):
                 np.testing.assert_array_equal(a, b, err_msg=path)
+
+    # As float they are what transformers saves of the family, tensor by tensor.
+    want = dict(model_params.tensors(dense, pair.config))
+    conversion.checkpoint(tmp_path / "gemm", tmp_path / "converted", "float", dtype="float32")
+    tensors = model_params.tensors(packed, pair.config)
+    writing.write_checkpoint(tmp_path / "written", tensors, config, "float", extra=pair.source)
+    for directory in ("converted", "written"):
+        found = registry.open_source(tmp_path / directory)
+        assert set(found.names()) == set(pair.source.names())
+        for name in found.names():
+            assert found.shape(name) == pair.source.shape(name)
+            np.testing.assert_allclose(found.read(name), want[name], rtol=1e-6, err_msg=name)
 
 
 @pytest.mark.slow

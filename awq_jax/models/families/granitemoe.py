@@ -15,9 +15,9 @@ NAMES = names(
         "mlp.experts.down_proj": "block_sparse_moe.output_linear",
     },
     packed={
-        "mlp.experts.gate_proj.kernel": "block_sparse_moe.experts.{e}.w1.weight",
-        "mlp.experts.up_proj.kernel": "block_sparse_moe.experts.{e}.w3.weight",
-        "mlp.experts.down_proj.kernel": "block_sparse_moe.experts.{e}.w2.weight",
+        "mlp.experts.gate_proj.kernel": "block_sparse_moe.experts.{e}.gate_proj.weight",
+        "mlp.experts.up_proj.kernel": "block_sparse_moe.experts.{e}.up_proj.weight",
+        "mlp.experts.down_proj.kernel": "block_sparse_moe.experts.{e}.down_proj.weight",
     },
 )
 
