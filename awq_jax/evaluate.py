@@ -9,11 +9,11 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from awq_jax import data
 from awq_jax.data.tokens import beginning
 from awq_jax.errors import CalibrationError, ConfigError, Setting, WeightError
+from awq_jax.progress import Progress, bar
 
 # Logits of one forward pass are kept below this many bytes (float32) unless a batch size is given.
 LOGIT_BYTES = 256 * 2**20
@@ -90,7 +90,7 @@ def perplexity(
     max_tokens: int | None = None,
     batch_size: int | None = None,
     bos: str = "auto",
-    progress: bool = False,
+    progress: Progress = False,
 ) -> Perplexity:
     """Perplexity of ``model`` on ``text``.
 
@@ -110,7 +110,8 @@ def perplexity(
       batch_size: windows per forward pass; by default up to 8, fewer for large vocabularies.
       bos: whether windows begin with BOS: ``"auto"`` (where ``model.tokenizer`` puts it before a text), ``"yes"``,
         ``"no"``.
-      progress: show a progress bar on stderr.
+      progress: show a progress bar on stderr; or call this function with what is done of how much (see
+        `awq_jax.progress`).
 
     Raises:
       CalibrationError: if the text has fewer than two tokens or tokens outside the vocabulary.
@@ -141,7 +142,7 @@ def kl(
     max_tokens: int | None = None,
     batch_size: int | None = None,
     bos: str = "auto",
-    progress: bool = False,
+    progress: Progress = False,
 ) -> Divergence:
     """Mean ``KL(reference || model)`` per token of ``text``, over the windows of `perplexity`.
 
@@ -224,7 +225,7 @@ class _Windows:
         self.batch_size = min(batch_size or min(8, fits), self.count)
 
     def sums(
-        self, name: str, progress: bool, per_token: Callable[[np.ndarray, np.ndarray], Sequence[jax.Array]]
+        self, name: str, progress: Progress, per_token: Callable[[np.ndarray, np.ndarray], Sequence[jax.Array]]
     ) -> tuple[list[np.ndarray], np.ndarray]:
         """Sums over the scored tokens of each window, and how many tokens these are.
 
@@ -240,7 +241,7 @@ class _Windows:
           WeightError: a value is not finite.
         """
         sums: list[list[np.ndarray]] = []
-        with tqdm(total=self.count, desc=name, unit="window", disable=not progress, leave=False) as bar:
+        with bar(progress, name, "window", self.count, leave=False) as shown:
             for first in range(0, self.count, self.batch_size):
                 # The last batch is filled up with windows that do not count.
                 window = first + np.arange(self.batch_size)[:, None]
@@ -262,7 +263,7 @@ class _Windows:
                         "float32"
                     )
                 sums.append([np.where(counted, v, 0).sum(axis=1) for v in (*values, counted)])
-                bar.update(min(self.batch_size, self.count - first))
+                shown.update(min(self.batch_size, self.count - first))
         *totals, counts = (np.concatenate(column)[: self.count] for column in zip(*sums, strict=True))
         return totals, counts.astype(np.int64)
 

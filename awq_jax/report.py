@@ -96,15 +96,15 @@ class Report:
 
 
 def table(report: Report, worst: int = 5) -> str:
-    """The summary a terminal shows at the end of a run.
+    """What a terminal shows at the end of a run; the figures of the whole run stand last.
 
     Args:
       report: what `awq_jax.quantize` or ``Model.quantize`` returned.
       worst: layers listed by remaining error.
     """
-    lines = columns(summary(report))
+    lines: list[str] = []
     if rows := report.worst(worst):
-        lines += ["", "largest remaining errors (squared output error / squared output)"]
+        lines += ["largest remaining errors (squared output error / squared output)"]
         head = ("weight", "shape", "bits", "rounded", "stored", "ratio")
         lines += [
             "  " + line
@@ -116,10 +116,12 @@ def table(report: Report, worst: int = 5) -> str:
                 ]
             )
         ]
+        lines.append("")
     for title, notes in notes_of(report):
-        lines += ["", title]
+        lines.append(title)
         lines += [f"  {path}{f' ({count})' if count > 1 else ''}: {why}" for path, why, count in notes]
-    return "\n".join(lines)
+        lines.append("")
+    return "\n".join(lines + columns(summary(report)))
 
 
 def summary(report: Report) -> list[tuple[str, str]]:

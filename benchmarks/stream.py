@@ -70,7 +70,7 @@ def memory(
     block = max(layer, outer) * itemsize  # the embedding and the head are blocks too
     states = samples * seq_len * width * itemsize if hidden == "memory" else 0
     arguments = command(directory, target, samples, seq_len, hidden, options)
-    done = running.succeeded([sys.executable, "-m", "awq_jax.cli", *arguments], target.with_suffix(".log"))
+    done = running.succeeded([sys.executable, "-m", "awq_jax", *arguments], target.with_suffix(".log"))
     allowed, tenth = 2.5 * block + states + BASE, (done.samples[-1][0] or 1.0) / 10
     return {
         "checkpoint_bytes": total,

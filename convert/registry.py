@@ -13,7 +13,7 @@ from awq_jax.convert.formats.awq import gemm, gemv, gemv_fast, llm_awq, marlin
 from awq_jax.convert.formats.gguf import encoder
 from awq_jax.convert.formats.gguf.source import GgufSource
 from awq_jax.convert.source import Source, read_config
-from awq_jax.errors import CheckpointError, FormatError
+from awq_jax.errors import CheckpointError, ConfigError, FormatError, Setting
 
 _FORMATS = (
     llm_awq.FORMAT,  # before those whose config it may share
@@ -51,12 +51,30 @@ def get(name: str) -> Format:
     return FORMATS[name]
 
 
-def open_source(path: str | Path, packed: bool = False) -> Source:
+def at_revision(path: str | Path, revision: str) -> str:
+    """The hub id ``path`` at a branch, tag or commit: ``owner/name@revision``.
+
+    Raises:
+      ConfigError: it is no hub id, or one that names a revision itself, or the revision is no name of one.
+    """
+    text = os.fspath(path)
+    given = Setting("revision", revision)
+    if os.path.lexists(Path(text).expanduser()) or text.endswith(".gguf") or not float_weights.HUB_ID.fullmatch(text):
+        raise ConfigError(f"{given} is of a repository on the hub, and {text} is a local path; leave it out", given)
+    if "@" in text:
+        raise ConfigError(f"{text} names a revision, and so does {given}; leave one of them out", given)
+    if not float_weights.HUB_ID.fullmatch(f"{text}@{revision}"):
+        raise ConfigError(f"{revision!r} is not the name of a revision: give a branch, a tag or a commit")
+    return f"{text}@{revision}"
+
+
+def open_source(path: str | Path, packed: bool = False, revision: str | None = None) -> Source:
     """Open a checkpoint directory, a ``.gguf`` file, or a hub id (``owner/name``, ``owner/name@revision``).
 
     Args:
       path: what to open.
       packed: read GGUF's 4- and 8-bit blocks as packed weights, instead of dequantized.
+      revision: branch, tag or commit of a hub id, instead of ``@revision``.
 
     Returns:
       The source; its config says whether the head that is stored is the embedding (see `awq_jax.convert.head`).
@@ -64,7 +82,10 @@ def open_source(path: str | Path, packed: bool = False) -> Source:
     Raises:
       FormatError: the quantization method is unknown, or the weights are pickles.
       CheckpointError: nothing is there, or it is damaged.
+      ConfigError: see `at_revision`.
     """
+    if revision is not None:
+        path = at_revision(path, revision)
     text = os.fspath(path)
     local = Path(text).expanduser()
     if (

@@ -17,7 +17,7 @@ SOURCES = {"awq_jax": ROOT / "awq_jax", "awq_jax.kernels": ROOT / "kernels", "aw
 
 # Lowest first. What stands in one line may import what stands above it, and its own room.
 ROOMS = (
-    "errors dtypes _version config pack placement qtensor paths report",  # types that everything shares
+    "errors dtypes _version config pack placement qtensor paths report progress",  # types that everything shares
     "devices",
     "kernels",
     "convert",
@@ -33,7 +33,7 @@ ROOMS = (
     "serve",
     "evaluate trainable",
     "bench",
-    "cli",
+    "cli __main__",
 )
 RANK = {room: i for i, room in enumerate(" ".join(ROOMS).split())}
 

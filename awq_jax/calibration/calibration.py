@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from tqdm import tqdm
 
 from awq_jax.calibration.grams import ArrayGrams, Grams
 from awq_jax.errors import CalibrationError
@@ -22,6 +21,7 @@ from awq_jax.plan.discover import discover
 from awq_jax.plan.plan import Plan, ScaleGroup
 from awq_jax.plan.validate import validate
 from awq_jax.plan.verify import verify
+from awq_jax.progress import Progress, through
 from awq_jax.trace import interpret
 
 Args = tuple[object, ...]
@@ -134,7 +134,7 @@ def calibrate(
     verified: bool = False,
     include_head: bool = False,
     check: Callable[[Plan], object] | None = None,
-    progress: bool = True,
+    progress: Progress = True,
 ) -> Calibration:
     """Stream ``batches`` through the model once and keep `Stats` of every scale group.
 
@@ -152,7 +152,8 @@ def calibrate(
       verified: ``plan`` has been proven already.
       include_head: also keep statistics for the matmul that makes the model's output.
       check: called with the plan before any batch is run; what it raises stops the calibration.
-      progress: show a progress bar on stderr.
+      progress: show a progress bar on stderr; or call this function with what is done of how much (see
+        `awq_jax.progress`).
 
     Raises:
       CalibrationError: no batches, every batch is empty, or ``batches`` is one array.
@@ -167,11 +168,10 @@ def calibrate(
         )
     if not isinstance(batches, Iterable) or (isinstance(batches, list) and batches and np.isscalar(batches[0])):
         raise CalibrationError(f"batches is {str(batches)[:60]}: pass a list of arrays, each of them a batch")
-    bar = tqdm(batches, desc="calibrate", unit="batch", disable=not progress)
     stats: dict[str, Stats] | None = None
     step: Callable[..., dict[str, Stats]] | None = None
     tokens = 0
-    for batch in bar:
+    for batch in through(batches, progress, "calibrate", "batch"):
         args, kwargs = _arguments(batch)
         if step is None:
             plan = plan or discover(apply_fn, params, *args, **kwargs)

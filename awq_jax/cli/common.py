@@ -65,6 +65,30 @@ def add_bos(p: argparse.ArgumentParser | argparse._ArgumentGroup, what: str) -> 
                    help=f"begin {what} with BOS (default: where the tokenizer puts it before a text)")  # fmt: skip
 
 
+def add_revision(p: argparse.ArgumentParser) -> None:
+    """``--revision``, if the command takes a checkpoint that may be a hub id."""
+    source = next((a for a in p._actions if not a.option_strings and a.dest in ("src", "dir")), None)
+    if source is not None:
+        p.add_argument("--revision", metavar="REV",
+                       help=f"branch, tag or commit of a hub id (as {source.metavar}@REV)")  # fmt: skip
+
+
+def settle_revision(args: argparse.Namespace) -> None:
+    """Put ``--revision`` into the hub id that it is of.
+
+    Raises:
+      ConfigError: see `awq_jax.convert.registry.at_revision`.
+    """
+    if getattr(args, "revision", None) is None:
+        return
+    from awq_jax.convert.registry import at_revision  # JAX, for which --help must not wait
+
+    name = "src" if hasattr(args, "src") else "dir"
+    if getattr(args, name) is None:
+        raise ConfigError("--revision needs a hub id that it is of")
+    setattr(args, name, at_revision(getattr(args, name), args.revision))
+
+
 def positive(text: str) -> int:
     """An argparse type: an integer of at least 1."""
     try:

@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from awq_jax import paths
 from awq_jax.cli import check as checks
 from awq_jax.cli import quantizable, remote
@@ -25,6 +23,7 @@ from awq_jax.models.layers import cache
 from awq_jax.models.mesh import sharded_loading, sharding
 from awq_jax.models.weights import params
 from awq_jax.plan.plan import Plan
+from awq_jax.progress import through
 from awq_jax.stream import decoder_blocks
 
 Facts = dict[str, Any]  # JSON
@@ -59,12 +58,12 @@ def on_devices(source: Source | ConfigOnly, devices: int) -> Facts:
         leaves = sharded_loading.leaves_of(source, weights, shapes)
     cuts = sharding.rule(config, leaves, devices)
     kept = cache.bytes_per_token(config, devices)
-    text = sharding.explain(leaves, cuts, devices)
+    whole, _, kinds = sharding.explain(leaves, cuts, devices).partition("\n")
     return {
         "devices": devices,
         "bytes_per_device": sharding.per_device(leaves, cuts, devices),
         "cache_bytes_per_token": kept,
-        "text": f"{text}\n  keys and values in 16 bits: {kept / 1e3:,.1f} kB for each token of each row",
+        "text": f"{kinds}\n{whole}\nkeys and values in 16 bits: {kept / 1e3:,.1f} kB for each token of each row",
     }
 
 
@@ -86,7 +85,7 @@ def problems(source: Source | ConfigOnly, path: Path, check: bool, progress: boo
     found += [("config.json", what) for what in checks.config(source)]
     if check:
         found += [("model", what) for what in checks.model(source)]
-        names = tqdm(_sorted(source), desc="check", unit="tensor", disable=not progress, leave=False, delay=1)
+        names = through(_sorted(source), progress, "check", "tensor", leave=False, delay=1)
         found += checks.values(source, names)
     return [{"where": where, "what": what} for where, what in found]
 

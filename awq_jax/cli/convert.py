@@ -8,11 +8,10 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
 from awq_jax import report
 from awq_jax.cli import common
 from awq_jax.errors import ConfigError
+from awq_jax.progress import bar
 
 if TYPE_CHECKING:
     from awq_jax.convert.conversion import Conversion
@@ -69,11 +68,11 @@ def run(args: argparse.Namespace) -> None:
     source = args.src
     if args.search is not None:
         source = convert.apply_search(convert.open_source(args.src), args.search)
-    with tqdm(desc="convert", unit="B", unit_scale=True, disable=args.quiet, leave=False, delay=1) as bar:
+    with bar(not args.quiet, "convert", "B", leave=False, delay=1, unit_scale=True) as shown:
 
         def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
+            shown.total = total
+            shown.update(done - shown.n)
 
         result = convert.checkpoint(
             source,

@@ -37,6 +37,8 @@ def build_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in (quantize, convert, evaluate, generate, inspect, bench, demo):
         command.add(subparsers)
+    for p in subparsers.choices.values():
+        common.add_revision(p)
     return parser
 
 
@@ -53,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         with _remarks_on_stderr(args.quiet), _programs_kept(not args.no_cache):
+            common.settle_revision(args)
             args.run(args)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader (head, less) has gone: not an error, but nothing more can be written

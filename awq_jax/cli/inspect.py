@@ -13,6 +13,7 @@ from awq_jax.cli import common
 
 if TYPE_CHECKING:
     from awq_jax.cli.contents import Facts
+    from awq_jax.plan.plan import Plan
 
 _EXAMPLES = """
 awq-jax inspect ./model-awq
@@ -30,8 +31,9 @@ def add(subparsers: common.Commands) -> None:
         "inspect",
         run,
         "show what a checkpoint holds, and check it",
-        "Format, bits, group size and sizes of a checkpoint, which linears are float, whether it can be quantized and "
-        "how it would be scaled, a table of its tensors, and what is wrong with it. Only config and headers are read, "
+        "A table of a checkpoint's tensors, what is wrong with it, and at the end its format, bits, group size and "
+        "sizes, which linears are float, whether it can be quantized and how it would be scaled. Only config and "
+        "headers are read, "
         "also of a checkpoint on the hub, so it takes seconds whatever the size (a directory may hold config.json "
         "alone); --check reads every tensor, and ends with status 1 if it finds a problem.",
         _EXAMPLES,
@@ -56,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
     with contents.opened(args.dir, whole=args.check) as source:
         if args.plan:
             plan = contents.plan(source)
-            print(common.to_json(plan.to_dict()) if args.json else plan)
+            print(common.to_json(plan.to_dict()) if args.json else f"{plan}\n\n{_count(plan)}")
             return
         if args.devices:
             spread = contents.on_devices(source, args.devices)
@@ -74,10 +76,13 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _print(found: Facts, check: bool) -> None:
+    """The long things first: what stands last is what a terminal shows."""
+    if found["tensors"]:
+        _print_tensors(found, check)
     print("\n".join(report.columns(_summary(found))))
-    if not found["tensors"]:
-        return
-    print()
+
+
+def _print_tensors(found: Facts, check: bool) -> None:
     head = ("tensor", "shape", "type", "group", "scales", "size")
     rows = [
         (
@@ -95,6 +100,16 @@ def _print(found: Facts, check: bool) -> None:
     print("problems" if found["problems"] else f"no problem found{'' if check else ' in the headers'}")
     for problem in found["problems"]:
         print(f"  {_plain(problem['where'])}: {_plain(problem['what'])}")
+    print()
+
+
+def _count(plan: Plan) -> str:
+    """How many groups a plan has."""
+    scaled = sum(1 for g in plan.groups if g.absorbers)
+    return (
+        f"{len(plan.groups)} scale groups of {sum(len(g.sites) for g in plan.groups)} weights: {scaled} are scaled, "
+        f"{len(plan.groups) - scaled} have nothing that absorbs a scale; weights that stay float: {len(plan.skipped)}"
+    )
 
 
 def _plain(text: str) -> str:

@@ -8,7 +8,6 @@ from typing import Any, Literal, TypeVar, overload
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from awq_jax import paths, report
 from awq_jax.algorithm.methods import METHODS
@@ -21,6 +20,7 @@ from awq_jax.errors import CalibrationError, ConfigError, WeightError
 from awq_jax.plan import fold
 from awq_jax.plan.plan import Plan, ScaleGroup
 from awq_jax.plan.validate import validate
+from awq_jax.progress import Progress, bar
 from awq_jax.qtensor import QuantizedTensor, Weight
 from awq_jax.quantizer.scale_groups import GroupScale, find_scale, round_group
 from awq_jax.quantizer.targets import Target, select
@@ -48,7 +48,7 @@ def quantize(
     config: AwqConfig | None = None,
     *,
     apply_fn: Callable[..., object] | None = None,
-    progress: bool = True,
+    progress: Progress = True,
     return_report: bool = False,
     **settings: object,
 ) -> T | tuple[T, report.Report]:
@@ -62,7 +62,8 @@ def quantize(
         ``method="rtn"`` only, a bare `Plan`.
       config: an `AwqConfig`; or pass its fields as keyword arguments.
       apply_fn: the model's function, needed when ``calib`` is raw batches.
-      progress: show a progress bar on stderr.
+      progress: show a progress bar on stderr; or call this function with what is done of how much (see
+        `awq_jax.progress`).
       return_report: also return a `Report`.
       **settings: fields of `AwqConfig`.
 
@@ -116,8 +117,8 @@ def quantize(
             "or with the plan in use"
         )
     checked = time.perf_counter()
-    with tqdm(total=2 * len(work), desc="quantize", unit="group", disable=not progress) as bar:
-        done = quantize_groups(plan, work, parameters, calib.stats.get, config, bar.update)
+    with bar(progress, "quantize", "group", 2 * len(work)) as shown:
+        done = quantize_groups(plan, work, parameters, calib.stats.get, config, shown.update)
     out = paths.map_with_path(lambda path, _: done.leaves[path], params)
     if not return_report:
         return out

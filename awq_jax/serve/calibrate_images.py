@@ -20,6 +20,7 @@ from awq_jax.models.vision.config import TOWER
 from awq_jax.plan.discover import discover
 from awq_jax.plan.plan import Plan
 from awq_jax.plan.verify import verify
+from awq_jax.progress import Progress
 from awq_jax.quantizer import quantize as quantizer
 from awq_jax.report import Report
 
@@ -30,7 +31,7 @@ def quantize(
     architecture: ModelConfig,
     batches: Sequence[Mapping[str, Any]],
     config: AwqConfig,
-    progress: bool,
+    progress: Progress,
 ) -> tuple[nnx.State, Report]:
     """Quantize ``params`` with the statistics of ``batches`` (see `awq_jax.serve.calibration_batches`).
 

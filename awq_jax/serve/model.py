@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,8 +17,7 @@ from jax.typing import ArrayLike, DTypeLike
 from awq_jax import data, models, paths
 from awq_jax.algorithm.methods import METHODS
 from awq_jax.config import SAMPLES, SEQ_LEN, AwqConfig
-from awq_jax.convert import registry, writing
-from awq_jax.convert.files.shards import refuse_existing
+from awq_jax.convert import registry
 from awq_jax.convert.source import Source
 from awq_jax.convert.text import TokenizerLike
 from awq_jax.devices.pool import pool_of
@@ -29,25 +26,24 @@ from awq_jax.dtypes import name_of
 from awq_jax.errors import ConfigError, ShapeError
 from awq_jax.models.mesh import sharded_loading, sharding
 from awq_jax.models.vision import inputs as vision
-from awq_jax.models.weights import naming
 from awq_jax.models.weights import params as model_params
 from awq_jax.placement import Placement
+from awq_jax.progress import Progress
 from awq_jax.qtensor import is_quantized
 from awq_jax.report import Report, size
-from awq_jax.serve import calibrate_images, calibration_batches, prompts
+from awq_jax.serve import calibrate_images, calibration_batches, prompts, saving
 from awq_jax.serve.detokenize import Detokenizer
 from awq_jax.serve.generate import check_tokens
 from awq_jax.serve.sampling import Sampling
 from awq_jax.serve.served_weights import ServedWeights
 from awq_jax.stream.session import Session
 
-log = logging.getLogger(__name__)
-
 
 def load(
     path: str | Path,
     dtype: DTypeLike | None = None,
     *,
+    revision: str | None = None,
     merge: bool | None = None,
     resident: bool | None = None,
     mesh: Mesh | int | None = None,
@@ -58,6 +54,7 @@ def load(
       path: a directory in Hugging Face's layout (float or quantized), a ``.gguf`` file, or a hub id.
       dtype: of floating-point tensors and activations, ``"float32"``, ``"bfloat16"`` or
         ``"float16"``, or a type such as ``jnp.bfloat16``; None keeps what is stored (GGUF: float32).
+      revision: branch, tag or commit of a hub id.
       merge: while generating, linears that read the same activation are one (exact, and undone when
         the parameters are asked for); None: if any is packed.
       resident: generate with a float32 copy of packed weights; None: on CPU, if the copy takes
@@ -70,10 +67,10 @@ def load(
       CheckpointError: the files cannot be read.
       WeightError: a tensor is missing, unexpected, or holds NaN or inf.
       ShapeError: a tensor has not the shape that ``config.json`` implies.
-      ConfigError: unknown ``dtype``, or a broken ``config.json``.
+      ConfigError: unknown ``dtype``, a broken ``config.json``, or a ``revision`` of a local path.
     """
     name = name_of(dtype)
-    source = registry.open_source(path)
+    source = registry.open_source(path, revision=revision)
     return from_source(source, name or ("float32" if source.format == "gguf" else None), merge, resident, mesh)
 
 
@@ -300,7 +297,7 @@ class Model:
         column: str | None = None,
         bos: str = "auto",
         mesh: Mesh | None = None,
-        progress: bool = True,
+        progress: Progress = True,
         **settings: Any,
     ) -> Report:
         """Quantize the weights in place.
@@ -317,7 +314,7 @@ class Model:
           column, bos: of the calibration data, if they are rows or text (see `awq_jax.data.load`).
           mesh: devices that share the work (see `awq_jax.quantize_checkpoint`), each with a copy of the block at
             work; they do not change the result. Calibration with images uses one.
-          progress: show progress bars on stderr.
+          progress: show progress bars on stderr, or a function that is called (see `awq_jax.progress`).
           **settings: fields of `AwqConfig`. ``explicit_scale`` is False unless given, so that every
             checkpoint format can hold the result.
 
@@ -352,7 +349,7 @@ class Model:
             else:
                 given = calib, samples, seq_len, seed, column, bos
                 read = calibration_batches.of_text(self.config, self.tokenizer, *given)
-                shown = progress and pool.rank == 0
+                shown = progress if pool.rank == 0 else False
                 params, report = session.run_in_memory(self.take_params(), read.batches(batch_size), shown)
                 report.calibration = read.description
             self._weights.replace(params)
@@ -378,23 +375,5 @@ class Model:
           FormatError: the format is unknown or cannot hold these weights.
           CheckpointError: ``dst`` exists and ``overwrite`` is not set.
         """
-        if format == "auto":  # others are looked at where they are written, before anything is
-            refuse_existing(Path(dst).expanduser().absolute(), overwrite)
-        params = self.take_params()
-        if format == "auto":
-            format, why = "float", ", because no weight is quantized"
-            if self._weights.packed():
-                format, why = writing.first_that_holds(lambda: model_params.tensors(params, self.config))
-            log.info("saving as %s%s", format, why)
-        writing.write_checkpoint(
-            dst,
-            itertools.chain(model_params.tensors(params, self.config), naming.carried(self.source, self.config)),
-            self.hf_config,
-            format,
-            self.settings,
-            tokenizer=self.tokenizer,
-            extra=self.source,
-            overwrite=overwrite,
-            allow_lossy=allow_lossy,
-        )
-        return format
+        what = saving.Saved(self.config, self.hf_config, self.source, self.tokenizer, self.settings)
+        return saving.save(self.take_params, what, dst, format, overwrite, allow_lossy)

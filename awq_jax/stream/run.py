@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
-from tqdm import tqdm
 
 from awq_jax.config import SAMPLES, SEQ_LEN
 from awq_jax.convert.files.manifest import Manifest
@@ -33,6 +32,7 @@ from awq_jax.dtypes import name_of
 from awq_jax.errors import CheckpointError, ConfigError, FormatError, Setting
 from awq_jax.models.weights import naming
 from awq_jax.models.weights import params as model_params
+from awq_jax.progress import Bar, Progress, bar
 from awq_jax.qtensor import QuantizedTensor
 from awq_jax.report import Report
 from awq_jax.stream import parts
@@ -74,7 +74,7 @@ def quantize_checkpoint(
     resume: bool = False,
     restart: bool = False,
     mesh: Mesh | None = None,
-    progress: bool = True,
+    progress: Progress = True,
     **settings: object,
 ) -> Outcome:
     """Quantize a checkpoint without holding more than two of its blocks at a time.
@@ -103,7 +103,8 @@ def quantize_checkpoint(
         the mesh's, however it is arranged; None: one, or all where JAX runs in several processes. The bits do
         not depend on it, and a run may be continued with another. All processes make the same call, see
         ``src`` and ``dst`` on a file system that they share, and each writes some of the parts.
-      progress: show a progress bar on stderr (of process 0).
+      progress: show a progress bar on stderr (of process 0); or call this function with what is done of how much
+        (see `awq_jax.progress`).
       **settings: fields of `AwqConfig`; ``explicit_scale`` is False unless given.
 
     Raises:
@@ -126,7 +127,7 @@ def quantize_checkpoint(
         return run(job, resume=resume, restart=restart, progress=progress)
 
 
-def run(job: Job, *, resume: bool = False, restart: bool = False, progress: bool = True) -> Outcome:
+def run(job: Job, *, resume: bool = False, restart: bool = False, progress: Progress = True) -> Outcome:
     """Do, or continue, what `awq_jax.stream.job.prepare` has checked; see `quantize_checkpoint`."""
     pool = job.session.pool
     job.agree()
@@ -140,9 +141,8 @@ def run(job: Job, *, resume: bool = False, restart: bool = False, progress: bool
     try:
         with parts.opened(job) as done:
             resumed = len(done.shards)
-            silent = not progress or pool.rank > 0
-            with tqdm(total=len(job.session.blocks), desc="quantize", unit="block", disable=silent) as bar:
-                _quantize(job, done, bar)
+            with bar(progress if not pool.rank else False, "quantize", "block", len(job.session.blocks)) as shown:
+                _quantize(job, done, shown)
             start = time.perf_counter()
             ended = ("", "") if pool.rank else parts.finish(job, done)
             format, problem = json.loads(pool.meet(json.dumps(ended))[0])
@@ -162,14 +162,14 @@ def run(job: Job, *, resume: bool = False, restart: bool = False, progress: bool
     return Outcome(report, format, resumed)
 
 
-def _quantize(job: Job, done: Manifest, bar: tqdm) -> None:
+def _quantize(job: Job, done: Manifest, shown: Bar) -> None:
     """Make the parts that are not there yet."""
     session, config = job.session, job.session.chain.config
     blocks = session.blocks
     finished = len(done.shards)
     for block, note in zip(blocks, done.notes, strict=False):
         session.restore(block, note)
-    bar.update(min(finished, len(blocks)))
+    shown.update(min(finished, len(blocks)))
     if finished > len(blocks):
         return
     with parts.PartWriter(job, done) as writer:
@@ -181,7 +181,7 @@ def _quantize(job: Job, done: Manifest, bar: tqdm) -> None:
             for result in session.run(blocks[finished:], reader, hidden):
                 writer.put(number, list(model_params.tensors(result.leaves, config)), session.note(result))
                 hidden.forget(len(done.shards))
-                bar.update()
+                shown.update()
                 number += 1  # `enumerate` would hold on to the block while the next is at work
                 del result
                 host_memory.trim()

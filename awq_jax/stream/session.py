@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from tqdm import tqdm
 
 from awq_jax import paths
 from awq_jax.calibration import calibration, expert_grams
@@ -28,6 +27,7 @@ from awq_jax.models.config import ModelConfig
 from awq_jax.pack import Array
 from awq_jax.plan.plan import Plan, ScaleGroup
 from awq_jax.plan.verify import verify
+from awq_jax.progress import Progress, through
 from awq_jax.qtensor import Weight
 from awq_jax.quantizer import quantize as quantizer
 from awq_jax.quantizer.targets import select
@@ -144,14 +144,14 @@ class Session:
             del done
 
     def run_in_memory(
-        self, params: nnx.State, batches: Sequence[np.ndarray], progress: bool = True
+        self, params: nnx.State, batches: Sequence[np.ndarray], progress: Progress = True
     ) -> tuple[nnx.State, Report]:
         """Calibrate and quantize all blocks of a decoder that is in memory.
 
         Args:
           params: its float parameters.
           batches: calibration tokens, int32 ``[B, T]`` each.
-          progress: show a progress bar on stderr.
+          progress: show a progress bar on stderr, or a function (see `awq_jax.progress`).
 
         Returns:
           The parameters, packed where they are quantized, and what was done.
@@ -163,8 +163,7 @@ class Session:
         def read(block: DecoderBlock) -> Leaves:
             return {path: floats[block.prefix + path] for path in self.read_by(block)}
 
-        bar = tqdm(self.blocks, desc="quantize", unit="block", disable=not progress)
-        for done in self.run(bar, read, InMemory(batches)):
+        for done in self.run(through(self.blocks, progress, "quantize", "block"), read, InMemory(batches)):
             leaves |= done.leaves
             notes.append(self.note(done))
         report = self.report(notes, batches)

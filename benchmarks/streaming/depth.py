@@ -5,15 +5,12 @@ import json
 import sys
 import time
 from pathlib import Path
-from unittest import mock
 
 import jax
 import numpy as np
 from shared import checkpoints, running
-from tqdm import tqdm
 
 import awq_jax
-from awq_jax.stream import run
 
 SETTLED = 50  # blocks after which memory may no longer grow
 
@@ -28,18 +25,14 @@ def deep(directory: Path, target: Path, *, samples: int = 8, seq_len: int = 64, 
         if event.endswith("backend_compile_duration"):
             compiled.append(event)
 
-    class Bar(tqdm):
-        """Notes compilations, resident bytes and live objects where the progress bar moves."""
-
-        def update(self, n: float | None = 1) -> bool | None:
-            objects = len(gc.get_objects()) if len(marks) % 100 == 0 else 0
-            marks.append((len(compiled), running.status_bytes("VmRSS"), objects))
-            return super().update(n)
+    def block_is_done(done: int, total: int | None) -> None:
+        """Notes compilations, resident bytes and live objects."""
+        objects = len(gc.get_objects()) if len(marks) % 100 == 0 else 0
+        marks.append((len(compiled), running.status_bytes("VmRSS"), objects))
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     start, chosen = time.perf_counter(), running.settings(options.split())
-    with mock.patch.object(run, "tqdm", Bar):
-        done = awq_jax.quantize_checkpoint(directory, target, calib, progress=False, **chosen)
+    done = awq_jax.quantize_checkpoint(directory, target, calib, progress=block_is_done, **chosen)
     seconds = time.perf_counter() - start
     layers = marks[2:-1]  # at the start, embedding, layers, head
     settled = np.array([b for _, b, _ in layers[min(SETTLED, len(layers) // 2) :]], float)

@@ -48,7 +48,7 @@ class Interrupted:
     def interrupt(self, target: Path, hidden: str, wait: Callable[[subprocess.Popen[bytes]], None]) -> Row | None:
         """Start, ``wait``, and kill; how far it got, or None if it had reached the end."""
         before, began = finished(target), time.perf_counter()
-        command = [sys.executable, "-m", "awq_jax.cli", *self.command(target, hidden)]
+        command = [sys.executable, "-m", "awq_jax", *self.command(target, hidden)]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         wait(process)
         if process.poll() is None:

@@ -10,7 +10,7 @@ from awq_jax.convert.source import MARKS, DirectorySource
 from awq_jax.errors import CheckpointError, FormatError
 from awq_jax.qtensor import QuantizedTensor
 
-HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
+HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>\S+))?")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 CONFIGS = ("config.json", "quant_config.json")
 

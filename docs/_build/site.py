@@ -59,6 +59,6 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 def _help(*command: str) -> str:
     run = subprocess.run(
-        [sys.executable, "-m", "awq_jax.cli", *command, "--help"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "awq_jax", *command, "--help"], capture_output=True, text=True, check=True
     )
     return run.stdout.strip()

@@ -85,6 +85,21 @@ def test_without_check_nothing_but_headers_is_read(gemm: Path, monkeypatch: pyte
     assert code == 0
     assert "left float  lm_head.weight" in text
     assert "no problem found in the headers" in text
+    table, summary = text.index("self_attn.q_proj.weight  "), text.index("format      gemm")
+    assert table < text.index("no problem found") < summary  # what stands last is what a terminal shows
+    assert text.splitlines()[-4].startswith("scaled      q k v <- ")
+
+
+def test_every_form_ends_with_its_summary(gemm: Path) -> None:
+    lines = run(gemm, "--plan")[1].splitlines()
+    assert lines[-1].startswith("5 scale groups of 8 weights: 5 are scaled, 0 have nothing")
+    assert sum(line.startswith("    absorb") for line in lines) == 5
+    lines = run(gemm, "--devices", "2")[1].splitlines()
+    assert [line.partition(":")[0].partition(",")[0] for line in lines[-2:]] == [
+        "2 devices",
+        "keys and values in 16 bits",
+    ]
+    assert len(lines) > 6
 
 
 def test_every_format_is_described_and_passes_its_check(seeds: list[fuzz.Seed], tmp_path: Path) -> None:

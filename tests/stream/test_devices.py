@@ -62,7 +62,7 @@ def start(directory: Path, out: Path, count: int, devices: int) -> list[subproce
     port = free_port()
 
     def one(rank: int) -> subprocess.Popen[str]:
-        argv = [sys.executable, "-m", "awq_jax.cli", *command(directory, out)]
+        argv = [sys.executable, "-m", "awq_jax", *command(directory, out)]
         argv += ["--coordinator", f"127.0.0.1:{port}", "--processes", str(count), "--process-id", str(rank)]
         pipe = subprocess.PIPE
         return subprocess.Popen(argv, env=simulated_devices.environment(devices), stdout=pipe, stderr=pipe, text=True)
@@ -148,7 +148,7 @@ def test_an_error_of_one_process_ends_the_others(made, tmp_path):
     np.save(tmp_path / "other.npy", TOKENS[::-1])
     port, running = free_port(), []
     for rank, tokens in enumerate((made / "tokens.npy", tmp_path / "other.npy")):
-        argv = [sys.executable, "-m", "awq_jax.cli", *command(made, tmp_path / "out")]
+        argv = [sys.executable, "-m", "awq_jax", *command(made, tmp_path / "out")]
         argv[argv.index("--calib") + 1] = str(tokens)
         argv += ["--coordinator", f"127.0.0.1:{port}", "--processes", "2", "--process-id", str(rank)]
         running.append(subprocess.Popen(argv, env=simulated_devices.environment(2), stderr=subprocess.PIPE, text=True))

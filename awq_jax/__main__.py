@@ -1,4 +1,4 @@
-"""``python -m awq_jax.cli``: as ``awq-jax``."""
+"""``python -m awq_jax``: as ``awq-jax``."""
 
 import sys
 
