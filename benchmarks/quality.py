@@ -35,8 +35,8 @@ class Reference(NamedTuple):
 def self_sampled(model: Model, rows: int, length: int, seed: int) -> np.ndarray:
     """int32 ``[rows, length]``: tokens drawn from the model itself at temperature 1, from its bos token."""
     bos = int(model.hf_config.get("bos_token_id", 1))
-    sampling = Sampling(temperature=1.0)
-    drawn = model.generator.run(model.params, [[bos]] * rows, max_new_tokens=length - 1, sampling=sampling, seed=seed)
+    sampling = Sampling(temperature=1.0, seed=seed)
+    drawn = model.generator.run(model.params, [[bos]] * rows, max_new_tokens=length - 1, sampling=sampling)
     return np.asarray([[bos, *row] for row in drawn], np.int32)
 
 

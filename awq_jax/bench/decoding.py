@@ -14,7 +14,7 @@ from awq_jax.errors import ConfigError
 from awq_jax.models.config import ModelConfig
 from awq_jax.qtensor import is_quantized
 from awq_jax.serve.generate import bucket
-from awq_jax.serve.sampling import Sampling
+from awq_jax.serve.sampling import Draws
 from awq_jax.serve.served_weights import ServedWeights
 
 # What a row says about decoding and not about prefill.
@@ -43,13 +43,13 @@ class DecodingTimer:
         self.weights, self.batch, self.context, self.steps = weights, batch, context, steps
         self._tokens = np.random.default_rng(0).integers(0, c.vocab_size, (batch, context)).astype(np.int32)
         self._lengths = np.full(batch, context, np.int32)
-        self._options = (jax.random.key(0), np.float32(0), np.int32(0), np.float32(1))
-        mode, slots = Sampling().mode, bucket(context + steps, 64)
-        arguments: tuple[Any, ...] = (self.params, self._tokens, self._lengths, *self._options)
-        self._prefill = generator.prefill.lower(*arguments, slots=slots, mode=mode).compile()
-        self._token, self._cache = jax.block_until_ready(self._prefill(*arguments))
-        arguments = (self.params, self._cache, self._token, self._lengths, *self._options)
-        self._step = generator.step.lower(*arguments, mode=mode).compile()
+        slots = bucket(context + steps, 64)
+        arguments: tuple[Any, ...] = (self.params, self._tokens, self._lengths, Draws())  # greedy
+        self._prefill = generator.compiled(generator.prefill, *arguments, slots=slots)
+        drawn, _, self._cache = jax.block_until_ready(self._prefill(*arguments))
+        self._token = drawn.ids
+        arguments = (self.params, self._cache, Draws(), self._token, self._lengths)
+        self._step = generator.compiled(generator.step, *arguments)
 
     def cache_bytes(self) -> int:
         """Of keys and values."""
@@ -63,7 +63,7 @@ class DecodingTimer:
     def prefill(self) -> float:
         """Seconds for the prompt."""
         start = time.perf_counter()
-        jax.block_until_ready(self._prefill(self.params, self._tokens, self._lengths, *self._options))
+        jax.block_until_ready(self._prefill(self.params, self._tokens, self._lengths, Draws()))
         return time.perf_counter() - start
 
     def decode(self) -> tuple[float, float]:
@@ -71,7 +71,8 @@ class DecodingTimer:
         start, cpu = time.perf_counter(), time.process_time()
         token, cache = self._token, self._cache
         for i in range(self.steps):
-            token, cache = self._step(self.params, cache, token, self._lengths + np.int32(i), *self._options)
+            drawn, _, cache = self._step(self.params, cache, Draws(), token, self._lengths + np.int32(i))
+            token = drawn.ids
         jax.block_until_ready(token)
         took = time.perf_counter() - start, time.process_time() - cpu
         self._token, self._cache = token, cache

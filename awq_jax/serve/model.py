@@ -31,10 +31,10 @@ from awq_jax.placement import Placement
 from awq_jax.progress import Progress
 from awq_jax.qtensor import is_quantized
 from awq_jax.report import Report, size
-from awq_jax.serve import calibrate_images, calibration_batches, prompts, saving
-from awq_jax.serve.detokenize import Detokenizer
-from awq_jax.serve.generate import check_tokens
-from awq_jax.serve.sampling import Sampling
+from awq_jax.serve import answer, calibrate_images, calibration_batches, prompts, saving
+from awq_jax.serve.answer import Answer, Prompts, Stream
+from awq_jax.serve.generate import Past, check_tokens
+from awq_jax.serve.sampling import of_rows
 from awq_jax.serve.served_weights import ServedWeights
 from awq_jax.stream.session import Session
 
@@ -213,16 +213,12 @@ class Model:
 
     def generate(
         self,
-        prompt: str | Sequence[prompts.Message] | Sequence[prompts.Prompt] | Mapping[str, Any],
+        prompt: Prompts,
         *,
         max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        stop: str | Sequence[str] = (),
-        seed: int = 0,
-        stream: Callable[[str], None] | Callable[[str, int], None] | None = None,
+        stream: Stream | None = None,
         chat: bool = False,
+        **settings: Any,
     ) -> list[str]:
         """Continue one or several prompts as one batch.
 
@@ -231,56 +227,48 @@ class Model:
             message, and a list of ``{"role", "content"}`` dicts is one conversation. What a
             processor returned for texts and images (see `inputs`) is taken as it is.
           max_new_tokens: at most this many tokens per answer.
-          temperature, top_k, top_p: see `awq_jax.serve.sampling.Sampling`; the default is greedy.
-          stop: strings that end an answer; not part of it.
-          seed: of the random draws.
           stream: called with each piece of text, in whole characters, as soon as it is certain; with
             several prompts, with the piece and the prompt's number.
           chat: wrap the prompts in the tokenizer's chat template.
+          **settings: fields of `awq_jax.serve.sampling.Sampling`: ``temperature`` (the default is 0: greedy),
+            ``top_k``, ``top_p``, ``min_p``, ``repetition_penalty``, ``presence_penalty``, ``frequency_penalty``,
+            ``stop``, ``stop_ids``, ``logit_bias``, ``logprobs``, and ``seed``, which may be a list with a seed for each
+            prompt: an answer with a seed of its own is the same in any batch.
 
         Returns:
-          The new text of each prompt.
+          The new text of each prompt. `answers` says more of each.
 
         Raises:
           ConfigError: without a tokenizer or chat template, or on a value out of range.
           ShapeError: a prompt is empty or too long.
         """
-        if self.tokenizer is None:
-            raise ConfigError("the checkpoint has no tokenizer; put tokenizer.json beside its weights")
-        sampling = Sampling(temperature, top_k, top_p)
-        images: dict[str, np.ndarray] | None = None
-        if isinstance(prompt, Mapping):
-            images, lengths = vision.inputs(self.config, prompt)
-            rows = [row[:n].tolist() for row, n in zip(images.pop("input_ids"), lengths, strict=True)]
-        else:
-            rows = prompts.encode(self.tokenizer, prompt, chat)
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
-        if "" in stops:
-            raise ConfigError("a stop string is empty")
-        texts = [Detokenizer(self.tokenizer, ids, stops) for ids in rows]
+        found = self.answers(prompt, max_new_tokens=max_new_tokens, stream=stream, chat=chat, **settings)
+        return [one.text for one in found]
 
-        def emit(row: int, piece: str) -> None:
-            if stream is not None and piece:
-                stream(piece, *([row] if len(rows) > 1 else []))
+    def answers(
+        self,
+        prompt: Prompts,
+        *,
+        max_new_tokens: int = 128,
+        stream: Stream | None = None,
+        chat: bool = False,
+        past: Past | None = None,
+        **settings: Any,
+    ) -> list[Answer]:
+        """As `generate`: texts with why they end, counts of tokens, speed, and log probabilities if asked for.
 
-        def on_token(row: int, token: int) -> bool:
-            emit(row, texts[row].push(token))
-            return texts[row].stopped
+        Args:
+          prompt, max_new_tokens, stream, chat, settings: as for `generate`.
+          past: of a single prompt; passed with every turn of a conversation, so that only what is new is read.
 
-        generator, params = self._weights.serving()
-        generator.run(
-            params,
-            rows,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            seed=seed,
-            eos=self.eos_ids(),
-            on_token=on_token,
-            images=images,
+        Raises:
+          ConfigError, ShapeError: as for `generate`.
+        """
+        rows, images = answer.rows_of(self.config, self.tokenizer, prompt, chat)
+        sampling, tokenizer = of_rows(len(rows), settings), prompts.needed(self.tokenizer)
+        return answer.answer_rows(
+            *self._weights.serving(), tokenizer, rows, sampling, max_new_tokens, self.eos_ids(), stream, images, past
         )
-        for row, text in enumerate(texts):
-            emit(row, text.finish())
-        return [text.text for text in texts]
 
     def eos_ids(self) -> tuple[int, ...]:
         """Ids that end an answer: generation config, model config and tokenizer together."""

@@ -26,8 +26,7 @@ def encode(
     Raises:
       ConfigError: there is no tokenizer or no chat template.
     """
-    if tokenizer is None:
-        raise ConfigError("the checkpoint has no tokenizer; put tokenizer.json beside its weights")
+    tokenizer = needed(tokenizer)
     if isinstance(prompt, str) or (len(prompt) and all(isinstance(p, int | np.integer) for p in prompt)):
         prompt = cast(Sequence[Prompt], [prompt])
     if unlike := next((p for p in prompt if not isinstance(p, str | Sequence | np.ndarray | Mapping)), None):
@@ -40,6 +39,13 @@ def encode(
     talks = [prompt] if one else [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompt]
     conversations = cast(Sequence[Sequence[Message]], talks)
     return [tokenizer.apply_chat_template(t, add_generation_prompt=True, return_dict=False) for t in conversations]
+
+
+def needed(tokenizer: TokenizerLike | None) -> TokenizerLike:
+    """The tokenizer, where there must be one (`ConfigError`)."""
+    if tokenizer is None:
+        raise ConfigError("the checkpoint has no tokenizer; put tokenizer.json beside its weights")
+    return tokenizer
 
 
 def eos_ids(generation: HfConfig, config: HfConfig, tokenizer: TokenizerLike | None) -> tuple[int, ...]:

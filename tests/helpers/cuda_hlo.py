@@ -110,6 +110,7 @@ def temporary(kind: str, layers: int, tokens: int) -> dict[str, int]:
     from awq_jax.models import init_cache
     from awq_jax.models.weights import params as model_params
     from awq_jax.serve.generate import Generator
+    from awq_jax.serve.sampling import Draws
 
     where = NamedSharding(mesh(), PartitionSpec())
     c = dataclasses.replace(random_models.config("llama-2-7b", layers), vocab_size=1024)
@@ -119,16 +120,15 @@ def temporary(kind: str, layers: int, tokens: int) -> dict[str, int]:
         return kernels.prepare(params, "cuda") if kind == "triton" else params
 
     params, one = at(jax.eval_shape(make), where), jnp.zeros(1, jnp.int32)
-    options = one, jax.random.key(0), jnp.float32(0), jnp.int32(0), jnp.float32(1)
-    options = at(jax.eval_shape(lambda: options), where)
+    one = at(jax.eval_shape(lambda: one), where)
     generator = Generator(model_params.abstract(c)[0], c)
     with on_h200():
         if tokens:
             prompt = jax.ShapeDtypeStruct((1, tokens), jnp.int32, sharding=where)
-            program = generator.prefill.lower(params, prompt, *options, slots=tokens + 64, mode="greedy")
+            program = generator.prefill.lower(params, prompt, one, Draws(), slots=tokens + 64)
         else:
             cache = at(jax.eval_shape(lambda: init_cache(c, 1, 64, jnp.bfloat16)), where)
-            program = generator.step.lower(params, cache, options[0], *options, mode="greedy")
+            program = generator.step.lower(params, cache, Draws(), one, one)
     assert ("triton_kernel_call" in program.as_text()) == (kind == "triton")
     temp = program.compile().memory_analysis().temp_size_in_bytes
     return {"temp": temp, "tile": decoding.largest_tile(params)}

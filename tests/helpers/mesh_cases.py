@@ -26,7 +26,7 @@ from awq_jax.models.mesh import sharding
 from awq_jax.models.weights import fuse
 from awq_jax.models.weights import params as model_params
 from awq_jax.qtensor import is_quantized
-from awq_jax.serve.sampling import Sampling
+from awq_jax.serve.sampling import Draws, Sampling
 from awq_jax.serve.served_weights import ServedWeights
 
 TOKENS = np.random.default_rng(0).integers(0, 60, (2, 9)).astype(np.int32)
@@ -121,11 +121,16 @@ def collectives(text: str) -> list[str]:
 
 def step_text(generator: Any, params: Any) -> str:
     """The compiled program of one decoding step of two rows."""
-    options = (jax.random.key(0), np.float32(0), np.int32(0), np.float32(1))
     lengths = np.array([9, 9], np.int32)
-    padded = np.pad(TOKENS, ((0, 0), (0, 7)))  # as `Generator.run` pads, which has compiled this
-    cache = generator.prefill(params, padded, lengths, *options, slots=64, mode="greedy")[1]
-    return generator.step.lower(params, cache, TOKENS[:, 0], lengths, *options, mode="greedy").compile().as_text()
+    arguments = (
+        params,
+        np.pad(TOKENS, ((0, 0), (0, 7))),
+        lengths,
+        Draws(),
+        None,
+    )  # as `run` pads, which has compiled this
+    cache = generator.compiled(generator.prefill, *arguments, slots=64)(*arguments)[2]
+    return generator.step.lower(params, cache, Draws(), TOKENS[:, 0], lengths).compile().as_text()
 
 
 def case(name: str) -> dict[str, Any]:

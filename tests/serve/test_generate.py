@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_checkpoints
@@ -13,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from awq_jax import errors
 from awq_jax.convert.source import Info
-from awq_jax.serve import prompts, sampling
+from awq_jax.serve import generate, prompts, sampling
 from awq_jax.serve.detokenize import Detokenizer
 from awq_jax.serve.model import from_source
 
@@ -72,61 +71,27 @@ def test_one_compilation_per_bucket(pair):
         generator.run(model.params, [[9] * n, [8]], max_new_tokens=steps, sampling=sampling.Sampling())
     for temperature in (0.5, 2.0):
         for p in (0.3, 0.9):
-            s = sampling.Sampling(temperature, 7, p)
-            generator.run(model.params, [[9], [8]], max_new_tokens=3, sampling=s, seed=int(10 * p))
-    assert generator.prefill._cache_size() == 2
-    assert generator.step._cache_size() == 2
+            s = sampling.Sampling(temperature, 7, p, seed=int(10 * p))
+            generator.run(model.params, [[9], [8]], max_new_tokens=3, sampling=s)
+    assert [f for f, *_ in generator.programs].count(generator.prefill) == 2
+    assert [f for f, *_ in generator.programs].count(generator.step) == 2
 
 
 def test_seed_decides_and_rows_are_independent(pair):
     model, _ = pair
 
     def run(prompts, seed):
-        return model.generator.run(
-            model.params, prompts, max_new_tokens=8, sampling=sampling.Sampling(1.5, 50, 0.95), seed=seed
-        )
+        s = sampling.Sampling(1.5, 50, 0.95, seed=seed)
+        return model.generator.run(model.params, prompts, max_new_tokens=8, sampling=s)
 
     a = run([[5, 6], [7, 8]], 0)
     assert a == run([[5, 6], [7, 8]], 0)
     assert a != run([[5, 6], [7, 8]], 1)
     assert a[0] == run([[5, 6], [9]], 0)[0]
-
-
-@pytest.mark.parametrize(
-    ("k", "p", "kept"),
-    [
-        (0, 1.0, {0, 1, 2, 3, 4}),
-        (2, 1.0, {0, 1}),
-        (0, 0.5, {0, 1}),
-        (0, 0.39, {0}),
-        (0, 0.75, {0, 1, 2}),
-        (4, 0.5, {0, 1}),
-        (2, 0.57, {0}),  # of the two kept by top_k, the first alone has .4 / .7 = .571
-        (2, 0.58, {0, 1}),
-    ],
-)
-def test_top_k_then_top_p(k, p, kept):
-    """Probabilities .4 .3 .15 .1 .05, shuffled."""
-    order = np.array([3, 0, 4, 1, 2])
-    logits = jnp.log(jnp.array([0.4, 0.3, 0.15, 0.1, 0.05])[order])[None]
-    left = np.isfinite(np.asarray(sampling.keep_likely(logits, jnp.int32(k), jnp.float32(p)))[0])
-    assert set(order[left].tolist()) == kept
-
-
-def test_sampling_follows_the_distribution():
-    probabilities = np.array([0.5, 0.25, 0.15, 0.1])
-    logits = jnp.tile(jnp.log(probabilities) * 2.0, (20000, 1))  # temperature 2 undoes the factor
-    drawn = sampling.sample(logits, jax.random.key(0), 2.0, 0, 1.0, "plain")
-    share = np.bincount(np.asarray(drawn), minlength=4) / 20000
-    np.testing.assert_allclose(share, probabilities, atol=4 * np.sqrt(0.25 / 20000))
-
-
-@pytest.mark.parametrize(
-    "bad", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}]
-)
-def test_sampling_settings_are_checked(bad):
-    with pytest.raises(errors.ConfigError, match=next(iter(bad))):
-        sampling.Sampling(**({"temperature": 1.0} | bad))
+    # One setting a row: of its own seed, wherever it stands.
+    s = sampling.Sampling(1.5, 50, 0.95)
+    mixed = model.generator.run(model.params, [[9], [5, 6]], max_new_tokens=8, sampling=[sampling.Sampling(), s])
+    assert mixed[1] == a[0]
 
 
 TEXT = "naïve café — 日本語 🙂 done</s>"
@@ -248,6 +213,69 @@ def test_bad_requests(pair):
         model([[1, -1]])
     with pytest.raises(errors.ShapeError, match="integers"):
         model([[1.5]])
+
+
+def test_answers_say_why_they_end_and_how_long_they_are(pair):
+    model, _ = pair
+    long, short = model.answers(["ab", "xyz"], max_new_tokens=20, temperature=1.0, seed=[3, 4], logprobs=2)
+    assert long.text == model.generate("ab", max_new_tokens=20, temperature=1.0, seed=3)[0]
+    assert (long.prompt_tokens, short.prompt_tokens) == (2, 3)
+    assert (long.seed, short.seed) == (3, 4)
+    assert long.prefill_tokens_per_second > 0
+    for answer in (long, short):
+        ended = answer.completion_tokens - len(answer.ids)
+        assert (answer.finish_reason, ended) in [("length", 0), ("stop", 1)]
+        assert (answer.completion_tokens == 20) or ended
+        assert answer.decode_tokens_per_second > 0
+        # The model's own probabilities of what was drawn, from a pass without a cache.
+        whole = model.tokenizer("ab" if answer is long else "xyz").input_ids + list(answer.ids)
+        want = jax.nn.log_softmax(model([whole + [0] * (32 - len(whole))])[0], axis=-1)
+        for i, told in enumerate(answer.logprobs):
+            row = want[answer.prompt_tokens + i - 1]
+            assert told.token == answer.ids[i]
+            np.testing.assert_allclose(told.logprob, row[told.token], atol=1e-4)
+            top = np.argsort(-np.asarray(row))[:2]
+            assert [t for t, _ in told.likely] == top.tolist()
+            np.testing.assert_allclose([v for _, v in told.likely], row[top], atol=1e-4)
+    end = long.ids[2]
+    stopped = model.answers(["ab", "xyz"], max_new_tokens=20, temperature=1.0, seed=[3, 4], logprobs=1, stop_ids=end)[0]
+    first = long.ids.index(end)
+    assert stopped.ids == long.ids[:first]
+    assert (stopped.finish_reason, stopped.completion_tokens) == ("stop", first + 1)
+    once = model.answers(["ab", "xyz"], max_new_tokens=1)[0]
+    assert (once.decode_tokens_per_second, once.logprobs) == (None, None)
+
+
+def test_penalties_and_biases_as_transformers(pair):
+    """Whole answers: prompts count for repetition; padding and other rows do not."""
+    model, reference = pair
+    rows = [[256, 10, 20, 30, 40], [7, 7]]
+    settings = sampling.Sampling(repetition_penalty=1.3, logit_bias={5: 2.5, 257: -100, 3: -100})
+    ours = model.generator.run(model.params, rows, max_new_tokens=12, sampling=settings)
+    plain = model.generator.run(model.params, rows, max_new_tokens=12, sampling=sampling.Sampling())
+    for prompt, row in zip(rows, ours, strict=True):
+        theirs = reference.generate(
+            torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=257,
+            repetition_penalty=1.3, sequence_bias=[[[5], 2.5], [[257], -100.0], [[3], -100.0]],
+        )  # fmt: skip
+        assert row == theirs[0, len(prompt) :].tolist()
+    assert ours != plain
+
+
+def test_a_past_is_not_read_again():
+    sizes = {"sliding_window": 5, "num_hidden_layers": 1, "max_position_embeddings": 256}
+    model = from_source(Memory(tiny_checkpoints.torch_model("mistral", seed=2, **sizes)))
+    run, greedy = model.generator.continuations, sampling.Sampling()
+    past, talk = generate.Past(), list(range(34))
+    for more in ([], [9, 8], [7] * 20):  # the last needs more slots than the first has made
+        talk = [*talk, *more]
+        (now,) = run(model.params, [talk], max_new_tokens=6, sampling=greedy, past=past)
+        assert now.ids == run(model.params, [talk], max_new_tokens=6, sampling=greedy)[0].ids
+        assert past.ids == [*talk, *now.ids[:5]]
+        talk = [*talk, *now.ids[:3]]  # as where a template writes an answer in another way
+    assert [f for f, *_ in model.generator.programs].count(model.generator.extend) == 2
+    with pytest.raises(errors.ConfigError, match="one row of text"):
+        run(model.params, [[1], [2]], max_new_tokens=2, sampling=greedy, past=past)
 
 
 def test_generation_stops_at_the_context(pair):
