@@ -19,6 +19,7 @@ from awq_jax.convert.config_json import HfConfig, JsonObject, without_quantizati
 from awq_jax.convert.files.shards import ShardWriter, atomic_directory, install, refuse_existing, write_json
 from awq_jax.convert.format import Destination, Encoder, Format, Record
 from awq_jax.convert.formats import joined_linears
+from awq_jax.convert.formats.awq import scaled_activations
 from awq_jax.convert.source import Source, copy_companions, path_of
 from awq_jax.errors import CheckpointError, ConfigError, FormatError
 from awq_jax.qtensor import QuantizedTensor
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
     from awq_jax.convert.text import TokenizerLike
 
 SHARD = 4 << 30  # bytes of a file, if nothing else is asked for
-AUTO = ("gemm", "compressed-tensors", "awq-jax")  # the first that holds the weights as they are
+AUTO = ("gemm", "compressed-tensors", "awq-jax")  # the first that holds the weights as they are: most engines read it
+# ... of families of which no gemm file is read by both vLLM and transformers.
+AUTO_ACTIVATIONS = ("compressed-tensors", "gemm", "awq-jax")
 log = logging.getLogger(__name__)
 
 Tensors = Iterable[tuple[str, np.ndarray | QuantizedTensor]]
@@ -52,19 +55,26 @@ def unfit(format: str, tensors: Tensors, allow_lossy: bool = False) -> str | Non
     return None
 
 
-def first_that_holds(tensors: Callable[[], Tensors]) -> tuple[str, str]:
-    """The most widely readable format of `AUTO` that holds these tensors as they are, and the reason (see `because`).
+def auto_formats(config: HfConfig) -> tuple[str, ...]:
+    """What ``"auto"`` tries in turn for a family; the last holds everything."""
+    return AUTO_ACTIVATIONS if scaled_activations.are_in(config) else AUTO
+
+
+def first_that_holds(tensors: Callable[[], Tensors], config: HfConfig) -> tuple[str, str]:
+    """The format that most engines read of those that hold these tensors as they are, and the reason (see `because`).
 
     Args:
       tensors: they, anew at each call.
+      config: the model's ``config.json``.
     """
     reasons: list[str] = []
-    for format in AUTO[:-1]:
+    *formats, last = auto_formats(config)
+    for format in formats:
         problem = unfit(format, tensors())
         if problem is None:
             return format, because(reasons)
         reasons.append(problem)
-    return AUTO[-1], because(reasons)
+    return last, because(reasons)
 
 
 def because(refusals: Sequence[str]) -> str:

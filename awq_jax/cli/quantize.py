@@ -220,7 +220,7 @@ def settings(args: argparse.Namespace) -> AwqConfig:
     if args.format == "gemm" and not gemm:
         raise FormatError(
             "format gemm holds 4-bit weights of one group size, without padding, and a float output projection; use "
-            "--format awq-jax, or drop --bits, --override, --on-indivisible pad or --quantize-head"
+            "--format compressed-tensors, or drop --bits, --override, --on-indivisible pad or --quantize-head"
         )
     return AwqConfig(
         bits=args.bits,
@@ -229,7 +229,7 @@ def settings(args: argparse.Namespace) -> AwqConfig:
         method=args.method,
         clip=not args.no_clip,
         # A scale beside the weight fits in no other runtime's checkpoint.
-        explicit_scale=args.format == "awq-jax" or (args.format == "auto" and not gemm),
+        explicit_scale=args.format == "awq-jax",
         quantize_head=args.quantize_head,
         on_indivisible=args.on_indivisible,
         skip=tuple(args.skip),

@@ -352,7 +352,8 @@ class Model:
           dst: directory to create (for GGUF: a file that ends in ``.gguf``).
           format: a name in `awq_jax.convert.registry.FORMATS` (``awq-jax convert --list``); ``"auto"``
             takes AutoAWQ's ``"gemm"`` (vLLM, transformers) if it can hold the weights, else
-            ``"compressed-tensors"``, else our own ``"awq-jax"``, which holds everything.
+            ``"compressed-tensors"`` (which comes first for families whose activations AutoAWQ scales), else our own
+            ``"awq-jax"``, which holds everything.
           overwrite: replace an existing checkpoint.
           allow_lossy: store weights the format cannot hold exactly as near as it can.
 

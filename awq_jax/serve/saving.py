@@ -45,7 +45,7 @@ def save(
     if format == "auto":
         format, why = "float", ", because no weight is quantized"
         if any(map(is_quantized, paths.flatten(params).values())):
-            format, why = writing.first_that_holds(lambda: model_params.tensors(params, what.config))
+            format, why = writing.first_that_holds(lambda: model_params.tensors(params, what.config), what.hf_config)
         log.info("saving as %s%s", format, why)
     writing.write_checkpoint(
         dst,

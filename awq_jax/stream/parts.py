@@ -163,11 +163,12 @@ def assemble(job: Job, done: Manifest, format: str) -> str:
     destination = Destination(config=job.source.config, settings=job.settings)
     names = [r.name for r in done.records]
     reasons = []
-    for choice in writing.AUTO if format == "auto" else (format,):
+    choices = writing.auto_formats(job.source.config) if format == "auto" else (format,)
+    for choice in choices:
         try:
             _write_checkpoint(choice, parts, names, job.work / OUT, destination, job.source, strict=format == "auto")
         except FormatError as e:
-            if format != "auto" or choice == writing.AUTO[-1]:
+            if format != "auto" or choice == choices[-1]:
                 raise
             reasons.append(str(e))
         else:

@@ -1,6 +1,7 @@
 """A packed weight rearranged: its words transposed, its groups made smaller, its rows put in and out of act-order."""
 
 import dataclasses
+import math
 
 import numpy as np
 
@@ -33,6 +34,30 @@ def regroup(q: QuantizedTensor, size: int) -> QuantizedTensor:
 
     zeros, offsets = (a if a is None else finer(a) for a in (q.zeros, q.offsets))
     return dataclasses.replace(q, group_size=size, scales=finer(q.scales), zeros=zeros, offsets=offsets)
+
+
+def unpadded(q: QuantizedTensor, least: int = 16) -> QuantizedTensor:
+    """The same weight in groups that divide its rows, without rows after them; ``q`` if its own do, or none can.
+
+    Groups become the largest that divide both the rows and the groups there were (576 rows in groups of 128: 64), or
+    the whole column where one group was longer than that.
+
+    Args:
+      q: one matrix.
+      least: smaller groups are none.
+    """
+    if q.scales.shape[0] * q.group_size == q.k:
+        return q
+    size = q.k if q.group_size > q.k else math.gcd(q.k, q.group_size)
+    if size < min(least, q.k):
+        return q
+    finer = dataclasses.replace(q, group_size=size) if size == q.k else regroup(q, size)
+    groups = q.k // size
+    zeros, offsets = (a if a is None else np.asarray(a)[:groups] for a in (finer.zeros, finer.offsets))
+    qweight = codes.pack(codes.codes_of(q)[: q.k], q.bits)
+    return dataclasses.replace(
+        finer, qweight=qweight, scales=np.asarray(finer.scales)[:groups], zeros=zeros, offsets=offsets
+    )
 
 
 def take_rows(qweight: np.ndarray, bits: int, order: np.ndarray) -> np.ndarray:

@@ -23,7 +23,7 @@ from awq_jax.convert.config_json import HfConfig, JsonObject, without_quantizati
 from awq_jax.convert.files.safetensors import Entry, SafetensorsDir
 from awq_jax.convert.format import BaseEncoder, Format, Record, Stored, named
 from awq_jax.convert.formats import compressed_tensors_config
-from awq_jax.convert.formats.records import float_by_default
+from awq_jax.convert.formats.records import is_embedding
 from awq_jax.convert.source import DirectorySource, Packed, PackedSource, Source
 from awq_jax.dtypes import FLOATS
 from awq_jax.errors import CheckpointError, FormatError
@@ -209,8 +209,9 @@ class CompressedEncoder(BaseEncoder):
     """Writer; see `awq_jax.convert.format.Encoder`."""
 
     def fit(self, name: str, q: QuantizedTensor) -> QuantizedTensor | None:
-        if float_by_default(name):
+        if is_embedding(name):
             return None
+        q = rearrange.unpadded(q)
         check_integer(name, q, bits=range(2, 9), format=compressed_tensors_config.QUANT_METHOD, perm=True)
         return rearrange.without_trivial_perm(integer_zeros(q))
 
@@ -289,7 +290,7 @@ def _matches(config: HfConfig, names: Collection[str]) -> bool:
 FORMAT = Format(
     name=compressed_tensors_config.QUANT_METHOD,
     title="compressed-tensors, packed integers: vLLM, llm-compressor, transformers",
-    holds="2 to 8 bits and any group size, per module; whole zero points; scales of any float type; act-order",
+    holds="2 to 8 bits, any group size, per module and of the head; whole zero points; any scale type; act-order",
     matches=_matches,
     reader=_opened,
     encoder=CompressedEncoder,

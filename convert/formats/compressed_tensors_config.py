@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from awq_jax.convert.config_json import HfConfig, JsonObject
 from awq_jax.convert.format import Record
 from awq_jax.convert.formats import joined_linears, patterns
-from awq_jax.convert.formats.records import float_linears, packed_records
+from awq_jax.convert.formats.records import HEAD, float_linears, packed_records
 from awq_jax.errors import CheckpointError, FormatError
 
 QUANT_METHOD = "compressed-tensors"
@@ -255,12 +255,14 @@ def _targets(modules: list[str], schemes: Mapping[CompressedScheme, list[str]]) 
 
 
 def _ignored(records: Sequence[Record]) -> list[str]:
-    """Float linears, and always the head, which a tied checkpoint does not store."""
+    """Float linears, and the head unless it is packed: a tied checkpoint does not store it."""
     names = [n for n in float_linears(records) if not EMBEDDINGS.search(n)]
     experts = map(joined_linears.experts_pattern, joined_linears.float_experts(records))
     # PhiMoE's router is a linear under this name in transformers 5, which renames what it reads.
     routers = [n.removesuffix(ROUTER) + "mlp.router" for n in names if n.endswith(ROUTER)]
-    return sorted({"lm_head", *experts, *names, *routers, *_towers(names, [r.module for r in records if r.bits])})
+    packed = [r.module for r in records if r.bits]
+    head = [] if any(HEAD.search(m) for m in packed) else ["lm_head"]
+    return sorted({*head, *experts, *names, *routers, *_towers(names, packed)})
 
 
 def _towers(names: Sequence[str], packed: Sequence[str]) -> list[str]:

@@ -8,7 +8,13 @@ from awq_jax.convert.formats import joined_linears
 from awq_jax.errors import FormatError
 
 # Left float by every consumer of the AWQ layouts without being told.
+HEAD = re.compile(r"(^|\.)(lm_head|embed_out)$")
 DEFAULT_FLOAT = re.compile(r"(^|\.)(lm_head|embed\w*|wte|wpe)$")
+
+
+def is_embedding(name: str) -> bool:
+    """Whether a weight is an embedding, of which rows are looked up."""
+    return float_by_default(name) and not HEAD.search(name.removesuffix(".weight"))
 
 
 def float_by_default(name: str) -> bool:

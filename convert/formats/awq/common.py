@@ -173,6 +173,7 @@ class AwqEncoder(BaseEncoder):
 
     version: ClassVar[str]
     multiples: ClassVar[tuple[int, int]] = (1, 8)  # that inputs and outputs must be of
+    scale_ones: ClassVar[bool] = True  # scaled activations are stored where nothing is scaled, too
     padded_groups: ClassVar[bool] = False  # the width of the zeros is only defined for some group sizes
 
     def fit(self, name: str, q: QuantizedTensor) -> QuantizedTensor | None:
@@ -220,7 +221,7 @@ class AwqEncoder(BaseEncoder):
 
     def stored(self, name: str, q: QuantizedTensor, **parts: np.ndarray) -> dict[str, np.ndarray]:
         """The arrays of a module by their full names, with the scale of the activation that feeds it."""
-        return named(name, **parts) | scaled_activations.stored(q, self._activation(name))
+        return named(name, **parts) | scaled_activations.stored(q, self._activation(name), self.scale_ones)
 
     def _activation(self, name: str) -> str | None:
         return scaled_activations.scales_name(name, self.destination.config)

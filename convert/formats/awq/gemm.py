@@ -5,7 +5,8 @@ Per linear ``m`` of K inputs and N outputs: ``m.qweight`` int32 ``[K, N/8]``, ``
 column ``8c + ORDER[i]``; ``w = (q - z) * s``. Symmetric weights store z = 8 as well.
 """
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,14 @@ import numpy as np
 from awq_jax.convert.arrays import cpu_words, linear, nibbles
 from awq_jax.convert.config_json import JsonObject
 from awq_jax.convert.files.safetensors import Entry
-from awq_jax.convert.format import Format, Stored, quant_method
+from awq_jax.convert.format import Format, Record, Stored, quant_method
+from awq_jax.convert.formats.awq import scaled_activations
 from awq_jax.convert.formats.awq.common import AwqEncoder, AwqSource, packed_of, version, whole_zeros
 from awq_jax.convert.source import Packed
 from awq_jax.errors import FormatError
 from awq_jax.qtensor import QuantizedTensor
+
+log = logging.getLogger(__name__)
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble i of a word holds column ORDER[i] of its eight
 
@@ -128,6 +132,18 @@ class GemmEncoder(AwqEncoder):
     """Writer; see `awq_jax.convert.format.Encoder`."""
 
     version = "gemm"
+    scale_ones = False  # vLLM, which reads of AutoAWQ's layouts this one, stops at them
+
+    def config(self, records: Sequence[Record]) -> JsonObject:
+        """See `AwqEncoder.config`; warns where the readers of a family's files want different tensors."""
+        if scaled_activations.are_in(self.destination.config):
+            log.warning(
+                "%s in gemm: vLLM stops at scaled activations, and transformers (with GPTQModel) wants one in every "
+                "layer and else computes with what the memory held. They are stored only where something is scaled; "
+                "compressed-tensors has no such tensors",
+                self.destination.config["model_type"],
+            )
+        return super().config(records)
 
     def encode(self, name: str, q: QuantizedTensor) -> Stored:
         qweight, qzeros = pack_qweight(np.asarray(q.qweight), q.k), pack_qzeros(whole_zeros(q))

@@ -3,6 +3,9 @@
 Nothing before a GELU can absorb a scale, so AutoAWQ and llm-awq divide its output: the module
 ``ScaledActivation`` with a tensor ``mlp.act.scales`` ``[K]``, in the models below in every layer (ones
 where nothing was scaled). Here it is a part of the linear that it feeds, as ``inv_scale = 1 / scales``.
+
+vLLM stops at these tensors (``KeyError``, release 0.32), so ones are not written where it may be the reader;
+transformers 5 with GPTQModel has the module in any case, and without the tensor computes with what the memory held.
 """
 
 import dataclasses
@@ -70,6 +73,12 @@ def with_inv_scale(q: QuantizedTensor, name: str, files: TensorFiles) -> Quantiz
     return q if (scales == 1).all() else dataclasses.replace(q, inv_scale=1 / scales)
 
 
+def are_in(config: HfConfig) -> bool:
+    """Whether AutoAWQ scales activations of the family."""
+    kind = config.get("model_type")
+    return isinstance(kind, str) and kind in MODELS
+
+
 def scales_name(name: str, config: HfConfig) -> str | None:
     """Name of the scales of the activation that feeds a weight, in models that have one."""
     model_type = config.get("model_type")
@@ -111,9 +120,9 @@ def without_inv_scale(q: QuantizedTensor) -> QuantizedTensor:
     return q if q.inv_scale is None else dataclasses.replace(q, inv_scale=None)
 
 
-def stored(q: QuantizedTensor, activation: str | None) -> dict[str, np.ndarray]:
-    """The scales to store with a weight; ones if it has none."""
-    if activation is None:
+def stored(q: QuantizedTensor, activation: str | None, ones: bool = True) -> dict[str, np.ndarray]:
+    """The scales to store with a weight; if it has none ``ones``, or nothing."""
+    if activation is None or (q.inv_scale is None and not ones):
         return {}
     return {activation: np.ones(q.k, np.float16) if q.inv_scale is None else _scales(q)}
 
