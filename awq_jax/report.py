@@ -142,7 +142,7 @@ def summary(report: Report) -> list[tuple[str, str]]:
             f"({report.bytes_before / max(report.bytes_after, 1):.2f}x smaller)",
         ),
     ]
-    before, after = (_geometric(getattr(r, name) for r in report.layers) for name in ("error_rtn", "error"))
+    before, after = (geometric(getattr(r, name) for r in report.layers) for name in ("error_rtn", "error"))
     if before is not None and after is not None:
         rows.append(("typical error", f"{number(before)} rounded to nearest, {number(after)} as stored"))
     rows.append(("calibrated on", report.calibration or f"{report.tokens:,} tokens"))
@@ -207,7 +207,8 @@ def shape_text(shape: Sequence[int]) -> str:
     return " x ".join(map(str, shape))
 
 
-def _geometric(values: Iterable[float | None]) -> float | None:
+def geometric(values: Iterable[float | None]) -> float | None:
+    """The geometric mean of those that are known; None if there are none, or one is not positive."""
     known = [v for v in values if v is not None]
     if not known or not all(v > 0 and math.isfinite(v) for v in known):
         return None

@@ -173,7 +173,7 @@ def _to_directory(job: _Job, path: Path, overwrite: bool, max_shard_bytes: int) 
                 writer.add(encoded.arrays, encoded.metadata)  # may finish the shard of those before it
                 new.append(encoded)
                 records.append(encoded.record)
-            finish(work, writer, job.encoder, records, None, job.source)
+            finish(job.format.name, work, writer, job.encoder, records, None, job.source)
             (work / manifest.NAME).unlink()
             install(work, path, overwrite)
         except AwqError:  # running it again would end the same way

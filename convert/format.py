@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -63,11 +63,13 @@ class Destination:
       config: the source's ``config.json``.
       dtype: of float tensors, ``"float32"``, ``"bfloat16"``, ``"float16"``; None keeps each one's own.
       settings: the quantizer's, if known.
+      made: how the weights were quantized, for the model card (see `awq_jax.convert.card.of_report`).
     """
 
     config: HfConfig = dataclasses.field(default_factory=dict)
     dtype: str | None = None
     settings: AwqConfig | None = None
+    made: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Encoder(Protocol):

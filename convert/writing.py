@@ -8,13 +8,13 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from awq_jax.config import AwqConfig
-from awq_jax.convert import float_form, head, pipeline, registry
+from awq_jax.convert import card, float_form, head, pipeline, registry
 from awq_jax.convert.config_json import HfConfig, JsonObject, without_quantization
 from awq_jax.convert.files.shards import ShardWriter, atomic_directory, install, refuse_existing, write_json
 from awq_jax.convert.format import Destination, Encoder, Format, Record
@@ -88,6 +88,7 @@ def write_checkpoint(
     config: HfConfig,
     format: str,
     settings: AwqConfig | None = None,
+    made: Mapping[str, Any] | None = None,
     tokenizer: TokenizerLike | None = None,
     extra: Source | None = None,
     max_shard_bytes: int = SHARD,
@@ -106,6 +107,7 @@ def write_checkpoint(
         the head is the embedding, one among ``tensors`` is left out if it is, and kept with a warning if it differs.
       format: a name in `awq_jax.convert.registry.FORMATS`.
       settings: the quantizer's; recorded by ``"awq-jax"``.
+      made: how the weights were quantized, for the model card (see `awq_jax.convert.card.of_report`).
       tokenizer: saved with ``save_pretrained`` if ``extra`` brings no tokenizer files.
       extra: its tokenizer files and generation config are copied (GGUF: its tokenizer goes into the file).
       max_shard_bytes: bound on the tensor bytes of one file.
@@ -119,7 +121,7 @@ def write_checkpoint(
       FormatError: the format is unknown or cannot hold a tensor; named, with the remedy.
       CheckpointError: ``dst`` exists, or the disk refuses.
     """
-    encoder = encoder_of(format, Destination(config=config, settings=settings))
+    encoder = encoder_of(format, Destination(config=config, settings=settings, made=made or {}))
     path = Path(os.path.abspath(Path(dst).expanduser()))
     check_path(path, registry.get(format), overwrite)
     refuse_source(path, extra)
@@ -139,11 +141,12 @@ def write_checkpoint(
             writer.add(encoded.arrays, encoded.metadata)
             records.append(encoded.record)
             del value, encoded  # only the writer's shard stays in memory
-        finish(directory, writer, encoder, records, tokenizer, extra)
+        finish(format, directory, writer, encoder, records, tokenizer, extra)
     return records
 
 
 def finish(
+    format: str,
     directory: Path,
     writer: ShardWriter,
     encoder: Encoder,
@@ -151,7 +154,7 @@ def finish(
     tokenizer: TokenizerLike | None,
     extra: Source | None,
 ) -> None:
-    """After the last tensor: the files get their names, and ``config.json`` and the tokenizer are put beside them.
+    """After the last tensor: the files get their names, and ``config.json``, tokenizer and card are put beside them.
 
     Raises:
       FormatError: the tensors do not go together in this format.
@@ -160,6 +163,7 @@ def finish(
     writer.close()
     write_json(directory / "config.json", final_config(encoder.destination.config, changes, records))
     copy_companions(directory, tokenizer, extra)
+    card.write(directory, format, encoder.destination, records, extra)
 
 
 def into_sink(
@@ -189,7 +193,9 @@ def into_sink(
         if format.suffix:
             refuse_existing(path, overwrite, file=True)
             os.replace(finished, path)
+            card.write_beside(path, format.name, encoder.destination, records, source)
         else:
+            card.write(work, format.name, encoder.destination, records, source)
             install(work, path, overwrite)
     except OSError as e:
         raise CheckpointError(f"cannot write {path}: {e}") from e

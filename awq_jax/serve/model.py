@@ -17,7 +17,7 @@ from jax.typing import ArrayLike, DTypeLike
 from awq_jax import data, models, paths
 from awq_jax.algorithm.methods import METHODS
 from awq_jax.config import SAMPLES, SEQ_LEN, AwqConfig
-from awq_jax.convert import registry
+from awq_jax.convert import card, registry
 from awq_jax.convert.source import Source
 from awq_jax.convert.text import TokenizerLike
 from awq_jax.devices.pool import pool_of
@@ -125,6 +125,7 @@ class Model:
         self._weights = ServedWeights(graphdef, config, params, merge, resident, place)
         self.tokenizer, self.source = tokenizer, source
         self.settings: AwqConfig | None = None
+        self._made: dict[str, Any] | None = None  # for the model card
 
         def apply(params: nnx.State, input_ids: jax.Array, **images: jax.Array) -> jax.Array:
             return nnx.merge(graphdef, params)(input_ids, **images)
@@ -342,7 +343,7 @@ class Model:
                 report.calibration = read.description
             self._weights.replace(params)
         report.seconds["calibrate"] += planned
-        self.settings = config
+        self.settings, self._made = config, card.of_report(report)
         return report
 
     def save(self, dst: str | Path, format: str = "auto", overwrite: bool = False, allow_lossy: bool = False) -> str:
@@ -364,5 +365,5 @@ class Model:
           FormatError: the format is unknown or cannot hold these weights.
           CheckpointError: ``dst`` exists and ``overwrite`` is not set.
         """
-        what = saving.Saved(self.config, self.hf_config, self.source, self.tokenizer, self.settings)
+        what = saving.Saved(self.config, self.hf_config, self.source, self.tokenizer, self.settings, self._made)
         return saving.save(self.take_params, what, dst, format, overwrite, allow_lossy)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from flax import nnx
 
@@ -33,6 +34,7 @@ class Saved:
     source: Source
     tokenizer: TokenizerLike | None
     settings: AwqConfig | None
+    made: Mapping[str, Any] | None  # by `awq_jax.convert.card.of_report`
 
 
 def save(
@@ -53,6 +55,7 @@ def save(
         what.hf_config,
         format,
         what.settings,
+        what.made,
         tokenizer=what.tokenizer,
         extra=what.source,
         overwrite=overwrite,

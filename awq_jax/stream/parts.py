@@ -20,7 +20,7 @@ from types import TracebackType
 
 import numpy as np
 
-from awq_jax.convert import float_form, pipeline, writing
+from awq_jax.convert import card, float_form, pipeline, writing
 from awq_jax.convert.files import manifest
 from awq_jax.convert.files.manifest import Manifest
 from awq_jax.convert.files.safetensors import INDEX
@@ -160,7 +160,9 @@ def assemble(job: Job, done: Manifest, format: str) -> str:
     files = {name: part_name(i) for i, names in enumerate(done.shards) for name in names}
     write_json(job.work / INDEX, {"weight_map": files})
     parts = native.NativeSource(job.work, {"quantization_config": {"format_version": native.VERSION}})
-    destination = Destination(config=job.source.config, settings=job.settings)
+    report = job.session.report(filter(None, done.notes), job.batches)
+    report.calibration = job.description
+    destination = Destination(config=job.source.config, settings=job.settings, made=card.of_report(report))
     names = [r.name for r in done.records]
     reasons = []
     choices = writing.auto_formats(job.source.config) if format == "auto" else (format,)
@@ -199,4 +201,4 @@ def _write_checkpoint(
         writer.add(encoded.arrays, encoded.metadata)
         records.append(encoded.record)
         del value, encoded
-    writing.finish(out, writer, encoder, records, None, source)
+    writing.finish(format, out, writer, encoder, records, None, source)

@@ -157,8 +157,13 @@ def write_file(path: Path, tensors: Mapping[str, np.ndarray | _Spooled], metadat
 
 def write_json(path: Path, data: Mapping[str, object]) -> None:
     """A JSON file, flushed to disk with its name."""
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file, flushed to disk with its name."""
     with path.open("w", encoding="utf-8") as f:
-        f.write(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+        f.write(text)
         _sync(f)
     _sync_directory(path.parent)
 

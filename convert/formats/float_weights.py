@@ -64,7 +64,8 @@ def refuse_pickles(directory: Path) -> None:
 def download(hub_id: str) -> Path:
     """Snapshot of a hub repository: ``owner/name`` or ``owner/name@revision``.
 
-    Only safetensors, JSON and tokenizer files of the top folder are fetched, and chat templates; never code or pickles.
+    Only safetensors, JSON, tokenizer files and card of the top folder are fetched, and chat templates; never code or
+    pickles.
 
     Returns:
       The snapshot directory in the Hugging Face cache.
@@ -82,7 +83,7 @@ def download(hub_id: str) -> Path:
         path = huggingface_hub.snapshot_download(
             match["repo"],
             revision=match["revision"],
-            allow_patterns=["*.safetensors", "*.safetensors.index.json", *CONFIGS, *COMPANIONS],
+            allow_patterns=["*.safetensors", "*.safetensors.index.json", *CONFIGS, *COMPANIONS, "README.md"],
             # "*" passes "/", and no pattern can except a folder: of folders, only .jinja files are let through.
             ignore_patterns=["*/*.[!j]*", "*/*.j[!i]*", "consolidated*", *UNSAFE],
         )

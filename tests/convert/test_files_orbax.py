@@ -73,6 +73,7 @@ def leaf(tree: Any, name: str) -> Any:
 
 def test_there_and_back_is_byte_identical(native: Path, orbax: Path, tmp_path: Path) -> None:
     assert sorted(p.name for p in orbax.iterdir()) == [
+        "README.md",
         "awq-jax.json",
         "config.json",
         "generation_config.json",
