@@ -112,9 +112,9 @@ def devices(text: str) -> int:
     return 0 if text == "all" else positive(text)
 
 
-def to_json(data: Mapping[str, object]) -> str:
-    """Strict JSON; numbers that are not finite become null."""
-    return json.dumps(_finite(data), indent=2, allow_nan=False)
+def to_json(data: Mapping[str, object], indent: int | None = 2) -> str:
+    """Strict JSON; numbers that are not finite become null. Without ``indent``, in one line."""
+    return json.dumps(_finite(data), indent=indent, allow_nan=False)
 
 
 def say(message: str, quiet: bool = False) -> None:

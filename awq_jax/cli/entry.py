@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from awq_jax._version import __version__
-from awq_jax.cli import bench, common, convert, demo, evaluate, generate, inspect, quantize
+from awq_jax.cli import bench, chat, common, convert, demo, evaluate, generate, inspect, quantize
 from awq_jax.devices import compile_cache
 from awq_jax.errors import AwqError
 
@@ -20,6 +20,7 @@ _EXAMPLES = """examples:
   awq-jax quantize ./Qwen3-0.6B ./Qwen3-0.6B-awq --report report.html
   awq-jax eval ./Qwen3-0.6B-awq --text book.txt --against ./Qwen3-0.6B
   awq-jax generate ./Qwen3-0.6B-awq "Why is the sky blue?" --chat
+  awq-jax chat ./Qwen3-0.6B-awq
   awq-jax convert ./Qwen3-0.6B-awq ./Qwen3-0.6B-ct --to compressed-tensors
   awq-jax inspect ./Qwen3-0.6B-awq
   awq-jax bench decode"""
@@ -35,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"awq-jax {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (quantize, convert, evaluate, generate, inspect, bench, demo):
+    for command in (quantize, convert, evaluate, generate, chat, inspect, bench, demo):
         command.add(subparsers)
     for p in subparsers.choices.values():
         common.add_revision(p)

@@ -28,6 +28,15 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(path / "model", path / "silent")
     for name in ("chat_template.jinja", "tokenizer_config.json"):
         (path / "silent" / name).unlink(missing_ok=True)
+    shutil.copytree(path / "model", path / "strict")
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    (path / "strict" / "chat_template.jinja").write_text(refusing)
+    (path / "empty.txt").write_text("\n \n")
+    (path / "latin.txt").write_bytes(b"fine\nna\xefve\n")
+    (path / "long.txt").write_text("fine\n" + "x" * 70)
+    rows = ['{"prompt": "fine"}', "{", "[1]", '{"text": "x"}', '{"messages": "x"}', '{"prompt": 5}', "7", "null"]
+    (path / "prompts.jsonl").write_text("\n".join(rows))
+    (path / "chats.jsonl").write_text('{"messages": [{"role": "user", "content": "x"}]}')
     (path / "object.json").write_text(json.dumps({"a": 1}))
     return path
 
@@ -54,6 +63,27 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("generate model hi --seed 99999999999999999999", "not a whole number"),
         ("generate model hi --stop=", "a stop string is empty"),
         ("generate silent hi --chat", "no chat template"),
+        ("generate model", "pass either PROMPT or --prompts FILE"),
+        ("generate model hi --prompts prompts.jsonl", "pass either PROMPT or --prompts FILE"),
+        ("generate model hi --min-p 2", "min_p must be"),
+        ("generate model hi --presence-penalty 3", "presence_penalty must be"),
+        ("generate model hi --logit-bias 5", "not of the form ID:BIAS"),
+        ("generate model hi --logit-bias 288:1", "logit_bias names token 288"),
+        ("generate model hi --stop-id 288", "stop_ids names token 288"),
+        ("generate model hi --logprobs 3", "--logprobs needs --json"),
+        ("generate model --prompts nope.txt", "cannot read nope.txt: No such file"),
+        ("generate model --prompts empty.txt", "empty.txt has no prompts"),
+        ("generate model --prompts latin.txt", "line 2: not UTF-8 text"),
+        ("generate model --prompts long.txt", "long.txt: line 2: it has 70 tokens"),
+        ("generate model --prompts prompts.jsonl", "line 2: not JSON"),
+        ("generate model --prompts prompts.jsonl", 'line 3: not an object with either "prompt" or "messages"'),
+        ("generate model --prompts prompts.jsonl", 'line 5: "messages" is not a list'),
+        ("generate model --prompts prompts.jsonl", "and 2 more"),
+        ("generate silent --prompts chats.jsonl", "line 1: the tokenizer has no chat template"),
+        ("chat silent", "silent has no chat template"),
+        ("chat silent", "use awq-jax generate"),
+        ("chat model --temperature -1", "temperature must be"),
+        ("chat strict --system x", "does not take these messages: TemplateError: no system"),
         (f"generate model {'hi' * 900}", "the model's context is"),
         ("quantize model x.gguf", "leave .gguf out; GGUF is made by awq-jax convert"),
         ("quantize model no/../packed", "packed exists"),
