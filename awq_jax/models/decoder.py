@@ -77,6 +77,9 @@ class Layer(nnx.Module):
         return self.mlp(x, step.decoding) if isinstance(self.mlp, MoE) else self.mlp(x)
 
 
+Call = Callable[[Layer, jax.Array, Step, LayerCache | None], tuple[jax.Array, LayerCache]]
+
+
 class Embedding(nnx.Module):
     """Embedding ``[rows, size]``; that of the tokens is also the output projection of tied models."""
 
@@ -137,6 +140,7 @@ class Decoder(nnx.Module):
         positions: jax.Array,
         cache: Cache | None,
         images: Mapping[str, jax.Array] | None = None,
+        call: Call = Layer.__call__,
     ) -> tuple[jax.Array, Cache]:
         """Normalised last hidden states, and the cache with these tokens written into it.
 
@@ -146,6 +150,7 @@ class Decoder(nnx.Module):
             from ``positions[b, 0]``. Padding after a row's end may repeat its last position.
           cache: what came before, or None to attend among these tokens only.
           images: those that the tokens stand for, in a call in which positions begin at 0.
+          call: calls a layer.
 
         Returns:
           ``[B, T, hidden]`` and the new cache.
@@ -160,7 +165,7 @@ class Decoder(nnx.Module):
         step = Step(positions, angles, cache is not None and tokens.shape[1] == 1, seen.blocks)
         kept = []
         for i, layer in enumerate(self.layers):
-            x, own = layer(x, step, None if cache is None else cache.layers[i])
+            x, own = call(layer, x, step, None if cache is None else cache.layers[i])
             x = x + seen.deep[i] if i < len(seen.deep) else x
             kept.append(own)
         if self.config.final_norm:

@@ -21,6 +21,7 @@ from awq_jax.models.config import ModelConfig
 from awq_jax.models.layers.cache import Cache, KeyValues
 from awq_jax.models.vision.inputs import of_images
 from awq_jax.placement import Placement
+from awq_jax.serve import alike_layers
 from awq_jax.serve.sampling import Drawn, Draws, Sampling, begin, draw
 
 log = logging.getLogger(__name__)
@@ -116,7 +117,7 @@ class Generator:
         decoder = nnx.merge(self.graphdef, params)
         rows, width = tokens.shape
         positions = jnp.minimum(jnp.arange(width), lengths[:, None] - 1)
-        hidden, cache = decoder.hidden(tokens, positions, None, images)
+        hidden, cache = decoder.hidden(tokens, positions, None, images, alike_layers.call)
         return self._drawn(decoder.head(hidden[jnp.arange(rows), lengths - 1]), draws, cache.grown(slots))
 
     def _extend(
@@ -127,7 +128,7 @@ class Generator:
         decoder = nnx.merge(self.graphdef, params)
         rows, width = tokens.shape
         positions = start[:, None] + jnp.minimum(jnp.arange(width), lengths[:, None] - 1)
-        hidden, cache = decoder.hidden(tokens, positions, cache)
+        hidden, cache = decoder.hidden(tokens, positions, cache, None, alike_layers.call)
         return self._drawn(decoder.head(hidden[jnp.arange(rows), lengths - 1]), draws, cache)
 
     def _step(
@@ -135,7 +136,7 @@ class Generator:
     ) -> tuple[Drawn, Draws, Cache]:
         """The tokens after ``token [B]``, which stands at ``position [B]``."""
         decoder = nnx.merge(self.graphdef, params)
-        hidden, cache = decoder.hidden(token[:, None], position[:, None], cache)
+        hidden, cache = decoder.hidden(token[:, None], position[:, None], cache, None, alike_layers.call)
         return self._drawn(decoder.head(hidden[:, 0]), draws, cache)
 
     def _drawn(self, logits: jax.Array, draws: Draws, cache: Cache) -> tuple[Drawn, Draws, Cache]:

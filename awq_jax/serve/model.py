@@ -57,8 +57,8 @@ def load(
       revision: branch, tag or commit of a hub id.
       merge: while generating, linears that read the same activation are one (exact, and undone when
         the parameters are asked for); None: if any is packed.
-      resident: generate with a float32 copy of packed weights; None: on CPU, if the copy takes
-        at most half of the free memory. `Model.explain` says what is done.
+      resident: generate with a float32 copy of packed weights; None: on CPU, for more than a few tokens, if the
+        copy takes at most half of the free memory. `Model.explain` says what is done.
       mesh: devices to spread the weights over (see `awq_jax.models.mesh.sharding`): a mesh of one axis, or how
         many of JAX's devices. Each device's part of each tensor is read from the files straight to it.
 
@@ -267,8 +267,9 @@ class Model:
         """
         rows, images = answer.rows_of(self.config, self.tokenizer, prompt, chat)
         sampling, tokenizer = of_rows(len(rows), settings), prompts.needed(self.tokenizer)
+        served = self._weights.serving(None if past is not None else max_new_tokens)
         return answer.answer_rows(
-            *self._weights.serving(), tokenizer, rows, sampling, max_new_tokens, self.eos_ids(), stream, images, past
+            *served, tokenizer, rows, sampling, max_new_tokens, self.eos_ids(), stream, images, past
         )
 
     def eos_ids(self) -> tuple[int, ...]:

@@ -19,6 +19,10 @@ from awq_jax.serve.generate import Generator
 
 log = logging.getLogger(__name__)
 
+FEW = (
+    16  # tokens that a CPU generates from packed weights as they are in less time than it takes to copy and merge them
+)
+
 # Else XLA on CPU, to have work for more threads, writes out the floats of all layers at once.
 LESS_MEMORY = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
@@ -29,8 +33,9 @@ class ServedWeights:
     Packed weights are served merged (see `awq_jax.models.weights.fuse`) and in the layout of the kernel that
     reads them. That form is exact, so it *replaces* the other until `take_params` asks for that again: there
     are never two packed copies. On CPU, where a packed matmul writes its weight out as floats, a float32 copy
-    is served instead and the packed weights stay; without the copy 16-bit floats become float32 ones for as
-    long, and so do activations and the cache (see `awq_jax.serve.cpu_copy`).
+    is served instead and the packed weights stay, once more than `FEW` tokens are asked for; until then they are
+    served as they are, unmerged. Without the copy 16-bit floats become float32 ones for as long, and so do
+    activations and the cache (see `awq_jax.serve.cpu_copy`).
 
     Args:
       graphdef, config: of the decoder.
@@ -56,7 +61,7 @@ class ServedWeights:
         self._fused = self._apart = config
         self._dtypes: dict[str, str] = {}
         self._generators = {(config, False): Generator(graphdef, config, place)}
-        self._less_memory = False
+        self._less_memory = self._for_few = False
         self._explanation, self._size = "", 0
 
     def take_params(self) -> nnx.State:
@@ -90,8 +95,10 @@ class ServedWeights:
 
     def as_held(self) -> tuple[Generator, nnx.State]:
         """The exact parameters in the form they are in now, and the programs for that form."""
+        if self._kept is None and self._served is None:
+            self.take_params()  # which says that they are lost
         if self._kept is None:
-            return self.serving()
+            return self._serving()
         return self._generators[self.config, False], self._kept
 
     def nbytes(self) -> int:
@@ -103,25 +110,37 @@ class ServedWeights:
         _, params = self.as_held()
         return any(map(is_quantized, jax.tree.leaves(params, is_leaf=is_quantized)))
 
-    def serving(self) -> tuple[Generator, nnx.State]:
-        """The parameters to generate with, and the programs for them."""
+    def serving(self, tokens: int | None = None) -> tuple[Generator, nnx.State]:
+        """The parameters to generate with, and the programs for them.
+
+        Args:
+          tokens: as many are generated at most; None: many.
+        """
+        few = tokens is not None and tokens <= FEW
+        if self._served is not None and self._for_few and not few:
+            self.take_params()
         if self._served is None:
-            self._served = self._prepare()
+            self._served = self._prepare(few)
             log.info("%s", self._explanation)
+        return self._serving()
+
+    def _serving(self) -> tuple[Generator, nnx.State]:
+        assert self._served is not None
         return self._generators[self._fused, self._less_memory], self._served
 
     def explain(self) -> str:
         """One line on the form in which the weights are served, with its bytes."""
-        self.serving()
+        if self._served is None:
+            self.serving()
         return self._explanation
 
-    def _prepare(self) -> nnx.State:
+    def _prepare(self, few: bool) -> nnx.State:
         params = self.take_params()
         leaves, self._size = paths.flatten(params), paths.nbytes(params)
         del params
         platform = next(iter(jax.tree.leaves(leaves)[0].devices())).platform
         packed = any(map(is_quantized, leaves.values()))
-        copy, why = self._choose(leaves, platform) if packed else (False, "")
+        copy, why = self._choose(leaves, platform, few) if packed else (False, "")
         if copy:
             added = cpu_copy.nbytes(leaves)
             notes = [f"a float32 copy of {_mb(added)} beside packed weights of {_mb(self._size)}{why}"]
@@ -138,7 +157,7 @@ class ServedWeights:
         self._fused = self._apart = self.config
         if self.place is not None:
             self._fused = self._apart = unfuse.apart(self.config, leaves, self.place)
-        if packed if self.merge_linears is None else self.merge_linears:
+        if packed and not self._for_few if self.merge_linears is None else self.merge_linears:
             self._fused = fuse.merged(self._apart, leaves)
             was, now = (len(list(fuse.fusable(c))) for c in (self._apart, self._fused))
             notes.append(f"{was - now} of {was} groups of linears that read the same activation merged")
@@ -153,8 +172,9 @@ class ServedWeights:
         self._explanation = "served as " + "; ".join(notes)
         return served
 
-    def _choose(self, leaves: Mapping[str, Weight], platform: str) -> tuple[bool, str]:
+    def _choose(self, leaves: Mapping[str, Weight], platform: str, few: bool) -> tuple[bool, str]:
         """Whether to serve a copy, and why."""
+        self._for_few = False
         if self.copy is not None:
             return self.copy, ", as was asked for"
         if platform != "cpu" or self.place is not None:
@@ -165,6 +185,9 @@ class ServedWeights:
                 False,
                 f"; a float32 copy would take {_mb(need)}, more than half of what is free (resident=True makes one)",
             )
+        if few:
+            self._for_few = True
+            return False, f"; a float32 copy of {_mb(need)} is made for more than {FEW} tokens at once"
         return True, " (resident=False saves it)"
 
 

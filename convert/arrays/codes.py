@@ -1,11 +1,16 @@
 """Packed codes in NumPy: to words and back, and dequantized, without touching a device."""
 
+import dataclasses
 import math
 
 import numpy as np
 
+from awq_jax.convert.files.aligned import aligned
 from awq_jax.pack import words
 from awq_jax.qtensor import QuantizedTensor
+
+COLUMNS = ("qweight", "scales", "zeros", "offsets")  # what has an entry for each column
+PIECE = 1 << 18  # floats that stay in a processor's cache
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:
@@ -74,3 +79,15 @@ def dequantize(q: QuantizedTensor, dtype: type[np.floating] = np.float32) -> np.
     if q.inv_scale is not None:
         w = w * np.asarray(q.inv_scale).astype(dtype)[:, None]
     return w
+
+
+def dequantize_transposed(q: QuantizedTensor) -> np.ndarray:
+    """float32 ``[N, K]`` in C order: `dequantize`, transposed, holding no more than some columns twice."""
+    out = aligned((q.n, q.k), np.dtype(np.float32))
+    step = max(1, PIECE // q.k)
+    for start in range(0, q.n, step):
+        cut = slice(start, start + step)
+        tables = {f: np.asarray(t)[:, cut] for f in COLUMNS if (t := getattr(q, f)) is not None}
+        some = min(step, q.n - start)
+        out[cut] = dequantize(dataclasses.replace(q, **tables, n_dims=(some,))).T  # type: ignore[arg-type]
+    return out

@@ -8,6 +8,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from awq_jax.convert.files.aligned import aligned
 from awq_jax.errors import CheckpointError
 from awq_jax.qtensor import QuantizedTensor
 
@@ -31,7 +32,7 @@ def read_block(file: Path, offset: int, dtype: np.dtype, shape: tuple[int, ...],
       CheckpointError: if the file cannot be read or is too short.
     """
     ends = [bounds(part, size) for part, size in zip(index, shape, strict=True)]
-    out = np.empty([b - a for a, b in ends], dtype)
+    out = aligned(tuple(b - a for a, b in ends), dtype)
     if not out.size:
         return out
     cut = max((i for i, ((a, b), size) in enumerate(zip(ends, shape, strict=True)) if b - a < size), default=0)
@@ -61,11 +62,16 @@ def read_bytes(file: Path, offset: int, count: int, tensor: str) -> np.ndarray:
     Raises:
       CheckpointError: if the file cannot be read or no longer holds them; it names ``tensor``.
     """
+    raw = aligned((count,), np.dtype(np.uint8))
     try:
-        raw = np.fromfile(file, np.uint8, count=count, offset=offset)
+        with file.open("rb", buffering=0) as f:
+            f.seek(offset)
+            view, done = memoryview(raw.data), 0
+            while done < count and (got := f.readinto(view[done:])):
+                done += got
     except OSError as e:
         raise CheckpointError(f"cannot read tensor {tensor!r} from {file}: {e}") from e
-    if raw.size != count:
+    if done != count:
         raise CheckpointError(f"{file} became shorter while it was read (tensor {tensor!r}); copy it again")
     return raw
 

@@ -9,6 +9,7 @@ from awq_jax.bench import decoding, random_models
 from awq_jax.kernels import xla
 from awq_jax.qtensor import is_quantized
 from awq_jax.serve.cpu_copy import resident
+from awq_jax.serve.sampling import Draws
 from awq_jax.serve.served_weights import ServedWeights
 
 TILE = 2 * 512 * 256 * 4  # gate and up of the shape below in float32, which is how a CPU multiplies
@@ -25,9 +26,9 @@ def test_one_weight_is_dequantized_at_a_time():
     for program, temp in served.temp_bytes().items():
         assert temp <= TILE + REST, program
     # The measure sees what is dequantized at once.
-    arguments = (served.params, served._tokens, served._lengths, *served._options)
+    arguments = (served.params, served._tokens, served._lengths, Draws())
     generator = served.weights.serving()[0]
-    eager = jax.jit(lambda p, *a: generator._prefill(resident(p), *a, slots=64, mode="greedy"))
+    eager = jax.jit(lambda p, *a: generator._prefill(resident(p), *a, slots=64))
     found = eager.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
     assert found > sum(q.k * q.n * 4 for q in packed) > 2 * (TILE + REST)
 

@@ -2,8 +2,9 @@
 
 import dataclasses
 import re
+import types
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +14,10 @@ from flax import nnx
 from awq_jax import paths
 from awq_jax.convert.arrays import codes
 from awq_jax.convert.source import Info
-from awq_jax.dtypes import FLOATS
+from awq_jax.dtypes import FLOATS, all_finite
 from awq_jax.errors import ShapeError, WeightError
 from awq_jax.models.config import ModelConfig
-from awq_jax.models.decoder import Decoder
+from awq_jax.models.decoder import Decoder, Layer
 from awq_jax.models.layers.moe import by_expert
 from awq_jax.models.names import Names
 from awq_jax.qtensor import QuantizedTensor, Weight
@@ -74,8 +75,30 @@ class Stored(NamedTuple):
 
 
 def abstract(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
-    """The decoder's static part, and its state with shapes in place of arrays."""
-    return nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
+    """The decoder's static part, and its state with shapes in place of arrays.
+
+    Of layers that are alike one is built, and copied.
+    """
+    kinds = tuple(dict.fromkeys(config.layers))
+    decoder = nnx.eval_shape(lambda: Decoder(dataclasses.replace(config, layers=kinds), rngs=_one_key()))
+    built = dict(zip(kinds, map(nnx.split, decoder.layers), strict=True))
+    layers: list[Layer] = [
+        nnx.merge(built[kind][0], jax.tree.map(lambda shape: shape, built[kind][1])) for kind in config.layers
+    ]
+    for layer in layers:
+        layer.config = config
+    decoder.config = config
+    decoder.layers = nnx.List(layers)
+    return nnx.split(decoder)
+
+
+def _one_key() -> nnx.Rngs:
+    """The same key for every parameter, where only shapes are asked for.
+
+    `nnx.Rngs` counts its keys, and each count walks through all that has been traced so far: minutes for deep models.
+    """
+    key = jax.random.key(0)
+    return cast(nnx.Rngs, types.SimpleNamespace(params=lambda: key))
 
 
 def load(source: Tensors, config: ModelConfig, state: nnx.State, dtype: str | None = None) -> nnx.State:
@@ -156,7 +179,7 @@ class Weights:
         for name, value in zip(self.names(path), self.read(path) if values is None else values, strict=True):
             kept = self._kept(path, None if isinstance(value, QuantizedTensor) else str(value.dtype))
             if isinstance(value, QuantizedTensor) and not path.endswith("/kernel"):
-                value = codes.dequantize(value).T  # an embedding: rows are looked up, not multiplied
+                value = codes.dequantize_transposed(value)  # an embedding: rows are looked up, not multiplied
             parts.append(_one(value, name, how, kept))
             del value
         return _stack(parts, path) if how.stacked else parts[0]
@@ -257,8 +280,9 @@ def _one(value: np.ndarray | QuantizedTensor, name: str, how: Stored, dtype: str
     check_shape(name, tuple(value.shape), how.shape)
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise WeightError(f"{name} is {value.dtype}, not floating point; was it quantized by an unknown tool?")
-    array = jnp.asarray(value).astype(dtype)
-    if not bool(jnp.isfinite(array).all()):
+    array, same = _held(value), str(value.dtype) == dtype
+    array = array if same else array.astype(dtype)
+    if not (all_finite(value) if same else bool(jnp.isfinite(array).all())):
         raise WeightError(f"{name} holds NaN or inf as {dtype}; re-download it, or load with dtype='float32'")
     array = jnp.swapaxes(array, -1, -2) if how.transpose else array
     return array if how.part is None else how.part.of(array)
@@ -269,10 +293,15 @@ def _packed(value: QuantizedTensor, name: str, how: Stored, dtype: str) -> Quant
     linear = len(how.shape) == 2 and not value.batch
     want = how.shape if how.transpose or not linear else how.shape[::-1]
     check_shape(name, value.shape, want)
-    if not bool(jnp.isfinite(value.scales).all()):
+    if not all_finite(np.asarray(value.scales)):
         raise WeightError(f"the scales of {name} hold NaN or inf; re-download the checkpoint")
-    value = jax.tree.map(jnp.asarray, value)
+    value = jax.tree.map(_held, value)
     return dataclasses.replace(value, axes="kn" if linear else value.axes, dtype=dtype)
+
+
+def _held(array: np.ndarray) -> jax.Array:
+    """What was read, on the device. Nobody writes into it any more, so on a CPU it is used where it lies."""
+    return jax.device_put(array, may_alias=True)
 
 
 def check_shape(name: str, got: tuple[int, ...], want: tuple[int, ...]) -> None:

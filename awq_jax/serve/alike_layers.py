@@ -1,0 +1,41 @@
+"""Layers that are alike, traced and lowered once.
+
+A decoder's layers are unrolled, and tracing each of them anew takes longer than reading the compiled program from a
+cache. XLA inlines the calls before anything else, so the program that it makes is the same.
+"""
+
+import functools
+
+import jax
+from flax import nnx
+
+from awq_jax.models.config import RopeConfig
+from awq_jax.models.decoder import Layer
+from awq_jax.models.layers.attention import Step
+from awq_jax.models.layers.cache import LayerCache
+
+Angles = tuple[jax.Array, jax.Array]
+
+
+def call(layer: Layer, x: jax.Array, step: Step, past: LayerCache | None) -> tuple[jax.Array, LayerCache]:
+    """``layer(x, step, past)``, within a trace."""
+    graphdef, state = nnx.split(layer)
+    ropes, angles = tuple(step.angles), tuple(step.angles.values())
+    return _layer(graphdef, ropes, step.decoding, state, x, step.positions, angles, step.blocks, past)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _layer(
+    graphdef: nnx.GraphDef,
+    ropes: tuple[RopeConfig, ...],
+    decoding: bool,
+    state: nnx.State,
+    x: jax.Array,
+    positions: jax.Array,
+    angles: tuple[Angles, ...],
+    blocks: jax.Array | None,
+    past: LayerCache | None,
+) -> tuple[jax.Array, LayerCache]:
+    step = Step(positions, dict(zip(ropes, angles, strict=True)), decoding, blocks)
+    layer: Layer = nnx.merge(graphdef, state)
+    return layer(x, step, past)
