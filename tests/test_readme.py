@@ -1,15 +1,16 @@
-"""The README's table of conversions is what the code does. ``python tests/test_readme.py`` rewrites it."""
+"""The README's tables (conversions, engines) are what the code does. ``python tests/test_readme.py`` writes them."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-from awq_jax.convert import exactness
+from awq_jax.convert import engines, exactness
 from awq_jax.convert.registry import FORMATS
 
 README = Path(__file__).parent.parent / "README.md"
 BLOCK = re.compile(r"(<!-- conversions -->\n).*?(<!-- /conversions -->)", re.DOTALL)
+ENGINES = re.compile(r"(<!-- engines -->\n).*?(<!-- /engines -->)", re.DOTALL)
 
 
 def table() -> str:
@@ -18,6 +19,20 @@ def table() -> str:
     head, *body = _merged(list(zip(*_merged(grid), strict=True)))  # sources across, targets down
     lines = ["| " + " | ".join(("to \\ from", *head[1:])) + " |", "|---" * len(head) + "|"]
     lines += ["| " + " | ".join((f"**{name}**", *cells)) + " |" for name, *cells in body]
+    return "\n".join(lines) + "\n"
+
+
+def engines_table() -> str:
+    """Markdown: formats that the same engines read share a row."""
+    head, *rows = engines.table(list(FORMATS))
+    kinds: dict[tuple[str, ...], list[str]] = {}
+    for format, kind, *cells in rows:
+        kinds.setdefault((format, *cells), []).append(kind)
+    formats: dict[tuple[str, ...], list[str]] = {}
+    for (format, *cells), found in kinds.items():
+        formats.setdefault(("; ".join(found), *cells), []).append(f"`{format}`")
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    lines += ["| " + " | ".join((", ".join(names), *cells)) + " |" for cells, names in formats.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -35,10 +50,17 @@ def test_the_table_is_current() -> None:
     assert found[0] == f"<!-- conversions -->\n{table()}<!-- /conversions -->"
 
 
+def test_the_table_of_engines_is_current() -> None:
+    found = ENGINES.search(README.read_text())
+    assert found, "README.md has no <!-- engines --> block"
+    assert found[0] == f"<!-- engines -->\n{engines_table()}<!-- /engines -->"
+
+
 def test_every_format_is_named() -> None:
     text = README.read_text()
     assert [name for name in FORMATS if f"`{name}`" not in text] == []
 
 
 if __name__ == "__main__":
-    README.write_text(BLOCK.sub(lambda m: m[1] + table() + m[2], README.read_text()))
+    text = BLOCK.sub(lambda m: m[1] + table() + m[2], README.read_text())
+    README.write_text(ENGINES.sub(lambda m: m[1] + engines_table() + m[2], text))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from awq_jax import report
-from awq_jax.cli import common
+from awq_jax.cli import common, engines
 from awq_jax.errors import ConfigError
 from awq_jax.progress import bar
 
@@ -98,6 +98,7 @@ def run(args: argparse.Namespace) -> None:
     if result.resumed:
         rows.append(("continued", f"{result.resumed} tensors were there from an interrupted run"))
     rows.append(("weights", _exactness(result)))
+    rows.append(("served by", engines.served_by(args.dst)))
     print("\n".join(report.columns(rows)))
 
 
@@ -140,7 +141,8 @@ def _data(dst: str, result: Conversion) -> dict[str, object]:
 
 
 def _list(args: argparse.Namespace) -> None:
-    from awq_jax.convert import exactness  # as in `run`
+    from awq_jax.convert import engines as rules  # as in `run`
+    from awq_jax.convert import exactness
     from awq_jax.convert.registry import FORMATS
 
     table = exactness.table()
@@ -158,3 +160,8 @@ def _list(args: argparse.Namespace) -> None:
     )
     print("\nConversions: = exact, a number = largest shift in quantization steps (needs --allow-lossy), - impossible")
     print("\n".join(report.columns(exactness.grid(table))))
+    print(
+        "\nEngines that serve a Llama so, of the versions that were tried (a checkpoint of yours: "
+        "awq-jax inspect DIR --for ENGINE)"
+    )
+    print("\n".join(report.columns(rules.table(list(FORMATS)))))

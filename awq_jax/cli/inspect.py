@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from awq_jax import report
-from awq_jax.cli import common
+from awq_jax.cli import common, engines
+from awq_jax.errors import ConfigError
 
 if TYPE_CHECKING:
     from awq_jax.cli.contents import Facts
@@ -20,6 +21,7 @@ awq-jax inspect ./model-awq
 awq-jax inspect ./model-awq --check
 awq-jax inspect ./model --plan
 awq-jax inspect ./model-awq --devices 8
+awq-jax inspect ./model-awq --for vllm --tensor-parallel 4
 awq-jax inspect owner/name --json | jq .tensors
 """
 
@@ -49,12 +51,15 @@ def add(subparsers: common.Commands) -> None:
         help="print instead how the weights would lie on a mesh of N devices, and what each would hold; of a "
         "config.json alone, as 4-bit weights in groups of 128",
     )
+    engines.add_options(one, p)
 
 
 def run(args: argparse.Namespace) -> None:
     """Open, describe, print; leaves through ``SystemExit(1)`` if a check finds problems."""
     from awq_jax.cli import contents  # imports JAX, for which --help must not wait
 
+    if args.tensor_parallel and args.engine != "vllm":
+        raise ConfigError("--tensor-parallel belongs to --for vllm: give both, or drop it")
     with contents.opened(args.dir, whole=args.check) as source:
         if args.plan:
             plan = contents.plan(source)
@@ -63,6 +68,10 @@ def run(args: argparse.Namespace) -> None:
         if args.devices:
             spread = contents.on_devices(source, args.devices)
             print(common.to_json(spread) if args.json else spread["text"])
+            return
+        if args.engine:
+            told = engines.described(source, args.engine, args.tensor_parallel or 1)
+            print(common.to_json(told) if args.json else _plain_lines(told["text"]))
             return
         found = contents.describe(source)
         found["bytes_on_disk"] = contents.bytes_on_disk(Path(args.dir).expanduser())
@@ -110,6 +119,10 @@ def _count(plan: Plan) -> str:
         f"{len(plan.groups)} scale groups of {sum(len(g.sites) for g in plan.groups)} weights: {scaled} are scaled, "
         f"{len(plan.groups) - scaled} have nothing that absorbs a scale; weights that stay float: {len(plan.skipped)}"
     )
+
+
+def _plain_lines(text: str) -> str:
+    return "\n".join(map(_plain, text.split("\n")))
 
 
 def _plain(text: str) -> str:

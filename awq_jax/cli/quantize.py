@@ -12,7 +12,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from awq_jax.cli import common, tables
+from awq_jax.cli import common, engines, tables
 from awq_jax.config import METHOD_NAMES, SAMPLES, SEQ_LEN, AwqConfig
 from awq_jax.errors import AwqError, CheckpointError, ConfigError, FormatError, ProcessError, as_options
 
@@ -191,6 +191,7 @@ def _quantize(args: argparse.Namespace, config: AwqConfig, pool: Pool) -> None:
     else:
         print(as_options(str(report), [QUANTIZE_HEAD]))
         print(f"\nwrote {args.dst} ({done.format})" + (f" and {args.report}" if args.report else ""))
+        print(f"served by {engines.served_by(args.dst)}")
 
 
 def _mesh(count: int | None) -> Mesh | None:

@@ -97,6 +97,11 @@ class AwqSource(PackedSource):
         hidden = set(self._activations.values())
         self._names = [n for n in super().names() if n not in hidden]
 
+    @property
+    def scaled_activations(self) -> list[str]:
+        """The packed weights that a scaled activation feeds."""
+        return list(self._activations)
+
     def read(self, name: str) -> slices.Tensor:
         value = super().read(name)
         if isinstance(value, QuantizedTensor) and name in self._activations:

