@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -14,29 +14,28 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import ArrayLike, DTypeLike
 
-from awq_jax import data, models, paths
-from awq_jax.algorithm.methods import METHODS
+from awq_jax import models, paths
 from awq_jax.config import SAMPLES, SEQ_LEN, AwqConfig
 from awq_jax.convert import card, registry
 from awq_jax.convert.source import Source
 from awq_jax.convert.text import TokenizerLike
-from awq_jax.devices.pool import pool_of
-from awq_jax.devices.team import team
 from awq_jax.dtypes import name_of
 from awq_jax.errors import ConfigError, ShapeError
-from awq_jax.models.mesh import sharded_loading, sharding
+from awq_jax.models.mesh import sharding
 from awq_jax.models.vision import inputs as vision
 from awq_jax.models.weights import params as model_params
 from awq_jax.placement import Placement
 from awq_jax.progress import Progress
 from awq_jax.qtensor import is_quantized
 from awq_jax.report import Report, size
-from awq_jax.serve import answer, calibrate_images, calibration_batches, prompts, saving
+from awq_jax.serve import answer, prompts, saving
 from awq_jax.serve.answer import Answer, Prompts, Stream
 from awq_jax.serve.generate import Past, check_tokens
 from awq_jax.serve.sampling import of_rows
 from awq_jax.serve.served_weights import ServedWeights
-from awq_jax.stream.session import Session
+
+if TYPE_CHECKING:
+    from awq_jax import data
 
 
 def load(
@@ -88,6 +87,8 @@ def from_source(
     if place is None:
         params = model_params.load(source, config, state, dtype)
     else:
+        from awq_jax.models.mesh import sharded_loading
+
         params = sharded_loading.load(source, config, state, place, dtype)
     return Model(config, dict(source.config), graphdef, params, source.tokenizer(), source, merge, resident, place)
 
@@ -317,6 +318,14 @@ class Model:
           CalibrationError: if the calibration data are empty or do not fit the model.
           ProcessError: another process of this run has ended.
         """
+        # What only quantizing needs: half of what loading would import otherwise.
+        from awq_jax import data
+        from awq_jax.algorithm.methods import METHODS
+        from awq_jax.devices.pool import pool_of
+        from awq_jax.devices.team import team
+        from awq_jax.serve import calibrate_images, calibration_batches
+        from awq_jax.stream.session import Session
+
         config = AwqConfig.from_dict({"explicit_scale": False} | settings)
         if batch_size is not None and batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, or None; got {batch_size}")
