@@ -84,6 +84,11 @@ def write_beside(path: Path, format: str, destination: Destination, records: Seq
     write_text(path.parent / README, text)
 
 
+def is_of(readme: Path, file: str) -> bool:
+    """Whether a README.md is a card of ours of that file."""
+    return readme.is_file() and MARK.search(_text(readme)) is not None and file in _text(readme)
+
+
 def _may_replace(readme: Path) -> bool:
     return not os.path.lexists(readme) or _untouched(_text(readme))
 

@@ -65,6 +65,38 @@ def add_bos(p: argparse.ArgumentParser | argparse._ArgumentGroup, what: str) -> 
                    help=f"begin {what} with BOS (default: where the tokenizer puts it before a text)")  # fmt: skip
 
 
+def add_push(p: argparse.ArgumentParser) -> None:
+    """``--push`` and what goes with it."""
+    g = p.add_argument_group("hub", "The login is that of `hf auth login`, or HF_TOKEN; it is tried before the work.")
+    g.add_argument("--push", metavar="REPO", help="send DST to owner/name on the hub when it is complete")
+    g.add_argument("--push-branch", metavar="BRANCH", help="to this branch of it (default: the main one)")
+    g.add_argument("--private", action="store_true", help="if REPO has to be created: for nobody else to see")
+
+
+def check_push(args: argparse.Namespace) -> None:
+    """Refuse what cannot be pushed, before the work.
+
+    Raises:
+      ConfigError, CheckpointError: see `awq_jax.convert.hub.check`; or an option that belongs to ``--push``.
+    """
+    if args.push is None:
+        if args.private or args.push_branch is not None:
+            raise ConfigError("--private and --push-branch are of what --push REPO sends: give that, too")
+        return
+    from awq_jax.convert import hub  # JAX, for which --help must not wait
+
+    args.push = hub.check(args.push)
+
+
+def push(args: argparse.Namespace) -> None:
+    """Send DST, if that was asked for."""
+    if args.push is not None:
+        from awq_jax.convert import hub  # as in `check_push`
+
+        path = Path(args.dst).expanduser().absolute()
+        say(f"pushed to {hub.upload(path, args.push, private=args.private, branch=args.push_branch)}")
+
+
 def add_revision(p: argparse.ArgumentParser) -> None:
     """``--revision``, if the command takes a checkpoint that may be a hub id."""
     source = next((a for a in p._actions if not a.option_strings and a.dest in ("src", "dir")), None)

@@ -22,6 +22,7 @@ awq-jax convert ./model-awq ./model-mlx --to mlx --allow-lossy
 awq-jax convert ./model-gptq ./model-float --to float --dtype bfloat16
 awq-jax convert ./model-awq ./model.gguf --to gguf-q4_1 --allow-lossy
 awq-jax convert ./model ./model-folded --to float --search llama-7b-w4-g128.pt
+awq-jax convert ./model-awq ./model-ct --to compressed-tensors --push me/model-ct
 awq-jax convert --list
 """
 
@@ -51,6 +52,7 @@ def add(subparsers: common.Commands) -> None:
     p.add_argument(
         "--max-shard-size", type=size, default=512 << 20, metavar="SIZE", help="of a file, e.g. 2GB (default: 512MiB)"
     )
+    common.add_push(p)
     p.add_argument("--workers", type=common.positive, metavar="N", help="tensors encoded at a time (default: up to 4)")
 
 
@@ -64,6 +66,7 @@ def run(args: argparse.Namespace) -> None:
     from awq_jax import convert  # JAX, for which --help must not wait
     from awq_jax.convert import registry, writing
 
+    common.check_push(args)
     writing.check_path(Path(args.dst).expanduser().absolute(), registry.get(args.to), args.overwrite)
     source = args.src
     if args.search is not None:
@@ -87,7 +90,12 @@ def run(args: argparse.Namespace) -> None:
         )
     if args.json:
         print(common.to_json(_data(args.dst, result)))
-        return
+    else:
+        print("\n".join(report.columns(_rows(args, result))))
+    common.push(args)
+
+
+def _rows(args: argparse.Namespace, result: Conversion) -> list[tuple[str, str]]:
     packed = sum(1 for r in result.records if r.bits)
     rows = [
         ("written", f"{Path(args.dst)} ({result.target}, from {result.source})"),
@@ -99,7 +107,7 @@ def run(args: argparse.Namespace) -> None:
         rows.append(("continued", f"{result.resumed} tensors were there from an interrupted run"))
     rows.append(("weights", _exactness(result)))
     rows.append(("served by", engines.served_by(args.dst)))
-    print("\n".join(report.columns(rows)))
+    return rows
 
 
 def size(text: str) -> int:

@@ -27,6 +27,7 @@ awq-jax quantize ./Qwen3-0.6B ./Qwen3-0.6B-awq
 awq-jax quantize ./model ./model-w3 --bits 3 --group-size 64 --calib book.txt --report report.html
 awq-jax quantize ./model ./model-awq --override 'down_proj:bits=8' --skip 'layers/0/' --format awq-jax
 awq-jax quantize ./model ./model-awq --samples 32 --json > report.json
+awq-jax quantize ./model ./model-awq --push me/model-awq --private
 awq-jax quantize ./Llama-70B ./Llama-70B-awq --hidden disk --dry-run
 awq-jax quantize ./Llama-70B ./Llama-70B-awq --devices all
 awq-jax quantize ./Llama-405B ./awq --coordinator host0:4321 --processes 2 --process-id 0   # and 1 on the other host
@@ -81,6 +82,7 @@ def add(subparsers: common.Commands) -> None:
     o.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
     o.add_argument("--report", type=Path, metavar="FILE", help="write a report, .html or .json")
     common.add_dtype(o)
+    common.add_push(p)
     r = p.add_argument_group("run", "One block is in memory at a time. A run that was killed continues when the same "
                              "command is given again.")  # fmt: skip
     r.add_argument("--dry-run", action="store_true",
@@ -155,6 +157,8 @@ def _quantize(args: argparse.Namespace, config: AwqConfig, pool: Pool) -> None:
     from awq_jax.stream import run as stream
     from awq_jax.stream.job import Options, prepare
 
+    if not args.dry_run and pool.rank == 0:
+        common.check_push(args)
     start = time.perf_counter()
     options = Options(
         samples=args.samples,
@@ -192,6 +196,7 @@ def _quantize(args: argparse.Namespace, config: AwqConfig, pool: Pool) -> None:
         print(as_options(str(report), [QUANTIZE_HEAD]))
         print(f"\nwrote {args.dst} ({done.format})" + (f" and {args.report}" if args.report else ""))
         print(f"served by {engines.served_by(args.dst)}")
+    common.push(args)
 
 
 def _mesh(count: int | None) -> Mesh | None:

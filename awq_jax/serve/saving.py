@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from flax import nnx
 
 from awq_jax import models, paths
 from awq_jax.config import AwqConfig
-from awq_jax.convert import writing
+from awq_jax.convert import hub, writing
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.convert.files.shards import refuse_existing
 from awq_jax.convert.source import Source
@@ -35,6 +37,20 @@ class Saved:
     tokenizer: TokenizerLike | None
     settings: AwqConfig | None
     made: Mapping[str, Any] | None  # by `awq_jax.convert.card.of_report`
+
+
+def push(write: Callable[[Path], object], repo: str, dst: str | Path | None, private: bool, branch: str | None) -> str:
+    """See `awq_jax.serve.model.Model.push_to_hub`; ``write``: makes the checkpoint at a path."""
+    repo = hub.check(repo)
+    if dst is None:
+        path = Path(tempfile.mkdtemp(prefix="awq_jax-")) / repo.rpartition("/")[2]
+    else:
+        path = Path(dst).expanduser().absolute()
+    write(path)
+    address = hub.upload(path, repo, private=private, branch=branch)
+    if dst is None:
+        shutil.rmtree(path.parent, ignore_errors=True)
+    return address
 
 
 def save(
