@@ -31,7 +31,7 @@ from awq_jax.qtensor import is_quantized
 from awq_jax.report import Report, size
 from awq_jax.serve import answer, prompts, saving
 from awq_jax.serve.answer import Answer, Prompts, Stream
-from awq_jax.serve.generate import Past, check_tokens
+from awq_jax.serve.generate import Generator, Past, check_tokens
 from awq_jax.serve.sampling import of_rows
 from awq_jax.serve.served_weights import ServedWeights
 
@@ -166,6 +166,10 @@ class Model:
     def explain(self) -> str:
         """One line on the form in which the weights generate: copied, merged, how many bytes."""
         return self._weights.explain()
+
+    def serving(self) -> tuple[Generator, nnx.State]:
+        """The programs and parameters that `generate` uses; the latter stand until weights are asked for or changed."""
+        return self._weights.serving()
 
     def __call__(self, tokens: ArrayLike | Sequence[Sequence[int]] | Mapping[str, Any]) -> jax.Array:
         """Logits of every position; compiled once per shape.
