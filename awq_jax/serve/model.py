@@ -388,18 +388,17 @@ class Model:
         repo: str,
         dst: str | Path | None = None,
         *,
-        format: str = "auto",
-        allow_lossy: bool = False,
         private: bool = False,
         revision: str | None = None,
+        **how: Any,
     ) -> str:
         """`save`, and send what was written to the Hugging Face hub, as the user of ``hf auth login`` or ``HF_TOKEN``.
 
         Args:
           repo: ``owner/name``; created if it is not there, ``private`` or not.
           dst: as for `save`; None: a temporary directory, which is kept only if the upload fails.
-          format, allow_lossy: as for `save`.
           revision: branch to send it to, created if it is not there; None: the main one.
+          **how: other arguments of `save`.
 
         Returns:
           The address of the repository.
@@ -407,7 +406,5 @@ class Model:
         Raises:
           CheckpointError: nobody is logged in, or may not write to ``repo`` (before anything is written); or the
             upload failed: the local copy is whole, and the message names the command that sends it again.
-          FormatError: see `save`.
         """
-        write = functools.partial(self.save, format=format, allow_lossy=allow_lossy)
-        return saving.push(write, repo, dst, private, revision)
+        return saving.push(functools.partial(self.save, **how), repo, dst, private, revision)
