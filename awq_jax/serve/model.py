@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -94,7 +93,7 @@ def from_source(
     return Model(config, dict(source.config), graphdef, params, source.tokenizer(), source, merge, resident, place)
 
 
-class Model:
+class Model(saving.Pushed):
     """A reference decoder with its weights and tokenizer.
 
     Attributes:
@@ -382,29 +381,3 @@ class Model:
         """
         what = saving.Saved(self.config, self.hf_config, self.source, self.tokenizer, self.settings, self._made)
         return saving.save(self.take_params, what, dst, format, overwrite, allow_lossy)
-
-    def push_to_hub(
-        self,
-        repo: str,
-        dst: str | Path | None = None,
-        *,
-        private: bool = False,
-        revision: str | None = None,
-        **how: Any,
-    ) -> str:
-        """`save`, and send what was written to the Hugging Face hub, as the user of ``hf auth login`` or ``HF_TOKEN``.
-
-        Args:
-          repo: ``owner/name``; created if it is not there, ``private`` or not.
-          dst: as for `save`; None: a temporary directory, which is kept only if the upload fails.
-          revision: branch to send it to, created if it is not there; None: the main one.
-          **how: other arguments of `save`.
-
-        Returns:
-          The address of the repository.
-
-        Raises:
-          CheckpointError: nobody is logged in, or may not write to ``repo`` (before anything is written); or the
-            upload failed: the local copy is whole, and the message names the command that sends it again.
-        """
-        return saving.push(functools.partial(self.save, **how), repo, dst, private, revision)

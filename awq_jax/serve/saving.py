@@ -39,18 +39,49 @@ class Saved:
     made: Mapping[str, Any] | None  # by `awq_jax.convert.card.of_report`
 
 
-def push(write: Callable[[Path], object], repo: str, dst: str | Path | None, private: bool, branch: str | None) -> str:
-    """See `awq_jax.serve.model.Model.push_to_hub`; ``write``: makes the checkpoint at a path."""
-    repo = hub.check(repo)
-    if dst is None:
-        path = Path(tempfile.mkdtemp(prefix="awq_jax-")) / repo.rpartition("/")[2]
-    else:
-        path = Path(dst).expanduser().absolute()
-    write(path)
-    address = hub.upload(path, repo, private=private, branch=branch)
-    if dst is None:
-        shutil.rmtree(path.parent, ignore_errors=True)
-    return address
+class Pushed:
+    """What can be saved can be sent to the hub."""
+
+    def save(self, dst: str | Path, format: str = "auto", overwrite: bool = False, allow_lossy: bool = False) -> str:
+        """Write a checkpoint."""
+        raise NotImplementedError
+
+    def push_to_hub(
+        self,
+        repo: str,
+        dst: str | Path | None = None,
+        *,
+        format: str = "auto",
+        allow_lossy: bool = False,
+        private: bool = False,
+        revision: str | None = None,
+    ) -> str:
+        """`save`, and send what was written to the Hugging Face hub, as the user of ``hf auth login`` or ``HF_TOKEN``.
+
+        Args:
+          repo: ``owner/name``; created if it is not there, ``private`` or not.
+          dst: as for `save`; None: a temporary directory, which is kept only if the upload fails.
+          format, allow_lossy: as for `save`.
+          revision: branch to send it to, created if it is not there; None: the main one.
+
+        Returns:
+          The address of the repository.
+
+        Raises:
+          CheckpointError: nobody is logged in, or may not write to ``repo`` (before anything is written); or the
+            upload failed: the local copy is whole, and the message names the command that sends it again.
+          FormatError: see `save`.
+        """
+        repo = hub.check(repo)
+        if dst is None:
+            path = Path(tempfile.mkdtemp(prefix="awq_jax-")) / repo.rpartition("/")[2]
+        else:
+            path = Path(dst).expanduser().absolute()
+        self.save(path, format, allow_lossy=allow_lossy)
+        address = hub.upload(path, repo, private=private, branch=revision)
+        if dst is None:
+            shutil.rmtree(path.parent, ignore_errors=True)
+        return address
 
 
 def save(
