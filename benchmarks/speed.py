@@ -4,6 +4,7 @@
     python benchmarks/speed.py decode --shape smollm2-135m --group-size 64 --out benchmarks/results/decode_cpu_135m.json
     python benchmarks/speed.py decode --model stories15m --group-size 96 --rounds 201
     python benchmarks/speed.py decode --shape llama-2-7b --layers 4 --rounds 21
+    python benchmarks/speed.py start MODEL --before OLD/bin/python --out benchmarks/results/start_smollm2.json
 
 `quantize`: every run is a process of its own (import, load, compile and work), one after the other on the same
 machine. ``forward`` computes the logits of all tokens with the float model under `jax.jit`; the method's row
@@ -14,14 +15,23 @@ float32 model as `generate` serves it, ``packed`` the packed model as `generate`
 ``packed-unmerged`` the same with ``merge=False``, ``packed-only`` with ``resident=False`` (no copy). Packed weights are
 rounded to nearest; ``dense`` has the same ones, dequantized. Speeds are medians over rounds of the ratio to ``dense``
 in the same round; on a busy machine the best turns and processor time say more.
+
+`start`: whole processes that import the package, load a model with its tokenizer, and generate the first token of a
+prompt. Builds take turns: this one, and that of another interpreter (``--before``). ``cold`` begins with an empty cache
+of compiled programs, and ``warm`` with what that process has left there.
 """
 
 import functools
+import os
+import statistics
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
+import tokenizers
 from shared import checkpoints, running
 
 import awq_jax
@@ -41,6 +51,13 @@ KINDS: dict[str, tuple[bool | None, bool | None]] = {
     "packed-unmerged": (False, None),
     "packed-only": (None, False),
 }
+# A process of `start`.
+FIRST_TOKEN = """
+import sys
+import awq_jax
+[text] = awq_jax.load(sys.argv[1]).generate(sys.argv[2], max_new_tokens=1)
+print(repr(text))
+"""
 
 
 def work(
@@ -142,14 +159,49 @@ def decode(
     }  # fmt: skip
 
 
+def start(model: str, *, before: str = "", prompt: str = "The capital of France is", rounds: int = 5) -> running.Row:
+    """Processor seconds and memory until the first token."""
+    builds = {"now": sys.executable} | ({"before": before} if before else {})
+    costs: dict[tuple[str, str], list[running.Cost]] = {}
+    said: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as directory:
+        log = Path(directory) / "log"
+        for i in range(rounds):
+            for build, python in builds.items():
+                cache = {
+                    "JAX_COMPILATION_CACHE_DIR": str(Path(directory) / f"{build}-{i}"),
+                    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+                    "JAX_ENABLE_COMPILATION_CACHE": "true",
+                }
+                for kind in ("cold", "warm"):
+                    done = running.succeeded([python, "-c", FIRST_TOKEN, model, prompt], log, os.environ | cache)
+                    costs.setdefault((build, kind), []).append(done.cost)
+                    said[build] = log.read_text().splitlines()[-1]
+    rows: list[running.Row] = []
+    for (build, kind), found in costs.items():
+        cpu, wall = [c.cpu for c in found], [c.wall for c in found]
+        seconds = {
+            "cpu_seconds_min": min(cpu),
+            "cpu_seconds_median": statistics.median(cpu),
+            "wall_seconds_min": min(wall),
+        }
+        peaks = {"peak_rss_mb": max(c.peak_mb for c in found)}
+        rows.append({"build": build, "cache": kind, **running.rounded(seconds, 2), **peaks, "text": said[build]})
+        print(rows[-1], flush=True)
+    return {"model": Path(model).name, "prompt": prompt, "rounds": rounds, **running.machine(), "rows": rows}
+
+
 def smoke(directory: Path) -> Iterator[list[str]]:
     model, text = checkpoints.tiny(directory)
     quick = ["--samples", "2", "--seq-len", "16", "--method", "rtn", "--group-size", "32"]
     yield ["quantize", model, "--text", text, *quick, "--out", str(directory / "r.json")]
     yield ["decode", "--model", model, "--context", "16", "--steps", "2", "--rounds", "2", "--group-size", "32"]
+    words = tokenizers.models.WordLevel({chr(i): i for i in range(128)}, unk_token="?")
+    tokenizers.Tokenizer(words).save(f"{model}/tokenizer.json")
+    yield ["start", model, "--prompt", "a", "--rounds", "1"]
 
 
-main = functools.partial(running.run, (quantize, decode), smoke)
+main = functools.partial(running.run, (quantize, decode, start), smoke)
 
 if __name__ == "__main__":
     main()

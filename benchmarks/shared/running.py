@@ -210,15 +210,19 @@ class Watched:
         return self.cost.peak_mb << 20
 
 
-def watched(command: Sequence[str], log: Path, limit: float = float("inf")) -> Watched:
+def watched(
+    command: Sequence[str], log: Path, limit: float = float("inf"), variables: Mapping[str, str] | None = None
+) -> Watched:
     """Run a command with its output in ``log``, and look at its memory twenty times a second.
 
-    It is killed after ``limit`` seconds.
+    It is killed after ``limit`` seconds. ``variables``: its environment, if it is another than `environment`.
     """
     print("+", " ".join(command), file=sys.stderr, flush=True)
     start, samples, peak = time.perf_counter(), [(0.0, 0)], 0
     with log.open("wb") as out:
-        process = subprocess.Popen(command, env=environment(), stdout=out, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, env=environment() if variables is None else variables, stdout=out, stderr=subprocess.STDOUT
+        )
         while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
             now = time.perf_counter() - start
             try:
@@ -235,9 +239,9 @@ def watched(command: Sequence[str], log: Path, limit: float = float("inf")) -> W
     return Watched(process.returncode, cost, samples)
 
 
-def succeeded(command: Sequence[str], log: Path) -> Watched:
+def succeeded(command: Sequence[str], log: Path, variables: Mapping[str, str] | None = None) -> Watched:
     """As `watched`, where anything but success ends this program with the end of the log."""
-    done = watched(command, log)
+    done = watched(command, log, variables=variables)
     if done.code:
         raise SystemExit(f"exit status {done.code}: {' '.join(command)}\n{log.read_text()[-2000:]}")
     return done
