@@ -16,7 +16,8 @@ def main() -> int:
     Returns:
       0; 2 for bad input, after a line on stderr. Wrong usage leaves through ``SystemExit(2)``.
     """
-    if importlib.util.find_spec("lm_eval") is None:
+    found = importlib.util.find_spec("lm_eval")
+    if found is None or found.origin is None:  # some folder of that name, which holds no package
         print(f"awq-jax: error: {MISSING}", file=sys.stderr)
         return 2
     from lm_eval.__main__ import cli_evaluate

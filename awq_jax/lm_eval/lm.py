@@ -81,7 +81,7 @@ class AwqJaxLM(TemplateLM):
         if self.prefix_token_id is None:
             raise ConfigError("the tokenizer has neither BOS nor EOS: pass prefix_token_id=ID in --model_args")
         self.batch_size: int | str = size or "auto"
-        self.scorer = Scorer(*self.model.serving(), size, most, self.max_length)
+        self.scorer = Scorer(*self.model._weights.serving(), size, most, self.max_length)
 
     @property
     def eot_token_id(self) -> int | None:

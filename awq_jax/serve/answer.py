@@ -9,13 +9,15 @@ from typing import Any, Literal
 import numpy as np
 from flax import nnx
 
+from awq_jax.convert.source import Source
 from awq_jax.convert.text import Message, TokenizerLike
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.vision import inputs as vision
 from awq_jax.serve import prompts
 from awq_jax.serve.detokenize import Detokenizer
 from awq_jax.serve.generate import Generator, Past, TokenLogprobs
-from awq_jax.serve.sampling import Sampling
+from awq_jax.serve.sampling import Sampling, of_rows
+from awq_jax.serve.served_weights import ServedWeights
 
 Prompts = str | Sequence[Message] | Sequence[prompts.Prompt] | Mapping[str, Any]
 Stream = Callable[[str], None] | Callable[[str, int], None]
@@ -126,3 +128,75 @@ def answer_rows(
         )
         for ids, s, text, made in zip(rows, each, texts, found, strict=True)
     ]
+
+
+class Answering:
+    """What `awq_jax.serve.model.Model` is made of to generate: see there for the attributes."""
+
+    config: ModelConfig
+    hf_config: dict[str, Any]
+    tokenizer: TokenizerLike | None
+    source: Source
+    _weights: ServedWeights
+
+    def generate(
+        self,
+        prompt: Prompts,
+        *,
+        max_new_tokens: int = 128,
+        stream: Stream | None = None,
+        chat: bool = False,
+        **settings: Any,
+    ) -> list[str]:
+        """Continue one or several prompts as one batch.
+
+        Args:
+          prompt: a text, or a list of texts (or of token id lists). With ``chat``, a text is a user's
+            message, and a list of ``{"role", "content"}`` dicts is one conversation. What a
+            processor returned for texts and images (see `inputs`) is taken as it is.
+          max_new_tokens: at most this many tokens per answer.
+          stream: called with each piece of text, in whole characters, as soon as it is certain; with
+            several prompts, with the piece and the prompt's number.
+          chat: wrap the prompts in the tokenizer's chat template.
+          **settings: fields of `awq_jax.serve.sampling.Sampling`: ``temperature`` (the default is 0: greedy),
+            ``top_k``, ``top_p``, ``min_p``, ``repetition_penalty``, ``presence_penalty``, ``frequency_penalty``,
+            ``stop``, ``stop_ids``, ``logit_bias``, ``logprobs``, and ``seed``, which may be a list with a seed for each
+            prompt: an answer with a seed of its own is the same in any batch.
+
+        Returns:
+          The new text of each prompt. `answers` says more of each.
+
+        Raises:
+          ConfigError: without a tokenizer or chat template, or on a value out of range.
+          ShapeError: a prompt is empty or too long.
+        """
+        found = self.answers(prompt, max_new_tokens=max_new_tokens, stream=stream, chat=chat, **settings)
+        return [one.text for one in found]
+
+    def answers(
+        self,
+        prompt: Prompts,
+        *,
+        max_new_tokens: int = 128,
+        stream: Stream | None = None,
+        chat: bool = False,
+        past: Past | None = None,
+        **settings: Any,
+    ) -> list[Answer]:
+        """As `generate`: texts with why they end, counts of tokens, speed, and log probabilities if asked for.
+
+        Args:
+          prompt, max_new_tokens, stream, chat, settings: as for `generate`.
+          past: of a single prompt; passed with every turn of a conversation, so that only what is new is read.
+
+        Raises:
+          ConfigError, ShapeError: as for `generate`.
+        """
+        rows, images = rows_of(self.config, self.tokenizer, prompt, chat)
+        sampling, tokenizer = of_rows(len(rows), settings), prompts.needed(self.tokenizer)
+        served = self._weights.serving(None if past is not None else max_new_tokens)
+        return answer_rows(*served, tokenizer, rows, sampling, max_new_tokens, self.eos_ids(), stream, images, past)
+
+    def eos_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer: generation config, model config and tokenizer together."""
+        return prompts.eos_ids(self.source.generation_config, self.hf_config, self.tokenizer)

@@ -28,10 +28,9 @@ from awq_jax.placement import Placement
 from awq_jax.progress import Progress
 from awq_jax.qtensor import is_quantized
 from awq_jax.report import Report, size
-from awq_jax.serve import answer, prompts, saving
-from awq_jax.serve.answer import Answer, Prompts, Stream
-from awq_jax.serve.generate import Generator, Past, check_tokens
-from awq_jax.serve.sampling import of_rows
+from awq_jax.serve import saving
+from awq_jax.serve.answer import Answering
+from awq_jax.serve.generate import check_tokens
 from awq_jax.serve.served_weights import ServedWeights
 
 if TYPE_CHECKING:
@@ -93,7 +92,7 @@ def from_source(
     return Model(config, dict(source.config), graphdef, params, source.tokenizer(), source, merge, resident, place)
 
 
-class Model(saving.Pushed):
+class Model(Answering, saving.Pushed):
     """A reference decoder with its weights and tokenizer.
 
     Attributes:
@@ -166,10 +165,6 @@ class Model(saving.Pushed):
         """One line on the form in which the weights generate: copied, merged, how many bytes."""
         return self._weights.explain()
 
-    def serving(self) -> tuple[Generator, nnx.State]:
-        """The programs and parameters that `generate` uses; the latter stand until weights are asked for or changed."""
-        return self._weights.serving()
-
     def __call__(self, tokens: ArrayLike | Sequence[Sequence[int]] | Mapping[str, Any]) -> jax.Array:
         """Logits of every position; compiled once per shape.
 
@@ -216,70 +211,6 @@ class Model(saving.Pushed):
     def nbytes(self) -> int:
         """Bytes of all parameters as held in memory."""
         return self._weights.nbytes()
-
-    def generate(
-        self,
-        prompt: Prompts,
-        *,
-        max_new_tokens: int = 128,
-        stream: Stream | None = None,
-        chat: bool = False,
-        **settings: Any,
-    ) -> list[str]:
-        """Continue one or several prompts as one batch.
-
-        Args:
-          prompt: a text, or a list of texts (or of token id lists). With ``chat``, a text is a user's
-            message, and a list of ``{"role", "content"}`` dicts is one conversation. What a
-            processor returned for texts and images (see `inputs`) is taken as it is.
-          max_new_tokens: at most this many tokens per answer.
-          stream: called with each piece of text, in whole characters, as soon as it is certain; with
-            several prompts, with the piece and the prompt's number.
-          chat: wrap the prompts in the tokenizer's chat template.
-          **settings: fields of `awq_jax.serve.sampling.Sampling`: ``temperature`` (the default is 0: greedy),
-            ``top_k``, ``top_p``, ``min_p``, ``repetition_penalty``, ``presence_penalty``, ``frequency_penalty``,
-            ``stop``, ``stop_ids``, ``logit_bias``, ``logprobs``, and ``seed``, which may be a list with a seed for each
-            prompt: an answer with a seed of its own is the same in any batch.
-
-        Returns:
-          The new text of each prompt. `answers` says more of each.
-
-        Raises:
-          ConfigError: without a tokenizer or chat template, or on a value out of range.
-          ShapeError: a prompt is empty or too long.
-        """
-        found = self.answers(prompt, max_new_tokens=max_new_tokens, stream=stream, chat=chat, **settings)
-        return [one.text for one in found]
-
-    def answers(
-        self,
-        prompt: Prompts,
-        *,
-        max_new_tokens: int = 128,
-        stream: Stream | None = None,
-        chat: bool = False,
-        past: Past | None = None,
-        **settings: Any,
-    ) -> list[Answer]:
-        """As `generate`: texts with why they end, counts of tokens, speed, and log probabilities if asked for.
-
-        Args:
-          prompt, max_new_tokens, stream, chat, settings: as for `generate`.
-          past: of a single prompt; passed with every turn of a conversation, so that only what is new is read.
-
-        Raises:
-          ConfigError, ShapeError: as for `generate`.
-        """
-        rows, images = answer.rows_of(self.config, self.tokenizer, prompt, chat)
-        sampling, tokenizer = of_rows(len(rows), settings), prompts.needed(self.tokenizer)
-        served = self._weights.serving(None if past is not None else max_new_tokens)
-        return answer.answer_rows(
-            *served, tokenizer, rows, sampling, max_new_tokens, self.eos_ids(), stream, images, past
-        )
-
-    def eos_ids(self) -> tuple[int, ...]:
-        """Ids that end an answer: generation config, model config and tokenizer together."""
-        return prompts.eos_ids(self.source.generation_config, self.hf_config, self.tokenizer)
 
     def quantize(
         self,

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
-pytest.importorskip("lm_eval")
+pytest.importorskip("lm_eval.api")  # ``lm_eval`` alone may be this folder
 tiny = pytest.importorskip("tiny_checkpoints", reason="makes checkpoints with torch", exc_type=ImportError)
 
 from lm_eval.api.instance import Instance  # noqa: E402

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.util
 from pathlib import Path
 
@@ -17,9 +18,11 @@ from awq_jax.lm_eval.settings import generation
 def test_without_lm_eval_the_remedy_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    assert command.main() == 2
-    assert "pip install lm-eval" in capsys.readouterr().err
+    folder = importlib.machinery.ModuleSpec("lm_eval", None)
+    for found in (None, folder):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda _, found=found: found)
+        assert command.main() == 2
+        assert "pip install lm-eval" in capsys.readouterr().err
 
 
 def test_what_tasks_say_of_generation() -> None:
@@ -53,7 +56,7 @@ def test_scores_are_those_of_the_whole_logits(tmp_path: Path) -> None:
     top = int(np.argmax(model([[*rows[0][0], *[0] * 63]])[0, 0]))
     rows.append((rows[0][0], [top]))
     told: dict[int, scoring.Scored] = {}
-    scorer = scoring.Scorer(*model.serving(), batch_size=4)
+    scorer = scoring.Scorer(*model._weights.serving(), batch_size=4)
     with jax.default_matmul_precision("highest"):
         found = scorer(rows, told.__setitem__)
     assert [told[i] for i in range(len(rows))] == found
@@ -69,4 +72,4 @@ def test_scores_are_those_of_the_whole_logits(tmp_path: Path) -> None:
     assert [s.greedy for s in found].count(True) == 1
     with pytest.raises(ShapeError, match="outside the vocabulary"):
         scorer([([1], [288])])
-    assert max(len(b) for b in scoring.Scorer(*model.serving(), most=3).batches(rows)) <= 3
+    assert max(len(b) for b in scoring.Scorer(*model._weights.serving(), most=3).batches(rows)) <= 3
