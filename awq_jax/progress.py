@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sized
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from typing import Protocol, TextIO, TypeVar
 
 Told = Callable[[int, int | None], object]
 """Called with what is done and what there is to do in all (None: unknown), in units of the work at hand."""
@@ -83,3 +84,43 @@ def through(
         for item in items:
             yield item
             shown.update()
+
+
+class Stages:
+    """One line of progress for work of several stages: ``3/7 calibrating ... 40%``.
+
+    On a terminal the line is written over; elsewhere there is a new one for each stage, and for each quarter of it.
+
+    Args:
+      names: of the stages, in order.
+      shown: False says nothing.
+      out: where to; None: stderr.
+    """
+
+    def __init__(self, names: Sequence[str], shown: bool = True, out: TextIO | None = None) -> None:
+        self._names, self._shown, self._out = list(names), shown, out if out is not None else sys.stderr
+        self._number, self._percent, self._width = 0, -1, 0
+
+    def next(self) -> Told:
+        """Begin the next stage; what is returned is told how far it is (see `Progress`)."""
+        self._number, self._percent = self._number + 1, -1
+        self._say(0)
+        return lambda done, total: self._say(100 * min(done, total) // total if total else 0)
+
+    def _say(self, percent: int) -> None:
+        terminal = self._out.isatty()
+        percent = percent if terminal else percent // 25 * 25
+        if not self._shown or percent == self._percent:
+            return
+        self._percent = percent
+        line = f"{self._number}/{len(self._names)} {self._names[self._number - 1]} ..."
+        line += f" {percent}%" if percent else ""
+        self._out.write(f"\r{line.ljust(self._width)}" if terminal else f"{line}\n")
+        self._out.flush()
+        self._width = len(line)
+
+    def end(self) -> None:
+        """Clear the line."""
+        if self._shown and self._out.isatty():
+            self._out.write(f"\r{' ' * self._width}\r")
+            self._out.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -54,3 +55,33 @@ def test_a_function_is_told_instead(capsys: pytest.CaptureFixture[str]) -> None:
         bar.update()
     assert told == [(1, 2), (2, 2), (1, None), (3, 8), (4, 8)]
     assert capsys.readouterr() == ("", "")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("kind", [Terminal, io.StringIO])
+def test_stages_are_one_line_on_a_terminal_and_a_few_elsewhere(kind: type[io.StringIO]) -> None:
+    out = kind()
+    stages = progress.Stages(["reading", "do"], out=out)
+    told = stages.next()
+    for done in (4, 5, 5, 12):
+        told(done, 10)
+    stages.next()(1, None)
+    stages.end()
+    if kind is Terminal:
+        shown = ["", "1/2 reading ...", "1/2 reading ... 40%", "1/2 reading ... 50%", "1/2 reading ... 100%"]
+        assert out.getvalue().split("\r") == [*shown, "2/2 do ...".ljust(len(shown[-1])), " " * 10, ""]
+    else:
+        lines = ["1/2 reading ...", "1/2 reading ... 25%", "1/2 reading ... 50%", "1/2 reading ... 100%", "2/2 do ..."]
+        assert out.getvalue().splitlines() == lines
+
+
+def test_stages_that_are_not_shown_say_nothing() -> None:
+    out = io.StringIO()
+    stages = progress.Stages(["a"], shown=False, out=out)
+    stages.next()(1, 2)
+    stages.end()
+    assert out.getvalue() == ""

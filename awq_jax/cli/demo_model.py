@@ -19,11 +19,18 @@ from awq_jax import data, evaluate
 from awq_jax.calibration import calibration
 from awq_jax.data import sources
 from awq_jax.errors import CheckpointError
+from awq_jax.progress import Stages
 from awq_jax.quantizer import quantize
 from awq_jax.serve.model import Model
 
 MODEL = "SmolLM2-135M-Instruct"
 SETTINGS = {"bits": 4, "group_size": 64, "explicit_scale": False}
+SOURCE = "a 4-bit GGUF file (Q4_1), dequantized, which is what float means here"
+STAGES = (
+    "fetching and loading the model", "answering with float weights", "scoring float weights", "calibrating",
+    "rounding to nearest", "scoring rounded weights", "quantizing with AWQ", "scoring AWQ's weights",
+    "answering with AWQ's weights",
+)  # fmt: skip
 QUESTION = "Why is the sky blue? Answer in two sentences."
 
 
@@ -132,7 +139,7 @@ def compare(
     samples: int,
     eval_tokens: int,
     seq_len: int = 512,
-    progress: bool = True,
+    stages: Stages,
     **settings: Any,
 ) -> tuple[list[Score], dict[str, Any]]:
     """Quantize ``model`` in place and score it before, rounded to nearest, and after.
@@ -145,7 +152,7 @@ def compare(
       samples: calibration sequences.
       eval_tokens: tokens scored.
       seq_len: tokens of a calibration sequence and of an evaluation window.
-      progress: show progress bars on stderr.
+      stages: those of `STAGES`, of which this does all but the first two and the last.
       **settings: fields of `AwqConfig`, for both quantized versions.
 
     Returns:
@@ -161,18 +168,18 @@ def compare(
 
     def score(name: str) -> evaluate.Perplexity:
         start = clock()
-        result = evaluate.perplexity(model, tokens, context=seq_len, max_tokens=eval_tokens, progress=progress)
+        result = evaluate.perplexity(model, tokens, context=seq_len, max_tokens=eval_tokens, progress=stages.next())
         seconds[f"score {name}"] = clock() - start
         return result
 
     scores, sizes = {"float": score("float")}, {"float": model.nbytes}
     start = clock()
     floats = model.take_params()
-    stats = calibration.calibrate(model.apply, floats, text.batches(), progress=progress)
+    stats = calibration.calibrate(model.apply, floats, text.batches(), progress=stages.next())
     seconds["calibrate"] = clock() - start
     for name, how in (("round to nearest", "rtn"), ("AWQ", method)):
         start = clock()
-        model.params = quantize.quantize(floats, stats, progress=progress, method=how, **settings)
+        model.params = quantize.quantize(floats, stats, progress=stages.next(), method=how, **settings)
         seconds[name] = clock() - start
         scores[name], sizes[name] = score(name), model.nbytes
     rows_out = [

@@ -217,7 +217,7 @@ def test_demo_compares_float_rounded_and_awq_and_answers(checkpoint):
         "--eval-tokens",
         "100",
     ]
-    code, out, err = run("demo", "--model", checkpoint, *options, "--question", "Hi?", "--quiet", "--json")
+    code, out, err = run("demo", "--model", checkpoint, *options, "--question", "Hi?", "--json")
     assert code == 0, err
     got = json.loads(out)
     plain, rounded, awq = got["rows"]
@@ -228,6 +228,18 @@ def test_demo_compares_float_rounded_and_awq_and_answers(checkpoint):
     assert rounded["nbytes"] == awq["nbytes"] < plain["nbytes"]
     assert got["eval_tokens"] == 100
     assert got["answer"]
+    assert got["float_answer"]
+    assert got["source"] == "float"
+    begun = [line.partition(" ...")[0] for line in err.splitlines() if line.endswith(" ...")]
+    stages = [
+        "fetching and loading the model", "answering with float weights", "scoring float weights", "calibrating",
+        "rounding to nearest", "scoring rounded weights", "quantizing with AWQ", "scoring AWQ's weights",
+        "answering with AWQ's weights",
+    ]  # fmt: skip
+    assert begun == [f"{i}/9 {stage}" for i, stage in enumerate(stages, 1)]
+    assert "4/9 calibrating ... 100%\n" in err
+    assert "served as" not in err
+    assert "calibrate:" not in err  # one progress, not a bar for each part
 
 
 def bad(checkpoint, tmp_path, **replace):
