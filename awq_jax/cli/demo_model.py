@@ -31,7 +31,7 @@ STAGES = (
     "rounding to nearest", "scoring rounded weights", "quantizing with AWQ", "scoring AWQ's weights",
     "answering with AWQ's weights",
 )  # fmt: skip
-QUESTION = "Why is the sky blue? Answer in two sentences."
+QUESTION = "What is the capital of Japan? Answer in one sentence."
 
 
 @dataclasses.dataclass(frozen=True)
