@@ -12,6 +12,7 @@ from awq_jax.errors import ConfigError
 MethodName = Literal["rtn", "awq", "awq+gptq"]  # what each is: `awq_jax.algorithm.methods`
 METHOD_NAMES: tuple[str, ...] = get_args(MethodName)
 BITS = (2, 3, 4, 8)
+SCALE_DTYPES = ("float16", "bfloat16")
 INDIVISIBLE = ("error", "pad", "float")
 SAMPLES, SEQ_LEN = 128, 512  # calibration sequences, and tokens of each, unless others are asked for
 
@@ -56,6 +57,8 @@ class AwqConfig:
         matches nothing is refused, as is an override.
       overrides: ``((regex, {"bits": .., "group_size": .., "symmetric": ..}), ...)``; the first
         match wins.
+      scale_dtype: the dtype whose numbers scales are: ``"float16"``, which every runtime reads, or ``"bfloat16"`` for
+        an engine that computes in it and would round finer ones (vLLM, by the dtype of config.json).
 
     Raises:
       ConfigError: on any value outside the above.
@@ -73,6 +76,7 @@ class AwqConfig:
     on_indivisible: Literal["error", "pad", "float"] = "error"
     skip: tuple[str, ...] = ()
     overrides: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+    scale_dtype: Literal["float16", "bfloat16"] = "float16"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "skip", (self.skip,) if isinstance(self.skip, str) else tuple(self.skip or ()))
@@ -86,6 +90,8 @@ class AwqConfig:
             raise ConfigError(f"method must be one of {', '.join(METHOD_NAMES)}; got {self.method!r}")
         if self.on_indivisible not in INDIVISIBLE:
             raise ConfigError(f"on_indivisible must be one of {', '.join(INDIVISIBLE)}; got {self.on_indivisible!r}")
+        if self.scale_dtype not in SCALE_DTYPES:
+            raise ConfigError(f"scale_dtype must be one of {', '.join(SCALE_DTYPES)}; got {self.scale_dtype!r}")
         if not 1 <= self.n_grid <= 1000:
             raise ConfigError(f"n_grid must be 1 ... 1000; got {self.n_grid}")
         if not 0.0 <= self.damping <= 1.0:

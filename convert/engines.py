@@ -162,8 +162,8 @@ RULES = (
             if "bfloat16" in (c.config.get("dtype"), c.config.get("torch_dtype"))
             else []
         ),
-        "computes in bfloat16 by default (dtype of config.json), and rounds the finer scales of {} to it: "
-        "serve with --dtype float16",
+        "computes in bfloat16 by default (dtype of config.json), to which it rounds finer scales ({}): serve with "
+        "--dtype float16, unless quantized with --serve-dtype bfloat16",
         stops=False,
     ),
     Rule(

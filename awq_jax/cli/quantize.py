@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from awq_jax.cli import common, engines, tables
-from awq_jax.config import METHOD_NAMES, SAMPLES, SEQ_LEN, AwqConfig
+from awq_jax.config import METHOD_NAMES, SAMPLES, SCALE_DTYPES, SEQ_LEN, AwqConfig
 from awq_jax.errors import AwqError, CheckpointError, ConfigError, FormatError, ProcessError, as_options
 
 if TYPE_CHECKING:
@@ -53,6 +53,8 @@ def add(subparsers: common.Commands) -> None:
                    help="rows per scale; -1: whole column (default: %(default)s)")  # fmt: skip
     g.add_argument("--method", default="awq+gptq", help=f"{', '.join(METHOD_NAMES)} (default: %(default)s)")
     g.add_argument("--symmetric", action="store_true", help="fixed zero point")
+    g.add_argument("--serve-dtype", default="float16", choices=SCALE_DTYPES,
+                   help="in which the engine will compute: scales are of this type (default: %(default)s)")  # fmt: skip
     g.add_argument("--no-clip", action="store_true", help="no search for clipping thresholds")
     g.add_argument("--quantize-head", action="store_true", help="also quantize the output projection")
     g.add_argument("--skip", action="append", default=[], metavar="REGEX", help="leave weights float; may be repeated")
@@ -240,6 +242,7 @@ def settings(args: argparse.Namespace) -> AwqConfig:
         on_indivisible=args.on_indivisible,
         skip=tuple(args.skip),
         overrides=overrides,
+        scale_dtype=args.serve_dtype,
     )
 
 

@@ -75,7 +75,7 @@ def find_scale(
     rows *= -(-group.channels // rows)
     parts = [(t.leaf, CanonicalWeight.of(t, leaves[t.site.path])) for t in targets]
     weights = [(leaf, Columns([p for other, p in parts if other == leaf], rows)) for leaf in dict.fromkeys(dict(parts))]
-    dtypes = {_scale_dtype(float(p.largest()), leaf) for leaf, p in parts}
+    dtypes = {_scale_dtype(float(p.largest()), leaf, config) for leaf, p in parts}
     found = []
     for layer in range(math.prod(group.scan)):
         absmean = np.pad(means.absmean[layer], ((0, 0), (0, rows - group.channels)))
@@ -93,7 +93,7 @@ def find_scale(
                 layer=layer,
                 n_grid=config.n_grid,
                 joint=_experts_share_channels(group),
-                dtype="float32" if "float32" in dtypes else "float16",
+                dtype="float32" if "float32" in dtypes else config.scale_dtype,
                 pool=pool,
             )
         )
@@ -134,7 +134,7 @@ def round_group(
         # In float32: a scaled weight need not fit the leaf's own dtype, and codes are made of it anyway.
         parts = [CanonicalWeight.of(t, leaves[t.site.path], folded.steps(t.site.path)) for t in alike]
         columns = Columns(parts, alike[0].rows)
-        dtype = _scale_dtype(columns.largest(), leaf)
+        dtype = _scale_dtype(columns.largest(), leaf, config)
         once = len(by_leaf) * math.prod(group.scan) * math.prod(group.batch) * pool.size == 1
         prepare = _prepare_in_place if consume and once and columns.rows == group.channels else _prepare
         rounded = _round(columns, means, group, found, leaf, config, dtype, pool, prepare)
@@ -329,8 +329,10 @@ def _row(
     )
 
 
-def _scale_dtype(largest: float, leaf: LeafConfig) -> str:
-    """float16, which every runtime reads, unless the weights are too large or too small for it."""
+def _scale_dtype(largest: float, leaf: LeafConfig, config: AwqConfig) -> str:
+    """The dtype that is asked for, unless that is float16 and the weights are too large or too small for it."""
+    if config.scale_dtype != "float16":
+        return config.scale_dtype
     step = largest * 2 / (2**leaf.bits - 1)
     return "float16" if step == 0 or 2.0**-14 <= step < 3e4 else "float32"
 

@@ -5,19 +5,23 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
 from flax_models import LAYERS, D, Decoder, MoeModel, ScannedModel, V
 from numpy_rounding import plain
 from quant_helpers import assert_bitwise, dense
+from safetensors.numpy import load_file
 
 import awq_jax
 from awq_jax import AwqConfig, Calibration, calibrate, paths
+from awq_jax.convert import writing
 from awq_jax.errors import CalibrationError, ConfigError, PlanError, ShapeError, WeightError
 from awq_jax.qtensor import is_quantized
 
@@ -407,6 +411,28 @@ def test_a_skipped_weight_beside_an_explicit_scale_is_not_scaled() -> None:
     delta = np.float64(q["a"].dequantize()) - p["a"]
     np.testing.assert_allclose(row.error, relative(np.float64(x), delta, p["a"]), rtol=2e-3)
     assert row.error < row.error_rtn
+
+
+def test_scales_are_of_the_dtype_that_serves(tmp_path: Path) -> None:
+    """Codes are chosen for scales that bfloat16 holds, which float16 of these sizes holds as well."""
+    p = block_params(32, 32, 32)
+    plan = awq_jax.discover(block, p, features(32))
+    q = awq_jax.quantize(p, plan, method="rtn", group_size=16, scale_dtype="bfloat16", **HEAD)["up"]
+    w = p["up"].reshape(2, 16, 32)
+    low, high = np.minimum(w.min(1), 0), np.maximum(w.max(1), 0)
+    scale = ((high - low) / np.float32(15)).astype(ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(q.scales, scale)
+    wide = scale.astype(np.float64)[:, None]
+    zero = np.rint(-low[:, None] / wide)
+    want = (np.clip(np.rint(w / wide) + zero, 0, 15) - zero) * wide
+    np.testing.assert_allclose(q.dequantize(), want.reshape(32, 32), atol=1e-6)
+    (record,) = writing.write_checkpoint(tmp_path / "q", [("a.weight", q)], {}, "gemm")
+    assert record.deviation == 0
+    stored = load_file(tmp_path / "q/model.safetensors")["a.scales"]
+    assert stored.dtype == np.float16
+    np.testing.assert_array_equal(stored, scale.astype(np.float16))
+    with pytest.raises(ConfigError, match="scale_dtype must be one of float16, bfloat16"):
+        AwqConfig(scale_dtype="float32")
 
 
 # ---------------------------------------------------------------------- sizes that do not divide
