@@ -51,7 +51,7 @@ KINDS: dict[str, tuple[bool | None, bool | None]] = {
     "packed-unmerged": (False, None),
     "packed-only": (None, False),
 }
-# A process of `start`.
+# A process of `start`; -P: the package is that of its interpreter, not the one in this directory.
 FIRST_TOKEN = """
 import sys
 import awq_jax
@@ -174,7 +174,7 @@ def start(model: str, *, before: str = "", prompt: str = "The capital of France 
                     "JAX_ENABLE_COMPILATION_CACHE": "true",
                 }
                 for kind in ("cold", "warm"):
-                    done = running.succeeded([python, "-c", FIRST_TOKEN, model, prompt], log, os.environ | cache)
+                    done = running.succeeded([python, "-P", "-c", FIRST_TOKEN, model, prompt], log, os.environ | cache)
                     costs.setdefault((build, kind), []).append(done.cost)
                     said[build] = log.read_text().splitlines()[-1]
     rows: list[running.Row] = []
