@@ -238,18 +238,18 @@ def collector(apply_fn: Callable[..., T], wanted: Iterable[Wanted]) -> Callable[
 
     ``start``: int32, the first of the experts where only some are wanted.
     """
-    first = {w.group.sites[0].path: w for w in wanted}
+    first = {(w.group.sites[0].path, w.group.sites[0].part): w for w in wanted}
 
     def run(params: object, args: Args, kwargs: Kwargs, start: jax.Array | int = 0) -> tuple[T, dict[str, Stats]]:
         program = interpret.trace(apply_fn, params, *args, **kwargs)
-        missing = set(first) - {use.path for use in program.uses}
+        missing = sorted(path for path, _ in set(first) - {(use.path, use.part) for use in program.uses})
         if missing:
-            raise CalibrationError(f"the model has no matmul with {sorted(missing)[0]}: the plan is for another model")
+            raise CalibrationError(f"the model has no matmul with {missing[0]}: the plan is for another model")
 
         def tap(use: interpret.Use, x: jax.Array) -> Stats | None:
-            if use.path not in first:
+            if (use.path, use.part) not in first:
                 return None
-            experts = first[use.path].experts
+            experts = first[use.path, use.part].experts
             if experts:
                 x = x.reshape(-1, *x.shape[-2:])
                 x = jax.lax.dynamic_slice_in_dim(x, start, experts)
@@ -258,9 +258,10 @@ def collector(apply_fn: Callable[..., T], wanted: Iterable[Wanted]) -> Callable[
         output, tapped = interpret.run(program, params, *args, tap=tap, **kwargs)
         out: dict[str, Stats] = {}
         for use in program.uses:
-            if use.path in first:
-                name = first[use.path].group.name
-                one = _fit(tapped[use.index], use, first[use.path])
+            if (use.path, use.part) in first:
+                mine = first[use.path, use.part]
+                name = mine.group.name
+                one = _fit(tapped[use.index], use, mine)
                 out[name] = jax.tree.map(jnp.add, out[name], one) if name in out else one
         return output, out
 

@@ -139,7 +139,7 @@ class _Walk:
 
     def visit(self, v: Val, lab: np.ndarray) -> None:
         offset = self.offsets.get(v, 0.0)
-        if v not in self.scope.made_by:
+        if v not in self.scope.made_by or self.picked(v):
             self.absorb(v, lab, offset)
             return
         node, k = self.scope.made_by[v]
@@ -158,6 +158,12 @@ class _Walk:
                     self.pass_on(node, pos, part, constant)
             else:
                 self.pass_on(node, pos, part, offset)
+
+    def picked(self, v: Val) -> bool:
+        """Whether ``v`` is the slice of a parameter that a loop's counter picks."""
+        view, source = self.program.views.get(v), self.scope.made_by[v][0].ins[0]
+        before = self.program.views.get(source) if isinstance(source, Val) else None
+        return view is not None and before is not None and view.scanned != before.scanned
 
     def pass_on(self, node: Node, pos: int, lab: np.ndarray, offset: float = 0.0) -> None:
         self.passed.add((node.index, pos))
@@ -195,7 +201,7 @@ class _Walk:
         if view is None:
             where = "the model's input" if self.scope.outer is None else "the state or input of a loop"
             raise Blocked(f"it comes straight from {where}")
-        if view.axes != View.of_leaf(view.path, view.shape).axes[view.scanned :] or not view.full:
+        if not view.full or view.problem:
             raise Blocked(f"{view.path} is sliced by a loop in an unusual way")
         if not v.is_float:
             raise Blocked(f"{view.path} is not a float parameter")
@@ -203,11 +209,15 @@ class _Walk:
         if view.loops != mine.loops:
             raise Blocked(f"{view.path} is shared between the iterations of a loop, the weights are not")
         self.check_outer(v, view.path)
-        self.found[view.path] = Absorber(view.path, lab.astype(np.int32), offset)
+        index = in_leaf_order(view, lab.astype(np.int32))
+        scanned = view.scanned if view.scanned != tuple(range(len(view.scanned))) else ()
+        new = Absorber(view.path, index, offset, scanned)
+        self.found[view.path] = merged(self.found[view.path], new) if view.path in self.found else new
 
     def check_outer(self, v: Val, path: str) -> None:
         """Outside the loop too, the parameter must go nowhere but into it."""
         scope = self.scope
+        v = _origin(scope, v, path, "read in another way, too")
         while scope.outer is not None:
             outer, node = scope.outer
             if node.name == "cond":
@@ -216,12 +226,9 @@ class _Walk:
             operands = node.op.body_inputs(scope.graph)
             pos = next(p for p, o in enumerate(node.op.ins) if o is operands[i])
             v = node.ins[pos]
-            while True:
-                if len(outer.readers[v]) != 1:
-                    raise Blocked(f"{path} is also used outside the loop")
-                if v not in outer.made_by:
-                    break
-                v = outer.made_by[v][0].ins[0]
+            if len(outer.readers[v]) != 1:
+                raise Blocked(f"{path} is also used outside the loop")
+            v = _origin(outer, v, path, "also used outside the loop")
             scope = outer
 
     def check_readers(self, v: Val, lab: np.ndarray) -> None:
@@ -235,6 +242,50 @@ class _Walk:
                 view = self.program.views.get(v)
                 what = view.path if view else "the scaled value"
                 raise Blocked(f"{what} is also used by {_reader(node)}")
+
+
+def _origin(scope: Scope, v: Val, path: str, otherwise: str) -> Val:
+    """The value that ``v`` is a rearrangement or slice of, if nothing else reads what lies between."""
+    while v in scope.made_by:
+        v = scope.made_by[v][0].ins[0]
+        if len(scope.readers[v]) != 1:
+            raise Blocked(f"{path} is {otherwise}")
+    return v
+
+
+def in_leaf_order(view: View, lab: np.ndarray) -> np.ndarray:
+    """Labels of a view as those of the leaf without its scanned axes; `UNIT` outside of the view's part."""
+    sizes: list[int] = []
+    for n, axis in zip(lab.shape, view.axes, strict=True):
+        sizes += [f.size if n > 1 else 1 for f in axis]
+    factors = [f for axis in view.axes for f in axis]
+    order = views.leaf_order(tuple(factors))
+    lab = np.transpose(lab.reshape(sizes), order)
+    shape: list[int] = []  # of the part, axis by axis of the leaf
+    wide: list[int] = []  # of the factors, each axis of the leaf either varied over or not
+    for d in range(len(view.shape)):
+        mine = [i for i, k in enumerate(order) if factors[k].axis == d]
+        varied = any(lab.shape[i] > 1 for i in mine)
+        wide += [factors[order[i]].size if varied else 1 for i in mine]
+        if d not in view.scanned:
+            shape.append(math.prod(factors[order[i]].size for i in mine) if varied else 1)
+    lab = np.broadcast_to(lab, wide).reshape(shape)
+    live = [d for d in range(len(view.shape)) if d not in view.scanned]
+    cut = [view.extent(d) != (0, view.shape[d]) for d in live]
+    if any(cut):
+        out = np.full([view.shape[d] if c else n for d, n, c in zip(live, shape, cut, strict=True)], UNIT, np.int32)
+        spans = (view.extent(d) for d in live)
+        out[tuple(slice(a, a + n) if c else slice(None) for (a, n), c in zip(spans, cut, strict=True))] = lab
+        return out
+    return lab
+
+
+def merged(a: Absorber, b: Absorber) -> Absorber:
+    """One absorber of two parts of a leaf."""
+    x, y = np.broadcast_arrays(a.index, b.index)
+    if a.offset != b.offset or a.scanned != b.scanned or ((x >= 0) & (y >= 0) & (x != y)).any():
+        raise Blocked(f"{a.path} would be divided by two scales")
+    return dataclasses.replace(a, index=np.maximum(x, y))
 
 
 def _reader(node: Node) -> str:

@@ -114,7 +114,7 @@ def _window(lab: np.ndarray, shape: tuple[int, ...], where: tuple[slice, ...]) -
 
 
 def window_of(node: Node, k: int) -> tuple[slice, ...] | None:
-    """What result ``k`` of a slice or split reads of its operand; None for other operations."""
+    """What result ``k`` of a slice, split or unstack reads of its operand; None for other operations."""
     p = node.params
     if node.name == "slice":
         steps = p["strides"] or (1,) * len(p["start_indices"])
@@ -124,6 +124,8 @@ def window_of(node: Node, k: int) -> tuple[slice, ...] | None:
         where = [slice(None)] * len(node.ins[0].shape)
         where[p["axis"]] = slice(start, start + p["sizes"][k])
         return tuple(where)
+    if node.name == "unstack":
+        return tuple(slice(k, k + 1) if d == p["axis"] else slice(None) for d in range(len(node.ins[0].shape)))
     return None
 
 
@@ -153,8 +155,9 @@ def back(node: Node, k: int, lab: np.ndarray, shared: SharedChannels) -> Iterato
                 lab = shared.along(lab, d)
         order = [*dims, *(d for d in range(lab.ndim) if d not in dims)]
         yield 0, np.transpose(lab, order).reshape([lab.shape[d] for d in dims])
-    elif name in ("slice", "split"):
+    elif name in ("slice", "split", "unstack"):
         where = window_of(node, k)
+        lab = np.expand_dims(lab, p["axis"]) if name == "unstack" else lab
         assert where is not None
         yield 0, _window(lab, shape, where)
     elif name == "rev":

@@ -1,14 +1,15 @@
 """`discover`: the scale groups of any JAX model, read off its jaxpr."""
 
 import contextlib
+import dataclasses
 import logging
-import math
 from collections.abc import Callable, Hashable
 
 from awq_jax.errors import PlanError
 from awq_jax.plan import absorb, channel_labels
 from awq_jax.plan.plan import Plan, ScaleGroup, Site
-from awq_jax.trace.jaxpr import Val
+from awq_jax.plan.validate import overlap
+from awq_jax.trace.jaxpr import Use, Val
 from awq_jax.trace.scopes import OUTPUT, Node, Scope, flatten
 from awq_jax.trace.uses import SAME_SHAPE, Program, trace
 
@@ -51,15 +52,15 @@ def discover(fn: Callable[..., object], params: object, *args: object, **kwargs:
     where = [(scope, node) for scope in top.all() for node in scope.nodes if node.use]
     where.sort(key=lambda t: t[1].use.index if t[1].use else 0)
     skipped = _skipped(program, where)
-    by_path: dict[str, list[tuple[Scope, Node]]] = {}
+    by_name: dict[str, list[tuple[Scope, Node]]] = {}
     for scope, node in where:
         if node.use and node.use.path not in skipped:
-            by_path.setdefault(node.use.path, []).append((scope, node))
+            by_name.setdefault(_site(program, node.use).name, []).append((scope, node))
 
     shared: dict[Hashable, list[tuple[Scope, Node]]] = {}
-    for path, uses in by_path.items():
+    for name, uses in by_name.items():
         roots = {(scope, *_activation(scope, node)) for scope, node in uses}
-        key = (*roots.pop(), _extent(program, uses[0][1])) if len(roots) == 1 else path
+        key = (*roots.pop(), _extent(program, uses[0][1])) if len(roots) == 1 else name
         shared.setdefault(key, []).extend(uses)
     feeds_site = _flows_into_matmul(top)
     groups = [_group(program, key, uses, feeds_site) for key, uses in shared.items()]
@@ -70,7 +71,8 @@ def _skipped(program: Program, where: list[tuple[Scope, Node]]) -> dict[str, str
     """Leaves read by a matmul that must stay float, with the reason."""
     values = dict(zip(program.leaves, program.graph.ins, strict=False))
     out: dict[str, str] = {}
-    axes: dict[str, str] = {}
+    axes: dict[str, object] = {}
+    sites: dict[str, dict[str, Site]] = {}
     for scope, node in where:
         use = node.use
         assert use is not None
@@ -82,10 +84,18 @@ def _skipped(program: Program, where: list[tuple[Scope, Node]]) -> dict[str, str
             out[use.path] = f"it is {values[use.path].dtype}, not float"
         elif program.readers.get(use.path):
             out[use.path] = f"it is also read by {_plain(program.readers[use.path][0])}"
-        elif axes.setdefault(use.path, use.axes) != use.axes:
+        elif (
+            axes.setdefault(use.path, use.axes.replace("s", "b")) != use.axes.replace("s", "b")
+            or axes.setdefault(f"{use.path} {use.part}", read := (use.axes, use.scanned)) != read
+        ):
             out[use.path] = "two matmuls contract different axes of it"
         elif _one_hot(scope, node.x):
             out[use.path] = "it is an embedding: the matmul only looks rows up"
+        else:
+            site, others = _site(program, use), sites.setdefault(use.path, {})
+            if site.name not in others and any(overlap(site, other) for other in others.values()):
+                out[use.path] = "matmuls read parts of it that overlap"
+            others[site.name] = site
     used = {node.use.path for _, node in where if node.use}
     for path, readers in program.readers.items():
         kinds = [r for r in readers if "dot" in r or r in OPAQUE]
@@ -137,14 +147,15 @@ def _one_hot(scope: Scope, x: Val) -> bool:
     return made is not None and made[0].name == "eq"
 
 
+def _site(program: Program, use: Use) -> Site:
+    order = use.scanned if list(use.scanned) != sorted(use.scanned) else ()
+    return Site(use.path, use.axes, program.leaves[use.path], scanned=order, part=use.part)
+
+
 def _extent(program: Program, node: Node) -> tuple[tuple[int, ...], tuple[int, ...], int]:
     """(scan, batch, K) of a site."""
-    use = node.use
-    assert use is not None
-    sizes: dict[str, list[int]] = {"s": [], "b": [], "k": [], "n": []}
-    for role, n in zip(use.axes, program.leaves[use.path], strict=True):
-        sizes[role].append(n)
-    return tuple(sizes["s"]), tuple(sizes["b"]), math.prod(sizes["k"])
+    assert node.use is not None
+    return _site(program, node.use).extent()
 
 
 def _group(program: Program, key: Hashable, uses: list[tuple[Scope, Node]], feeds_site: dict[Node, bool]) -> ScaleGroup:
@@ -152,10 +163,11 @@ def _group(program: Program, key: Hashable, uses: list[tuple[Scope, Node]], feed
     for scope, node in uses:
         use = node.use
         assert use is not None
-        old = sites.get(use.path)
+        site = _site(program, use)
+        old = sites.get(site.name)
         head = not feeds_site.get(node, True) and (old is None or old.head)
         router = _chooses(scope, node) or (old is not None and old.router)
-        sites[use.path] = Site(use.path, use.axes, program.leaves[use.path], head, router)
+        sites[site.name] = dataclasses.replace(site, head=head, router=router)
     scan, batch, channels = _extent(program, uses[0][1])
     name = next(iter(sites))
     if isinstance(key, str):

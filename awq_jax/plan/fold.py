@@ -27,6 +27,7 @@ from awq_jax.errors import PlanError, ShapeError, WeightError
 from awq_jax.pack import Array
 from awq_jax.plan.plan import Absorber, Plan, ScaleGroup, Site
 from awq_jax.qtensor import QuantizedTensor, Weight
+from awq_jax.trace.views import Window
 
 Scales = Mapping[str, Array]
 T = TypeVar("T")
@@ -111,22 +112,41 @@ def scaled(w: jax.Array, steps: tuple[ScaleStep, ...]) -> jax.Array:
     return w
 
 
+def steps_within(steps: tuple[ScaleStep, ...], part: Window) -> tuple[ScaleStep, ...]:
+    """``steps`` for a part of the parameter; those that leave it alone are gone."""
+    out = []
+    for step in steps:
+        at = (slice(a, a + n) if m > 1 else slice(None) for (a, n), m in zip(part, step.values.shape, strict=True))
+        values = step.values[tuple(at)]
+        if not isinstance(values, np.ndarray) or not (values == 1).all():
+            out.append(dataclasses.replace(step, values=values))
+    return tuple(out)
+
+
 @jax.jit
 def _folded(leaf: jax.Array, steps: tuple[ScaleStep, ...]) -> jax.Array:
     return scaled(leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), steps).astype(leaf.dtype)
 
 
 def site_scale(group: ScaleGroup, site: Site, s: Array) -> Array:
-    """``s [*scan, *batch, K]`` laid out to multiply the weight of ``site``."""
+    """``s [*scan, *batch, K]`` laid out to multiply the leaf of ``site``; 1 outside of the site's part."""
     xp = _module(s)
-    sizes = {r: [n for n, a in zip(site.shape, site.axes, strict=True) if a == r] for r in "sbk"}
-    batch = sizes["b"] if group.batch else [1] * len(sizes["b"])
-    s = s.reshape(*sizes["s"], *batch, *sizes["k"])
+    own = site.batch_axes if group.batch else ()
+    sizes = [1 if a == "b" and d not in own else site.part_shape[d] for d, a in enumerate(site.axes)]
+    stored = [*site.scan_axes, *(d for r in "bk" for d, a in enumerate(site.axes) if a == r)]
     # s is stored scan, batch, k; the leaf may interleave them with output axes.
-    stored = [i for r in "sbk" for i, a in enumerate(site.axes) if a == r]
-    s = xp.transpose(s, np.argsort(stored).tolist())
+    s = xp.transpose(s.reshape([sizes[d] for d in stored]), np.argsort(stored).tolist())
     it = iter(s.shape)
-    return s.reshape([1 if a == "n" else next(it) for a in site.axes])
+    s = s.reshape([1 if a == "n" else next(it) for a in site.axes])
+    if not site.part:
+        return s
+    whole = [(0, n) == w for n, w in zip(site.shape, site.part, strict=True)]
+    out = xp.ones([m if w else n for w, m, n in zip(whole, s.shape, site.shape, strict=True)], s.dtype)
+    window = tuple(slice(None) if w else span for w, span in zip(whole, site.window, strict=True))
+    if xp is np:
+        out[window] = s
+        return out
+    return out.at[window].set(s)
 
 
 def absorber_scale(group: ScaleGroup, absorber: Absorber, s: Array) -> Array:
@@ -134,7 +154,9 @@ def absorber_scale(group: ScaleGroup, absorber: Absorber, s: Array) -> Array:
     xp = _module(s)
     s = s.reshape(*group.scan, math.prod(group.batch) * group.channels)
     index = np.asarray(absorber.index)
-    return xp.where(index >= 0, s[..., np.maximum(index, 0)], xp.ones((), s.dtype))
+    values = xp.where(index >= 0, s[..., np.maximum(index, 0)], xp.ones((), s.dtype))
+    lead = len(group.scan)
+    return xp.moveaxis(values, tuple(range(lead)), absorber.scan_axes(lead)) if lead else values
 
 
 def _module(s: Array) -> ModuleType:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,21 +12,25 @@ from typing import Any
 import numpy as np
 
 from awq_jax.errors import PlanError
+from awq_jax.trace.views import Window
 
 VERSION = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """A matmul of an activation with a parameter leaf.
+    """A matmul of an activation with a parameter leaf, or with a part of one.
 
     Attributes:
       path: parameter path of the weight (see `awq_jax.paths`).
       axes: role of each axis of the leaf: ``s`` scanned layers, ``b`` batch (experts), ``k``
-        contracted, ``n`` output. ``s`` axes come first.
+        contracted, ``n`` output.
       shape: shape of the leaf.
       head: its result is the model's output with no further matmul after it.
       router: its result picks what runs (the experts of a token), so that a small error may change all.
+      scanned: the ``s`` axes in the order of the loops that slice them, outermost first; () if that is their
+        order in the leaf.
+      part: where the part that is multiplied begins along each axis of the leaf, and its size; () for all of it.
     """
 
     path: str
@@ -33,11 +38,53 @@ class Site:
     shape: tuple[int, ...]
     head: bool = False
     router: bool = False
+    scanned: tuple[int, ...] = ()
+    part: Window = ()
 
     @property
     def canonical_axes(self) -> str:
         """``axes`` as `awq_jax.qtensor` takes them: scanned axes are batch axes."""
         return self.axes.replace("s", "b")
+
+    @property
+    def name(self) -> str:
+        """The path, with the part as an index if it is not the whole leaf: ``gating[1]``, ``qkv[:, 64:128]``."""
+        if not self.part:
+            return self.path
+        spans = [
+            ":" if (start, size) == (0, n) else str(start) if size == 1 else f"{start}:{start + size}"
+            for (start, size), n in zip(self.part, self.shape, strict=True)
+        ]
+        while spans[-1] == ":":
+            spans.pop()
+        return f"{self.path}[{', '.join(spans)}]"
+
+    @property
+    def part_shape(self) -> tuple[int, ...]:
+        """Shape of what is multiplied, with as many axes as the leaf."""
+        return tuple(size for _, size in self.part) or self.shape
+
+    @property
+    def window(self) -> tuple[slice, ...]:
+        """Index of the part."""
+        return tuple(slice(start, start + size) for start, size in self.part)
+
+    @property
+    def scan_axes(self) -> tuple[int, ...]:
+        """Axes of scanned layers, outermost loop first."""
+        return self.scanned or tuple(d for d, a in enumerate(self.axes) if a == "s")
+
+    @property
+    def batch_axes(self) -> tuple[int, ...]:
+        """Axes that the matmul runs over; a stack of which one slice is read is none."""
+        picked = [bool(self.part) and n == 1 != whole for n, whole in zip(self.part_shape, self.shape, strict=True)]
+        return tuple(d for d, a in enumerate(self.axes) if a == "b" and not picked[d])
+
+    def extent(self) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+        """(scan, batch, K): sizes of scanned axes and of batch axes, and the contracted size."""
+        sizes = self.part_shape
+        k = math.prod(n for n, a in zip(sizes, self.axes, strict=True) if a == "k")
+        return tuple(sizes[d] for d in self.scan_axes), tuple(sizes[d] for d in self.batch_axes), k
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,11 +97,17 @@ class Absorber:
         size or 1 (broadcast): the channel of the scale (flat over ``[*batch, K]``) that divides
         each element; -1 leaves it alone.
       offset: the model uses ``offset + parameter`` (1 for ``1 + w`` norms): the sum is divided.
+      scanned: the leaf's scanned axes, outermost loop first; () if they are the first.
     """
 
     path: str
     index: np.ndarray
     offset: float = 0.0
+    scanned: tuple[int, ...] = ()
+
+    def scan_axes(self, count: int) -> tuple[int, ...]:
+        """The leaf's axes of ``count`` scans, outermost first."""
+        return self.scanned or tuple(range(count))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -62,7 +115,7 @@ class ScaleGroup:
     """Sites that read the same activation, and the parameters upstream that absorb its scale.
 
     Attributes:
-      name: unique; the path of the first site. Calibration statistics are filed under it.
+      name: unique; the name of the first site. Calibration statistics are filed under it.
       sites: weights multiplied by the scale (also those that are not quantized, e.g. a router).
       absorbers: parameters divided by the scale; empty if nothing can absorb it.
       shared_channels: int32 ``[prod(batch)*K]`` or None: channels with equal numbers must share one scale.
@@ -109,7 +162,10 @@ class Plan:
                     "name": g.name,
                     "sites": [dataclasses.asdict(s) for s in g.sites],
                     "channels": g.channels,
-                    "absorbers": [{"path": a.path, "index": _encode(a.index), "offset": a.offset} for a in g.absorbers],
+                    "absorbers": [
+                        {"path": a.path, "index": _encode(a.index), "offset": a.offset, "scanned": list(a.scanned)}
+                        for a in g.absorbers
+                    ],
                     "ties": None if g.shared_channels is None else _encode(g.shared_channels),
                     "scan": list(g.scan),
                     "batch": list(g.batch),
@@ -134,12 +190,23 @@ class Plan:
                 ScaleGroup(
                     name=g["name"],
                     sites=tuple(
-                        Site(s["path"], s["axes"], tuple(s["shape"]), bool(s.get("head")), bool(s.get("router")))
+                        Site(
+                            s["path"],
+                            s["axes"],
+                            tuple(s["shape"]),
+                            bool(s.get("head")),
+                            bool(s.get("router")),
+                            tuple(s.get("scanned", ())),
+                            tuple((a, n) for a, n in s.get("part", ())),
+                        )
                         for s in g["sites"]
                     ),
                     channels=int(g["channels"]),
                     absorbers=tuple(
-                        Absorber(a["path"], _decode(a["index"]), float(a.get("offset", 0.0))) for a in g["absorbers"]
+                        Absorber(
+                            a["path"], _decode(a["index"]), float(a.get("offset", 0.0)), tuple(a.get("scanned", ()))
+                        )
+                        for a in g["absorbers"]
                     ),
                     shared_channels=None if g.get("ties") is None else _decode(g["ties"]),
                     scan=tuple(g.get("scan", ())),
@@ -173,7 +240,7 @@ class Plan:
         lines = []
         for g in self.groups:
             lines.append(f"{g.name}  [{' x '.join(map(str, (*g.scan, *g.batch, g.channels)))}]")
-            lines += [f"    reads  {s.path} {s.shape} {s.axes}{'  (head)' if s.head else ''}" for s in g.sites]
+            lines += [f"    reads  {s.name} {s.shape} {s.axes}{'  (head)' if s.head else ''}" for s in g.sites]
             lines += [f"    absorb {a.path}" for a in g.absorbers] or [f"    no absorber: {g.reason}"]
         lines += [f"{path}  left float: {why}" for path, why in self.skipped.items()]
         return "\n".join(lines)

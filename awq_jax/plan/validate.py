@@ -7,7 +7,7 @@ import numpy as np
 
 from awq_jax import paths
 from awq_jax.errors import PlanError
-from awq_jax.plan.plan import Plan, ScaleGroup, Site
+from awq_jax.plan.plan import Absorber, Plan, ScaleGroup, Site
 
 Shapes = Mapping[str, tuple[int, ...]]  # by path
 
@@ -21,6 +21,7 @@ def validate(plan: Plan, params: object) -> None:
     shapes = {path: tuple(leaf.shape) for path, leaf in paths.flatten(params).items()}
     names: set[str] = set()
     owner: dict[str, str] = {}
+    parts: dict[str, list[Site]] = {}
     for g in plan.groups:
         if g.name in names:
             raise PlanError(f"two groups are called {g.name}: group names must differ")
@@ -28,12 +29,16 @@ def validate(plan: Plan, params: object) -> None:
         if not g.sites:
             raise PlanError(f"group {g.name} has no site: remove it from the plan")
         for site in g.sites:
-            if owner.setdefault(site.path, g.name) != g.name:
-                raise PlanError(f"{site.path} is a site of two groups, {owner[site.path]} and {g.name}")
+            if owner.setdefault(site.name, g.name) != g.name:
+                raise PlanError(f"{site.name} is a site of two groups, {owner[site.name]} and {g.name}")
             _check_site(g, site, shapes)
+            for other in parts.setdefault(site.path, []):
+                if overlap(site, other) or other.canonical_axes != site.canonical_axes:
+                    raise PlanError(f"{site.path}: the sites {other.name} and {site.name} contradict each other")
+            parts[site.path].append(site)
         width = math.prod(g.batch) * g.channels
         for a in g.absorbers:
-            _check_absorber(g, a.path, np.asarray(a.index), width, shapes)
+            _check_absorber(g, a, np.asarray(a.index), width, shapes)
         if g.shared_channels is not None and (np.shape(g.shared_channels) != (width,)):
             raise PlanError(f"group {g.name}: shared_channels has shape {np.shape(g.shared_channels)}, not ({width},)")
 
@@ -53,24 +58,35 @@ def _check_site(group: ScaleGroup, site: Site, shapes: Shapes) -> None:
     axes = site.axes
     if len(axes) != len(shape) or set(axes) - set("sbkn") or "k" not in axes or "n" not in axes:
         raise PlanError(f"group {group.name}: axes {axes!r} do not describe {site.path} of shape {shape}")
-    if "s" in axes.lstrip("s"):
-        raise PlanError(f"group {group.name}: {site.path}: scanned axes must come first, not {axes!r}")
-    sizes = {r: tuple(n for n, a in zip(shape, axes, strict=True) if a == r) for r in "sbk"}
-    if sizes["s"] != tuple(group.scan):
-        raise PlanError(f"group {group.name}: {site.path} has scanned axes {sizes['s']}, the group {group.scan}")
-    if group.batch and sizes["b"] != tuple(group.batch):
-        raise PlanError(f"group {group.name}: {site.path} has batch axes {sizes['b']}, the group {group.batch}")
-    k = math.prod(sizes["k"])
+    if sorted(site.scan_axes) != [d for d, a in enumerate(axes) if a == "s"]:
+        raise PlanError(f"group {group.name}: {site.path}: axes {axes!r} do not scan over {site.scanned}")
+    if site.part and (
+        len(site.part) != len(shape)
+        or any(start < 0 or size < 1 or start + size > n for (start, size), n in zip(site.part, shape, strict=True))
+    ):
+        raise PlanError(f"group {group.name}: {site.path} of shape {shape} has no part {site.part}")
+    scan, batch, k = site.extent()
+    if scan != tuple(group.scan):
+        raise PlanError(f"group {group.name}: {site.name} has scanned axes {scan}, the group {group.scan}")
+    if group.batch and batch != tuple(group.batch):
+        raise PlanError(f"group {group.name}: {site.name} has batch axes {batch}, the group {group.batch}")
     if k != group.channels:
-        raise PlanError(f"group {group.name}: {site.path} contracts {k} channels, the group has {group.channels}")
+        raise PlanError(f"group {group.name}: {site.name} contracts {k} channels, the group has {group.channels}")
 
 
-def _check_absorber(group: ScaleGroup, path: str, index: np.ndarray, width: int, shapes: Shapes) -> None:
-    shape = _leaf_shape(group, path, shapes)
-    lead = len(group.scan)
-    if shape[:lead] != tuple(group.scan):
-        raise PlanError(f"group {group.name}: absorber {path} of shape {shape} does not start with {group.scan}")
-    inner = shape[lead:]
+def overlap(a: Site, b: Site) -> bool:
+    """Whether two sites of one leaf have an element in common."""
+    whole = tuple((0, n) for n in a.shape)
+    spans = zip(a.part or whole, b.part or whole, strict=True)
+    return all(max(x, y) < min(x + n, y + m) for (x, n), (y, m) in spans)
+
+
+def _check_absorber(group: ScaleGroup, a: Absorber, index: np.ndarray, width: int, shapes: Shapes) -> None:
+    path, shape = a.path, _leaf_shape(group, a.path, shapes)
+    scanned = a.scan_axes(len(group.scan))
+    if tuple(shape[d] for d in scanned if d < len(shape)) != tuple(group.scan):
+        raise PlanError(f"group {group.name}: absorber {path} of shape {shape} has no axes {group.scan} at {scanned}")
+    inner = tuple(n for d, n in enumerate(shape) if d not in scanned)
     if index.ndim != len(inner) or any(i not in (1, n) for i, n in zip(index.shape, inner, strict=True)):
         raise PlanError(f"group {group.name}: index of shape {index.shape} does not fit absorber {path} {shape}")
     if index.size and (index.min() < -1 or index.max() >= width):

@@ -36,7 +36,7 @@ Place = Callable[[jax.Array], jax.Array]  # brings a piece to the device that wo
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["leaf", "steps"], meta_fields=["axes", "scan", "experts"]
+    jax.tree_util.register_dataclass, data_fields=["leaf", "steps"], meta_fields=["axes", "order", "scan", "experts"]
 )
 @dataclasses.dataclass(frozen=True)
 class CanonicalWeight:
@@ -48,6 +48,7 @@ class CanonicalWeight:
     Attributes:
       leaf: float, with axes as ``axes`` says.
       axes: see `awq_jax.qtensor.QuantizedTensor.axes`.
+      order: the batch axes of that, as the sites have them: scanned ones first.
       scan: S, the number of scanned layers.
       experts: E, the number of experts with an activation of their own (1 if they share one: then the
         columns of all experts stand side by side).
@@ -56,6 +57,7 @@ class CanonicalWeight:
 
     leaf: jax.Array
     axes: str
+    order: tuple[int, ...] = ()
     scan: int = 1
     experts: int = 1
     steps: tuple[fold.ScaleStep, ...] = ()
@@ -65,7 +67,10 @@ class CanonicalWeight:
         """The weight of ``target``, which is not packed yet."""
         assert not isinstance(leaf, QuantizedTensor)
         scan, experts = math.prod(target.group.scan), math.prod(target.group.batch)
-        return cls(jnp.asarray(leaf), target.site.canonical_axes, scan, experts, steps)
+        site, leaf = target.site, jnp.asarray(leaf)
+        if site.part:
+            leaf, steps = leaf[site.window], fold.steps_within(steps, site.part)
+        return cls(leaf, site.canonical_axes, batch_order(target), scan, experts, steps)
 
     @property
     def columns(self) -> int:
@@ -78,6 +83,7 @@ class CanonicalWeight:
         """Columns ``start ... start + size - 1`` of one instance, float32 ``[K, size]``."""
         w = to_canonical(fold.scaled(self.leaf.astype(jnp.float32), self.steps), self.axes)
         k, n = w.shape[-2:]
+        w = jnp.transpose(w, (*self.order, w.ndim - 2, w.ndim - 1))
         # Experts that share one activation become more columns.
         w = jnp.moveaxis(w.reshape(self.scan, self.experts, -1, k, n), 2, 3).reshape(self.scan, self.experts, k, -1)
         return jax.lax.dynamic_slice(w, (layer, expert, 0, start), (1, 1, k, size))[0, 0]
@@ -182,22 +188,33 @@ def sweep(
     return [row for low in starts for row in of_experts(low, min(low + window, experts))]
 
 
+def batch_order(target: Target) -> tuple[int, ...]:
+    """The batch axes of the leaf, as numbered among them: those that scans go through first, then its experts."""
+    site = target.site
+    every = [d for d, a in enumerate(site.axes) if a in "sb"]
+    return tuple(every.index(d) for d in (*site.scan_axes, *(d for d in every if d not in site.scan_axes)))
+
+
 def to_batched(a: np.ndarray, target: Target) -> np.ndarray:
     """``[S, E, R, N]`` (R rows of codes, scales or zeros) to ``[*batch axes of the leaf, R, N]``."""
-    group = target.group
-    batch, _, n_dims = split_shape(target.site.shape, target.site.canonical_axes)
+    group, order = target.group, batch_order(target)
+    stored, _, n_dims = split_shape(target.site.part_shape, target.site.canonical_axes)
+    batch = [stored[i] for i in order]
     n, rows = math.prod(n_dims), a.shape[2]
-    if group.batch:
-        return a.reshape(*batch, rows, n)
-    own = math.prod(batch) // math.prod(group.scan)
-    return np.moveaxis(a.reshape(a.shape[0], rows, own, n), 2, 1).reshape(*batch, rows, n)
+    if not group.batch:
+        own = math.prod(batch) // math.prod(group.scan)
+        a = np.moveaxis(a.reshape(a.shape[0], rows, own, n), 2, 1)
+    a = a.reshape(*batch, rows, n)
+    return np.transpose(a, (*np.argsort(order).tolist(), len(order), len(order) + 1))
 
 
 def scale_to_batched(scale: jax.Array, target: Target) -> jax.Array:
     """``[*scan, *batch, K]`` to ``[*batch axes of the leaf, K]``."""
-    group = target.group
-    batch, _, _ = split_shape(target.site.shape, target.site.canonical_axes)
+    group, order = target.group, batch_order(target)
+    stored, _, _ = split_shape(target.site.part_shape, target.site.canonical_axes)
+    batch = [stored[i] for i in order]
     lead = (*group.scan, *group.batch)
-    return jnp.broadcast_to(
+    scale = jnp.broadcast_to(
         scale.reshape(*lead, *(1,) * (len(batch) - len(lead)), group.channels), (*batch, group.channels)
     )
+    return jnp.transpose(scale, (*np.argsort(order).tolist(), len(order)))

@@ -18,10 +18,11 @@ from awq_jax.devices import host_memory
 from awq_jax.devices.pool import HERE, Pool
 from awq_jax.errors import CalibrationError, ConfigError, WeightError
 from awq_jax.plan import fold
-from awq_jax.plan.plan import Plan, ScaleGroup
+from awq_jax.plan.plan import Plan, ScaleGroup, Site
 from awq_jax.plan.validate import validate
 from awq_jax.progress import Progress, bar
 from awq_jax.qtensor import QuantizedTensor, Weight
+from awq_jax.quantizer import parts
 from awq_jax.quantizer.scale_groups import GroupScale, find_scale, round_group
 from awq_jax.quantizer.targets import Target, select
 
@@ -135,7 +136,7 @@ Work = list[tuple[ScaleGroup, list[Target]]]
 
 def with_targets(plan: Plan, targets: Mapping[str, Target]) -> Work:
     """The groups that have weights to be quantized, each with those weights."""
-    return [(g, mine) for g in plan.groups if (mine := [targets[s.path] for s in g.sites if s.path in targets])]
+    return [(g, mine) for g in plan.groups if (mine := [targets[s.name] for s in g.sites if s.name in targets])]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,13 +198,19 @@ def quantize_groups(
         for group, mine in work:
             sums = fetch(group.name)
             given = folded, scales[group.name], sums, config, pool, consume
-            for path, (q, row) in round_group(group, mine, leaves, *given).items():
-                packed[path] = q
+            for name, (q, row) in round_group(group, mine, leaves, *given).items():
+                packed[name] = q
                 rows.append(row)
             finish_group()
     # A weight that stays float is scaled only where something upstream absorbed the scale.
     absorbed = fold.Folder(plan, {g.name: found[g.name] for g, _ in work if g.name in found and g.absorbers})
-    out = {path: packed[path] if path in packed else absorbed.leaf(path, leaf) for path, leaf in leaves.items()}
+    sites: dict[str, list[Site]] = {}
+    for t in (t for _, mine in work for t in mine):
+        sites.setdefault(t.site.path, []).append(t.site)
+    out = {
+        path: parts.join(sites[path], packed) if path in sites else absorbed.leaf(path, leaf)
+        for path, leaf in leaves.items()
+    }
     jax.block_until_ready(jax.tree.leaves(out))
     return Quantized(out, rows, {"search": searched - started, "round": time.perf_counter() - searched})
 

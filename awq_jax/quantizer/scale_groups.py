@@ -24,6 +24,7 @@ from awq_jax.pack import Array
 from awq_jax.plan import fold
 from awq_jax.plan.plan import Plan, ScaleGroup
 from awq_jax.qtensor import QuantizedTensor, Weight, split_shape
+from awq_jax.quantizer import parts
 from awq_jax.quantizer.column_pieces import CanonicalWeight, Columns, Place, scale_to_batched, sweep, to_batched
 from awq_jax.quantizer.scale_search import search
 from awq_jax.quantizer.targets import Target
@@ -68,14 +69,16 @@ def find_scale(
         return GroupScale(None)
     if not group.absorbers and not config.explicit_scale:
         return GroupScale(None, reason=group.reason or "no parameter can absorb the scale")
+    if not group.absorbers and any(parts.whole_only(t.site) for t in targets):
+        return GroupScale(None, reason=group.reason or "no parameter can absorb the scale of a part of a weight")
     means = means_of(group, stats)
     if means is None:
         return GroupScale(None, reason=NO_TOKENS)
     rows = math.lcm(*(t.leaf.group_size for t in targets))
     rows *= -(-group.channels // rows)
-    parts = [(t.leaf, CanonicalWeight.of(t, leaves[t.site.path])) for t in targets]
-    weights = [(leaf, Columns([p for other, p in parts if other == leaf], rows)) for leaf in dict.fromkeys(dict(parts))]
-    dtypes = {_scale_dtype(float(p.largest()), leaf, config) for leaf, p in parts}
+    every = [(t.leaf, CanonicalWeight.of(t, leaves[t.site.path])) for t in targets]
+    weights = [(leaf, Columns([p for other, p in every if other == leaf], rows)) for leaf in dict.fromkeys(dict(every))]
+    dtypes = {_scale_dtype(float(p.largest()), leaf, config) for leaf, p in every}
     found = []
     for layer in range(math.prod(group.scan)):
         absmean = np.pad(means.absmean[layer], ((0, 0), (0, rows - group.channels)))
@@ -132,19 +135,19 @@ def round_group(
         by_leaf.setdefault(t.leaf, []).append(t)
     for leaf, alike in by_leaf.items():
         # In float32: a scaled weight need not fit the leaf's own dtype, and codes are made of it anyway.
-        parts = [CanonicalWeight.of(t, leaves[t.site.path], folded.steps(t.site.path)) for t in alike]
-        columns = Columns(parts, alike[0].rows)
+        weights = [CanonicalWeight.of(t, leaves[t.site.path], folded.steps(t.site.path)) for t in alike]
+        columns = Columns(weights, alike[0].rows)
         dtype = _scale_dtype(columns.largest(), leaf, config)
         once = len(by_leaf) * math.prod(group.scan) * math.prod(group.batch) * pool.size == 1
         prepare = _prepare_in_place if consume and once and columns.rows == group.channels else _prepare
         rounded = _round(columns, means, group, found, leaf, config, dtype, pool, prepare)
         start = 0
-        for t, p in zip(alike, parts, strict=True):
+        for t, p in zip(alike, weights, strict=True):
             mine = _Packed(*(a[..., start : start + p.columns] for a in rounded))
             start += p.columns
             q = _assemble(t, group, leaves[t.site.path], mine, found)
             row = _row(t, group, leaves[t.site.path], q, mine, found, means)
-            out[t.site.path] = (q, row)
+            out[t.site.name] = (q, row)
     return out
 
 
@@ -278,7 +281,7 @@ _mean = jax.jit(_square, static_argnames=("rows",))
 
 
 def _assemble(t: Target, group: ScaleGroup, leaf: Weight, rounded: _Packed, found: GroupScale) -> QuantizedTensor:
-    _, k_dims, n_dims = split_shape(t.site.shape, t.site.canonical_axes)
+    _, k_dims, n_dims = split_shape(t.site.part_shape, t.site.canonical_axes)
     inverse = None
     if found.scale is not None and not group.absorbers:
         inverse = scale_to_batched(1.0 / jnp.asarray(found.scale), t)
@@ -312,13 +315,13 @@ def _row(
     total = float(rounded.energy.sum(dtype=np.float64))
     known = means is not None and total > 0
     return LayerReport(
-        path=t.site.path,
+        path=t.site.name,
         group=group.name,
-        shape=t.site.shape,
+        shape=t.site.part_shape,
         bits=t.leaf.bits,
         group_size=t.leaf.group_size,
         symmetric=t.leaf.symmetric,
-        bytes_before=math.prod(t.site.shape) * np.dtype(leaf.dtype).itemsize,
+        bytes_before=math.prod(t.site.part_shape) * np.dtype(leaf.dtype).itemsize,
         bytes_after=q.nbytes,
         error_rtn=float(rounded.rtn.sum(dtype=np.float64)) / total if known else None,
         error=float(rounded.loss.sum(dtype=np.float64)) / total if known else None,

@@ -7,8 +7,7 @@ from collections.abc import Collection
 from awq_jax.config import AwqConfig, LeafConfig
 from awq_jax.errors import ConfigError, Setting, ShapeError
 from awq_jax.plan.plan import Plan, ScaleGroup, Site
-from awq_jax.qtensor import split_shape
-from awq_jax.quantizer import patterns
+from awq_jax.quantizer import parts, patterns
 
 QUANTIZE_HEAD = Setting("quantize_head", True)
 
@@ -36,7 +35,7 @@ class Target:
 
 
 def select(plan: Plan, config: AwqConfig, parameters: Collection[str] = ()) -> tuple[dict[str, Target], dict[str, str]]:
-    """Targets by path, and the matmul weights left float with the reason.
+    """Targets by the name of the site, and the matmul weights left float with the reason.
 
     Args:
       plan: of the model.
@@ -51,28 +50,42 @@ def select(plan: Plan, config: AwqConfig, parameters: Collection[str] = ()) -> t
     targets: dict[str, Target] = {}
     skipped = dict(plan.skipped)
     bad: list[tuple[str, int, int]] = []
+    sites: dict[str, list[Site]] = {}
     for group, site in plan.sites():
         leaf = config.leaf(site.path)
-        _, k_dims, _ = split_shape(site.shape, site.canonical_axes)
-        k = math.prod(k_dims)
+        _, _, k = site.extent()
+        sites.setdefault(site.path, []).append(site)
         if leaf is None:
             skipped[site.path] = "matched a skip pattern"
         elif site.head and not config.quantize_head:
             skipped[site.path] = f"makes the model's output ({QUANTIZE_HEAD} quantizes it)"
         elif site.router and not site.head:
             skipped[site.path] = "routes tokens to experts"
-        elif math.prod(site.shape) == k:
+        elif math.prod(site.part_shape) == k:
             skipped[site.path] = "makes one number of each token"
         elif leaf.group_size == -1:
-            targets[site.path] = Target(site, group, dataclasses.replace(leaf, group_size=k), k)
+            targets[site.name] = Target(site, group, dataclasses.replace(leaf, group_size=k), k)
         elif k % leaf.group_size and config.on_indivisible != "pad":
             if config.on_indivisible == "float":
                 skipped[site.path] = f"{k} rows are not a multiple of the group size {leaf.group_size}"
             else:
                 bad.append((site.path, k, leaf.group_size))
         else:
-            targets[site.path] = Target(site, group, leaf, k)
-    patterns.check(config, [*targets, *(path for path, _, _ in bad)], skipped, parameters)
+            targets[site.name] = Target(site, group, leaf, k)
+    for path, mine in sites.items():
+        leaf = config.leaf(path)
+        if path not in skipped and leaf is not None and (why := parts.problem(mine, leaf)):
+            skipped[path] = why
+        if path in skipped:  # all parts of a leaf are packed, or none
+            for site in mine:
+                targets.pop(site.name, None)
+            bad = [entry for entry in bad if entry[0] != path]
+    patterns.check(
+        config,
+        [*dict.fromkeys(t.site.path for t in targets.values()), *(path for path, _, _ in bad)],
+        skipped,
+        parameters,
+    )
     if bad:
         raise _indivisible(bad)
     if not targets:

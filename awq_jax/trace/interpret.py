@@ -17,10 +17,10 @@ from jax.typing import ArrayLike
 from awq_jax.errors import ShapeError
 from awq_jax.paths import path_str
 from awq_jax.qtensor import QuantizedTensor, is_quantized
-from awq_jax.trace import views
-from awq_jax.trace.jaxpr import REMAT, Graph, Op, Operand, Use, Val, bind, scan_split
+from awq_jax.trace import packed, views
+from awq_jax.trace.jaxpr import REMAT, Graph, Op, Operand, Use, Val, bind
 from awq_jax.trace.uses import Program, trace
-from awq_jax.trace.views import View
+from awq_jax.trace.views import View, Window
 
 __all__ = ["Matmul", "Program", "Tap", "Use", "run", "trace"]
 
@@ -102,20 +102,48 @@ class _Interpreter:
         if not isinstance(x, QuantizedTensor):
             return x
         assert isinstance(val, Val)
-        factors = [f for axis in self.views[val].axes for f in axis]
+        view = self.views[val]
+        factors = [f for axis in view.axes for f in axis]
         order = views.leaf_order(tuple(factors))
-        w = x.dequantize().reshape([factors[i].size for i in order])
+        window = _live(view, view.window)
+        if window and packed.can_cut(x, window):
+            w = packed.cut(x, window).dequantize()
+        else:
+            w = x.dequantize()
+            w = w[tuple(slice(start, start + size) for start, size in window)] if window else w
+        w = w.reshape([factors[i].size for i in order])
         return jnp.transpose(w, np.argsort(order).tolist()).reshape(val.shape).astype(val.dtype)
 
     def op(self, op: Op, ins: list[Value], taps: Taps) -> Sequence[Value]:
-        packed = [i for i, x in enumerate(ins) if is_quantized(x)]
-        if op.bodies and (packed or (self.tap and any(b.watched for b in op.bodies))):
+        held = [i for i, x in enumerate(ins) if is_quantized(x)]
+        if op.bodies and (held or (self.tap and any(b.watched for b in op.bodies))):
             return self.nested(op, ins, taps)
-        if op.roles and (self.tap or (packed and self.matmul)):
+        if op.roles and (self.tap or (held and self.matmul)):
             return [self.site(op, ins, taps)]
-        if packed and len(packed) == len(ins) == 1 and all(o in self.views and self.views[o].full for o in op.outs):
-            return ins
+        if held == [0] and all(o in self.views and self.views[o].full for o in op.outs):
+            return [self.taken(op, o, ins) for o in op.outs]
         return bind(op, [self.dense(v, x) for v, x in zip(op.ins, ins, strict=True)])
+
+    def taken(self, op: Op, out: Val, ins: list[Value]) -> Value:
+        """A packed leaf for a rearrangement of it: itself, or the slice that a loop's counter picks.
+
+        Which part of it is meant stands in the view and is taken where the part is multiplied.
+        """
+        before, after = self.views[op.ins[0]], self.views[out]
+        q = ins[0]
+        gone: list[int] = list(before.scanned)
+        for axis in after.scanned:
+            if axis in gone:
+                continue
+            assert isinstance(q, QuantizedTensor)
+            (d,) = (d for d, factors in enumerate(before.axes) if any(f.axis == axis for f in factors))
+            picks = dict(enumerate(ins[1:]))
+            if op.name == "gather":
+                order = op.params["dimension_numbers"].start_index_map
+                picks = {a: jnp.reshape(self.dense(op.ins[1], ins[1]), -1)[i] for i, a in enumerate(order)}
+            q = packed.index_batch(q, axis - sum(g < axis for g in gone), jnp.asarray(picks[d]))
+            gone.append(axis)
+        return q
 
     def site(self, op: Op, ins: list[Value], taps: Taps) -> jax.Array:
         """A matmul with a parameter."""
@@ -130,9 +158,28 @@ class _Interpreter:
                 # activation of the model for one great round of taps at the end.
                 x, taps[op.use.index] = jax.lax.optimization_barrier((x, tapped))
                 ins = [w, x] if op.weight == 0 else [x, w]
-        if self.matmul and is_quantized(w) and w.live_axes == op.use.axes.lstrip("s"):
-            return _restore_output(op, self.matmul(flat, w))
+        if self.matmul and is_quantized(w) and (part := self.part(op, w)) is not None:
+            return _restore_output(op, self.matmul(flat, part))
         return bind(op, [self.dense(v, a) for v, a in zip(op.ins, ins, strict=True)])[0]
+
+    def part(self, op: Op, w: QuantizedTensor) -> QuantizedTensor | None:
+        """What of a packed leaf the matmul reads; None if it cannot be multiplied as it is packed."""
+        assert op.use is not None
+        assert op.roles is not None
+        use, view = op.use, self.views[op.ins[op.weight]]
+        if w.live_axes != use.axes.replace("s", "") or not view.full:
+            return None
+        if not use.part:
+            return w
+        window = list(_live(view, use.part))
+        if not packed.can_cut(w, tuple(window)):
+            return None
+        kept = {f.axis for f in op.roles.b}
+        live = [d for d in range(len(use.axes)) if d not in use.scanned]
+        for at in reversed(range(len(live))):
+            if use.axes[live[at]] == "b" and live[at] not in kept:
+                w = packed.index_batch(w, at, window.pop(at)[0])
+        return packed.cut(w, tuple(window)) if window != [(0, n) for n in w.shape] else w
 
     def nested(self, op: Op, ins: list[Value], taps: Taps) -> list[Value]:
         """A call or loop with packed leaves or tapped matmuls inside."""
@@ -158,6 +205,9 @@ class _Interpreter:
             outs, new = call(body, *enter(body, ins))
         elif op.name == "scan":
             outs, new = self.scan(op, enter(op.bodies[0], ins))
+        elif op.name == "while" and op.trips is not None and self.tap:
+            a, b = op.params["cond_nconsts"], op.params["body_nconsts"]
+            outs, new = self.scan(op, enter(op.bodies[1], ins[a:]))
         elif op.name == "while":
             a, b = op.params["cond_nconsts"], op.params["body_nconsts"]
             test, step = (enter(body, x) for body, x in zip(op.bodies, (ins[:a] + ins[a + b :], ins[a:]), strict=True))
@@ -174,22 +224,52 @@ class _Interpreter:
         return [*outs]
 
     def scan(self, op: Op, ins: list[Value]) -> tuple[list[Value], Taps]:
-        consts, carry = scan_split(op.params)
-        body = op.bodies[0]
+        """A scan, or a while loop whose length is known."""
+        body = op.bodies[-1]
+        consts, carry = op.fixed(body)
+        rest = list(zip(body.ins, op.body_inputs(body), ins, strict=True))[consts + carry :]
+        # A packed leaf is sliced where it lies along the axis in question: moving that axis would copy it.
+        kept = {v: (o, x) for v, o, x in rest if is_quantized(x) and self.moved(v, o, x)}
 
-        def step(state: Values, x: Values) -> tuple[Values, tuple[Values, Taps]]:
-            outs, new = self.graph(body, [*ins[:consts], *state, *x])
+        def step(state: Values, given: tuple[jax.Array, Values]) -> tuple[Values, tuple[Values, Taps]]:
+            i, x = given
+            it = iter(x)
+            sliced = [self.slice_of(v, *kept[v], i) if v in kept else next(it) for v, _, _ in rest]
+            outs, new = self.graph(body, [*ins[:consts], *state, *sliced])
             return tuple(outs[:carry]), (tuple(outs[carry:]), new)
 
         start = tuple(
             x if hasattr(x, "dtype") else jnp.asarray(x, v.dtype)
             for x, v in zip(ins[consts : consts + carry], body.ins[consts:], strict=False)
         )
-        p = op.params
+        p: dict[str, Any] = {"length": op.trips, "reverse": False, "unroll": 1} | op.params
         end, (ys, new) = jax.lax.scan(
-            step, start, tuple(ins[consts + carry :]), length=p["length"], reverse=p["reverse"], unroll=p["unroll"]
+            step,
+            start,
+            (jnp.arange(p["length"], dtype=jnp.int32), tuple(x for v, _, x in rest if v not in kept)),
+            length=p["length"],
+            reverse=p["reverse"],
+            unroll=p["unroll"],
         )
         return [*end, *ys], new
+
+    def moved(self, inner: Val, outer: Operand, q: QuantizedTensor) -> bool:
+        """Whether a scan slices a packed leaf otherwise than along the first axis of its arrays."""
+        axis, left = self.scanned_here(inner, outer)
+        view = self.views[outer]  # type: ignore[index]
+        return view.extent(axis) != (0, view.shape[axis]) or "b" in q.live_axes[: left.index(axis)]
+
+    def scanned_here(self, inner: Val, outer: Operand) -> tuple[int, list[int]]:
+        """The leaf axis that one scan slices, and the leaf axes that are still there outside of it."""
+        view = self.views[outer]  # type: ignore[index]
+        (axis,) = (d for d in self.views[inner].scanned if d not in view.scanned)
+        return axis, [d for d in range(len(view.shape)) if d not in view.scanned]
+
+    def slice_of(self, inner: Val, outer: Operand, q: Value, i: jax.Array) -> QuantizedTensor:
+        axis, left = self.scanned_here(inner, outer)
+        assert isinstance(q, QuantizedTensor)
+        view = self.views[outer]  # type: ignore[index]
+        return packed.index_batch(q, left.index(axis), view.extent(axis)[0] + i)
 
     def cond(self, op: Op, ins: list[Value], enter: Enter, run: RunBody) -> tuple[list[ArrayLike], Taps]:
         values = ins[1:]
@@ -204,6 +284,11 @@ class _Interpreter:
             return outs, {**blank, **new}
 
         return jax.lax.switch(ins[0], [lambda *a, body=body: branch(body, *a) for body in op.bodies], *values)
+
+
+def _live(view: View, window: Window) -> Window:
+    """What of ``window`` concerns axes that no loop has sliced away."""
+    return tuple(w for d, w in enumerate(window) if d not in view.scanned)
 
 
 def _other_axes(op: Op) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:

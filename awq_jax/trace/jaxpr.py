@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.extend import core as jex
 from jax.typing import ArrayLike, DTypeLike
 
-from awq_jax.trace.views import AxisRoles
+from awq_jax.trace.views import AxisRoles, Window
 
 Params = dict[str, Any]  # of a primitive: each has its own
 DRAWS = frozenset(("random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform"))
@@ -48,6 +48,8 @@ class Use:
       reason: why the leaf cannot be quantized for this matmul, "" if it can.
       loops: one letter per enclosing scan, outermost first: ``s`` if it slices the leaf, ``r`` if
         every iteration reads the same leaf. `interpret.run` stacks taps along one leading axis each.
+      scanned: the leaf axes that those loops slice, outermost loop first.
+      part: what the matmul reads of the leaf, as `views.View.window`; () for all of it.
     """
 
     index: int
@@ -55,6 +57,8 @@ class Use:
     axes: str
     reason: str = ""
     loops: str = ""
+    scanned: tuple[int, ...] = ()
+    part: Window = ()
 
 
 @dataclasses.dataclass(eq=False)
@@ -71,6 +75,7 @@ class Op:
       use: set if it is a matmul with a parameter.
       weight: position of that parameter in ``ins``.
       roles: how the matmul reads it, None if its axes cannot be named.
+      trips: of a while loop, how often it runs, if its counter alone decides that.
     """
 
     name: str
@@ -82,6 +87,7 @@ class Op:
     use: Use | None = None
     weight: int = 1
     roles: AxisRoles | None = None
+    trips: int | None = None
 
     @property
     def params(self) -> Params:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
@@ -16,33 +17,46 @@ class AxisFactor(NamedTuple):
 
 
 AxisFactors = tuple[AxisFactor, ...]
+Window = tuple[tuple[int, int], ...]
+"""Where a part of a leaf begins, and its size, along each of the leaf's axes; () is the whole leaf."""
 
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """A value that holds the elements of one parameter leaf, rearranged.
+    """A value that holds the elements of one parameter leaf, or of a part of it, rearranged.
 
     Attributes:
       path: the leaf.
       shape: the leaf's own shape, scanned axes included.
       axes: per axis of the value, the leaf factors it is made of, outermost first. Axes of size 1 have none.
-      loops: one letter per enclosing scan: ``s`` if it slices the leaf's leading axis, ``r`` if every
-        iteration sees the same.
-      full: the value is the whole leaf with no arithmetic but a cast, so a packed leaf can stand for it.
+      loop_axes: of each enclosing loop, outermost first, the leaf axis that it slices; None if every iteration
+        sees the same.
+      window: of each leaf axis, where the part begins and its size; () for the whole leaf.
+      full: no arithmetic but a cast was done, so a packed leaf can stand for the value.
       problem: why the leaf cannot be a quantizable weight when seen this way; "" if it can.
     """
 
     path: str
     shape: tuple[int, ...]
     axes: tuple[AxisFactors, ...]
-    loops: str = ""
+    loop_axes: tuple[int | None, ...] = ()
+    window: Window = ()
     full: bool = True
     problem: str = ""
 
     @property
-    def scanned(self) -> int:
-        """How many leading leaf axes enclosing scans have sliced away."""
-        return self.loops.count("s")
+    def loops(self) -> str:
+        """One letter per enclosing loop: ``s`` if it slices the leaf, ``r`` if it does not."""
+        return "".join("r" if axis is None else "s" for axis in self.loop_axes)
+
+    @property
+    def scanned(self) -> tuple[int, ...]:
+        """The leaf axes that enclosing loops slice, in the order of the loops."""
+        return tuple(axis for axis in self.loop_axes if axis is not None)
+
+    def extent(self, axis: int) -> tuple[int, int]:
+        """Where the part begins along a leaf axis, and its size."""
+        return self.window[axis] if self.window else (0, self.shape[axis])
 
     @classmethod
     def of_leaf(cls, path: str, shape: tuple[int, ...]) -> View:
@@ -55,18 +69,26 @@ class View:
 
     def sliced_by_scan(self) -> View:
         """What the body of a scan sees of this value."""
-        lead = self.scanned
-        n = self.shape[lead] if lead < len(self.shape) else 0
-        whole: AxisFactors = (AxisFactor(lead, 1, n),) if n != 1 else ()
-        problem = self.problem
-        if not self.axes or self.axes[0] != whole or not self.full:
-            problem = "a loop slices it along an axis that is not its first"
-        full = self.full and not problem
-        return dataclasses.replace(self, axes=self.axes[1:], loops=self.loops + "s", full=full, problem=problem)
+        return self.repeated_by_scan().sliced(0, len(self.loop_axes))
 
     def repeated_by_scan(self) -> View:
         """What the body of a scan sees of a value that every iteration reads."""
-        return dataclasses.replace(self, loops=self.loops + "r")
+        return dataclasses.replace(self, loop_axes=(*self.loop_axes, None))
+
+    def sliced(self, dim: int, loop: int) -> View:
+        """The value without its axis ``dim``, which the enclosing loop number ``loop`` goes through once."""
+        rest = self.axes[:dim] + self.axes[dim + 1 :]
+        problem, axis = self.problem, None
+        factors = self.axes[dim] if dim < len(self.axes) else ()
+        if len(factors) == 1 and factors[0] == (factors[0].axis, 1, self.extent(factors[0].axis)[1]):
+            axis = factors[0].axis
+        elif not factors and (ones := [d for d, n in enumerate(self.shape) if n == 1 and d not in self.scanned]):
+            axis = ones[0]
+        if axis is None or not self.full or self.loop_axes[loop] is not None:
+            problem = problem or "a loop slices what several of its axes were made into"
+        loops = (*self.loop_axes[:loop], axis, *self.loop_axes[loop + 1 :])
+        full = self.full and not problem
+        return dataclasses.replace(self, axes=rest, loop_axes=loops, full=full, problem=problem)
 
 
 def reshape(view: View, shape: tuple[int, ...]) -> View | None:
@@ -114,14 +136,25 @@ def broadcast(view: View, old: tuple[int, ...], shape: tuple[int, ...], dims: tu
     return view.with_axes(tuple(axes))
 
 
-def cut(view: View, old: tuple[int, ...], new: tuple[int, ...]) -> View | None:
-    """A slice with steps of one, of axes that are one run of a leaf axis each."""
+def cut(view: View, starts: Sequence[int], new: tuple[int, ...], old: tuple[int, ...]) -> View | None:
+    """A slice with steps of one that begins at ``starts``, of axes that are one run of a leaf axis each."""
     axes: list[AxisFactors] = []
-    for axis, a, b in zip(view.axes, old, new, strict=True):
-        if a != b and len(axis) != 1:
+    window = list(view.window or ((0, n) for n in view.shape))
+    full = view.full
+    for axis, start, a, b in zip(view.axes, starts, old, new, strict=True):
+        if a == b:
+            axes.append(axis)
+            continue
+        if len(axis) != 1:
             return None
-        axes.append(axis if a == b else (axis[0]._replace(size=b),) if b != 1 else ())
-    return view.with_axes(tuple(axes), full=False)
+        f = axis[0]
+        begin, size = window[f.axis]
+        if f.stride * f.size == size:
+            window[f.axis] = (begin + start * f.stride, b * f.stride)
+        else:
+            full = False  # the part is no run of the leaf's axis
+        axes.append((f._replace(size=b),) if b != 1 else ())
+    return dataclasses.replace(view, axes=tuple(axes), window=tuple(window), full=full)
 
 
 class AxisRoles(NamedTuple):
@@ -143,25 +176,24 @@ def axis_roles(view: View, batch: tuple[int, ...], contract: tuple[int, ...]) ->
     if view.problem:
         return view.problem
     role_of = ["b" if d in batch else "k" if d in contract else "n" for d in range(len(view.axes))]
-    roles: dict[int, str] = {}
+    roles: dict[int, str] = dict.fromkeys(view.scanned, "s")
     covered: dict[int, int] = {}
     for axis, role in zip(view.axes, role_of, strict=True):
         for f in axis:
             if roles.setdefault(f.axis, role) != role:
                 return f"its axis {f.axis} is partly contracted and partly kept"
             covered[f.axis] = covered.get(f.axis, 1) * f.size
-    for d, role in roles.items():
-        if role != "n" and covered[d] != view.shape[d]:
+    for d, size in covered.items():
+        if roles[d] != "n" and size != view.extent(d)[1]:
             return f"the matmul reads only a part of its axis {d}"
-    for d in range(view.scanned, len(view.shape)):
-        if d not in roles:
-            if view.shape[d] != 1:
-                return (
-                    f"each matmul reads one slice of its axis {d}: loop over it with jax.lax.scan, "
-                    "or keep the slices as parameters of their own"
-                )
-            roles[d] = "n" if "k" in roles.values() else "k"
-    axes = "s" * view.scanned + "".join(roles[d] for d in range(view.scanned, len(view.shape)))
+    for d, n in enumerate(view.shape):
+        if d in roles:
+            continue
+        if n != 1 and view.extent(d)[1] != 1:
+            return f"the matmul reads only a part of its axis {d}"
+        # A slice of a stack is one of a batch, an axis of size 1 whatever is missing.
+        roles[d] = "b" if n != 1 else "n" if "k" in roles.values() else "k"
+    axes = "".join(roles[d] for d in range(len(view.shape)))
     if "k" not in axes or "n" not in axes:
         return "it is a vector: the matmul has no output axis"
     order = (*batch, *contract, *(d for d in range(len(view.axes)) if role_of[d] == "n"))

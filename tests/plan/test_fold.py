@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import user_models
+import zoo
 
 from awq_jax import pack, paths
 from awq_jax.errors import PlanError, ShapeError, WeightError
@@ -25,13 +26,13 @@ from awq_jax.trace import interpret
 
 @functools.cache
 def jitted(name: str) -> Any:
-    case = user_models.MODELS[name]()
+    case = zoo.MODELS[name]()
     return jax.jit(lambda params: case.fn(params, *case.args))
 
 
 @functools.cache
 def plan_of(name: str) -> Plan:
-    case = user_models.MODELS[name]()
+    case = zoo.MODELS[name]()
     return discover(case.fn, case.params, *case.args)
 
 
@@ -69,9 +70,9 @@ def divide_absorbers(plan: Plan, params: Any, scales: Any) -> Any:
     return half(plan, params, scales, sites=())
 
 
-@pytest.mark.parametrize("name", user_models.MODELS)
+@pytest.mark.parametrize("name", zoo.MODELS)
 def test_folding_random_scales_keeps_the_output(name: str) -> None:
-    case, plan = user_models.MODELS[name](), plan_of(name)
+    case, plan = zoo.MODELS[name](), plan_of(name)
     scales = random_scales(plan)
     before = jitted(name)(case.params)
     folded = fold.apply(plan, case.params, scales)
@@ -123,7 +124,7 @@ def test_fold_keeps_dtype_and_rounds_once() -> None:
 
 
 def test_fold_refusals() -> None:
-    case, plan = user_models.MODELS["cached_decode"](), plan_of("cached_decode")
+    case, plan = zoo.MODELS["cached_decode"](), plan_of("cached_decode")
     ones = np.ones(user_models.D, np.float32)
     with pytest.raises(PlanError, match=r"group o cannot absorb a scale: .*dynamic_update_slice"):
         fold.apply(plan, case.params, {"o": ones})
@@ -150,9 +151,9 @@ def packed_like(w: Any, axes: str, rng: np.random.Generator, bits: int = 4) -> Q
     return QuantizedTensor(pack.pack(codes, bits), scales, zeros, None, bits, 8, axes, k, n, "float32")
 
 
-@pytest.mark.parametrize("name", user_models.MODELS)
+@pytest.mark.parametrize("name", zoo.MODELS)
 def test_evaluate_is_the_function(name: str) -> None:
-    case = user_models.MODELS[name]()
+    case = zoo.MODELS[name]()
     program = interpret.trace(case.fn, case.params, *case.args)
     # Nothing packed, nothing tapped: every operation is applied as it was traced.
     same = jax.jit(lambda p: interpret.run(program, p, *case.args))(case.params)
@@ -163,7 +164,7 @@ def test_evaluate_is_the_function(name: str) -> None:
     "name", ["linen_scan_remat", "linen_gemma", "moe_einsum", "shared_loop", "while_loop", "cached_decode"]
 )
 def test_evaluate_with_packed_leaves(name: str) -> None:
-    case = user_models.MODELS[name]()
+    case = zoo.MODELS[name]()
     program = interpret.trace(case.fn, case.params, *case.args)
     axes = {u.path: u.axes for u in program.uses}
     rng = np.random.default_rng(0)
@@ -193,7 +194,7 @@ def test_evaluate_with_packed_leaves(name: str) -> None:
 
 def test_taps_see_what_the_layers_saw() -> None:
     """Against Flax's own record of the modules' outputs."""
-    case = user_models.MODELS["linen_unrolled"]()
+    case = zoo.MODELS["linen_unrolled"]()
     program = interpret.trace(case.fn, case.params, *case.args)
     out, taps = jax.jit(lambda p: interpret.run(program, p, *case.args, tap=lambda use, x: x))(case.params)
     assert distance(jitted("linen_unrolled")(case.params), out) < 1e-6
@@ -210,7 +211,7 @@ def test_taps_see_what_the_layers_saw() -> None:
 
 
 def test_tap_of_many_contracted_axes_is_in_the_order_of_the_leaf() -> None:
-    case = user_models.MODELS["linen_gemma"]()
+    case = zoo.MODELS["linen_gemma"]()
     program = interpret.trace(case.fn, case.params, *case.args)
     _, taps = jax.jit(lambda p: interpret.run(program, p, *case.args, tap=lambda use, x: x))(case.params)
     (x,) = [taps[u.index] for u in program.uses if u.path == "params/o/kernel"]
@@ -223,7 +224,7 @@ def test_tap_of_many_contracted_axes_is_in_the_order_of_the_leaf() -> None:
 
 
 def test_taps_of_scanned_and_shared_layers_are_stacked() -> None:
-    case = user_models.MODELS["nnx_scan"]()
+    case = zoo.MODELS["nnx_scan"]()
     p = {k: np.asarray(v, np.float64) for k, v in paths.flatten(case.params).items()}
     program = interpret.trace(case.fn, case.params, *case.args)
     _, taps = jax.jit(lambda p: interpret.run(program, p, *case.args, tap=lambda use, x: x))(case.params)
@@ -236,7 +237,7 @@ def test_taps_of_scanned_and_shared_layers_are_stacked() -> None:
         np.testing.assert_allclose(taps[use.index][i], hidden.reshape(-1, user_models.F), rtol=1e-4, atol=1e-5)
         x = x + hidden @ p["layers/down/kernel"][i] + p["layers/down/bias"][i]
 
-    case = user_models.MODELS["shared_loop"]()
+    case = zoo.MODELS["shared_loop"]()
     program = interpret.trace(case.fn, case.params, *case.args)
     (use,) = [u for u in program.uses if u.path == "down"]
     assert use.loops == "r"
@@ -245,7 +246,7 @@ def test_taps_of_scanned_and_shared_layers_are_stacked() -> None:
 
 
 def test_tap_of_experts_keeps_their_axis() -> None:
-    case = user_models.MODELS["moe_einsum"]()
+    case = zoo.MODELS["moe_einsum"]()
     p = {k: np.asarray(v, np.float64) for k, v in case.params.items()}
     program = interpret.trace(case.fn, case.params, *case.args)
     _, taps = interpret.run(program, case.params, *case.args, tap=lambda use, x: x)
@@ -299,7 +300,7 @@ def test_branches_remat_and_flags() -> None:
 
 
 def test_untapped_scan_stays_one_scan() -> None:
-    case = user_models.MODELS["linen_scan_remat"]()
+    case = zoo.MODELS["linen_scan_remat"]()
     program = interpret.trace(case.fn, case.params, *case.args)
     jaxpr = jax.make_jaxpr(lambda p: interpret.run(program, p, *case.args))(case.params)
     original = jax.make_jaxpr(lambda p: case.fn(p, *case.args))(case.params)
@@ -317,12 +318,12 @@ def swap(plan: Plan, name: str, **changes: Any) -> Plan:
 
 @pytest.mark.parametrize("name", ["linen_unrolled", "nnx_scan", "moe_einsum", "fused_splits"])
 def test_right_plans_pass(name: str) -> None:
-    case, plan = user_models.MODELS[name](), plan_of(name)
+    case, plan = zoo.MODELS[name](), plan_of(name)
     assert verify(plan, case.fn, case.params, *case.args).to_dict() == plan.to_dict()
 
 
 def test_wrong_groups_lose_their_absorbers_and_others_keep_them() -> None:
-    case, plan = user_models.MODELS["linen_unrolled"](), plan_of("linen_unrolled")
+    case, plan = zoo.MODELS["linen_unrolled"](), plan_of("linen_unrolled")
     right = plan.groups[0].absorbers[0]
     bad = swap(plan, "params/layer1/o/kernel", shared_channels=None)  # query heads no longer tied
     reverse = np.arange(user_models.D, dtype=np.int32)[::-1].copy()
@@ -361,7 +362,7 @@ def test_sixteen_bit_models_and_offsets() -> None:
 
 
 def test_verify_needs_something_to_compare() -> None:
-    case, plan = user_models.MODELS["moe_einsum"](), plan_of("moe_einsum")
+    case, plan = zoo.MODELS["moe_einsum"](), plan_of("moe_einsum")
     with pytest.raises(PlanError, match="abstract"):
         verify(plan, case.fn, case.params, jax.ShapeDtypeStruct((2, 5), jnp.int32))
     with pytest.raises(PlanError, match="float outputs"):
