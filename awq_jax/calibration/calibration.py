@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -14,6 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from awq_jax.calibration import by_expert
 from awq_jax.calibration.grams import ArrayGrams, Grams
 from awq_jax.errors import CalibrationError
 from awq_jax.pack import Array
@@ -246,10 +248,14 @@ def collector(apply_fn: Callable[..., T], wanted: Iterable[Wanted]) -> Callable[
         if missing:
             raise CalibrationError(f"the model has no matmul with {missing[0]}: the plan is for another model")
 
-        def tap(use: interpret.Use, x: jax.Array) -> Stats | None:
+        def tap(use: interpret.Use, x: jax.Array, expert: jax.Array | None = None) -> Stats | None:
             if (use.path, use.part) not in first:
                 return None
-            experts = first[use.path, use.part].experts
+            wanted = first[use.path, use.part]
+            experts = wanted.experts
+            if expert is not None:
+                sums = by_expert.sums(x, expert, math.prod(wanted.group.batch))
+                return Stats(*sums)
             if experts:
                 x = x.reshape(-1, *x.shape[-2:])
                 x = jax.lax.dynamic_slice_in_dim(x, start, experts)

@@ -56,10 +56,13 @@ def site_labels(node: Node) -> np.ndarray:
     """Channel numbers, flat over ``[*batch, K]`` in the order of the leaf, on the site's activation."""
     op = node.op
     assert op.roles is not None
-    contract, batch = node.params["dimension_numbers"]
+    contract, batch = op.dims
+    pos = 0 if op.grouped is not None else op.x
     shape = node.x.shape
-    b, c = tuple(batch[1 - op.weight]), tuple(contract[1 - op.weight])
+    b, c = tuple(batch[pos]), tuple(contract[pos])
     parts = (op.roles.b, op.roles.k)
+    if op.use is not None and op.use.experts is not None:  # the channels of each row's expert
+        parts, b = ((), op.roles.k), ()
     orders = [views.leaf_order(p) for p in parts]
     stored = [p[i].size for p, order in zip(parts, orders, strict=True) for i in order]
     ids = np.arange(int(np.prod(stored)), dtype=np.int32).reshape(stored)
@@ -83,13 +86,22 @@ class _Walk:
         self.heap: list[tuple[int, int, Val]] = []
         self.counter = itertools.count()
         self.found: dict[str, Absorber] = {}
+        use = sites[0].use
+        assert use is not None
+        self.root = use.experts
+        # Where rows choose experts, labels are the channels of any expert, in what follows those of each.
+        self.experts = math.prod(site_batch(program, sites[0])) if self.root is not None else 1
+        self.channels = int(site_labels(sites[0]).max()) + 1
+        self.tied = self.moved = False
 
     def run(self) -> Absorbers:
         first = site_labels(self.sites[0])
         n = int(first.max()) + 1
+        if len({node.use.experts for node in self.sites if node.use}) > 1:
+            raise Blocked("its matmuls choose experts in different ways")
         self.shared = SharedChannels(n)
         for node in self.sites:
-            self.passed.add((node.index, 1 - node.op.weight))
+            self.passed.add((node.index, node.op.x))
             self.push(node.x, site_labels(node))
         while self.heap:
             v = heapq.heappop(self.heap)[-1]
@@ -101,6 +113,10 @@ class _Walk:
         for v, lab in self.touched.items():
             self.check_readers(v, lab)
         shared = self.shared.groups()
+        if self.experts > 1:
+            first_of = np.arange(self.experts, dtype=np.int32)[:, None] * (0 if self.tied else n)
+            shared = (shared[None] + first_of).reshape(-1)
+            n *= self.experts
         if not self.found:
             raise Blocked("no parameter upstream")
         if n > 1 and (shared == shared[0]).all():
@@ -147,6 +163,11 @@ class _Walk:
             raise Blocked("an offset is added to a value that is not a plain parameter")
         if node.bodies:
             raise Blocked(f"it is the result of a {node.name}, not of one matmul")
+        if self.root is not None and node.name in ("gather", "dynamic_slice", "concatenate", "pad", "rev"):
+            self.moved = True
+        if node.op.grouped is not None:
+            self.through_grouped(node, lab)
+            return
         if node.name in ("mul", "div", "dot_general"):
             pos = self.choose(node)
             self.pass_on(node, pos, channel_labels.through_product(node, pos, lab, self.shared))
@@ -161,9 +182,27 @@ class _Walk:
 
     def picked(self, v: Val) -> bool:
         """Whether ``v`` is the slice of a parameter that a loop's counter picks."""
-        view, source = self.program.views.get(v), self.scope.made_by[v][0].ins[0]
-        before = self.program.views.get(source) if isinstance(source, Val) else None
-        return view is not None and before is not None and view.scanned != before.scanned
+        view, sources = self.program.views.get(v), self.scope.made_by[v][0].vals()
+        before = next((self.program.views[x] for x in sources if x in self.program.views), None)
+        if view is None or before is None:
+            return False
+        return view.scanned != before.scanned or view.choice != before.choice
+
+    def through_grouped(self, node: Node, lab: np.ndarray) -> None:
+        """Into the weights of the experts of a ragged matmul."""
+        rows, weight = node.op.grouped, node.ins[node.op.weight]
+        assert rows is not None
+        view = self.program.views.get(weight) if isinstance(weight, Val) else None
+        if node.use is None or view is None or self.root not in (None, node.use.experts):
+            raise Blocked("it passes through a matmul of other experts")
+        lab = self.shared.along(lab, 0)
+        n = iter(range(1, lab.ndim))
+        sizes = [
+            1 if d == rows.group or d in rows.contract[1] else lab.shape[next(n)] for d in range(len(weight.shape))
+        ]
+        self.passed.add((node.index, node.op.weight))
+        self.touched[weight] = lab.reshape(sizes)
+        self.absorb(weight, lab.reshape(sizes), 0.0, None if self.root is None else view.axes[rows.group][0].axis)
 
     def pass_on(self, node: Node, pos: int, lab: np.ndarray, offset: float = 0.0) -> None:
         self.passed.add((node.index, pos))
@@ -196,7 +235,8 @@ class _Walk:
         literal = next(v for v in node.ins if not isinstance(v, Val))
         return float(literal) if np.ndim(literal) == 0 and not channel_labels.is_zero(literal) else None
 
-    def absorb(self, v: Val, lab: np.ndarray, offset: float) -> None:
+    def absorb(self, v: Val, lab: np.ndarray, offset: float, experts: int | None = None) -> None:
+        """Divide the parameter ``v``; ``experts``: its axis of the experts that the rows choose."""
         view = self.program.views.get(v)
         if view is None:
             where = "the model's input" if self.scope.outer is None else "the state or input of a loop"
@@ -210,6 +250,19 @@ class _Walk:
             raise Blocked(f"{view.path} is shared between the iterations of a loop, the weights are not")
         self.check_outer(v, view.path)
         index = in_leaf_order(view, lab.astype(np.int32))
+        if view.choice is not None and self.root is not None:
+            if view.choice.root != self.root:
+                raise Blocked(f"{view.path} is read for experts that are chosen in another way")
+            experts = view.choice.axis
+        if experts is not None:
+            if self.moved:
+                raise Blocked("rows are put into another order on the way")
+            at = experts - sum(d < experts for d in view.scanned)
+            first = np.arange(view.shape[experts], dtype=np.int32) * self.channels
+            first = first.reshape([-1 if d == at else 1 for d in range(index.ndim)])
+            index = np.where(index >= 0, index + first, index)
+        elif self.root is not None:
+            self.tied = True
         scanned = view.scanned if view.scanned != tuple(range(len(view.scanned))) else ()
         new = Absorber(view.path, index, offset, scanned)
         self.found[view.path] = merged(self.found[view.path], new) if view.path in self.found else new
@@ -244,10 +297,18 @@ class _Walk:
                 raise Blocked(f"{what} is also used by {_reader(node)}")
 
 
+def site_batch(program: Program, node: Node) -> tuple[int, ...]:
+    """Sizes of the batch axes of a site's weight."""
+    use = node.use
+    assert use is not None
+    return tuple(n for n, role in zip(program.leaves[use.path], use.axes, strict=True) if role == "b")
+
+
 def _origin(scope: Scope, v: Val, path: str, otherwise: str) -> Val:
     """The value that ``v`` is a rearrangement or slice of, if nothing else reads what lies between."""
     while v in scope.made_by:
-        v = scope.made_by[v][0].ins[0]
+        node = scope.made_by[v][0]
+        v = next((x for x in node.vals() if x in scope.derived), node.ins[0])
         if len(scope.readers[v]) != 1:
             raise Blocked(f"{path} is {otherwise}")
     return v
@@ -257,8 +318,10 @@ def in_leaf_order(view: View, lab: np.ndarray) -> np.ndarray:
     """Labels of a view as those of the leaf without its scanned axes; `UNIT` outside of the view's part."""
     sizes: list[int] = []
     for n, axis in zip(lab.shape, view.axes, strict=True):
-        sizes += [f.size if n > 1 else 1 for f in axis]
-    factors = [f for axis in view.axes for f in axis]
+        if n > 1 and any(f.axis == views.POSITION for f in axis):
+            raise Blocked("a scale would depend on the position")
+        sizes += [f.size if n > 1 else 1 for f in axis if f.axis != views.POSITION]
+    factors = [f for axis in view.axes for f in axis if f.axis != views.POSITION]
     order = views.leaf_order(tuple(factors))
     lab = np.transpose(lab.reshape(sizes), order)
     shape: list[int] = []  # of the part, axis by axis of the leaf

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from awq_jax.trace.jaxpr import Val
+from awq_jax.trace.rearranged import SAME_SHAPE
 from awq_jax.trace.scopes import Node
-from awq_jax.trace.uses import SAME_SHAPE
 
 UNIT, UNREAD = -1, -2
 

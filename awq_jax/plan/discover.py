@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Hashable
 
 from awq_jax.errors import PlanError
@@ -10,14 +11,21 @@ from awq_jax.plan import absorb, channel_labels
 from awq_jax.plan.plan import Plan, ScaleGroup, Site
 from awq_jax.plan.validate import overlap
 from awq_jax.trace.jaxpr import Use, Val
+from awq_jax.trace.rearranged import SAME_SHAPE
 from awq_jax.trace.scopes import OUTPUT, Node, Scope, flatten
-from awq_jax.trace.uses import SAME_SHAPE, Program, trace
+from awq_jax.trace.uses import Program, trace
 
 log = logging.getLogger(__name__)
 
 # Operations that may hide a matmul from us.
-OPAQUE = frozenset(("conv_general_dilated", "shard_map", "pallas_call", "custom_partitioning"))
-CHOOSERS = frozenset(("top_k", "argmax", "argmin", "sort"))
+OPAQUE = frozenset(
+    (
+        *("conv_general_dilated", "shard_map", "pallas_call", "custom_partitioning", "ffi_call", "pure_callback"),
+        *("io_callback", "custom_call", "triton_kernel_call", "tpu_custom_call"),
+    )
+)
+CHOOSERS = frozenset(("top_k", "approx_top_k", "argmax", "argmin", "sort"))
+FEW = 512  # a matrix of more columns, or of more than a quarter as many as rows, chooses no experts
 VIEWS = SAME_SHAPE | {"reshape", "transpose", "squeeze"}
 
 
@@ -60,7 +68,8 @@ def discover(fn: Callable[..., object], params: object, *args: object, **kwargs:
     shared: dict[Hashable, list[tuple[Scope, Node]]] = {}
     for name, uses in by_name.items():
         roots = {(scope, *_activation(scope, node)) for scope, node in uses}
-        key = (*roots.pop(), _extent(program, uses[0][1])) if len(roots) == 1 else name
+        experts = uses[0][1].use.experts if uses[0][1].use else None
+        key = (*roots.pop(), _extent(program, uses[0][1]), experts) if len(roots) == 1 else name
         shared.setdefault(key, []).extend(uses)
     feeds_site = _flows_into_matmul(top)
     groups = [_group(program, key, uses, feeds_site) for key, uses in shared.items()]
@@ -182,19 +191,37 @@ def _group(program: Program, key: Hashable, uses: list[tuple[Scope, Node]], feed
 
 
 def _chooses(scope: Scope, node: Node) -> bool:
-    """Whether what a matmul computes, with no other matmul between, decides a choice among its outputs."""
-    todo, seen = list(node.outs), set(node.outs)
+    """Whether what a matmul computes, with no other matmul between, decides a choice among its outputs.
+
+    So may an operation that is not looked into; a matrix of few columns before one is taken for a router.
+    """
+    assert node.op.roles is not None
+    columns, rows = (math.prod(f.size for f in part if f.axis >= 0) for part in (node.op.roles.n, node.op.roles.k))
+    choosers = CHOOSERS | OPAQUE if columns <= FEW and 4 * columns <= rows else CHOOSERS
+    todo = [(scope, v) for v in node.outs]
+    seen = set(todo)
     while todo:
-        for index, _ in scope.readers.get(todo.pop(), []):
+        where, v = todo.pop()
+        new: list[tuple[Scope, Val]] = []
+        for index, pos in where.readers.get(v, []):
             if index == OUTPUT:
+                if where.outer is not None:
+                    outer, loop = where.outer
+                    places = [i for i, o in enumerate(where.outs) if o is v]
+                    shift = len(loop.outs) - len(where.outs)  # a scan's body returns as much as the scan
+                    new += [(outer, loop.outs[i + shift]) for i in places if 0 <= i + shift < len(loop.outs)]
                 continue
-            reader = scope.nodes[index]
-            if reader.name in CHOOSERS:
+            reader = where.nodes[index]
+            if reader.name in choosers:
                 return True
-            if reader.name not in ("dot_general", "ragged_dot_general") and not reader.bodies:
-                new = [v for v in reader.outs if v not in seen]
-                seen.update(new)
-                todo += new
+            for body in reader.bodies:
+                inner = reader.op.body_inputs(body.graph)
+                new += [(body, i) for i, o in zip(body.graph.ins, inner, strict=True) if o is reader.op.ins[pos]]
+            if reader.name not in ("dot_general", "ragged_dot_general") and not reader.bodies and not reader.op.grouped:
+                new += [(where, o) for o in reader.outs]
+        fresh = [t for t in new if t not in seen]
+        seen.update(fresh)
+        todo += fresh
     return False
 
 

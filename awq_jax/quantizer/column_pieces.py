@@ -48,19 +48,19 @@ class CanonicalWeight:
     Attributes:
       leaf: float, with axes as ``axes`` says.
       axes: see `awq_jax.qtensor.QuantizedTensor.axes`.
-      order: the batch axes of that, as the sites have them: scanned ones first.
       scan: S, the number of scanned layers.
       experts: E, the number of experts with an activation of their own (1 if they share one: then the
         columns of all experts stand side by side).
       steps: what to multiply and divide the leaf by on the way; see `awq_jax.plan.fold.Folder.steps`.
+      order: the batch axes as layers and experts are numbered, scanned ones first; None for as they stand.
     """
 
     leaf: jax.Array
     axes: str
-    order: tuple[int, ...] = ()
     scan: int = 1
     experts: int = 1
     steps: tuple[fold.ScaleStep, ...] = ()
+    order: tuple[int, ...] | None = None
 
     @classmethod
     def of(cls, target: Target, leaf: Weight, steps: tuple[fold.ScaleStep, ...] = ()) -> CanonicalWeight:
@@ -70,7 +70,7 @@ class CanonicalWeight:
         site, leaf = target.site, jnp.asarray(leaf)
         if site.part:
             leaf, steps = leaf[site.window], fold.steps_within(steps, site.part)
-        return cls(leaf, site.canonical_axes, batch_order(target), scan, experts, steps)
+        return cls(leaf, site.canonical_axes, scan, experts, steps, batch_order(target))
 
     @property
     def columns(self) -> int:
@@ -83,7 +83,8 @@ class CanonicalWeight:
         """Columns ``start ... start + size - 1`` of one instance, float32 ``[K, size]``."""
         w = to_canonical(fold.scaled(self.leaf.astype(jnp.float32), self.steps), self.axes)
         k, n = w.shape[-2:]
-        w = jnp.transpose(w, (*self.order, w.ndim - 2, w.ndim - 1))
+        if self.order is not None:
+            w = jnp.transpose(w, (*self.order, w.ndim - 2, w.ndim - 1))
         # Experts that share one activation become more columns.
         w = jnp.moveaxis(w.reshape(self.scan, self.experts, -1, k, n), 2, 3).reshape(self.scan, self.experts, k, -1)
         return jax.lax.dynamic_slice(w, (layer, expert, 0, start), (1, 1, k, size))[0, 0]

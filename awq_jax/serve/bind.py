@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from awq_jax import kernels
+from awq_jax.kernels import grouped
 from awq_jax.qtensor import QuantizedTensor, is_quantized
 from awq_jax.trace import interpret
 
@@ -75,8 +76,14 @@ def _compile(
 ) -> Run[T]:
     """``run(params, arrays)`` for one structure of the arguments and one set of non-array values."""
 
-    def matmul(x: jax.Array, q: QuantizedTensor) -> jax.Array:
-        return kernels.matmul(x, q, impl=impl, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
+    def matmul(x: jax.Array, q: QuantizedTensor, expert: jax.Array | None = None) -> jax.Array:
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        if expert is None:
+            return kernels.matmul(x, q, impl=impl, preferred_element_type=wide)
+        few = len(x) <= grouped.FEW_ROWS
+        numbers = jnp.maximum(expert, 0) if few else expert
+        y = grouped.matmul(x, q, numbers, impl=impl, preferred_element_type=wide, sparse=not few)
+        return jnp.where(expert[:, None] >= 0, y, 0)
 
     def run(params: object, arrays: list[jax.Array]) -> T:
         it = iter(arrays)

@@ -6,7 +6,7 @@ with parameters; `run` runs the graph again with a tap on them, or with another 
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 from awq_jax.errors import ShapeError
 from awq_jax.paths import path_str
 from awq_jax.qtensor import QuantizedTensor, is_quantized
-from awq_jax.trace import packed, views
+from awq_jax.trace import layouts, packed, views
 from awq_jax.trace.jaxpr import REMAT, Graph, Op, Operand, Use, Val, bind
 from awq_jax.trace.uses import Program, trace
 from awq_jax.trace.views import View, Window
@@ -25,7 +25,7 @@ from awq_jax.trace.views import View, Window
 __all__ = ["Matmul", "Program", "Tap", "Use", "run", "trace"]
 
 Tap = Callable[[Use, jax.Array], object]  # returns a pytree of arrays, or None
-Matmul = Callable[[jax.Array, QuantizedTensor], jax.Array]
+Matmul = Callable[..., jax.Array]
 Value = ArrayLike | QuantizedTensor
 Taps = dict[int, object]  # what the tap returned, by `Use.index`
 Values = tuple[Value, ...]
@@ -51,6 +51,9 @@ def run(
       matmul: ``matmul(x, q) -> y [*b, T, N]`` takes the place of a matmul with a packed leaf;
         without it, and wherever else a packed leaf is read, the leaf is dequantized.
 
+    Where each row meets the weight of an expert that was chosen for it, both are called with ``x [T, K]`` and
+    ``expert=``, int32 ``[T]``, which is -1 for rows without any; ``q`` is ``[E, K, N]`` then.
+
     Returns:
       The function's output; with ``tap``, ``(output, {use.index: tapped})``. Taps inside a scan are
       stacked on a new leading axis; in the branch of a cond that was not taken they are zero.
@@ -73,7 +76,7 @@ def run(
     for x, v in zip(inputs, program.graph.ins[len(flat) :], strict=True):
         if tuple(np.shape(x)) != v.shape:
             raise ShapeError(f"an argument of shape {np.shape(x)} was traced with {v.shape}; trace again")
-    outs, taps = _Interpreter(program.views, tap, matmul).graph(program.graph, [*(x for _, x in flat), *inputs])
+    outs, taps = _Interpreter(program.views, tap, matmul, {}).graph(program.graph, [*(x for _, x in flat), *inputs])
     out = jax.tree.unflatten(program.out_tree, outs)
     return (out, taps) if tap else out
 
@@ -83,6 +86,7 @@ class _Interpreter:
     views: dict[Val, View]
     tap: Tap | None
     matmul: Matmul | None
+    chosen: dict[Hashable, jax.Array]  # numbers of experts, by `views.Choice.numbers`
 
     def graph(self, graph: Graph, args: Sequence[Value]) -> tuple[list[ArrayLike], Taps]:
         env: dict[Val, Value] = {**graph.consts, **dict(zip(graph.ins, args, strict=True))}
@@ -111,6 +115,10 @@ class _Interpreter:
         else:
             w = x.dequantize()
             w = w[tuple(slice(start, start + size) for start, size in window)] if window else w
+        if view.choice is not None:
+            numbers = self.chosen[view.choice.numbers].reshape(-1)
+            w = jnp.moveaxis(w, view.choice.axis - sum(d < view.choice.axis for d in view.scanned), 0)
+            w = jnp.where((numbers >= 0).reshape(-1, *(1,) * (w.ndim - 1)), w[numbers], 0)
         w = w.reshape([factors[i].size for i in order])
         return jnp.transpose(w, np.argsort(order).tolist()).reshape(val.shape).astype(val.dtype)
 
@@ -120,6 +128,11 @@ class _Interpreter:
             return self.nested(op, ins, taps)
         if op.roles and (self.tap or (held and self.matmul)):
             return [self.site(op, ins, taps)]
+        if len(op.outs) == 1 and (view := self.views.get(op.outs[0])) and view.choice:
+            if view.choice.numbers is op.outs[0]:
+                self.chosen[op.outs[0]] = self.numbers(op, ins, view.choice.axis)
+            if len(held) == 1:
+                return [ins[held[0]]]
         if held == [0] and all(o in self.views and self.views[o].full for o in op.outs):
             return [self.taken(op, o, ins) for o in op.outs]
         return bind(op, [self.dense(v, x) for v, x in zip(op.ins, ins, strict=True)])
@@ -149,18 +162,58 @@ class _Interpreter:
         """A matmul with a parameter."""
         assert op.use is not None
         assert op.roles is not None
-        x, w = self.dense(op.ins[1 - op.weight], ins[1 - op.weight]), ins[op.weight]
-        flat = _flatten_activation(op, x)
+        x, w = self.dense(op.ins[op.x], ins[op.x]), ins[op.weight]
+        flat, options = layouts.flatten_activation(op, x), {}
+        if self.views[op.ins[op.weight]].choice is not None:
+            places = math.prod(f.size for f in op.roles.n if f.axis == views.POSITION)  # that all rows go through
+            lead = math.prod(flat.shape[:-2])
+            flat = jnp.broadcast_to(flat.reshape(lead, 1, *flat.shape[-2:]), (lead, places, *flat.shape[-2:]))
+        if (expert := self.experts(op, ins, flat)) is not None:
+            flat, options = flat.reshape(-1, flat.shape[-1]), {"expert": expert}
         if self.tap and not op.use.reason:
-            tapped = self.tap(op.use, flat)
+            tapped = self.tap(op.use, flat, **options)
             if tapped is not None:
                 # The model goes on only when the tap is done: otherwise a compiler may keep every
                 # activation of the model for one great round of taps at the end.
                 x, taps[op.use.index] = jax.lax.optimization_barrier((x, tapped))
-                ins = [w, x] if op.weight == 0 else [x, w]
+                ins = [x if i == op.x else a for i, a in enumerate(ins)]
         if self.matmul and is_quantized(w) and (part := self.part(op, w)) is not None:
-            return _restore_output(op, self.matmul(flat, part))
+            return layouts.restore_output(op, self.matmul(flat, part, **options))
         return bind(op, [self.dense(v, a) for v, a in zip(op.ins, ins, strict=True)])[0]
+
+    def numbers(self, op: Op, ins: list[Value], axis: int) -> jax.Array:
+        """Which expert an operation chooses for each position, int32 with the positions' shape; -1 for none."""
+        (pos,) = (i for i, v in enumerate(op.ins) if isinstance(v, Val) and v in self.views and self.views[v].full)
+        before = self.views[op.ins[pos]]
+        (d,) = (d for d, factors in enumerate(before.axes) if any(f.axis == axis for f in factors))
+        if op.name == "dot_general":
+            other = jnp.asarray(self.dense(op.ins[1 - pos], ins[1 - pos]))
+            along = op.dims[0][1 - pos][0]
+            return jnp.where((other != 0).any(along), jnp.argmax(other, along), -1).astype(jnp.int32)
+        index: ArrayLike = jnp.asarray(ins[1 + d])
+        if op.name == "gather":
+            index = jnp.asarray(ins[1])[..., op.params["dimension_numbers"].start_index_map.index(d)]
+        return jnp.clip(index, 0, before.shape[axis] - 1).astype(jnp.int32)
+
+    def experts(self, op: Op, ins: list[Value], flat: jax.Array) -> jax.Array | None:
+        """The expert of each row of the activation, int32 ``[T]``; None if rows do not choose."""
+        if op.grouped is not None:
+            ends = jnp.cumsum(self.dense(op.ins[op.grouped.sizes], ins[op.grouped.sizes]))
+            row = jnp.arange(flat.shape[-2], dtype=ends.dtype)
+            found = jnp.searchsorted(ends, row, side="right")
+            return jnp.where(found < len(ends), found, -1).astype(jnp.int32)
+        choice = self.views[op.ins[op.weight]].choice
+        if choice is None:
+            return None
+        numbers = self.chosen[choice.numbers].reshape(-1)
+        assert op.roles is not None
+        order = [f for f in (*op.roles.b, *op.roles.n) if f.axis == views.POSITION]
+        if order:  # the dot may go through positions in another order than they were chosen in
+            by_stride = sorted(order, key=lambda f: -f.stride)
+            places = jnp.transpose(numbers.reshape([f.size for f in by_stride]), [by_stride.index(f) for f in order])
+            numbers = places.reshape(-1)
+        rows = math.prod(flat.shape[:-1])
+        return jnp.repeat(numbers, rows // numbers.size, total_repeat_length=rows)
 
     def part(self, op: Op, w: QuantizedTensor) -> QuantizedTensor | None:
         """What of a packed leaf the matmul reads; None if it cannot be multiplied as it is packed."""
@@ -169,12 +222,14 @@ class _Interpreter:
         use, view = op.use, self.views[op.ins[op.weight]]
         if w.live_axes != use.axes.replace("s", "") or not view.full:
             return None
+        if (view.choice is not None or op.grouped is not None) and w.live_axes.count("b") != 1:
+            return None
         if not use.part:
             return w
         window = list(_live(view, use.part))
         if not packed.can_cut(w, tuple(window)):
             return None
-        kept = {f.axis for f in op.roles.b}
+        kept = {f.axis for f in op.roles.b} | ({view.choice.axis} if view.choice else set())
         live = [d for d in range(len(use.axes)) if d not in use.scanned]
         for at in reversed(range(len(live))):
             if use.axes[live[at]] == "b" and live[at] not in kept:
@@ -289,39 +344,3 @@ class _Interpreter:
 def _live(view: View, window: Window) -> Window:
     """What of ``window`` concerns axes that no loop has sliced away."""
     return tuple(w for d, w in enumerate(window) if d not in view.scanned)
-
-
-def _other_axes(op: Op) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Batch, free and contracted axes of the activation, in the dot's order."""
-    contract, batch = op.params["dimension_numbers"]
-    c, b = tuple(contract[1 - op.weight]), tuple(batch[1 - op.weight])
-    rank = len(op.ins[1 - op.weight].shape)
-    return b, tuple(d for d in range(rank) if d not in c and d not in b), c
-
-
-def _flatten_activation(op: Op, x: ArrayLike) -> jax.Array:
-    """The activation as ``[*b, T, K]``, axes in the order of the leaf."""
-    assert op.roles is not None
-    b, free, c = _other_axes(op)
-    lead, k = op.roles.b, op.roles.k
-    x = jnp.transpose(x, (*b, *free, *c)).reshape(*views.sizes(lead), -1, *views.sizes(k))
-    nb = len(lead)
-    x = jnp.transpose(x, [*views.leaf_order(lead), nb, *(nb + 1 + i for i in views.leaf_order(k))])
-    sizes: dict[int, int] = {}
-    for f in lead:
-        sizes[f.axis] = sizes.get(f.axis, 1) * f.size
-    t = math.prod(np.shape(op.ins[1 - op.weight])[d] for d in free)
-    return x.reshape(*(sizes[a] for a in sorted(sizes)), t, math.prod(views.sizes(k)))
-
-
-def _restore_output(op: Op, y: jax.Array) -> jax.Array:
-    """``y [*b, T, N]`` in the layout and dtype of the dot's own result."""
-    assert op.roles is not None
-    lead, n = op.roles.b, op.roles.n
-    nb = len(lead)
-    lead_order, n_order = views.leaf_order(lead), views.leaf_order(n)
-    y = y.reshape(*(lead[i].size for i in lead_order), -1, *(n[i].size for i in n_order))
-    batch = [int(i) for i in np.argsort(lead_order)]
-    out = [nb + 1 + int(i) for i in np.argsort(n_order)]
-    y = jnp.transpose(y, [*batch, nb, *out] if op.weight == 1 else [*batch, *out, nb])
-    return y.reshape(op.outs[0].shape).astype(op.outs[0].dtype)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +50,7 @@ class Use:
         every iteration reads the same leaf. `interpret.run` stacks taps along one leading axis each.
       scanned: the leaf axes that those loops slice, outermost loop first.
       part: what the matmul reads of the leaf, as `views.View.window`; () for all of it.
+      experts: if each row meets the weight of its own expert, what identifies the experts chosen; else None.
     """
 
     index: int
@@ -59,6 +60,7 @@ class Use:
     loops: str = ""
     scanned: tuple[int, ...] = ()
     part: Window = ()
+    experts: Hashable | None = None
 
 
 @dataclasses.dataclass(eq=False)
@@ -75,6 +77,7 @@ class Op:
       use: set if it is a matmul with a parameter.
       weight: position of that parameter in ``ins``.
       roles: how the matmul reads it, None if its axes cannot be named.
+      grouped: the operands, if each row of the activation meets the weight of an expert.
       trips: of a while loop, how often it runs, if its counter alone decides that.
     """
 
@@ -87,6 +90,7 @@ class Op:
     use: Use | None = None
     weight: int = 1
     roles: AxisRoles | None = None
+    grouped: Grouped | None = None
     trips: int | None = None
 
     @property
@@ -95,7 +99,19 @@ class Op:
 
     @property
     def is_call(self) -> bool:
-        return self.name in CALLS
+        return self.name in CALLS and self.grouped is None
+
+    @property
+    def x(self) -> int:
+        """Position of the activation of a matmul with a parameter."""
+        return 1 - self.weight if self.grouped is None else self.grouped.x
+
+    @property
+    def dims(self) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+        """``dimension_numbers`` of a matmul, by position of the operand: contracted axes, batch axes."""
+        if self.grouped is not None:
+            return self.grouped.contract, ((), ())
+        return self.params["dimension_numbers"]
 
     def describe(self) -> str:
         """For messages: the function it belongs to, and the line of the user's code it came from."""
@@ -126,6 +142,22 @@ class Op:
             fixed = self.params["cond_nconsts" if body is self.bodies[0] else "body_nconsts"]
             return fixed, len(body.ins) - fixed
         return len(body.ins), 0
+
+
+class Grouped(NamedTuple):
+    """How an operation multiplies rows that are sorted by expert, each with its expert's weight.
+
+    Attributes:
+      x, weight, sizes: positions of the rows, of the weights, and of how many rows each expert has.
+      contract: contracted axes of the rows and of the weight, in the same order.
+      group: the weight's axis of experts.
+    """
+
+    x: int
+    weight: int
+    sizes: int
+    contract: tuple[tuple[int, ...], tuple[int, ...]]
+    group: int
 
 
 @dataclasses.dataclass(eq=False)

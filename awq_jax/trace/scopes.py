@@ -40,7 +40,7 @@ class Node:
     @property
     def x(self) -> Val:
         """The activation of a matmul with a parameter."""
-        return self.ins[1 - self.op.weight]
+        return self.ins[self.op.x]
 
     def vals(self) -> list[Val]:
         return [v for v in self.ins if isinstance(v, Val)]

@@ -1,26 +1,19 @@
 """Trace a model and follow every parameter leaf to the matmuls that read it."""
 
 import dataclasses
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import jax
-import numpy as np
 from jax.tree_util import PyTreeDef
 
 from awq_jax.paths import path_str
 from awq_jax.qtensor import is_quantized
 from awq_jax.trace import views
-from awq_jax.trace.counters import Known, Numbers
+from awq_jax.trace.counters import Numbers
+from awq_jax.trace.grouped_calls import grouped
 from awq_jax.trace.jaxpr import Graph, Op, Operand, Use, Val, build
+from awq_jax.trace.rearranged import Sources, chosen_by_one_hot, view_of
 from awq_jax.trace.views import AxisRoles, View
-
-SAME_SHAPE = frozenset(
-    (
-        *("convert_element_type", "copy", "copy_p", "sharding_constraint", "optimization_barrier", "name"),
-        *("reduce_precision", "stop_gradient", "reshard", "mesh_cast"),
-    )
-)
 
 
 @dataclasses.dataclass(eq=False)
@@ -83,85 +76,6 @@ def trace(fn: Callable[..., object], params: object, *args: object, **kwargs: ob
     return Program(tuple(marks.uses), graph, shapes, marks.views, marks.readers, static, dynamic, args_tree, out_tree)
 
 
-def _view(op: Op, view: View, src: Val, k: int, numbers: Numbers) -> View | None:
-    """Result ``k`` of an operation on a view, if it is a view again."""
-    p, out = op.params, op.outs[k]
-    match op.name:
-        case name if name in SAME_SHAPE and len(op.ins) == 1:
-            return view
-        case "transpose":
-            return view.with_axes(tuple(view.axes[d] for d in p["permutation"]))
-        case "reshape" if p.get("dimensions") is None:
-            return views.reshape(view, out.shape)
-        case "squeeze":
-            return view.with_axes(tuple(a for d, a in enumerate(view.axes) if d not in p["dimensions"]))
-        case "broadcast_in_dim":
-            return views.broadcast(view, src.shape, out.shape, p["broadcast_dimensions"])
-        case "slice" if p["strides"] is None or set(p["strides"]) == {1}:
-            return views.cut(view, p["start_indices"], out.shape, src.shape)
-        case "split":
-            starts = [sum(p["sizes"][:k]) if d == p["axis"] else 0 for d in range(len(src.shape))]
-            return views.cut(view, starts, out.shape, src.shape)
-        case "unstack":
-            one = tuple(1 if d == p["axis"] else n for d, n in enumerate(src.shape))
-            part = views.cut(view, [k if d == p["axis"] else 0 for d in range(len(src.shape))], one, src.shape)
-            return part and part.with_axes(part.axes[: p["axis"]] + part.axes[p["axis"] + 1 :])
-        case "dynamic_slice" if op.ins[0] is src:
-            return _picked(view, src.shape, out.shape, dict(enumerate(op.ins[1:])), numbers)
-        case "gather" if op.ins[0] is src and math.prod(op.ins[1].shape) == len(p["dimension_numbers"].start_index_map):
-            return _gathered(op, view, src, numbers)
-        case "neg":
-            return view.with_axes(view.axes, full=False)
-        case "mul" | "div" if op.ins[0] is src and not isinstance(op.ins[1], Val) and np.ndim(op.ins[1]) == 0:
-            return view.with_axes(view.axes, full=False)
-        case "mul" if op.ins[1] is src and not isinstance(op.ins[0], Val) and np.ndim(op.ins[0]) == 0:
-            return view.with_axes(view.axes, full=False)
-    return None
-
-
-def _picked(
-    view: View, old: tuple[int, ...], new: tuple[int, ...], index: dict[int, Operand], numbers: Numbers
-) -> View | None:
-    """A part that begins at ``index`` of each axis: the same always, or a slice for each iteration of a loop."""
-    starts, slices = [0] * len(old), {}
-    for d, (a, b) in enumerate(zip(old, new, strict=True)):
-        if a == b:
-            continue
-        start = numbers.constant(index[d])
-        if start is not None:
-            starts[d] = min(max(start, 0), a - b)
-        elif b == 1 and (loop := numbers.goes_through(index[d], 0, a)) is not None:
-            slices[d] = loop
-        else:
-            return None
-    kept = tuple(a if d in slices else b for d, (a, b) in enumerate(zip(old, new, strict=True)))
-    part = views.cut(view, starts, kept, old)
-    for d, loop in slices.items():
-        part = part and part.sliced(d, loop)
-        part = part and part.with_axes((*part.axes[:d], (), *part.axes[d:]))
-    return part
-
-
-def _gathered(op: Op, view: View, src: Val, numbers: Numbers) -> View | None:
-    """``jnp.take`` of one slice."""
-    d = op.params["dimension_numbers"]
-    known = numbers.of(op.ins[1])
-    if known is None or d.operand_batching_dims:
-        return None
-    flat = known.values.reshape(-1) if known.loop is None else known.values.reshape(len(known.values), -1)
-    scalars = {axis: Val((), np.dtype(np.int32)) for axis in d.start_index_map}
-    for i, axis in enumerate(d.start_index_map):
-        numbers.let(scalars[axis], Known(known.loop, flat[..., i]))
-    part = _picked(view, src.shape, tuple(op.params["slice_sizes"]), dict(scalars), numbers)
-    if part is None or part.problem:
-        return None
-    kept = [a for axis, a in enumerate(part.axes) if axis not in d.collapsed_slice_dims]
-    axes: list[views.AxisFactors] = [()] * len(op.outs[0].shape)
-    for at, axis in zip(d.offset_dims, kept, strict=True):
-        axes[at] = axis
-    return part.with_axes(tuple(axes))
-
-
 @dataclasses.dataclass
 class _Marks:
     """Follows parameter leaves through the program, collecting the matmuls that read them."""
@@ -170,6 +84,8 @@ class _Marks:
     uses: list[Use] = dataclasses.field(default_factory=list)
     readers: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     numbers: Numbers = dataclasses.field(default_factory=Numbers)
+    chose: bool = False  # in the graph at hand, experts were chosen
+    sources: Sources = dataclasses.field(default_factory=Sources)
 
     def read(self, v: Operand, by: str) -> None:
         if isinstance(v, Val) and v in self.views:
@@ -177,26 +93,37 @@ class _Marks:
 
     def visit(self, graph: Graph, problem: str, depth: int) -> None:
         """Go through ``graph``, the body of ``depth`` loops; ``problem``: why nothing inside can be quantized."""
-        before = len(self.uses)
+        before, self.chose = (len(self.uses), self.chose), False
         self.numbers.constants(graph)
         for op in graph.ops:
             held = [i for i, v in enumerate(op.ins) if isinstance(v, Val) and v in self.views]
-            if op.bodies:
+            self.sources.made_by.update((o, op) for o in op.outs)
+            rows = grouped(op) if held else None
+            if rows is not None and rows.weight in held and rows.x not in held:
+                op.grouped, op.bodies = rows, []
+                self.matmul(op, rows.weight, problem)
+            elif op.bodies:
                 self.enter(op, problem, depth)
             elif op.name == "dot_general" and len(held) == 1:
-                self.matmul(op, held[0], problem)
+                chosen = chosen_by_one_hot(op, held[0], self.views[op.ins[held[0]]], self.sources)
+                if chosen is not None:
+                    self.views[op.outs[0]], self.chose = chosen, True
+                else:
+                    self.matmul(op, held[0], problem)
             elif held:
                 seen = {op.ins[i] for i in held}
                 (v, *more) = seen
-                new = [] if more else [_view(op, self.views[v], v, k, self.numbers) for k in range(len(op.outs))]
+                new = [] if more else [view_of(op, self.views[v], v, k, self) for k in range(len(op.outs))]
                 if new and all(v is not None for v in new):
                     self.views.update((o, v) for o, v in zip(op.outs, new, strict=True) if v is not None)
+                    self.chose |= any(v.choice and v.choice.numbers in op.outs for v in new if v is not None)
                 else:
                     for i in held:
                         self.read(op.ins[i], op.name)
             else:
                 self.numbers.evaluate(op)
-        graph.watched = len(self.uses) > before
+        graph.watched = len(self.uses) > before[0] or self.chose
+        self.chose |= before[1]
 
     def enter(self, op: Op, problem: str, depth: int) -> None:
         if op.name == "while":
@@ -209,6 +136,8 @@ class _Marks:
         for body in op.bodies:
             fixed, carry = op.fixed(body)
             for i, (outer, inner) in enumerate(zip(op.body_inputs(body), body.ins, strict=True)):
+                if op.is_call:
+                    self.sources.alias[inner] = outer
                 if length is None:
                     self.numbers.let(inner, self.numbers.of(outer) if i < fixed else None)
                 if not isinstance(outer, Val) or outer not in self.views:
@@ -226,21 +155,33 @@ class _Marks:
                     self.read(v, f"the result of a {op.name}")
         if op.is_call:
             for out, inner in zip(op.outs, op.bodies[0].outs, strict=True):
+                self.sources.alias[out] = inner
                 if isinstance(inner, Val) and inner in self.views:
                     self.views[out] = self.views[inner]
                 elif out.dtype is not None:
                     self.numbers.let(out, self.numbers.of(inner))
 
+    def experts(self, op: Op, view: View) -> Hashable | None:
+        if op.grouped is not None:
+            return ("sizes", self.sources.root(op.ins[op.grouped.sizes]))
+        return view.choice.root if view.choice is not None else None
+
     def matmul(self, op: Op, pos: int, problem: str) -> None:
         view = self.views[op.ins[pos]]
-        contract, batch = op.params["dimension_numbers"]
-        found = views.axis_roles(view, tuple(batch[pos]), tuple(contract[pos]))
+        op.weight = pos
+        if op.grouped is not None:
+            whole = view.axes[op.grouped.group]
+            found = views.axis_roles(view, (op.grouped.group,), op.grouped.contract[1])
+            if len(whole) != 1 or view.choice is not None:
+                found = "a ragged matmul groups what is not one of its axes"
+        else:
+            contracted, batched = op.dims
+            found = views.axis_roles(view, tuple(batched[pos]), tuple(contracted[pos]))
         part = () if all(view.extent(d) == (0, n) for d, n in enumerate(view.shape)) else view.window
         where = (view.loops, view.scanned, part)
         if isinstance(found, AxisRoles):
             op.roles = found
-            op.use = Use(len(self.uses), view.path, found.axes, problem, *where)
+            op.use = Use(len(self.uses), view.path, found.axes, problem, *where, self.experts(op, view))
         else:
             op.use = Use(len(self.uses), view.path, "", found, *where)
-        op.weight = pos
         self.uses.append(op.use)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 
@@ -17,6 +17,23 @@ class AxisFactor(NamedTuple):
 
 
 AxisFactors = tuple[AxisFactor, ...]
+POSITION = -1  # the axis of a factor that is none of the leaf's, but goes through what was chosen
+
+
+class Choice(NamedTuple):
+    """Which expert's weight stands at each position.
+
+    Attributes:
+      axis: the leaf's axis of experts.
+      numbers: the result of the operation that chose, by which the interpreter knows the numbers.
+      root: identifies the numbers: two choices with one root are the same.
+    """
+
+    axis: int
+    numbers: Hashable
+    root: Hashable
+
+
 Window = tuple[tuple[int, int], ...]
 """Where a part of a leaf begins, and its size, along each of the leaf's axes; () is the whole leaf."""
 
@@ -32,6 +49,8 @@ class View:
       loop_axes: of each enclosing loop, outermost first, the leaf axis that it slices; None if every iteration
         sees the same.
       window: of each leaf axis, where the part begins and its size; () for the whole leaf.
+      choice: if an expert was chosen for each position (``w[expert]``), the leaf axis of experts, and what identifies
+        the numbers chosen. Axes of positions have factors of the axis `POSITION`.
       full: no arithmetic but a cast was done, so a packed leaf can stand for the value.
       problem: why the leaf cannot be a quantizable weight when seen this way; "" if it can.
     """
@@ -41,6 +60,7 @@ class View:
     axes: tuple[AxisFactors, ...]
     loop_axes: tuple[int | None, ...] = ()
     window: Window = ()
+    choice: Choice | None = None
     full: bool = True
     problem: str = ""
 
@@ -89,6 +109,22 @@ class View:
         loops = (*self.loop_axes[:loop], axis, *self.loop_axes[loop + 1 :])
         full = self.full and not problem
         return dataclasses.replace(self, axes=rest, loop_axes=loops, full=full, problem=problem)
+
+
+def choose(view: View, dim: int, choice: Choice) -> View | None:
+    """The view with an expert chosen along ``dim``, of which size 1 is left; None if it holds no experts."""
+    axis = view.axes[dim]
+    if view.choice is not None or sum(map(bool, view.axes)) < 3 or not view.full:
+        return None
+    if len(axis) != 1 or axis[0] != (choice.axis, 1, view.shape[choice.axis]) or view.problem:
+        return None
+    return dataclasses.replace(view, axes=(*view.axes[:dim], (), *view.axes[dim + 1 :]), choice=choice)
+
+
+def positions(shape: Sequence[int]) -> tuple[AxisFactors, ...]:
+    """Axes that go through what was chosen."""
+    strides = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
+    return tuple((AxisFactor(POSITION, s, n),) if n != 1 else () for s, n in zip(strides, shape, strict=True))
 
 
 def reshape(view: View, shape: tuple[int, ...]) -> View | None:
@@ -177,9 +213,17 @@ def axis_roles(view: View, batch: tuple[int, ...], contract: tuple[int, ...]) ->
         return view.problem
     role_of = ["b" if d in batch else "k" if d in contract else "n" for d in range(len(view.axes))]
     roles: dict[int, str] = dict.fromkeys(view.scanned, "s")
+    if view.choice is not None:
+        if any(f.axis != POSITION for d in batch for f in view.axes[d]) or any(
+            f.axis == POSITION for d in contract for f in view.axes[d]
+        ):
+            return "experts are chosen along axes that are not those of the activation's rows"
+        roles[view.choice.axis] = "b"
     covered: dict[int, int] = {}
     for axis, role in zip(view.axes, role_of, strict=True):
         for f in axis:
+            if f.axis == POSITION:
+                continue
             if roles.setdefault(f.axis, role) != role:
                 return f"its axis {f.axis} is partly contracted and partly kept"
             covered[f.axis] = covered.get(f.axis, 1) * f.size
