@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from awq_jax.kernels import grouped
+from awq_jax.kernels.parallel import vary_as
 
 
 class Sums(NamedTuple):
@@ -40,7 +41,8 @@ def sums(x: jax.Array, expert: jax.Array, experts: int) -> Sums:
         gram = jnp.einsum("tk,tj->kj", rows, rows, precision=precision, preferred_element_type=jnp.float32)
         return total.at[e].add(gram), None
 
-    start = jnp.zeros((experts + 1, x.shape[-1], x.shape[-1]), jnp.float32)
+    # Inside shard_map what a loop carries must differ along the same axes of the mesh as what is added to it.
+    start = vary_as(jnp.zeros((experts + 1, x.shape[-1], x.shape[-1]), jnp.float32), tiled, owner)
     # Tiles after the last are empty; -1 would be the last expert all the same.
     gram, _ = jax.lax.scan(step, start, (tiled, jnp.where(owner < 0, experts, owner)))
     live = (x != 0).any(axis=-1)

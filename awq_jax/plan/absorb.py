@@ -173,7 +173,9 @@ class _Walk:
             self.pass_on(node, pos, channel_labels.through_product(node, pos, lab, self.shared))
             return
         constant = self.offset_of(node)
-        for pos, part in channel_labels.back(node, k, lab, self.shared):
+        filled = [self.constant(v) for v in node.ins]
+        zeros = [i for i, v in enumerate(filled) if not isinstance(v, Val) and channel_labels.is_zero(v)]
+        for pos, part in channel_labels.back(node, k, lab, self.shared, zeros):
             if constant is not None:
                 if isinstance(node.ins[pos], Val):
                     self.pass_on(node, pos, part, constant)

@@ -6,7 +6,7 @@ stay as it is) or `UNREAD` (nothing that was followed reads it).
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from awq_jax.trace.scopes import Node
 UNIT, UNREAD = -1, -2
 
 # f(s * x) = s * f(x) for every s > 0, element by element.
-HOMOGENEOUS = SAME_SHAPE | {"neg", "abs"}
+HOMOGENEOUS = SAME_SHAPE | {"neg", "abs", "psum", "psum_invariant"}
 
 
 class Blocked(Exception):
@@ -129,11 +129,13 @@ def window_of(node: Node, k: int) -> tuple[slice, ...] | None:
     return None
 
 
-def back(node: Node, k: int, lab: np.ndarray, shared: SharedChannels) -> Iterator[tuple[int, np.ndarray]]:
+def back(
+    node: Node, k: int, lab: np.ndarray, shared: SharedChannels, zeros: Collection[int] = ()
+) -> Iterator[tuple[int, np.ndarray]]:
     """Labels the operands need so that result ``k`` of a linear operation carries ``lab``.
 
     Yields ``(operand position, labels)``. Products, where one operand must be chosen, are
-    `through_product`'s.
+    `through_product`'s. ``zeros``: positions of operands that are zero, which carry any scale.
 
     Raises:
       Blocked: if the operation is not linear, or its labels do not fit.
@@ -164,7 +166,8 @@ def back(node: Node, k: int, lab: np.ndarray, shared: SharedChannels) -> Iterato
         yield 0, np.flip(lab, p["dimensions"])
     elif name in ("add", "sub", "add_any", "max"):  # max(s*a, s*b) = s*max(a, b)
         for pos, v in enumerate(node.ins):
-            yield pos, fit(lab, v.shape, shared) if isinstance(v, Val) else lab
+            if pos not in zeros:
+                yield pos, fit(lab, v.shape, shared) if isinstance(v, Val) else lab
     elif name == "select_n":
         for pos in range(1, len(node.ins)):
             yield pos, lab

@@ -20,10 +20,11 @@ log = logging.getLogger(__name__)
 # Operations that may hide a matmul from us.
 OPAQUE = frozenset(
     (
-        *("conv_general_dilated", "shard_map", "pallas_call", "custom_partitioning", "ffi_call", "pure_callback"),
+        *("conv_general_dilated", "pallas_call", "custom_partitioning", "ffi_call", "pure_callback"),
         *("io_callback", "custom_call", "triton_kernel_call", "tpu_custom_call"),
     )
 )
+PRODUCTS = frozenset(("dot_general", "ragged_dot_general", "ragged_dot", "conv_general_dilated"))
 CHOOSERS = frozenset(("top_k", "approx_top_k", "argmax", "argmin", "sort"))
 FEW = 512  # a matrix of more columns, or of more than a quarter as many as rows, chooses no experts
 VIEWS = SAME_SHAPE | {"reshape", "transpose", "squeeze"}
@@ -50,7 +51,7 @@ def discover(fn: Callable[..., object], params: object, *args: object, **kwargs:
     if not program.uses:
         raise PlanError(
             "no matmul with a parameter found: pass the parameters as the first argument of the function "
-            "(a closure over them hides them), and do not wrap the model in shard_map"
+            "(a closure over them hides them)"
         )
     if program.graph.draws():
         log.warning(
@@ -60,6 +61,7 @@ def discover(fn: Callable[..., object], params: object, *args: object, **kwargs:
     where = [(scope, node) for scope in top.all() for node in scope.nodes if node.use]
     where.sort(key=lambda t: t[1].use.index if t[1].use else 0)
     skipped = _skipped(program, where)
+    skipped |= {path: why for path, why in _computed(program, top).items() if path not in skipped}
     by_name: dict[str, list[tuple[Scope, Node]]] = {}
     for scope, node in where:
         if node.use and node.use.path not in skipped:
@@ -111,6 +113,39 @@ def _skipped(program: Program, where: list[tuple[Scope, Node]]) -> dict[str, str
         if kinds and path not in used:
             out[path] = f"it is read by {_plain(kinds[0])}"
     return out
+
+
+def _computed(program: Program, top: Scope) -> dict[str, str]:
+    """Weights of which something is computed before they are multiplied, with what it is."""
+    used = {use.path for use in program.uses}
+    out: dict[str, str] = {}
+    for scope in top.all():
+        for node in scope.nodes:
+            if node.name not in PRODUCTS:
+                continue
+            for v in (x for x in node.vals() if x in scope.derived):
+                for path, maker in _parameters(program, scope, v).items():
+                    if path not in used:
+                        out.setdefault(path, f"its matmul reads what {maker} makes of it")
+    return out
+
+
+def _parameters(program: Program, scope: Scope, v: Val) -> dict[str, str]:
+    """The matrices that ``v`` is computed from, each with the operation that reads it."""
+    found: dict[str, str] = {}
+    todo, seen = [(v, "")], {v}
+    while todo:
+        v, reader = todo.pop()
+        view = program.views.get(v)
+        if view is not None and reader and len([n for n in view.shape if n > 1]) > 1:
+            found.setdefault(view.path, reader)
+        elif v in scope.made_by:
+            node = scope.made_by[v][0]
+            maker = node.op.describe()
+            fresh = [x for x in node.vals() if x not in seen]
+            seen.update(fresh)
+            todo += [(x, maker) for x in fresh]
+    return found
 
 
 def _plain(reader: str) -> str:

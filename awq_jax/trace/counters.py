@@ -68,7 +68,7 @@ class Numbers:
 
     def evaluate(self, op: Op) -> None:
         """Do ``op`` if everything it reads is known."""
-        if len(op.outs) != 1 or op.outs[0].dtype is None or np.dtype(op.outs[0].dtype).kind not in "iub":
+        if len(op.outs) != 1 or not op.outs[0].is_whole:
             return
         shape = op.outs[0].shape
         if op.name == "iota" and not op.ins:

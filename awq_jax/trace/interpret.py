@@ -12,9 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from awq_jax.errors import ShapeError
+from awq_jax.kernels.parallel import varying
 from awq_jax.paths import path_str
 from awq_jax.qtensor import QuantizedTensor, is_quantized
 from awq_jax.trace import layouts, packed, views
@@ -87,6 +89,8 @@ class _Interpreter:
     tap: Tap | None
     matmul: Matmul | None
     chosen: dict[Hashable, jax.Array]  # numbers of experts, by `views.Choice.numbers`
+    manual: tuple[str, ...] = ()  # axes of the mesh that the shard_map around splits by
+    checked: bool = False  # JAX knows along which of them a value differs
 
     def graph(self, graph: Graph, args: Sequence[Value]) -> tuple[list[ArrayLike], Taps]:
         env: dict[Val, Value] = {**graph.consts, **dict(zip(graph.ins, args, strict=True))}
@@ -175,11 +179,17 @@ class _Interpreter:
             if tapped is not None:
                 # The model goes on only when the tap is done: otherwise a compiler may keep every
                 # activation of the model for one great round of taps at the end.
-                x, taps[op.use.index] = jax.lax.optimization_barrier((x, tapped))
+                x, tapped = jax.lax.optimization_barrier((x, tapped))
+                taps[op.use.index] = jax.tree.map(self.over_devices, tapped) if self.manual else tapped
                 ins = [x if i == op.x else a for i, a in enumerate(ins)]
         if self.matmul and is_quantized(w) and (part := self.part(op, w)) is not None:
             return layouts.restore_output(op, self.matmul(flat, part, **options))
         return bind(op, [self.dense(v, a) for v, a in zip(op.ins, ins, strict=True)])[0]
+
+    def over_devices(self, a: jax.Array) -> jax.Array:
+        """The sum over the devices of a shard_map, as far as their values differ."""
+        axes = tuple(x for x in self.manual if x in varying(a)) if self.checked else self.manual
+        return jax.lax.psum(a, axes) if axes else a
 
     def numbers(self, op: Op, ins: list[Value], axis: int) -> jax.Array:
         """Which expert an operation chooses for each position, int32 with the positions' shape; -1 for none."""
@@ -250,7 +260,9 @@ class _Interpreter:
             return self.graph(body, list(values))
 
         outs: Sequence[Value]
-        if op.is_call:
+        if op.name == "shard_map":
+            outs, new = self.shard_map(op, enter(op.bodies[0], ins))
+        elif op.is_call:
             body = op.bodies[0]
             call = run
             if op.name in REMAT:
@@ -277,6 +289,27 @@ class _Interpreter:
             outs, new = self.cond(op, ins, enter, run)
         taps.update(new)
         return [*outs]
+
+    def shard_map(self, op: Op, ins: list[Value]) -> tuple[list[Value], Taps]:
+        """Packed leaves are whole on every device; what taps return is summed over the devices."""
+        p = op.params
+        axes = tuple(p["newly_manual_axes"])
+        inside = dataclasses.replace(self, manual=(*self.manual, *axes), checked=p["check_vma"])
+        specs = tuple(PartitionSpec() if is_quantized(x) else s for x, s in zip(ins, p["in_specs"], strict=True))
+
+        def body(*values: Value) -> tuple[tuple[Value, ...], Taps]:
+            outs, new = inside.graph(op.bodies[0], list(values))
+            return tuple(outs), new
+
+        outs, new = jax.shard_map(
+            body,
+            mesh=p["mesh"],
+            in_specs=specs,
+            out_specs=(tuple(p["out_specs"]), PartitionSpec()),
+            axis_names=frozenset(axes),
+            check_vma=p["check_vma"],
+        )(*ins)
+        return [*outs], new
 
     def scan(self, op: Op, ins: list[Value]) -> tuple[list[Value], Taps]:
         """A scan, or a while loop whose length is known."""

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core as jex
 from jax.typing import ArrayLike, DTypeLike
 
@@ -32,6 +33,12 @@ class Val:
     def is_float(self) -> bool:
         """Whether it is an array of floats."""
         return self.dtype is not None and jnp.issubdtype(self.dtype, jnp.floating)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is an array of whole numbers or flags."""
+        kinds = (jnp.integer, jnp.bool_)
+        return self.dtype is not None and any(jnp.issubdtype(self.dtype, kind) for kind in kinds)
 
 
 Operand = Val | ArrayLike  # a literal is the array or number itself
@@ -99,6 +106,13 @@ class Op:
 
     @property
     def is_call(self) -> bool:
+        """Whether its body is a part of the program around it: values inside have the shapes they have outside."""
+        if self.name == "shard_map":
+            body = self.bodies[0]
+            inside = [v.shape for v in (*body.ins, *body.outs) if isinstance(v, Val)]
+            outside = [np.shape(v) for v in self.ins]
+            outside += [o.shape for o, v in zip(self.outs, body.outs, strict=True) if isinstance(v, Val)]
+            return inside == outside
         return self.name in CALLS and self.grouped is None
 
     @property
@@ -178,7 +192,7 @@ class Graph:
 def _sub_jaxprs(name: str, params: Params) -> list[jex.Jaxpr | jex.ClosedJaxpr]:
     if name in CALLS:
         return [next(params[k] for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in params)]
-    if name == "scan":
+    if name in ("scan", "shard_map"):
         return [params["jaxpr"]]
     if name == "while":
         return [params["cond_jaxpr"], params["body_jaxpr"]]

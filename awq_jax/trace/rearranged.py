@@ -17,7 +17,7 @@ from awq_jax.trace.views import Choice, View
 SAME_SHAPE = frozenset(
     (
         *("convert_element_type", "copy", "copy_p", "sharding_constraint", "optimization_barrier", "name"),
-        *("reduce_precision", "stop_gradient", "reshard", "mesh_cast"),
+        *("reduce_precision", "stop_gradient", "reshard", "mesh_cast", "pvary", "pcast"),
     )
 )
 REWRAPPED = SAME_SHAPE | {"broadcast_in_dim", "reshape", "squeeze", "transpose", "expand_dims"}

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Hashable
 
 import jax
+import numpy as np
 from jax.tree_util import PyTreeDef
 
 from awq_jax.paths import path_str
@@ -138,12 +139,14 @@ class _Marks:
             for i, (outer, inner) in enumerate(zip(op.body_inputs(body), body.ins, strict=True)):
                 if op.is_call:
                     self.sources.alias[inner] = outer
-                if length is None:
+                if length is None and np.shape(outer) == inner.shape:
                     self.numbers.let(inner, self.numbers.of(outer) if i < fixed else None)
                 if not isinstance(outer, Val) or outer not in self.views:
                     continue
                 view = self.views[outer]
-                if i < fixed:
+                if outer.shape != inner.shape and op.name == "shard_map":
+                    self.views[inner] = view.split_over_devices()
+                elif i < fixed:
                     self.views[inner] = view.repeated_by_scan() if length is not None else view
                 elif i >= fixed + carry:
                     self.views[inner] = view.sliced_by_scan()

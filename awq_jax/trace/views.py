@@ -95,6 +95,10 @@ class View:
         """What the body of a scan sees of a value that every iteration reads."""
         return dataclasses.replace(self, loop_axes=(*self.loop_axes, None))
 
+    def split_over_devices(self) -> View:
+        """What a device sees in a `shard_map` of a leaf that lies on several."""
+        return dataclasses.replace(self, full=False, problem="a shard_map splits it over several devices")
+
     def sliced(self, dim: int, loop: int) -> View:
         """The value without its axis ``dim``, which the enclosing loop number ``loop`` goes through once."""
         rest = self.axes[:dim] + self.axes[dim + 1 :]
