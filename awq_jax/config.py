@@ -47,6 +47,9 @@ class AwqConfig:
       clip: search clipping thresholds (methods other than ``"rtn"``).
       n_grid: exponents tried per scale group: 0, 1/n, ... (n-1)/n, each with and without regard to the weights.
       damping: before compensation the Gram's diagonal grows by this share of itself and of a tenth of its mean.
+      shrinkage: share by which correlations of channels in the calibration text are shrunk, from 0 to below 1, where
+        methods other than ``"rtn"`` weigh errors by them; None: chosen for every input by the number of tokens and
+        how strong its correlations are (see `awq_jax.calibration.shrinkage`).
       explicit_scale: where no parameter can absorb a scale, keep it beside the weight and
         multiply the activation at run time. Checkpoint formats cannot store it; writers that
         need folded scales ask for ``False``.
@@ -71,6 +74,7 @@ class AwqConfig:
     clip: bool = True
     n_grid: int = 20
     damping: float = 0.01
+    shrinkage: float | None = None
     explicit_scale: bool = True
     quantize_head: bool = False
     on_indivisible: Literal["error", "pad", "float"] = "error"
@@ -96,6 +100,8 @@ class AwqConfig:
             raise ConfigError(f"n_grid must be 1 ... 1000; got {self.n_grid}")
         if not 0.0 <= self.damping <= 1.0:
             raise ConfigError(f"damping must be 0 ... 1; got {self.damping}")
+        if self.shrinkage is not None and not 0.0 <= self.shrinkage < 1.0:
+            raise ConfigError(f"shrinkage must be at least 0 and below 1, or None; got {self.shrinkage}")
         for pattern in (*self.skip, *(p for p, _ in self.overrides)):
             try:
                 re.compile(pattern)

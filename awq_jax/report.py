@@ -25,6 +25,8 @@ class LayerReport:
         with the weight that scale gives it.
       ratio: the exponent chosen in the scale search; None where the scale is 1.
       clipped: share of (group, column) pairs whose range was shrunk.
+      shrinkage: mean share by which the input's correlations were shrunk where errors were weighed (the errors here
+        are by all of them); None without statistics.
       scale: ``"folded"``, ``"explicit"`` (kept beside the weight) or ``"none"``.
       reason: why the scale is 1 or the method fell back, for the user to read; "" otherwise.
     """
@@ -41,6 +43,7 @@ class LayerReport:
     error: float | None = None
     ratio: float | None = None
     clipped: float = 0.0
+    shrinkage: float | None = None
     scale: str = "none"
     reason: str = ""
 

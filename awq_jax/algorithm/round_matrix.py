@@ -31,6 +31,11 @@ class Rounded(NamedTuple):
     loss: jax.Array
     clipped: jax.Array
 
+    def decode(self, group: int) -> jax.Array:
+        """What the codes stand for, float32 ``[K, N]``; ``group``: rows that share a scale."""
+        codes = self.codes.astype(jnp.float32).reshape(-1, group, self.codes.shape[-1])
+        return decode(codes, Grid(self.scale, self.zero.astype(jnp.float32))).reshape(self.codes.shape)
+
 
 class _Candidate(NamedTuple):
     codes: jax.Array  # [K, N]

@@ -15,6 +15,7 @@ from awq_jax.algorithm.compensation import GramFactor
 from awq_jax.algorithm.grid import column_loss, quantize_dequantize
 from awq_jax.algorithm.methods import METHODS, Method
 from awq_jax.algorithm.round_matrix import round_matrix
+from awq_jax.calibration import shrinkage
 from awq_jax.calibration.calibration import Stats
 from awq_jax.calibration.grams import all_finite
 from awq_jax.calibration.means import Means, means_of
@@ -82,10 +83,12 @@ def find_scale(
     found = []
     for layer in range(math.prod(group.scan)):
         absmean = np.pad(means.absmean[layer], ((0, 0), (0, rows - group.channels)))
-        energies = _energies(pool, means, layer, len(absmean), rows, method, config.damping)
+        energies = _energies(pool, means, layer, len(absmean), rows, method, config)
 
         def metric(e: int, layer: int = layer, energies: np.ndarray | None = energies) -> Array:
-            return _mean(means.collect_gram(layer, e), rows=rows) if energies is None else energies[e]
+            if energies is not None:
+                return energies[e]
+            return _mean(means.collect_gram(layer, e), rows=rows, shrink=_shrink(config))
 
         found.append(
             search(
@@ -160,6 +163,7 @@ class _Packed(NamedTuple):
       loss, clipped: see `awq_jax.algorithm.round_matrix.Rounded`.
       energy: expected squared output of each column.
       rtn: loss of plain rounding without a scale.
+      shrunk: by which share the Gram was shrunk, of each column.
     """
 
     qweight: Array
@@ -169,17 +173,20 @@ class _Packed(NamedTuple):
     clipped: Array
     energy: Array
     rtn: Array
+    shrunk: Array
 
 
 _Sums = tuple[jax.Array, np.float32]  # of `awq_jax.calibration.means.Means.collect_gram`
 
 
 class _Given(NamedTuple):
-    """What the columns of one instance have in common: the Gram of the scaled input, its factor, the scale."""
+    """What the columns of one instance have in common: the shrunk Gram of the scaled input, its factor, the scale,
+    and by which share the Gram was shrunk."""
 
     gram: jax.Array | None
     factor: GramFactor | None
     scale: jax.Array
+    shrunk: jax.Array
 
 
 def _round(
@@ -205,7 +212,8 @@ def _round(
 
         def prepare(given: tuple[_Sums | None, np.ndarray]) -> _Given:
             sums, s = given
-            return preparation(*(sums or (None, None)), s, rows=columns.rows, method=method, damping=config.damping)
+            chosen = {"method": method, "damping": config.damping, "shrink": _shrink(config)}
+            return preparation(*(sums or (None, None)), s, rows=columns.rows, **chosen)
 
         def run(place: Place, e: int, piece: int, given: _Given, layer: int = layer) -> _Packed:
             w = place(columns.piece(layer, e, piece))
@@ -219,65 +227,91 @@ def _round(
 
 
 def _given(
-    gram: jax.Array | None, count: np.float32 | None, scale: jax.Array, *, rows: int, method: Method, damping: float
+    gram: jax.Array | None,
+    count: np.float32 | None,
+    scale: jax.Array,
+    *,
+    rows: int,
+    method: Method,
+    damping: float,
+    shrink: float | None,
 ) -> _Given:
     s = jnp.pad(scale, (0, rows - len(scale)), constant_values=1.0)
     if gram is None or count is None:
-        return _Given(None, None, s)
-    scaled = _square((gram, count), rows) / (s[:, None] * s[None, :])
-    return _Given(scaled, method.rounder.prepare(scaled, damping), s)
+        return _Given(None, None, s, jnp.zeros(()))
+    mean, share = _square((gram, count), rows, shrink)
+    scaled = mean / (s[:, None] * s[None, :])
+    return _Given(scaled, method.rounder.prepare(scaled, damping), s, share)
 
 
-_prepare = jax.jit(_given, static_argnames=("rows", "method", "damping"))
-_prepare_in_place = jax.jit(_given, static_argnames=("rows", "method", "damping"), donate_argnames="gram")
+_STATIC = ("rows", "method", "damping", "shrink")
+_prepare = jax.jit(_given, static_argnames=_STATIC)
+_prepare_in_place = jax.jit(_given, static_argnames=_STATIC, donate_argnames="gram")
 
 
 @functools.partial(jax.jit, static_argnames=("leaf", "method", "clip", "dtype"))
 def _round_piece(w: jax.Array, given: _Given, *, leaf: LeafConfig, method: Method, clip: bool, dtype: str) -> _Packed:
     """Round ``w [K, C]``, which the scale is already multiplied into."""
-    gram, factor, s = given
+    gram, factor, s, shrunk = given
     judge = gram if method.needs_statistics else None
     r = round_matrix(w, judge, factor, rounder=method.rounder, leaf=leaf, clip=clip, dtype=dtype)
-    energy = rtn = r.loss
+    energy = rtn = loss = r.loss
     if gram is not None:
-        energy = column_loss(w, gram)
         plain = w / s[:, None]
         error = quantize_dequantize(plain, leaf.group_size, leaf.bits, leaf.symmetric, dtype) - plain
-        rtn = column_loss(error * s[:, None], gram)
-    loss = r.loss if method.needs_statistics else rtn
-    return _Packed(pack.pack(r.codes, leaf.bits), r.scale.astype(dtype), r.zero, loss, r.clipped, energy, rtn)
+        rtn, energy = (_as_seen(column_loss(d, gram), d, gram, shrunk) for d in (error * s[:, None], w))
+        loss = _as_seen(r.loss, r.decode(leaf.group_size) - w, gram, shrunk) if method.needs_statistics else rtn
+    share = jnp.broadcast_to(shrunk, loss.shape)
+    return _Packed(pack.pack(r.codes, leaf.bits), r.scale.astype(dtype), r.zero, loss, r.clipped, energy, rtn, share)
+
+
+def _as_seen(loss: jax.Array, delta: jax.Array, gram: jax.Array, share: jax.Array) -> jax.Array:
+    """Losses ``[N]`` of ``delta [K, N]`` by the Gram that the calibration tokens have, from those by the shrunk one."""
+    diagonal = column_loss(delta, jnp.diagonal(gram))
+    return jnp.maximum((loss - share * diagonal) / (1 - share), 0.0)
+
+
+def _shrink(config: AwqConfig) -> float | None:
+    """By which share Grams are shrunk; None: each by its own. Plain rounding weighs nothing: its errors are as seen."""
+    return config.shrinkage if METHODS[config.method].needs_statistics else 0.0
 
 
 def _energies(
-    pool: Pool, means: Means, layer: int, experts: int, rows: int, method: Method, damping: float
+    pool: Pool, means: Means, layer: int, experts: int, rows: int, method: Method, config: AwqConfig
 ) -> np.ndarray | None:
     """`Method.channel_energy` of every instance, float32 ``[E, rows]``; None if the method has none."""
     if method.channel_energy is None:
         return None
+    chosen = {"method": method, "damping": config.damping, "shrink": _shrink(config)}
     made = sweep(
         pool,
         experts,
         1,
         lambda e: means.collect_gram(layer, e),
-        lambda sums: _energy(sums, rows=rows, method=method, damping=damping),
+        lambda sums: _energy(sums, rows=rows, **chosen),
         lambda place, e, piece, energy: energy,
     )
     return np.stack([energy for (energy,) in made])
 
 
-@functools.partial(jax.jit, static_argnames=("rows", "method", "damping"))
-def _energy(sums: _Sums, *, rows: int, method: Method, damping: float) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def _energy(sums: _Sums, *, rows: int, method: Method, damping: float, shrink: float | None) -> jax.Array:
     assert method.channel_energy is not None
-    return method.channel_energy(_square(sums, rows), damping)
+    return method.channel_energy(_square(sums, rows, shrink)[0], damping)
 
 
-def _square(sums: _Sums, rows: int) -> jax.Array:
-    """The mean Gram, with channels of no energy up to ``rows``."""
+def _square(sums: _Sums, rows: int, shrink: float | None) -> tuple[jax.Array, jax.Array]:
+    """The mean Gram, shrunk, with channels of no energy up to ``rows``; and the share by which it was."""
     gram, count = sums
-    return jnp.pad(gram / count, (0, rows - len(gram)))
+    share = shrinkage.share(gram, count) if shrink is None else jnp.float32(shrink)
+    mean = gram / count
+    mean = mean if shrink == 0 else shrinkage.shrunk(mean, share)
+    return jnp.pad(mean, (0, rows - len(gram))), share
 
 
-_mean = jax.jit(_square, static_argnames=("rows",))
+@functools.partial(jax.jit, static_argnames=("rows", "shrink"))
+def _mean(sums: _Sums, *, rows: int, shrink: float | None) -> jax.Array:
+    return _square(sums, rows, shrink)[0]
 
 
 def _assemble(t: Target, group: ScaleGroup, leaf: Weight, rounded: _Packed, found: GroupScale) -> QuantizedTensor:
@@ -327,6 +361,7 @@ def _row(
         error=float(rounded.loss.sum(dtype=np.float64)) / total if known else None,
         ratio=found.ratio,
         clipped=float(rounded.clipped.mean(dtype=np.float64)),
+        shrinkage=float(rounded.shrunk.mean(dtype=np.float64)) if known else None,
         scale="none" if found.scale is None else ("folded" if group.absorbers else "explicit"),
         reason=found.reason,
     )
