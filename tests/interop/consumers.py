@@ -122,6 +122,8 @@ REFUSED: dict[tuple[str, str], str] = {
     # transformers' own code for these reads .weight of a linear, which a packed one does not have.
     **{("gpt_bigcode", c): "has no attribute 'weight'" for c in (GEMM, CT)},
     ("falcon", CT): "has no attribute 'weight'",
+    # It has a scaled activation in every layer of these; ours are left out where nothing is scaled, for vLLM.
+    **{(f, GEMM): "missing_keys" for f in ("bloom", "falcon", "gpt_neox", "gptj", "mpt", "starcoder2")},
     # Its linears are of a class of their own, which transformers does not replace.
     ("gpt2", GEMM): "has_been_replaced",
     ("gpt2", CT): "missing_keys",
