@@ -28,7 +28,7 @@ from awq_jax.qtensor import QuantizedTensor, Weight, split_shape
 from awq_jax.quantizer import parts
 from awq_jax.quantizer.column_pieces import CanonicalWeight, Columns, Place, scale_to_batched, sweep, to_batched
 from awq_jax.quantizer.scale_search import search
-from awq_jax.quantizer.targets import Target
+from awq_jax.quantizer.targets import Target, scale_dtype
 from awq_jax.report import LayerReport
 
 NO_TOKENS = "no finite activations were seen in calibration: rounded to nearest"
@@ -79,7 +79,7 @@ def find_scale(
     rows *= -(-group.channels // rows)
     every = [(t.leaf, CanonicalWeight.of(t, leaves[t.site.path])) for t in targets]
     weights = [(leaf, Columns([p for other, p in every if other == leaf], rows)) for leaf in dict.fromkeys(dict(every))]
-    dtypes = {_scale_dtype(float(p.largest()), leaf, config) for leaf, p in every}
+    dtypes = {scale_dtype(float(p.largest()), leaf, config) for leaf, p in every}
     found = []
     for layer in range(math.prod(group.scan)):
         absmean = np.pad(means.absmean[layer], ((0, 0), (0, rows - group.channels)))
@@ -140,7 +140,7 @@ def round_group(
         # In float32: a scaled weight need not fit the leaf's own dtype, and codes are made of it anyway.
         weights = [CanonicalWeight.of(t, leaves[t.site.path], folded.steps(t.site.path)) for t in alike]
         columns = Columns(weights, alike[0].rows)
-        dtype = _scale_dtype(columns.largest(), leaf, config)
+        dtype = scale_dtype(columns.largest(), leaf, config)
         once = len(by_leaf) * math.prod(group.scan) * math.prod(group.batch) * pool.size == 1
         prepare = _prepare_in_place if consume and once and columns.rows == group.channels else _prepare
         rounded = _round(columns, means, group, found, leaf, config, dtype, pool, prepare)
@@ -365,14 +365,6 @@ def _row(
         scale="none" if found.scale is None else ("folded" if group.absorbers else "explicit"),
         reason=found.reason,
     )
-
-
-def _scale_dtype(largest: float, leaf: LeafConfig, config: AwqConfig) -> str:
-    """The dtype that is asked for, unless that is float16 and the weights are too large or too small for it."""
-    if config.scale_dtype != "float16":
-        return config.scale_dtype
-    step = largest * 2 / (2**leaf.bits - 1)
-    return "float16" if step == 0 or 2.0**-14 <= step < 3e4 else "float32"
 
 
 def _overflows(group: ScaleGroup, targets: list[Target], leaves: Mapping[str, Weight], scale: np.ndarray) -> str:

@@ -108,3 +108,11 @@ def _indivisible(bad: list[tuple[str, int, int]]) -> ShapeError:
         f"{leave} (leave them float), or an override for these paths",
         *(fitting, column, pad, leave),
     )
+
+
+def scale_dtype(largest: float, leaf: LeafConfig, config: AwqConfig) -> str:
+    """The dtype that is asked for, unless that is float16 and the weights are too large or too small for it."""
+    if config.scale_dtype != "float16":
+        return config.scale_dtype
+    step = largest * 2 / (2**leaf.bits - 1)
+    return "float16" if step == 0 or 2.0**-14 <= step < 3e4 else "float32"
