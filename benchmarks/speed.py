@@ -12,7 +12,7 @@ calibrates on them and quantizes. Both take four sequences at a time.
 
 `decode`: all kinds live in one process and take turns, so that a busy machine is busy for each. ``dense`` is the
 float32 model as `generate` serves it, ``packed`` the packed model as `generate` serves it unasked,
-``packed-unmerged`` the same with ``merge=False``, ``packed-only`` with ``resident=False`` (no copy). Packed weights are
+``packed-unmerged`` the same with ``merge=False``, ``packed-copy`` with ``resident=True`` (a float32 copy). Weights are
 rounded to nearest; ``dense`` has the same ones, dequantized. Speeds are medians over rounds of the ratio to ``dense``
 in the same round; on a busy machine the best turns and processor time say more.
 
@@ -49,7 +49,7 @@ KINDS: dict[str, tuple[bool | None, bool | None]] = {
     "dense": (None, None),
     "packed": (None, None),
     "packed-unmerged": (False, None),
-    "packed-only": (None, False),
+    "packed-copy": (None, True),
 }
 # A process of `start`; -P: the package is that of its interpreter, not the one in this directory.
 FIRST_TOKEN = """

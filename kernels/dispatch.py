@@ -11,14 +11,14 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from awq_jax.errors import BackendError, ShapeError
-from awq_jax.kernels import pallas_tpu, parallel, triton_matmul, xla
+from awq_jax.kernels import native, pallas_tpu, parallel, triton_matmul, xla
 from awq_jax.kernels.backend import Backend, Request
 from awq_jax.qtensor import QuantizedTensor
 
 log = logging.getLogger(__name__)
 
 # In order of preference; "auto" takes the first without an obstacle.
-BACKENDS: tuple[Backend, ...] = (triton_matmul.BACKEND, pallas_tpu.BACKEND, xla.BACKEND)
+BACKENDS: tuple[Backend, ...] = (triton_matmul.BACKEND, pallas_tpu.BACKEND, native.BACKEND, xla.BACKEND)
 
 
 def check_impl(impl: str) -> str:

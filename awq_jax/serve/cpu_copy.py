@@ -1,8 +1,9 @@
-"""What a CPU, for which there is no packed kernel, is served instead: a dequantized copy, or no 16-bit floats.
+"""What a CPU without a kernel for its packed weights is served instead: a dequantized copy; and no 16-bit floats.
 
-XLA on CPU writes a packed weight out as floats, tile by tile, every time it is multiplied by. Where there is room, that
-is done once: 8 times the bytes of 4-bit codes, and decoding as fast as with a float model. A 16-bit float
-weight it writes out whole every time, which is slower still.
+XLA on CPU writes a packed weight out as floats, tile by tile, every time it is multiplied by. Where
+`awq_jax.kernels.native` cannot be compiled, or does not read the weights, and there is room, that is done once: 8 times
+the bytes of 4-bit codes, and decoding as fast as with a float model. A 16-bit float weight XLA writes out whole every
+time.
 """
 
 import dataclasses
@@ -14,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from awq_jax import kernels
+from awq_jax.kernels import Request, native
 from awq_jax.qtensor import QuantizedTensor, Weight, is_quantized
 
 T = TypeVar("T")  # any pytree of leaves, or one leaf
@@ -62,6 +65,13 @@ def narrowed(leaf: Weight, dtype: DTypeLike) -> Weight:
     if is_quantized(leaf):
         return dataclasses.replace(leaf, dtype=jnp.dtype(dtype).name)
     return leaf.astype(dtype)
+
+
+def reason(tree: object) -> str | None:
+    """Why the compiled kernel does not multiply by every packed weight, or None if it does."""
+    packed = [q for q in jax.tree.leaves(tree, is_leaf=is_quantized) if is_quantized(q)]
+    found = (native.obstacle(Request(1, kernels.canonical(q), DTYPE, "cpu")) for q in packed)
+    return next((f for f in found if f is not None), None)
 
 
 def nbytes(tree: object) -> int:

@@ -32,16 +32,16 @@ class ServedWeights:
 
     Packed weights are served merged (see `awq_jax.models.weights.fuse`) and in the layout of the kernel that
     reads them. That form is exact, so it *replaces* the other until `take_params` asks for that again: there
-    are never two packed copies. On CPU, where a packed matmul writes its weight out as floats, a float32 copy
-    is served instead and the packed weights stay, once more than `FEW` tokens are asked for; until then they are
-    served as they are, unmerged. Without the copy 16-bit floats become float32 ones for as long, and so do
-    activations and the cache (see `awq_jax.serve.cpu_copy`).
+    are never two packed copies. On CPU 16-bit floats become float32 ones for as long, and so do activations and
+    the cache; up to `FEW` tokens are generated from weights that are not merged. Where no compiled kernel multiplies by
+    the packed weights, a float32 copy is served to more tokens, and they stay (see `awq_jax.serve.cpu_copy`).
 
     Args:
       graphdef, config: of the decoder.
       params: its parameters.
       merge_linears: serve linears that read the same activation as one; None: where any is packed.
-      copy: serve a dequantized float32 copy; None: on CPU, if it takes at most half of the free memory.
+      copy: serve a dequantized float32 copy; None: on CPU, where there is no compiled kernel for them all, if it takes
+        at most half of the free memory.
       place: the mesh over which the parameters are spread, or None.
     """
 
@@ -179,6 +179,9 @@ class ServedWeights:
             return self.copy, ", as was asked for"
         if platform != "cpu" or self.place is not None:
             return False, ""
+        if (reason := cpu_copy.reason(leaves)) is None:
+            self._for_few = few
+            return False, ", multiplied as they are by compiled code"
         need = cpu_copy.nbytes(leaves)
         if not _fits(need):
             return (
@@ -187,8 +190,8 @@ class ServedWeights:
             )
         if few:
             self._for_few = True
-            return False, f"; a float32 copy of {_mb(need)} is made for more than {FEW} tokens at once"
-        return True, " (resident=False saves it)"
+            return False, f"; a float32 copy of {_mb(need)} is made for more than {FEW} tokens at once, since {reason}"
+        return True, f" (resident=False saves it), since {reason}"
 
 
 def _fits(size: int) -> bool:

@@ -14,6 +14,7 @@ from random_decoders import MOE, TOKENS, decoder
 
 from awq_jax import paths
 from awq_jax.errors import WeightError
+from awq_jax.kernels import native
 from awq_jax.models.weights import fuse
 from awq_jax.qtensor import is_quantized
 from awq_jax.serve import cpu_copy
@@ -103,8 +104,12 @@ def test_a_layer_with_other_settings_stays_as_it_is():
     np.testing.assert_allclose(served.forward(fused, TOKENS), want, atol=3e-6 * float(jnp.abs(want).max()))
 
 
-def test_cpu_serves_a_copy_if_there_is_room(monkeypatch, caplog):
+def test_without_its_kernel_a_cpu_serves_a_copy_if_there_is_room(monkeypatch, caplog):
     config, graphdef, params = decoder()
+    if not isinstance(native.target(), str):
+        assert "multiplied as they are by compiled code" in ServedWeights(graphdef, config, params).explain()
+    config, graphdef, params = decoder()
+    monkeypatch.setattr(native, "target", lambda name="": "its code cannot be compiled here: for a test")
     weights = ServedWeights(graphdef, config, params)
     with caplog.at_level(logging.INFO, "awq_jax"):
         generator, copy = weights.serving()

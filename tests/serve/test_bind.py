@@ -96,10 +96,11 @@ def test_linen_flags_keyword_arguments_and_rngs():
     model, params = block()
     x = data(2, 5, D)
     run, plain = bind(model.apply), jax.jit(model.apply, static_argnames="train")
-    close(run(params, x, train=False), plain(dense(params), x, train=False))
+    tol = 5e-5  # results are as large as 45
+    close(run(params, x, train=False), plain(dense(params), x, train=False), tol)
     rngs = {"dropout": jax.random.key(7)}
     noisy = run(params, x, rngs=rngs)
-    close(noisy, plain(dense(params), x, rngs=rngs))
+    close(noisy, plain(dense(params), x, rngs=rngs), tol)
     assert np.abs(noisy - run(params, x, train=False)).max() > 0.1, "train=True and train=False are two programs"
 
 
@@ -113,7 +114,7 @@ def test_scanned_linen_with_stacked_packed_layers(remat):
 
 def test_packed_matmuls_run_packed_not_dequantized_up_front():
     model, params = scanned()
-    text = str(jax.make_jaxpr(bind(model.apply))(params, TOKENS))
+    text = str(jax.make_jaxpr(bind(model.apply, impl="xla"))(params, TOKENS))
     stacked = [tuple(x.shape) for p, x in paths.flatten(params).items() if "gate/kernel" in p]
     assert stacked == [(3, D, 48)]
     assert f"f32[3,{D},48]" not in text, "a stack of layers is dequantized one layer at a time"

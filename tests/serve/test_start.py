@@ -18,6 +18,7 @@ import awq_jax
 from awq_jax import dtypes, models
 from awq_jax.convert.arrays import codes, linear
 from awq_jax.convert.files import slices
+from awq_jax.kernels import native
 from awq_jax.models.decoder import Decoder
 from awq_jax.models.weights import params
 from awq_jax.serve import alike_layers
@@ -60,7 +61,8 @@ def test_the_first_token_takes_few_programs_and_no_transformers(packed: Path) ->
     assert all_of_it <= 7  # the prompt's, and those of the random key
 
 
-def test_a_copy_is_made_once_it_pays(packed: Path) -> None:
+def test_a_copy_is_made_once_it_pays(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "target", lambda name="": "its code cannot be compiled here: for a test")
     model = awq_jax.load(packed)
     [few] = model.generate([[1, 2, 3]], max_new_tokens=2)
     assert "is made for more than 16 tokens" in model.explain()
