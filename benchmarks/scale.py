@@ -42,7 +42,7 @@ import numpy as np
 from shared import checkpoints, running
 
 from awq_jax import models
-from awq_jax.algorithm.compensation import BLOCK
+from awq_jax.algorithm.compensation import INNER, OUTER
 from awq_jax.algorithm.round_matrix import ROUNDS
 from awq_jax.config import AwqConfig
 from awq_jax.data import BATCH_TOKENS_ELSEWHERE
@@ -99,16 +99,17 @@ def calibrating(groups: Iterable[Shape], tokens: int, length: int, heads_size: i
 
 
 def searching(g: Shape, config: AwqConfig, share: float = 1.0) -> np.ndarray:
-    """Of one group on a device that does this share of it, factor included: Cholesky, and the inverse of that."""
-    return operations(factors=4 / 3 * g.k**3, numbers=share * (1 + 2 * config.n_grid) * OPS * float(g.k) * g.n)
+    """Of one group on a device that does this share of it, with the elimination that makes the inverse factor."""
+    return operations(factors=2 / 3 * g.k**3, numbers=share * (1 + 2 * config.n_grid) * OPS * float(g.k) * g.n)
 
 
 def rounding(g: Shape, config: AwqConfig, share: float = 1.0) -> np.ndarray:
     """The same of rounding."""
     kn, groups = share * g.k * g.n, g.k / config.group_size
-    products = (10 * ROUNDS + 8) * g.k * kn + share * ROUNDS * 2 / 3 * groups**3 * g.n
-    numbers = kn * (PAIRS * OPS + ROUNDS * (2 * BLOCK + 2 * groups) + (2 * ROUNDS + 4) * OPS)
-    return operations(products, 4 / 3 * g.k**3, numbers)
+    products = ((5 * ROUNDS + 6) * g.k + 2 * ROUNDS * OUTER) * kn
+    numbers = kn * (PAIRS * OPS + ROUNDS * (2 * INNER + 2 * groups) + (ROUNDS + 3) * OPS)
+    systems = 2 * ROUNDS * share * groups**3 * g.n
+    return operations(products, 2 / 3 * g.k**3, numbers + systems)
 
 
 def named(work: np.ndarray) -> dict[str, float]:

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from awq_jax.algorithm.grid import Grid, decode, encode, make_grid, range_of
+from awq_jax.algorithm.grid import Grid, make_grid, nearest_error, range_of
 
 
 def diagonal_blocks(gram: jax.Array, group: int) -> jax.Array:
@@ -37,9 +37,10 @@ def clip_search(
 
     def loss_of(pair: jax.Array) -> tuple[Grid, jax.Array]:
         grid = make_grid(low * pair[0], high * pair[1], bits, symmetric, dtype)
-        delta = decode(encode(w, grid, bits), grid) - w
-        spread = metric[:, :, None] * delta if metric.ndim == 2 else jnp.einsum("Ghg,Ggn->Ghn", metric, delta)
-        return grid, (delta * spread).sum(axis=1)
+        delta = nearest_error(w, grid, bits)
+        if metric.ndim == 2:
+            return grid, (metric[:, :, None] * (delta * delta)).sum(axis=1)
+        return grid, (delta * jnp.einsum("Ghg,Ggn->Ghn", metric, delta)).sum(axis=1)
 
     def step(best: tuple[Grid, jax.Array], pair: jax.Array) -> tuple[tuple[Grid, jax.Array], None]:
         grid, loss = loss_of(pair)

@@ -22,9 +22,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from awq_jax.algorithm.cholesky import inverse_cholesky, solve_each
 from awq_jax.algorithm.grid import Grid, store
 
-BLOCK = 128  # rows compensated before the rest of the matrix is updated
+OUTER, INNER = 96, 16  # rows that are brought up to date at once, and those that every row updates
 
 
 class GramFactor(NamedTuple):
@@ -57,10 +58,7 @@ def inverse_factor(gram: jax.Array, damping: float) -> jax.Array:
     diag = jnp.diagonal(gram)
     mean = jnp.maximum(diag.mean(), 1e-30)
     add = jnp.where(diag > 0, damping * (diag + 0.1 * mean), mean)
-    flipped = (gram + jnp.diag(add))[::-1, ::-1]
-    lower = jnp.linalg.cholesky(flipped)
-    eye = jnp.eye(gram.shape[0], dtype=gram.dtype)
-    return jax.scipy.linalg.solve_triangular(lower, eye, lower=True)[::-1, ::-1]
+    return inverse_cholesky((gram + jnp.diag(add))[::-1, ::-1])[::-1, ::-1]
 
 
 def conditional_energy(gram: jax.Array, factor: GramFactor) -> jax.Array:
@@ -95,56 +93,98 @@ def compensate(w: jax.Array, factor: GramFactor, grid: Grid, bits: int) -> jax.A
     k, n = w.shape
     group = k // grid.scale.shape[0]
     order, u = factor
-    pad = -k % BLOCK
+    pad = -k % OUTER
     if pad:
         u = jnp.pad(u, ((0, pad), (0, pad))) + jnp.diag(jnp.where(jnp.arange(k + pad) < k, 0.0, 1.0))
-    scale = jnp.pad(jnp.repeat(grid.scale, group, axis=0)[order], ((0, pad), (0, 0)))
-    zero = jnp.pad(jnp.repeat(grid.zero, group, axis=0)[order], ((0, pad), (0, 0)))
-    rest = jnp.pad(w[order], ((0, pad), (0, 0)))
-    top = 2**bits - 1
 
-    # Section 4, step 2: inside a block of rows each row updates the block; the rest of the matrix is updated once
-    # for the whole block, by one product.
-    def block(start_block: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        rest, codes = carry
-        start = start_block * BLOCK
-        rows = jax.lax.dynamic_slice(rest, (start, 0), (BLOCK, n))
-        s = jax.lax.dynamic_slice(scale, (start, 0), (BLOCK, n))
-        z = jax.lax.dynamic_slice(zero, (start, 0), (BLOCK, n))
-        u_rows = jax.lax.dynamic_slice(u, (start, 0), (BLOCK, k + pad))
-        u_block = jax.lax.dynamic_slice(u_rows, (0, start), (BLOCK, BLOCK))
+    def ordered(a: jax.Array) -> jax.Array:
+        return jnp.pad(a[order], ((0, pad), (0, 0)))
 
-        def row(i: jax.Array, c: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-            rows, q, steps = c
-            w_i, s_i, z_i = rows[i], s[i], z[i]
-            q_i = jnp.clip(jnp.round(w_i / jnp.where(s_i > 0, s_i, 1.0)) + z_i, 0, top)
-            step = (w_i - (q_i - z_i) * s_i) / u_block[i, i]
-            # w_F += c with e = -(w - rounded), so step = -e / U[k, k]. u_block is upper triangular: rounded rows stay.
-            rows = rows - u_block[i][:, None] * step[None, :]
-            return rows, q.at[i].set(q_i), steps.at[i].set(step)
+    scale, zero = (ordered(jnp.repeat(a, group, axis=0)) for a in grid)
+    rest, top = ordered(w), 2**bits - 1
+    part, put = jax.lax.dynamic_slice, jax.lax.dynamic_update_slice
 
-        zeros = jnp.zeros_like(rows)
-        _, q, steps = jax.lax.fori_loop(0, BLOCK, row, (rows, zeros, zeros))
-        rest = rest - u_rows.T @ steps
-        return rest, jax.lax.dynamic_update_slice(codes, q, (start, 0))
+    # Section 4, step 2, as a triangular system is solved: a block takes its share of all earlier steps when its turn
+    # comes, by products as long as a block; within it, so does every smaller block.
+    def outer(b: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        steps, codes = carry
+        start = b * OUTER
+        column = part(u, (0, start), (k + pad, OUTER))
 
-    _, codes = jax.lax.fori_loop(0, (k + pad) // BLOCK, block, (rest, jnp.zeros_like(rest)))
+        def earlier(j: jax.Array, rows: jax.Array) -> jax.Array:
+            at = j * OUTER, 0
+            return rows - part(column, at, (OUTER, OUTER)).T @ part(steps, at, (OUTER, n))
+
+        rows = jax.lax.fori_loop(0, b, earlier, part(rest, (start, 0), (OUTER, n)))
+        s, z = (part(a, (start, 0), (OUTER, n)) for a in (scale, zero))
+        square = part(column, (start, 0), (OUTER, OUTER))
+
+        def inner(j: jax.Array, c: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+            rows, q, e = c
+            at = j * INNER, 0
+            later = part(square, at, (INNER, OUTER))
+            own = part(later, (0, j * INNER), (INNER, INNER))
+            r, s_j, z_j = (part(a, at, (INNER, n)) for a in (rows, s, z))
+            q_j, e_j = _row_by_row(r, s_j, z_j, own, top)
+            return rows - later.T @ e_j, put(q, q_j, at), put(e, e_j, at)
+
+        nothing = jnp.zeros_like(rows)
+        _, q, e = jax.lax.fori_loop(0, OUTER // INNER, inner, (rows, nothing, nothing))
+        return put(steps, e, (start, 0)), put(codes, q, (start, 0))
+
+    nothing = jnp.zeros_like(rest)
+    _, codes = jax.lax.fori_loop(0, (k + pad) // OUTER, outer, (nothing, nothing))
     return jnp.zeros((k, n), jnp.float32).at[order].set(codes[:k])
 
 
-def refit(w: jax.Array, gram: jax.Array, codes: jax.Array, grid: Grid, dtype: str) -> Grid:
+def _row_by_row(
+    rows: jax.Array, scale: jax.Array, zero: jax.Array, u: jax.Array, top: int
+) -> tuple[jax.Array, jax.Array]:
+    """Codes and steps ``[R, N]`` of some rows, with ``u [R, R]`` among them."""
+
+    def row(i: jax.Array, c: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        rows, q, steps = c
+        w_i, s_i, z_i = rows[i], scale[i], zero[i]
+        q_i = jnp.clip(jnp.round(w_i / jnp.where(s_i > 0, s_i, 1.0)) + z_i, 0, top)
+        step = (w_i - (q_i - z_i) * s_i) / u[i, i]
+        # w_F += c with e = -(w - rounded), so step = -e / U[k, k]. u is upper triangular: rounded rows stay.
+        return rows - u[i][:, None] * step[None, :], q.at[i].set(q_i), steps.at[i].set(step)
+
+    nothing = jnp.zeros_like(rows)
+    _, q, steps = jax.lax.fori_loop(0, len(rows), row, (rows, nothing, nothing))
+    return q, steps
+
+
+class Refitted(NamedTuple):
+    """See `refit`.
+
+    Attributes:
+      grid: with the new scales.
+      change: float32 ``[N]``: what they add to each column's loss.
+    """
+
+    grid: Grid
+    change: jax.Array
+
+
+def refit(spread: jax.Array, gram: jax.Array, codes: jax.Array, grid: Grid, dtype: str) -> Refitted:
     """Least-squares scales for codes that are already chosen.
 
     For column n, ``dequantized = sum_G scale_G * (codes - zero)_G``: a G-dimensional quadratic in the
     scales with a closed-form minimum. Groups whose new scale would not stay within a factor of two
     keep the old one.
+
+    Args:
+      spread: ``gram @ (dequantized - w)`` ``[K, N]``, with the scales of ``grid``.
     """
-    # dequantized = B s, column G of B [K, G] being codes - zero in the rows of group G and 0 elsewhere. The least
-    # (B s - w)^T H (B s - w) is where a s = b, with a = B^T H B [G, G] and b = B^T H w [G].
-    k, n = w.shape
-    groups = grid.scale.shape[0]
+    # dequantized = B s, column G of B [K, G] being codes - zero in the rows of group G and 0 elsewhere. Of the loss
+    # (B s - w)^T H (B s - w) the gradient is 2 B^T spread, and the second derivative 2 a with a = B^T H B [G, G]: s
+    # moves by -a^-1 B^T spread.
+    k, n = codes.shape
+    groups = len(grid.scale)
     size = k // groups
     base = codes.reshape(groups, size, n) - grid.zero[:, None]
+    slope = (base * spread.reshape(base.shape)).sum(axis=1)  # [G, N]
 
     def against(i: jax.Array) -> jax.Array:
         """Products ``[G, N]`` of the part that group ``i`` makes with the parts of all groups."""
@@ -152,13 +192,11 @@ def refit(w: jax.Array, gram: jax.Array, codes: jax.Array, grid: Grid, dtype: st
         return (base * (rows.T @ base[i]).reshape(base.shape)).sum(axis=1)
 
     # One group at a time: all at once would take K x G numbers for each column.
-    a = jnp.moveaxis(jax.lax.map(against, jnp.arange(groups)), 2, 0)
-    b = (base * (gram @ w).reshape(base.shape)).sum(axis=1).T
-    diag = jnp.einsum("nGG->nG", a)
+    a = jax.lax.map(against, jnp.arange(groups))
     # A little of |s - old|^2 is added: a group with no say in the error (a singular a) keeps its scale.
-    floor = 1e-4 * diag.mean(axis=1, keepdims=True) + 1e-30
-    a = a + jnp.eye(groups) * floor[:, :, None]
-    b = b + floor * grid.scale.T
-    solved = jnp.linalg.solve(a, b[..., None])[..., 0].T
+    floor = 1e-4 * jnp.einsum("GGn->Gn", a).mean(axis=0) + 1e-30
+    solved = grid.scale - solve_each(a + jnp.eye(groups)[:, :, None] * floor, slope)
     ok = (solved > 0.5 * grid.scale) & (solved < 2.0 * grid.scale)
-    return Grid(store(jnp.where(ok, solved, grid.scale), dtype), grid.zero)
+    new = Grid(store(jnp.where(ok, solved, grid.scale), dtype), grid.zero)
+    moved = new.scale - grid.scale
+    return Refitted(new, ((2 * slope + (a * moved[:, None]).sum(axis=0)) * moved).sum(axis=0))

@@ -97,24 +97,26 @@ def _best(
 ) -> _Candidate:
     bits = leaf.bits
 
-    def judge(codes: jax.Array, grid: Grid) -> _Candidate:
-        codes = codes.reshape(w.shape)
-        delta = decode(codes.reshape(wg.shape), grid).reshape(w.shape) - w
-        return _Candidate(codes, grid, column_loss(delta, gram))
+    def error(codes: jax.Array, grid: Grid) -> jax.Array:
+        return decode(codes.reshape(wg.shape), grid).reshape(w.shape) - w
 
-    best = judge(encode(wg, full, bits), full)
+    nearest = encode(wg, full, bits).reshape(w.shape)
+    best = _Candidate(nearest, full, column_loss(error(nearest, full), gram))
     start = full
     if clip:
         metric = rounder.clip_metric(gram, factor, leaf.group_size)
         start = clip_search(wg, metric, bits, leaf.symmetric, dtype)
-        best = _better(best, judge(encode(wg, start, bits), start))
 
     def step(carry: tuple[_Candidate, Grid], _: None) -> tuple[tuple[_Candidate, Grid], None]:
         best, grid = carry
         codes = rounder.codes(w, factor, grid, bits)
-        best = _better(best, judge(codes, grid))
-        grid = refit(w, gram, codes, grid, dtype)
-        return (_better(best, judge(codes, grid)), grid), None
+        delta = error(codes, grid)
+        spread = gram @ delta  # the gradient of the loss, halved: the loss and a better scale come of one product
+        loss = jnp.maximum((delta * spread).sum(axis=0), 0.0)
+        refitted = refit(spread, gram, codes, grid, dtype)
+        best = _better(best, _Candidate(codes, grid, loss))
+        best = _better(best, _Candidate(codes, refitted.grid, jnp.maximum(loss + refitted.change, 0.0)))
+        return (best, refitted.grid), None
 
     (best, _), _ = jax.lax.scan(step, (best, start), None, length=ROUNDS)
     return best

@@ -13,7 +13,7 @@ of the largest weight of the group; and, as the paper has it, ``s = a^r``. Which
 import jax
 import jax.numpy as jnp
 
-from awq_jax.algorithm.grid import column_loss, quantize_dequantize
+from awq_jax.algorithm.grid import column_loss, make_grid, nearest_error, range_of
 from awq_jax.config import LeafConfig
 
 LIMIT = 1e4  # largest ratio between a scale and the group's geometric centre
@@ -65,10 +65,14 @@ def candidates(magnitude: jax.Array, share: jax.Array, shared: jax.Array | None,
 
 
 def scaled_losses(w: jax.Array, metric: jax.Array, scales: jax.Array, leaf: LeafConfig, dtype: str) -> jax.Array:
-    """Losses ``[T]`` of rounding ``diag(scale) W`` to nearest, one for each of ``scales [T, K]``."""
+    """Losses ``[T, N]`` of rounding ``diag(scale) W`` to nearest, by column, for each of ``scales [T, K]``."""
 
     def one(s: jax.Array) -> jax.Array:
-        q = quantize_dequantize(w * s[:, None], leaf.group_size, leaf.bits, leaf.symmetric, dtype)
-        return column_loss(q / s[:, None] - w, metric).sum()
+        scaled = (w * s[:, None]).reshape(-1, leaf.group_size, w.shape[1])
+        grid = make_grid(*range_of(scaled), leaf.bits, leaf.symmetric, dtype)
+        error = nearest_error(scaled, grid, leaf.bits)  # s times that of w
+        if metric.ndim == 1:
+            return ((metric / (s * s)).reshape(-1, leaf.group_size, 1) * (error * error)).sum(axis=(0, 1))
+        return column_loss(error.reshape(w.shape) / s[:, None], metric)
 
     return jax.lax.map(one, scales)

@@ -284,27 +284,33 @@ def batch_sums(x: jax.Array, summed: bool = False) -> Stats:
     x = jnp.where(finite, x, 0)
     # Products of 16-bit floats are exact in float32 as they are.
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    parts = _in_slabs(x.reshape(-1, x.shape[-1]) if summed else x)
-    gram = jnp.einsum("...tk,...tj->...kj", parts, parts, precision=precision, preferred_element_type=jnp.float32)
-    if parts.ndim > (2 if summed else x.ndim):
-        gram = gram.sum(axis=-3)
+    tokens = x.reshape(-1, x.shape[-1]) if summed else x
+
+    def product(x: jax.Array) -> jax.Array:
+        return jnp.einsum("...tk,...tj->...kj", x, x, precision=precision, preferred_element_type=jnp.float32)
+
+    gram = _in_slabs(product, tokens)
     count = (x != 0).any(axis=-1).sum(axis=-1, dtype=jnp.float32)
     dropped = (~finite[..., 0]).sum(axis=-1, dtype=jnp.float32)
     return Stats(gram, jnp.abs(x).astype(jnp.float32).sum(axis=-2), count, dropped)
 
 
-def _in_slabs(x: jax.Array) -> jax.Array:
-    """``x [*batch, T, K]`` as ``[*batch, S, SLAB, K]``, padded with zeros, where K is small; else ``x``.
+def _in_slabs(product: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """``product(x)`` of ``x [*batch, T, K]``, which is a sum over T: ``SLAB`` rows after the other where K is small.
 
     XLA on CPU cuts a long contraction into as many sums as there are threads when its result is small (found
-    for K up to 256); in slabs that short it does not, so that sums do not depend on the number of threads.
+    for K up to 256), and adds the slabs of one array in an order that depends on them, too; a loop it leaves as it is.
     """
-    *batch, t, k = x.shape
+    t, k = x.shape[-2:]
     if k > SLAB_CHANNELS or t <= SLAB:
-        return x
+        return product(x)
     slabs = -(-t // SLAB)
-    x = jnp.pad(x, [*((0, 0) for _ in batch), (0, slabs * SLAB - t), (0, 0)])
-    return x.reshape(*batch, slabs, SLAB, k)
+    x = jnp.pad(x, [*((0, 0) for _ in x.shape[:-2]), (0, slabs * SLAB - t), (0, 0)])
+
+    def add(i: jax.Array, total: jax.Array) -> jax.Array:
+        return total + product(jax.lax.dynamic_slice_in_dim(x, i * SLAB, SLAB, axis=-2))
+
+    return jax.lax.fori_loop(0, slabs, add, jnp.zeros((*x.shape[:-2], k, k), jnp.float32))
 
 
 def _fit(stats: Stats, use: interpret.Use, wanted: Wanted) -> Stats:

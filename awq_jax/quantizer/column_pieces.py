@@ -22,7 +22,7 @@ from awq_jax.plan import fold
 from awq_jax.qtensor import QuantizedTensor, Weight, split_shape, to_canonical
 from awq_jax.quantizer.targets import Target
 
-PIECE = {"cpu": 1 << 20}  # numbers in a piece, by backend
+PIECE = {"cpu": 1 << 18}  # numbers in a piece, by backend: on a CPU what its caches hold
 PIECE_ELSEWHERE = 1 << 25  # accelerators: enough columns to keep them busy
 ALIGNED = 64  # columns in a piece are a multiple of it
 SPARE = 0.15  # of the columns may be zeros that fill up the last piece

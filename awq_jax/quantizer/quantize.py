@@ -14,7 +14,6 @@ from awq_jax.algorithm.methods import METHODS
 from awq_jax.calibration.calibration import Calibration, Fetch, calibrate
 from awq_jax.calibration.grams import all_finite
 from awq_jax.config import AwqConfig
-from awq_jax.devices import host_memory
 from awq_jax.devices.pool import HERE, Pool
 from awq_jax.errors import CalibrationError, ConfigError, WeightError
 from awq_jax.plan import fold
@@ -173,15 +172,8 @@ def quantize_groups(
       fetch: calibration sums by the name of the group.
       progress: called twice for each group.
       pool: devices that share the work; the result does not depend on their number.
-      consume: what ``fetch`` returns is not needed afterwards: its memory may be used, and what a group leaves is
-        given back to the system.
+      consume: what ``fetch`` returns is not needed afterwards: its memory may be used.
     """
-
-    def finish_group() -> None:
-        progress()
-        if consume:
-            host_memory.trim()
-
     started = time.perf_counter()
     scales: dict[str, GroupScale] = {}
     packed: dict[str, QuantizedTensor] = {}
@@ -189,7 +181,7 @@ def quantize_groups(
     with jax.default_matmul_precision("highest"):
         for group, mine in work:
             scales[group.name] = find_scale(group, mine, leaves, fetch(group.name), config, pool)
-            finish_group()
+            progress()
         searched = time.perf_counter()
         found = {n: s.scale for n, s in scales.items() if s.scale is not None}
         # A scale of 1 where there is none: then the programs do not depend on what was found.
@@ -201,7 +193,7 @@ def quantize_groups(
             for name, (q, row) in round_group(group, mine, leaves, *given).items():
                 packed[name] = q
                 rows.append(row)
-            finish_group()
+            progress()
     # A weight that stays float is scaled only where something upstream absorbed the scale.
     absorbed = fold.Folder(plan, {g.name: found[g.name] for g, _ in work if g.name in found and g.absorbers})
     sites: dict[str, list[Site]] = {}

@@ -83,7 +83,8 @@ def search(
         return _losses(place(columns.piece(layer, e, i)), *given, leaf=leaf, dtype=dtype)
 
     parts = sweep(pool, experts, len(work), lambda e: (metric(e), scales[:, e]), lambda x: x, loss)
-    losses = np.asarray(parts, np.float64).sum(axis=1)  # [E, T]
+    # [E, T]. Here, as XLA adds all numbers of an array in an order that depends on its threads.
+    losses = np.stack([sum(np.asarray(piece, np.float64).sum(axis=1) for piece in pieces) for pieces in parts])
     judged = np.broadcast_to(losses.sum(axis=0), losses.shape) if joint else losses
     # A loss that is not a number beats nothing, and nothing beats it.
     best = [0 if np.isnan(row[0]) else int(np.nanargmin(row)) for row in judged]

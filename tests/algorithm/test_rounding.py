@@ -128,7 +128,9 @@ def test_refit_is_the_least_squares_optimum() -> None:
     h = gram_of(correlated())
     grid = rounding.make_grid(*rounding.range_of(jnp.asarray(w).reshape(-1, G, N)), 3, False, "float32")
     codes = rounding.encode(jnp.asarray(w).reshape(-1, G, N), grid, 3).reshape(K, N)
-    got = compensation.refit(jnp.asarray(w), jnp.asarray(h, jnp.float32), codes, grid, "float32")
+    delta = rounding.decode(codes.reshape(-1, G, N), grid).reshape(K, N) - w
+    gram = jnp.asarray(h, jnp.float32)
+    got, change = compensation.refit(gram @ delta, gram, codes, grid, "float32")
     root = np.linalg.cholesky(h).T
     for n in range(N):
         base = (np.asarray(codes)[:, n] - np.repeat(np.asarray(grid.zero)[:, n], G)).astype(np.float64)
@@ -138,7 +140,9 @@ def test_refit_is_the_least_squares_optimum() -> None:
         def loss(s, d=design, n=n):
             return np.square(root @ (d @ s - w[:, n])).sum()
 
-        assert loss(np.asarray(got.scale)[:, n]) <= loss(np.asarray(grid.scale)[:, n])
+        before, after = loss(np.asarray(grid.scale)[:, n]), loss(np.asarray(got.scale)[:, n])
+        assert after <= before
+        np.testing.assert_allclose(change[n], after - before, atol=1e-4 * before)
         np.testing.assert_allclose(got.scale[:, n], best, rtol=2e-3)
 
 

@@ -31,7 +31,7 @@ def search(ws, gram, a, shared=None, **settings):
 def losses(ws, metric, scales) -> np.ndarray:
     """The loss of each of ``scales [T, K]`` for weights of one instance, as the search sums it up."""
     parts = [scale_candidates.scaled_losses(jnp.asarray(w), metric, jnp.asarray(scales), LEAF, "float16") for w in ws]
-    return np.asarray(parts, np.float64).sum(axis=0)
+    return sum(np.asarray(part, np.float64).sum(axis=1) for part in parts)
 
 
 def share_of(*ws: np.ndarray) -> jax.Array:
