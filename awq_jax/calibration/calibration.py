@@ -31,6 +31,7 @@ Kwargs = dict[str, Any]
 T = TypeVar("T")
 
 SLAB, SLAB_CHANNELS = 128, 512  # see `_in_slabs`
+PROVEN = 64  # tokens that a plan is proven on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,8 +150,8 @@ def calibrate(
       params: parameter pytree, float leaves.
       batches: iterable of an array (one argument), a tuple (arguments) or a dict (keyword arguments).
         Batches of a different shape cost one more compilation.
-      plan: scale groups, e.g. edited by hand; discovered from the model if absent. Either is proven on the
-        first batch (`awq_jax.plan.verify.verify`): a group that moves the output loses its absorbers.
+      plan: scale groups, e.g. edited by hand; discovered from the model if absent. Either is proven on some tokens
+        of the first batch (`awq_jax.plan.verify.verify`): a group that moves the output loses its absorbers.
       verified: ``plan`` has been proven already.
       include_head: also keep statistics for the matmul that makes the model's output.
       check: called with the plan before any batch is run; what it raises stops the calibration.
@@ -181,7 +182,8 @@ def calibrate(
             if check is not None:
                 check(plan)
             if not verified:
-                plan = verify(plan, apply_fn, params, *args, **kwargs)
+                few, named = _few_tokens(apply_fn, params, args, kwargs)
+                plan = verify(plan, apply_fn, params, *few, **named)
             collect = collector(apply_fn, map(Wanted, _without_head(plan, include_head)))
             step = jax.jit(lambda *a, collect=collect: collect(*a)[1])
             add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0)
@@ -198,6 +200,30 @@ def _arguments(batch: object) -> tuple[Args, Kwargs]:
     if isinstance(batch, Mapping):
         return (), dict(batch)
     return (tuple(batch), {}) if isinstance(batch, tuple) else ((batch,), {})
+
+
+def _few_tokens(apply_fn: Callable[..., object], params: object, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+    """The first `PROVEN` tokens of the first row of a batch, or the batch if that is not of token ids ``[B, T]``.
+
+    What else goes by row, or by row and token, is cut likewise. A model that does not take fewer gets the batch.
+    """
+    arrays = [x for x in jax.tree.leaves((args, kwargs)) if hasattr(x, "shape")]
+    if not arrays or len(arrays[0].shape) != 2 or not np.issubdtype(arrays[0].dtype, np.integer):
+        return args, kwargs
+    rows, tokens = arrays[0].shape
+
+    def cut(x: Any) -> Any:
+        shape = getattr(x, "shape", ())
+        if shape[:2] == (rows, tokens):
+            return x[:1, :PROVEN]
+        return x[:1] if shape[:1] == (rows,) else x
+
+    few, named = jax.tree.map(cut, (args, kwargs))
+    try:
+        jax.eval_shape(lambda p: apply_fn(p, *few, **named), params)
+    except Exception:  # whatever a model raises that is made for one shape
+        return args, kwargs
+    return few, named
 
 
 def _tokens(args: Args, kwargs: Kwargs) -> int:

@@ -106,6 +106,27 @@ def test_integer_tokens_are_counted_whole() -> None:
     assert_sums(got.stats["up"], mlp_inputs(weights(), p["embed"][ids])["up"])
 
 
+def test_a_plan_is_proven_on_few_tokens_where_the_model_takes_them() -> None:
+    p, ids, seen = weights() | {"embed": draw(11, K, seed=7)}, np.arange(400).reshape(4, 100) % 11, set()
+
+    def free(p, t, mask):
+        seen.add((t.shape, mask.shape))
+        return mlp(p, p["embed"][t] * mask[..., None])
+
+    def fixed(p, t, mask):
+        if t.shape != (4, 100):
+            raise TypeError("made for one shape")
+        return free(p, t, mask)
+
+    batch = (ids, np.ones((4, 100), np.float32))
+    got = whole(free, p, [batch])
+    assert seen == {((4, 100), (4, 100)), ((1, 64), (1, 64))}
+    assert got.tokens == 400
+    seen.clear()
+    assert whole(fixed, p, [batch]).plan.to_dict() == got.plan.to_dict()
+    assert seen == {((4, 100), (4, 100))}
+
+
 def test_scanned_layers_keep_their_own_sums() -> None:
     p = weights(L, out=K)
 
