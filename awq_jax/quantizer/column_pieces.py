@@ -16,6 +16,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType
 
 from awq_jax.devices.pool import Pool
 from awq_jax.plan import fold
@@ -67,7 +68,7 @@ class CanonicalWeight:
         """The weight of ``target``, which is not packed yet."""
         assert not isinstance(leaf, QuantizedTensor)
         scan, experts = math.prod(target.group.scan), math.prod(target.group.batch)
-        site, leaf = target.site, jnp.asarray(leaf)
+        site, leaf = target.site, off_mesh(leaf)
         if site.part:
             leaf, steps = leaf[site.window], fold.steps_within(steps, site.part)
         return cls(leaf, site.canonical_axes, scan, experts, steps, batch_order(target))
@@ -187,6 +188,14 @@ def sweep(
     window = -(-pool.size // pieces)  # experts whose pieces are worked on at a time
     starts = range(0, experts, window)
     return [row for low in starts for row in of_experts(low, min(low + window, experts))]
+
+
+def off_mesh(leaf: jax.Array) -> jax.Array:
+    """A leaf on a mesh with Explicit axes as an array whose type has no sharding."""
+    mesh = getattr(getattr(leaf, "sharding", None), "mesh", None)
+    if any(kind == AxisType.Explicit for kind in getattr(mesh, "axis_types", ())):
+        return jnp.asarray(np.asarray(leaf))
+    return jnp.asarray(leaf)
 
 
 def batch_order(target: Target) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 from jax.typing import ArrayLike
 
 from awq_jax.errors import ShapeError
@@ -167,7 +167,7 @@ class _Interpreter:
         assert op.use is not None
         assert op.roles is not None
         x, w = self.dense(op.ins[op.x], ins[op.x]), ins[op.weight]
-        flat, options = layouts.flatten_activation(op, x), {}
+        flat, options = layouts.flatten_activation(op, on_every_device(x)), {}
         if self.views[op.ins[op.weight]].choice is not None:
             places = math.prod(f.size for f in op.roles.n if f.axis == views.POSITION)  # that all rows go through
             lead = math.prod(flat.shape[:-2])
@@ -183,7 +183,8 @@ class _Interpreter:
                 taps[op.use.index] = jax.tree.map(self.over_devices, tapped) if self.manual else tapped
                 ins = [x if i == op.x else a for i, a in enumerate(ins)]
         if self.matmul and is_quantized(w) and (part := self.part(op, w)) is not None:
-            return layouts.restore_output(op, self.matmul(flat, part, **options))
+            y = layouts.restore_output(op, self.matmul(flat, jax.tree.map(on_every_device, part), **options))
+            return as_typed(y, op.result_sharding)
         return bind(op, [self.dense(v, a) for v, a in zip(op.ins, ins, strict=True)])[0]
 
     def over_devices(self, a: jax.Array) -> jax.Array:
@@ -372,6 +373,26 @@ class _Interpreter:
             return outs, {**blank, **new}
 
         return jax.lax.switch(ins[0], [lambda *a, body=body: branch(body, *a) for body in op.bodies], *values)
+
+
+def on_every_device(x: ArrayLike) -> ArrayLike:
+    """``x`` without a sharding in its type: on a mesh with Explicit axes, whole on each device."""
+    # What taps and packed products do to it would need a sharding to be named at each contraction and reshape.
+    sharding = getattr(jax.typeof(x), "sharding", None)
+    if any(axis is not None for axis in getattr(sharding, "spec", ())) and _explicit(sharding):
+        return jax.sharding.reshard(jnp.asarray(x), PartitionSpec())
+    return x
+
+
+def as_typed(y: jax.Array, sharding: Any) -> jax.Array:
+    """``y`` with the sharding that its type had in the program."""
+    if sharding is None or not _explicit(sharding) or not any(axis is not None for axis in sharding.spec):
+        return y
+    return jax.sharding.reshard(y, sharding.spec)
+
+
+def _explicit(sharding: Any) -> bool:
+    return any(kind == AxisType.Explicit for kind in getattr(sharding.mesh, "axis_types", ()))
 
 
 def _live(view: View, window: Window) -> Window:

@@ -116,6 +116,11 @@ class Op:
         return self.name in CALLS and self.grouped is None
 
     @property
+    def result_sharding(self) -> Any:
+        """Of its first result; with Explicit axes of a mesh it is a part of the type."""
+        return getattr(self.eqn.outvars[0].aval, "sharding", None)
+
+    @property
     def x(self) -> int:
         """Position of the activation of a matmul with a parameter."""
         return 1 - self.weight if self.grouped is None else self.grouped.x

@@ -81,3 +81,30 @@ def test_no_matmul_without_a_line():
     assert lines == set(p) - {"gain"}
     expected = {"q": "concatenate", "kv": "concatenate", "up": "mul", "w": "div", "base": "add"}
     assert all(word in plan.skipped[path] for path, word in expected.items())
+
+
+def test_a_mesh_with_explicit_axes():
+    """The default of `jax.make_mesh`: shardings are types, and every contraction would have to name one."""
+    mesh = jax.make_mesh((1,), ("rows",), axis_types=(AxisType.Explicit,))
+
+    def fn(p, x):
+        return jax.nn.relu(norm(x, p["norm"]) @ p["up"]) @ p["down"]
+
+    p = _params(norm=(D,), up=(D, 32), down=(32, D))
+    options = {"group_size": 16, "method": "awq", "n_grid": 2, "quantize_head": True, "progress": False}
+    want = awq_jax.calibrate(fn, p, [X], include_head=True, progress=False)
+    packed = awq_jax.quantize(p, want, **options)
+    with jax.set_mesh(mesh):
+        x = jax.device_put(X, jax.NamedSharding(mesh, P("rows", None)))
+        split = {"norm": P(), "up": P(None, "rows"), "down": P(None, None)}
+        there = {k: jax.device_put(v, jax.NamedSharding(mesh, split[k])) for k, v in p.items()}
+        got = awq_jax.calibrate(lambda p, x: fn({**p, "up": jax.sharding.reshard(p["up"], P())}, x), there, [x],
+                                include_head=True, progress=False)  # fmt: skip
+        for a, b in zip(jax.tree.leaves(dict(got.stats)), jax.tree.leaves(dict(want.stats)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+        q = awq_jax.quantize(there, got, **options)
+        for k in ("up", "down"):
+            np.testing.assert_array_equal(q[k].qweight, packed[k].qweight)
+        y = awq_jax.bind(fn)(jax.device_put(q, jax.NamedSharding(mesh, P())), x)
+        assert y.sharding.spec[0] == "rows"
+    np.testing.assert_allclose(y, fn(dense(packed), X), rtol=1e-4, atol=1e-4)
