@@ -151,7 +151,9 @@ def test_kernels_command_writes_the_schema(tmp_path, capsys):
     assert cli.main([*command, "--json", "--out", str(out)]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads(out.read_text())
-    [row] = printed["kernels"]
+    *compiled, row = printed["kernels"]
+    assert {r["impl"] for r in compiled} <= {"native"}  # where there is a C++ compiler
+    assert all(r["correct"] for r in compiled)
     assert {"m", "k", "n", "group_size", "impl", "us", "floor_share", "vs_bf16", "peers_us"} <= set(row)
     assert (row["m"], row["k"], row["n"], row["impl"], row["correct"]) == (3, 128, 64, "xla", True)
     assert printed["device"]
@@ -163,12 +165,15 @@ def test_decode_command_measures_dense_and_packed(capsys):
     assert cli.main(["bench", "decode", *shape, "--json"]) == 0
     dense, packed = json.loads(capsys.readouterr().out)["decode"]
     assert (dense["bits"], packed["bits"]) == (None, 4)
-    assert "copy" in packed["served"]
+    assert "copy" in packed["served"] or "compiled code" in packed["served"]
     for row in (dense, packed):
         assert row["tokens_per_s"] * row["ms_per_step"] == pytest.approx(1e3)
         assert row["floor_share"] == pytest.approx(row["floor_ms"] / row["ms_per_step"])
         assert row["peak_allowed_bytes"] == row["weight_bytes"] + row["cache_bytes"] + row["tile_bytes"]
-    assert packed["tile_bytes"] == 0, "a copy is dequantized once, before"
+    if "copy" in packed["served"]:
+        assert packed["tile_bytes"] == 0, "a copy is dequantized once, before"
+    else:
+        assert packed["tile_bytes"] > 0, "what a long prompt may dequantize at once"
 
 
 @pytest.mark.slow
@@ -247,7 +252,7 @@ def test_an_implementation_that_fails_costs_no_other_row(monkeypatch):
     whole = products.implementations
 
     def some(m, w, dtype):
-        return whole(m, w, dtype) | ({} if m == 1 else {"xla": (lambda x, q: 1 / 0, kernels.canonical)})
+        return {"xla": whole(m, w, dtype)["xla"] if m == 1 else (lambda x, q: 1 / 0, kernels.canonical)}
 
     monkeypatch.setattr(products, "implementations", some)
     rows = list(products.measure([(64, 32)], [1, 2, 1], 32, 4, TOP, seconds=0.001, with_peers=False))
