@@ -4,7 +4,9 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+import flax.core.meta
 import jax
+from flax import nnx
 
 from awq_jax.errors import PlanError, WeightError
 from awq_jax.qtensor import is_quantized
@@ -13,12 +15,36 @@ T = TypeVar("T")
 
 
 def path_str(path: jax.tree_util.KeyPath) -> str:
-    """A JAX key path as ``"layers/0/q_proj/kernel"``.
+    """A JAX key path as ``"layers/0/q_proj/kernel"``."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
-    Attribute keys of variable wrappers (``nnx.Param.value``, Linen partitioning boxes) are dropped.
+
+def _is_wrapper(x: object) -> bool:
+    """Whether ``x`` only wraps a variable; the key of what is inside names nothing."""
+    return isinstance(x, nnx.Variable | flax.core.meta.AxisMetadata)
+
+
+def named_leaves(params: object) -> list[tuple[str, Any]]:
+    """``(path, leaf)`` in tree order; a `QuantizedTensor` counts as one leaf.
+
+    The keys of variable wrappers (``nnx.Param.value``, Linen partitioning boxes) are not part of a path.
     """
-    named = tuple(key for key in path if getattr(key, "name", None) not in ("value", "raw_value"))
-    return jax.tree_util.keystr(named, simple=True, separator="/")
+
+    def walk(tree: object, path: jax.tree_util.KeyPath) -> list[tuple[str, Any]]:
+        out: list[tuple[str, Any]] = []
+        stop = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: is_quantized(x) or _is_wrapper(x))[0]
+        for keys, leaf in stop:
+            where = (*path, *keys)
+            if not _is_wrapper(leaf):
+                out.append((path_str(where), leaf))
+                continue
+            inner = jax.tree_util.tree_flatten_with_path(leaf, is_leaf=lambda x, leaf=leaf: x is not leaf)[0]
+            for key, child in inner:
+                kept = tuple(k for k in key if getattr(k, "name", None) not in ("value", "raw_value"))
+                out += walk(child, (*where, *kept))
+        return out
+
+    return walk(params, ())
 
 
 def flatten(params: object) -> dict[str, Any]:
@@ -27,10 +53,8 @@ def flatten(params: object) -> dict[str, Any]:
     Raises:
       PlanError: two leaves have the same path, such as those of ``{"a/b": x, "a": {"b": y}}``.
     """
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)
     out: dict[str, Any] = {}
-    for p, leaf in leaves:
-        path = path_str(p)
+    for path, leaf in named_leaves(params):
         if path in out:
             raise PlanError(f"two parameters have the path {path}: rename one of them")
         out[path] = leaf
@@ -39,7 +63,8 @@ def flatten(params: object) -> dict[str, Any]:
 
 def map_with_path(f: Callable[[str, Any], object], params: T) -> T:
     """Map ``f(path, leaf)`` over ``params``, keeping its structure."""
-    return jax.tree_util.tree_map_with_path(lambda p, leaf: f(path_str(p), leaf), params, is_leaf=is_quantized)
+    tree: Any = jax.tree.structure(params, is_leaf=is_quantized)
+    return jax.tree.unflatten(tree, [f(path, leaf) for path, leaf in named_leaves(params)])
 
 
 def filled(like: T, leaves: Mapping[str, Any]) -> T:

@@ -25,6 +25,7 @@ from awq_jax.plan.validate import validate
 from awq_jax.plan.verify import verify
 from awq_jax.progress import Progress, through
 from awq_jax.trace import interpret
+from awq_jax.trace.arguments import Form, split
 
 Args = tuple[object, ...]
 Kwargs = dict[str, Any]
@@ -149,7 +150,8 @@ def calibrate(
         function returned by `awq_jax.nnx.functional`. It must be traceable by `jax.jit`.
       params: parameter pytree, float leaves.
       batches: iterable of an array (one argument), a tuple (arguments) or a dict (keyword arguments).
-        Batches of a different shape cost one more compilation.
+        Batches of a different shape cost one more compilation, and so does another value of what is no array
+        (``train=False``).
       plan: scale groups, e.g. edited by hand; discovered from the model if absent. Either is proven on some tokens
         of the first batch (`awq_jax.plan.verify.verify`): a group that moves the output loses its absorbers.
       verified: ``plan`` has been proven already.
@@ -172,7 +174,7 @@ def calibrate(
     if not isinstance(batches, Iterable) or (isinstance(batches, list) and batches and np.isscalar(batches[0])):
         raise CalibrationError(f"batches is {str(batches)[:60]}: pass a list of arrays, each of them a batch")
     stats: dict[str, Stats] | None = None
-    step: Callable[..., dict[str, Stats]] | None = None
+    step: Callable[[object, list[object], Form], dict[str, Stats]] | None = None
     tokens = 0
     for batch in through(batches, progress, "calibrate", "batch"):
         args, kwargs = _arguments(batch)
@@ -185,9 +187,9 @@ def calibrate(
                 few, named = _few_tokens(apply_fn, params, args, kwargs)
                 plan = verify(plan, apply_fn, params, *few, **named)
             collect = collector(apply_fn, map(Wanted, _without_head(plan, include_head)))
-            step = jax.jit(lambda *a, collect=collect: collect(*a)[1])
+            step = jax.jit(lambda p, arrays, form, run=collect: run(p, *form.join(arrays))[1], static_argnums=2)
             add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0)
-        new = step(params, args, kwargs)
+        new = step(params, *split(args, kwargs))
         # Waiting here bounds what is in flight to one batch.
         stats = jax.block_until_ready(new if stats is None else add(stats, new))
         tokens += _tokens(args, kwargs)

@@ -141,7 +141,7 @@ def back(
       Blocked: if the operation is not linear, or its labels do not fit.
     """
     p, name = node.params, node.name
-    shape = node.ins[0].shape if node.ins and isinstance(node.ins[0], Val) else ()
+    shape = np.shape(node.ins[0]) if node.ins else ()
     if name in HOMOGENEOUS:
         yield (k if len(node.ins) == len(node.outs) else 0), lab
     elif name == "transpose":

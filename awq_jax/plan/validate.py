@@ -18,7 +18,7 @@ def validate(plan: Plan, params: object) -> None:
     Raises:
       PlanError: names the group and the path: missing, another shape, an index out of range.
     """
-    shapes = {path: tuple(leaf.shape) for path, leaf in paths.flatten(params).items()}
+    shapes = {path: np.shape(leaf) for path, leaf in paths.flatten(params).items()}
     names: set[str] = set()
     owner: dict[str, str] = {}
     parts: dict[str, list[Site]] = {}

@@ -76,7 +76,7 @@ def quantize(
       ConfigError: bad settings.
       CalibrationError: no statistics for these settings, or an empty calibration set.
       PlanError: the plan does not describe ``params``.
-      WeightError: a weight holds NaN or inf.
+      WeightError: a weight that is packed or folded into holds NaN or inf, or one is packed already.
       ShapeError: the group size does not divide some weights; all are listed.
     """
     if config is not None and settings:
@@ -94,20 +94,21 @@ def quantize(
     elif not isinstance(calib, Calibration):
         if apply_fn is None:
             raise CalibrationError("raw batches need apply_fn=...; or pass the result of awq_jax.calibrate")
-        check_finite(params)
+        check_float(parameters)
         calib = calibrate(
             apply_fn,
             params,
             calib,
             include_head=config.quantize_head,
-            check=lambda plan: select(plan, config, parameters),
+            check=lambda plan: check_finite(_changed(plan, select(plan, config, parameters)[0], parameters)),
             progress=progress,
         )
     calibrated = time.perf_counter()
     plan = calib.plan
     validate(plan, params)
+    check_float(parameters)
     targets, skipped = select(plan, config, parameters)
-    check_finite(params)
+    check_finite(_changed(plan, targets, parameters))
 
     work = with_targets(plan, targets)
     absent = [g.name for g, _ in work if g.name not in calib.stats]
@@ -207,10 +208,23 @@ def quantize_groups(
     return Quantized(out, rows, {"search": searched - started, "round": time.perf_counter() - searched})
 
 
-def check_finite(params: object) -> None:
-    """Refuse NaN and inf before any time is spent on them."""
-    for path, leaf in paths.flatten(params).items():
+def _changed(plan: Plan, targets: Mapping[str, Target], leaves: Mapping[str, Weight]) -> dict[str, Weight]:
+    """The leaves that are packed or that scales fold into. Others, such as bounds of a clip, may be infinite."""
+    groups = [g for g, _ in with_targets(plan, targets)]
+    names = {s.path for g in groups for s in g.sites} | {a.path for g in groups for a in g.absorbers}
+    return {path: leaf for path, leaf in leaves.items() if path in names}
+
+
+def check_float(leaves: Mapping[str, object]) -> None:
+    """Refuse what is packed already."""
+    for path, leaf in leaves.items():
         if isinstance(leaf, QuantizedTensor):
             raise WeightError(f"{path} is quantized already: start from the float parameters")
+
+
+def check_finite(leaves: Mapping[str, Any]) -> None:
+    """Refuse NaN and inf before any time is spent on them, and what is packed already; ``leaves``: by path."""
+    check_float(leaves)
+    for path, leaf in leaves.items():
         if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating) and not bool(all_finite(leaf)):
             raise WeightError(f"{path} holds NaN or inf: repair or re-download the checkpoint")

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from awq_jax import kernels
 from awq_jax.kernels import grouped
 from awq_jax.qtensor import QuantizedTensor, is_quantized
 from awq_jax.trace import interpret
+from awq_jax.trace.arguments import Form, split
 
 T = TypeVar("T")  # what a model returns
-Run = Callable[[Any, list[jax.Array]], T]  # of its parameters and the arrays among its arguments
+Run = Callable[[Any, list[object]], T]  # of its parameters and the arrays among its arguments
 KEPT = 32  # combinations of flags and argument structures remembered per bound function
 
 
@@ -49,21 +49,18 @@ def bind(apply_fn: Callable[..., T], *, impl: str = "auto") -> Callable[..., T]:
         ``apply_fn`` raises for arguments of these shapes.
     """
     kernels.check_impl(impl)
-    compiled: OrderedDict[Hashable, Run[T]] = OrderedDict()
+    compiled: OrderedDict[Form, Run[T]] = OrderedDict()
 
     @functools.wraps(apply_fn)
     def bound(params: object, *args: object, **kwargs: object) -> T:
         if not any(map(is_quantized, jax.tree.leaves(params, is_leaf=is_quantized))):
             return apply_fn(params, *args, **kwargs)
-        leaves, tree = jax.tree.flatten((args, kwargs))
-        arrays = [x for x in leaves if _is_array(x)]
-        fixed = tuple(None if _is_array(x) else _Fixed(x) for x in leaves)
-        key = (tree, fixed)
+        arrays, form = split(args, kwargs)
         try:
-            run = compiled.pop(key, None)
+            run = compiled.pop(form, None)
         except TypeError:  # an unhashable argument: correct, but traced at every call
-            return _compile(apply_fn, impl, *key)(params, arrays)
-        compiled[key] = run = run or _compile(apply_fn, impl, *key)
+            return _compile(apply_fn, impl, form)(params, arrays)
+        compiled[form] = run = run or _compile(apply_fn, impl, form)
         if len(compiled) > KEPT:
             compiled.popitem(last=False)
         return run(params, arrays)
@@ -71,9 +68,7 @@ def bind(apply_fn: Callable[..., T], *, impl: str = "auto") -> Callable[..., T]:
     return bound
 
 
-def _compile(
-    apply_fn: Callable[..., T], impl: str, tree: jax.tree_util.PyTreeDef, fixed: tuple[_Fixed | None, ...]
-) -> Run[T]:
+def _compile(apply_fn: Callable[..., T], impl: str, form: Form) -> Run[T]:
     """``run(params, arrays)`` for one structure of the arguments and one set of non-array values."""
 
     def matmul(x: jax.Array, q: QuantizedTensor, expert: jax.Array | None = None) -> jax.Array:
@@ -85,29 +80,9 @@ def _compile(
         y = grouped.matmul(x, q, numbers, impl=impl, preferred_element_type=wide, sparse=not few)
         return jnp.where(expert[:, None] >= 0, y, 0)
 
-    def run(params: object, arrays: list[jax.Array]) -> T:
-        it = iter(arrays)
-        args, kwargs = jax.tree.unflatten(tree, [next(it) if f is None else f.value for f in fixed])
+    def run(params: object, arrays: list[object]) -> T:
+        args, kwargs = form.join(arrays)
         program = interpret.trace(apply_fn, params, *args, **kwargs)
         return interpret.run(program, params, *args, matmul=matmul, **kwargs)
 
     return jax.jit(run)
-
-
-class _Fixed:
-    """An argument that is part of the program. Unlike in Python, ``1``, ``1.0`` and ``True`` differ."""
-
-    def __init__(self, value: object):
-        self.value = value
-
-    def __hash__(self) -> int:
-        return hash(self.value)
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, _Fixed) or type(self.value) is not type(other.value):
-            return False
-        return repr(self.value) == repr(other.value) if isinstance(self.value, float) else self.value == other.value
-
-
-def _is_array(x: object) -> bool:
-    return isinstance(x, jax.Array | np.ndarray | np.generic)

@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 
 from awq_jax.errors import ShapeError
 from awq_jax.kernels.parallel import varying
-from awq_jax.paths import path_str
+from awq_jax.paths import flatten
 from awq_jax.qtensor import QuantizedTensor, is_quantized
 from awq_jax.trace import layouts, packed, views
 from awq_jax.trace.jaxpr import REMAT, Graph, Op, Operand, Use, Val, bind
@@ -63,8 +63,8 @@ def run(
     Raises:
       ShapeError: if a parameter or an argument does not have the traced structure or shape.
     """
-    flat = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)[0]
-    found = {path_str(p): tuple(x.shape) for p, x in flat}
+    flat = flatten(params)
+    found = {path: tuple(np.shape(x)) for path, x in flat.items()}
     for path, shape in program.leaves.items():
         if found.get(path) != shape:
             raise ShapeError(f"{path}: traced with shape {shape}, called with {found.get(path)}; trace again")
@@ -78,7 +78,7 @@ def run(
     for x, v in zip(inputs, program.graph.ins[len(flat) :], strict=True):
         if tuple(np.shape(x)) != v.shape:
             raise ShapeError(f"an argument of shape {np.shape(x)} was traced with {v.shape}; trace again")
-    outs, taps = _Interpreter(program.views, tap, matmul, {}).graph(program.graph, [*(x for _, x in flat), *inputs])
+    outs, taps = _Interpreter(program.views, tap, matmul, {}).graph(program.graph, [*flat.values(), *inputs])
     out = jax.tree.unflatten(program.out_tree, outs)
     return (out, taps) if tap else out
 

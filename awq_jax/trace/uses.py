@@ -7,7 +7,8 @@ import jax
 import numpy as np
 from jax.tree_util import PyTreeDef
 
-from awq_jax.paths import path_str
+from awq_jax.errors import PlanError
+from awq_jax.paths import flatten
 from awq_jax.qtensor import is_quantized
 from awq_jax.trace import views
 from awq_jax.trace.counters import Numbers
@@ -47,13 +48,23 @@ def trace(fn: Callable[..., object], params: object, *args: object, **kwargs: ob
     """Record ``fn(params, *args, **kwargs)`` for the shapes given; nothing is computed.
 
     Args:
-      params: any pytree of arrays, `jax.ShapeDtypeStruct` or `QuantizedTensor` (traced as the float
+      params: any pytree of arrays, Python numbers, `jax.ShapeDtypeStruct` or `QuantizedTensor` (traced as the float
         leaf it stands for).
       *args, **kwargs: arrays, abstract arrays or tracers become inputs of the program; anything
         else (Python numbers, flags, strings) is fixed in it.
+
+    Raises:
+      PlanError: a parameter is no array, or two have one path.
     """
-    flat, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)
-    leaves = [jax.ShapeDtypeStruct(x.shape, x.dtype) if is_quantized(x) else x for _, x in flat]
+    named = flatten(params)
+    tree = jax.tree.structure(params, is_leaf=is_quantized)
+    leaves = [jax.ShapeDtypeStruct(x.shape, x.dtype) if is_quantized(x) else x for x in named.values()]
+    for path, x in zip(named, leaves, strict=True):
+        if not hasattr(x, "shape") and not isinstance(x, bool | int | float | complex):
+            raise PlanError(
+                f"{path} is a {type(x).__name__}, not an array: keep it out of the parameters (in the function, or as "
+                "static data of the tree)"
+            )
     rest, args_tree = jax.tree.flatten((args, kwargs))
     dynamic = tuple(hasattr(x, "shape") and hasattr(x, "dtype") for x in rest)
     out_tree: PyTreeDef
@@ -67,9 +78,8 @@ def trace(fn: Callable[..., object], params: object, *args: object, **kwargs: ob
 
     closed = jax.make_jaxpr(call)(leaves, [x for d, x in zip(dynamic, rest, strict=True) if d])
     graph = build(closed, "")
-    paths = [path_str(p) for p, _ in flat]
-    shapes = {p: tuple(x.shape) for p, x in zip(paths, leaves, strict=True)}
-    marks = _Marks({v: View.of_leaf(p, shapes[p]) for p, v in zip(paths, graph.ins, strict=False)})
+    shapes = {p: tuple(np.shape(x)) for p, x in zip(named, leaves, strict=True)}
+    marks = _Marks({v: View.of_leaf(p, shapes[p]) for p, v in zip(named, graph.ins, strict=False)})
     marks.visit(graph, "", 0)
     for v in graph.outs:
         marks.read(v, "the output")

@@ -100,7 +100,7 @@ def test_safetensors(params, state, tmp_path):
         safetensors.numpy.save_file(arrays, tmp_path / "packed.safetensors")
         read = safetensors.numpy.load_file(tmp_path / "packed.safetensors")
         assert_bitwise(jax.tree.unflatten(treedef, [jnp.asarray(read[name]) for name in arrays]), tree)
-    assert "kernel/qweight" in arrays
+    assert "kernel/value/qweight" in arrays
 
 
 def test_flax_serialization(params):

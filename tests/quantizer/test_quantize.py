@@ -523,8 +523,9 @@ def test_a_weight_that_is_not_finite_is_refused_by_name(path, value) -> None:
     p[path].flat[5] = value
     with pytest.raises(WeightError, match=f"^{path} holds NaN or inf"):
         awq_jax.quantize(p, block_calibration(), method="rtn", group_size=16, progress=False)
-    with pytest.raises(WeightError, match=f"^{path} holds NaN or inf"):  # before the batches are touched
-        awq_jax.quantize(p, iter([None]), apply_fn=block, group_size=16, progress=False)
+    batches = iter([np.ones((4, 32), np.float32)])
+    with pytest.raises(WeightError, match=f"^{path} holds NaN or inf"):  # before anything is computed
+        awq_jax.quantize(p, batches, apply_fn=block, group_size=16, progress=False)
 
 
 def test_bad_calls_are_refused() -> None:
