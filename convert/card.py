@@ -86,18 +86,18 @@ def write_beside(path: Path, format: str, destination: Destination, records: Seq
 
 def is_of(readme: Path, file: str) -> bool:
     """Whether a README.md is a card of ours of that file."""
-    return readme.is_file() and MARK.search(_text(readme)) is not None and file in _text(readme)
+    return readme.is_file() and MARK.search(text_of(readme)) is not None and file in text_of(readme)
 
 
 def _may_replace(readme: Path) -> bool:
-    return not os.path.lexists(readme) or _untouched(_text(readme))
+    return not os.path.lexists(readme) or untouched(text_of(readme))
 
 
 def _keep(directory: Path, source: Source | None) -> None:
     where = _readme_of(source)
     if where is None or where.parent == directory:
         return
-    if _untouched(_text(where)):  # ours: what it says is said again, and what it was made from stays beside it
+    if untouched(text_of(where)):  # ours: what it says is said again, and what it was made from stays beside it
         where = where.parent / KEPT
     with contextlib.suppress(CheckpointError):  # a link to elsewhere is none of the checkpoint's files
         refuse_outside(where, where.parent)
@@ -115,10 +115,11 @@ def _readme_of(source: Source | None) -> Path | None:
         refuse_outside(found, found.parent)
     except CheckpointError:
         return None
-    return found if found.is_file() and (where.is_dir() or MARK.search(_text(found))) else None
+    return found if found.is_file() and (where.is_dir() or MARK.search(text_of(found))) else None
 
 
-def _text(path: Path) -> str:
+def text_of(path: Path) -> str:
+    """A README, at most `LIMIT` bytes of it."""
     with path.open("rb") as f:
         return f.read(LIMIT).decode("utf-8", "replace")
 
@@ -127,7 +128,7 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _untouched(text: str) -> bool:
+def untouched(text: str) -> bool:
     """Whether a card is as we wrote it."""
     mark = MARK.search(text)
     return mark is not None and _digest(MARK.sub("", text, count=1)) == mark["digest"]
@@ -170,7 +171,7 @@ def origin_of(source: Source | None) -> Origin:
     if source is None or where is None:
         return Origin("a model")
     readme = _readme_of(source)
-    text = _text(readme) if readme is not None else ""
+    text = text_of(readme) if readme is not None else ""
     head, ours = front_matter(text), MARK.search(text) is not None
     metadata = getattr(getattr(source, "file", None), "metadata", None)
     if not ours and isinstance(metadata, Mapping):
@@ -235,6 +236,8 @@ def render(
     facts: dict[str, Any] = {"model": origin.name}
     if destination.settings is None:
         facts |= {**_method_of(source), **origin.facts}
+        if any(r.deviation for r in records):  # other weights than those that were measured
+            facts.pop("perplexity", None)
     else:  # quantized just now
         facts |= {"method": destination.settings.method, **destination.made}
     if origin.revision:
@@ -245,16 +248,27 @@ def render(
     quantized = bool(packed) or bool(facts.get("method"))
     head = _head(format, origin, quantized, _tags(format, packed, facts), destination.config)
     head["quantization"] = facts
-    told = yaml.safe_dump(head, sort_keys=False, allow_unicode=True, width=1000)
     lines = ["", f"# {_title(origin.name, packed, format, quantized)}", ""]
-    lines += _table(_rows(format, origin, packed, records, facts, source))
+    lines += table(_rows(format, origin, packed, records, facts, source))
     lines += ["", "## How to run it", "", *_serving(format, file, head["pipeline_tag"], packed, _chats(source)), ""]
     if origin.base_model:
         lines.append(f"Made from [{origin.base_model}](https://huggingface.co/{origin.base_model}).")
     if kept:
         lines.append(f"The card of what it was made from is [{KEPT}]({KEPT}).")
-    top, rest = f"---\n{told}---\n", "\n".join(lines).rstrip() + "\n"
+    return marked(head, "\n".join(lines).rstrip() + "\n")
+
+
+def marked(head: Mapping[str, Any], rest: str) -> str:
+    """A card of this front matter and what follows it, with `MARK` between them."""
+    top = f"---\n{yaml.safe_dump(dict(head), sort_keys=False, allow_unicode=True, width=1000)}---\n"
     return f"{top}<!-- written by awq_jax {_digest(top + rest)} -->\n{rest}"
+
+
+def mark_of(text: str) -> re.Match[str]:
+    """`MARK` in a card of ours."""
+    match = MARK.search(text)
+    assert match is not None, "not a card of ours"
+    return match
 
 
 def _method_of(source: Source | None) -> dict[str, Any]:
@@ -339,7 +353,8 @@ def _rows(
     return [*rows, ("made with", f"awq_jax {__version__}")]
 
 
-def _table(rows: Sequence[tuple[str, str]]) -> list[str]:
+def table(rows: Sequence[tuple[str, str]]) -> list[str]:
+    """Lines of Markdown: an empty head, and a line for each row."""
     cells = [tuple(c.replace("|", "\\|").replace("\n", " ") for c in row) for row in rows]
     return ["| | |", "|---|---|", *(f"| {a} | {b} |" for a, b in cells)]
 

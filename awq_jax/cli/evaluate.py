@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from awq_jax.cli import common
 from awq_jax.errors import ConfigError
@@ -10,6 +11,7 @@ from awq_jax.errors import ConfigError
 _EXAMPLES = """
 awq-jax eval ./model-awq --text test.txt
 awq-jax eval ./model-awq --text test.txt --against ./model --json
+awq-jax eval ./model-awq --text test.txt --against ./model --card
 awq-jax eval ./model-awq --text test.txt --context 1024 --stride 512 --max-tokens 50000
 """
 
@@ -33,6 +35,7 @@ def add(subparsers: common.Commands) -> None:
     p.add_argument("--stride", type=common.positive, help="tokens between windows (default: the context)")
     p.add_argument("--max-tokens", type=common.positive, metavar="N", help="score at most N tokens")
     p.add_argument("--batch-size", type=common.positive, metavar="N", help="windows per forward pass")
+    p.add_argument("--card", action="store_true", help="also put the perplexity into DIR's model card (README.md)")
     common.add_bos(p, "windows")
     common.add_dtype(p)
 
@@ -40,12 +43,14 @@ def add(subparsers: common.Commands) -> None:
 def run(args: argparse.Namespace) -> None:
     """Load, score, print."""
     from awq_jax import data, evaluate, models  # JAX, for which --help must not wait
-    from awq_jax.convert import registry
+    from awq_jax.convert import card_score, registry
     from awq_jax.data import tokens
     from awq_jax.serve import model
 
     # What cannot be done is refused before the weights of anything are read.
     data.check_source(args.text)
+    if args.card:
+        card_score.card_of(args.dir)
     opened = [registry.open_source(path) for path in (args.dir, args.against) if path is not None]
     configs = [models.config_of(source) for source in opened]
     vocabularies, limit = {c.vocab_size for c in configs}, min(c.max_length for c in configs)
@@ -72,6 +77,11 @@ def run(args: argparse.Namespace) -> None:
     divergence = None
     if args.against:
         divergence = evaluate.kl(quantized, model.load(args.against, args.dtype), ids, **settings)
+    if args.card:
+        told = f"{score.ppl:.3f} on {score.tokens:,} tokens of {Path(args.text).name}, windows of {context}"
+        if divergence is not None:
+            told += f"; KL {divergence.kl:.4f} nats per token from {Path(args.against).name}"
+        common.say(f"written into {card_score.add(args.dir, told)}", args.quiet)
     if args.json:
         result = {
             "model": args.dir,

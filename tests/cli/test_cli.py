@@ -101,9 +101,10 @@ def test_quantize_prints_a_summary_and_writes_a_report(packed):
 def test_eval_of_the_packed_model_against_the_float_one(packed, checkpoint, text):
     dst, *_ = packed
     code, out, err = run("eval", dst, "--text", text, "--against", checkpoint, "--context", 16,
-                         "--max-tokens", 200, "--json", "--quiet")  # fmt: skip
+                         "--max-tokens", 200, "--json", "--quiet", "--card")  # fmt: skip
     assert code == 0, err
     got = json.loads(out)
+    assert f"| perplexity | {got['ppl']:.3f} on 200 tokens of " in (dst / "README.md").read_text()
     assert got["tokens"] == 200
     assert got["windows"] == 13
     assert got["ppl"] == pytest.approx(np.exp(got["nll"]))

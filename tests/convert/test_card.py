@@ -10,8 +10,9 @@ import fuzz
 import huggingface_hub
 import pytest
 
+from awq_jax import errors
 from awq_jax.config import AwqConfig
-from awq_jax.convert import card, conversion, registry
+from awq_jax.convert import card, card_score, conversion, registry
 from awq_jax.convert.card import KEPT, README
 from awq_jax.convert.format import Destination
 from awq_jax.convert.writing import write_checkpoint
@@ -203,3 +204,26 @@ def test_the_report_is_told_without_folders_and_texts() -> None:
     report.layers, report.calibration = [], "hf:a/b (column text): 1 x 3"
     assert card.of_report(report) == {"method": "awq", "calibration": "hf:a/b (column text): 1 x 3"}
     json.dumps(told)
+
+
+def test_a_measured_perplexity_is_added_and_goes_with_the_same_weights(packed: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "packed"
+    conversion.checkpoint(packed, directory, "gemm")
+    before = text(directory)
+    for told in ("9.000 on 8 tokens", "7.500 on 8 tokens of a | b"):
+        assert card_score.add(directory, told) == directory / README
+        assert card.untouched(text(directory))
+        assert head(directory)["quantization"]["perplexity"] == told
+    assert [p.name for p in directory.iterdir() if p.name.startswith(".")] == []
+    added = [line for line in text(directory).splitlines() if line not in before.splitlines()]
+    assert "| perplexity | 7.500 on 8 tokens of a \\| b |" in added
+    conversion.checkpoint(directory, tmp_path / "exact", "compressed-tensors")
+    assert head(tmp_path / "exact")["quantization"]["perplexity"] == told
+    conversion.checkpoint(directory, tmp_path / "moved", "mlx", allow_lossy=True)
+    assert "perplexity" not in head(tmp_path / "moved")["quantization"]
+    (directory / README).write_text(text(directory) + "edited\n")
+    with pytest.raises(errors.CheckpointError, match="edited"):
+        card_score.add(directory, told)
+    (directory / README).unlink()
+    with pytest.raises(errors.CheckpointError, match=r"no README\.md"):
+        card_score.add(directory, told)

@@ -183,7 +183,7 @@ def test_another_job_does_not_continue_an_unfinished_run(checkpoint, unfinished,
 
 
 def test_a_changed_source_is_refused_and_restart_discards(checkpoint, whole, unfinished, tmp_path):
-    source = tmp_path / "copy"
+    source = tmp_path / "copy" / checkpoint.name  # the card says the name
     shutil.copytree(checkpoint, source)
     with pytest.raises(errors.CheckpointError, match="had other source"):
         quantize(source, unfinished)
