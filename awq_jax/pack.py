@@ -59,7 +59,7 @@ def unpack(qweight: Array, bits: int, rows: int) -> jax.Array:
     *lead, w, n = qweight.shape
     mask = jnp.uint32(2**bits - 1)
     if 32 % bits == 0:  # no code straddles words: one broadcast shift, which fuses with what follows
-        shifts = jnp.arange(0, 32, bits, dtype=jnp.uint32)[:, None]
+        shifts = jnp.arange(0, 32, bits, dtype=jnp.uint32).reshape(*[1] * (len(lead) + 1), -1, 1)
         codes = (qweight[..., :, None, :] >> shifts) & mask
         return codes.astype(jnp.uint8).reshape(*lead, w * (32 // bits), n)[..., :rows, :]
     per, wide = _period(bits)
@@ -92,7 +92,7 @@ def pack_cuda(codes: Array, bits: int) -> jax.Array:
     w, count = halfwords(rows, bits), planes(bits)
     codes = jnp.swapaxes(codes, -1, -2)
     codes = jnp.pad(codes, [(0, 0)] * (len(lead) + 1) + [(0, w * count - rows)]).astype(jnp.uint16)
-    shifts = jnp.arange(0, 16, bits, dtype=jnp.uint16)[:, None]
+    shifts = jnp.arange(0, 16, bits, dtype=jnp.uint16).reshape(*[1] * (len(lead) + 2), -1, 1)
     fields = codes.reshape(*lead, n, w // PLANE, count, PLANE) << shifts
     return fields.sum(-2, dtype=jnp.uint16).reshape(*lead, n, w)
 
@@ -103,7 +103,7 @@ def unpack_cuda(qweight: Array, bits: int, rows: int, parts: int = 1) -> jax.Arr
     ``parts``: the rows were cut into so many equal parts, each packed on its own (one for each device of a mesh).
     """
     *lead, n, w = qweight.shape
-    shifts = jnp.arange(0, 16, bits, dtype=jnp.uint16)[:, None]
+    shifts = jnp.arange(0, 16, bits, dtype=jnp.uint16).reshape(*[1] * (len(lead) + 2), -1, 1)
     fields = (qweight.reshape(*lead, n, w // PLANE, 1, PLANE) >> shifts) & jnp.uint16(2**bits - 1)
     codes = fields.astype(jnp.uint8).reshape(*lead, n, parts, w * planes(bits) // parts)[..., : rows // parts]
     return jnp.swapaxes(codes.reshape(*lead, n, rows), -1, -2)

@@ -95,7 +95,7 @@ def compensate(w: jax.Array, factor: GramFactor, grid: Grid, bits: int) -> jax.A
     order, u = factor
     pad = -k % OUTER
     if pad:
-        u = jnp.pad(u, ((0, pad), (0, pad))) + jnp.diag(jnp.where(jnp.arange(k + pad) < k, 0.0, 1.0))
+        u = jnp.pad(u, ((0, pad), (0, pad))) + jnp.diag((jnp.arange(k + pad) >= k).astype(u.dtype))
 
     def ordered(a: jax.Array) -> jax.Array:
         return jnp.pad(a[order], ((0, pad), (0, 0)))
@@ -195,7 +195,7 @@ def refit(spread: jax.Array, gram: jax.Array, codes: jax.Array, grid: Grid, dtyp
     a = jax.lax.map(against, jnp.arange(groups))
     # A little of |s - old|^2 is added: a group with no say in the error (a singular a) keeps its scale.
     floor = 1e-4 * jnp.einsum("GGn->Gn", a).mean(axis=0) + 1e-30
-    solved = grid.scale - solve_each(a + jnp.eye(groups)[:, :, None] * floor, slope)
+    solved = grid.scale - solve_each(a + jnp.eye(groups, dtype=a.dtype)[:, :, None] * floor, slope)
     ok = (solved > 0.5 * grid.scale) & (solved < 2.0 * grid.scale)
     new = Grid(store(jnp.where(ok, solved, grid.scale), dtype), grid.zero)
     moved = new.scale - grid.scale

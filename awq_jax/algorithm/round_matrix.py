@@ -73,7 +73,7 @@ def round_matrix(
     full = make_grid(*range_of(wg), bits, leaf.symmetric, dtype)
     if gram is None:
         codes = encode(wg, full, bits).reshape(w.shape)
-        best = _Candidate(codes, full, jnp.zeros(w.shape[-1]))
+        best = _Candidate(codes, full, jnp.zeros(w.shape[-1], jnp.float32))
     else:
         best = _best(w, wg, gram, factor, full, rounder, leaf, clip, dtype)
     used = best.grid

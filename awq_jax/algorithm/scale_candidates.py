@@ -58,7 +58,7 @@ def candidate(
 
 def candidates(magnitude: jax.Array, share: jax.Array, shared: jax.Array | None, n_grid: int) -> jax.Array:
     """Scale 1, then those to be tried, ratios rising, with the weights and without: ``[1 + 2 * n_grid, E, K]``."""
-    weighted = jnp.repeat(jnp.array([1.0, 0.0]), n_grid)
+    weighted = jnp.repeat(jnp.array([1.0, 0.0], jnp.float32), n_grid)
     trials = jnp.tile(jnp.arange(n_grid, dtype=jnp.float32) / n_grid, 2), weighted
     made = jax.lax.map(lambda t: candidate(magnitude, share, t[0], t[1], shared), trials)
     return jnp.concatenate([jnp.ones_like(magnitude)[None], made])

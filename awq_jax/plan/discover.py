@@ -60,7 +60,10 @@ def discover(fn: Callable[..., object], params: object, *args: object, **kwargs:
         )
     where = [(scope, node) for scope in top.all() for node in scope.nodes if node.use]
     where.sort(key=lambda t: t[1].use.index if t[1].use else 0)
-    skipped = _skipped(program, where)
+    unused = [node.use.path for _, node in where if node.use and node.unused]
+    where = [(scope, node) for scope, node in where if not node.unused]
+    used = {node.use.path for _, node in where if node.use}
+    skipped = {path: "its result is not used" for path in unused if path not in used} | _skipped(program, where)
     skipped |= {path: why for path, why in _computed(program, top).items() if path not in skipped}
     by_name: dict[str, list[tuple[Scope, Node]]] = {}
     for scope, node in where:
@@ -265,6 +268,8 @@ def _flows_into_matmul(top: Scope) -> dict[Node, bool]:
     flows: set[Val] = set()
     out: dict[Node, bool] = {}
     for node in reversed(top.nodes):
+        if node.unused:
+            continue
         onward = any(v in flows for v in node.outs)
         if node.use:
             out[node] = onward

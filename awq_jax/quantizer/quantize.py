@@ -21,7 +21,7 @@ from awq_jax.plan.plan import Plan, ScaleGroup, Site
 from awq_jax.plan.validate import validate
 from awq_jax.progress import Progress, bar
 from awq_jax.qtensor import QuantizedTensor, Weight
-from awq_jax.quantizer import parts
+from awq_jax.quantizer import adapters, parts
 from awq_jax.quantizer.scale_groups import GroupScale, find_scale, round_group
 from awq_jax.quantizer.targets import Target, select
 
@@ -83,7 +83,7 @@ def quantize(
         raise ConfigError("pass either an AwqConfig or settings, not both")
     config = config or AwqConfig.from_dict(settings)
     started = time.perf_counter()
-    parameters = paths.flatten(params)
+    parameters, factors = paths.flatten(params), adapters.factors(params)
     if isinstance(calib, Plan):
         if METHODS[config.method].needs_statistics:
             free = " or ".join(f'"{name}"' for name, method in METHODS.items() if not method.needs_statistics)
@@ -100,14 +100,14 @@ def quantize(
             params,
             calib,
             include_head=config.quantize_head,
-            check=lambda plan: check_finite(_changed(plan, select(plan, config, parameters)[0], parameters)),
+            check=lambda plan: check_finite(_changed(plan, select(plan, config, parameters, factors)[0], parameters)),
             progress=progress,
         )
     calibrated = time.perf_counter()
     plan = calib.plan
     validate(plan, params)
     check_float(parameters)
-    targets, skipped = select(plan, config, parameters)
+    targets, skipped = select(plan, config, parameters, factors)
     check_finite(_changed(plan, targets, parameters))
 
     work = with_targets(plan, targets)
@@ -179,7 +179,7 @@ def quantize_groups(
     scales: dict[str, GroupScale] = {}
     packed: dict[str, QuantizedTensor] = {}
     rows: list[report.LayerReport] = []
-    with jax.default_matmul_precision("highest"):
+    with jax.default_matmul_precision("highest"), jax.numpy_rank_promotion("allow"):
         for group, mine in work:
             scales[group.name] = find_scale(group, mine, leaves, fetch(group.name), config, pool)
             progress()

@@ -238,7 +238,7 @@ def _given(
 ) -> _Given:
     s = jnp.pad(scale, (0, rows - len(scale)), constant_values=1.0)
     if gram is None or count is None:
-        return _Given(None, None, s, jnp.zeros(()))
+        return _Given(None, None, s, jnp.zeros((), jnp.float32))
     mean, share = _square((gram, count), rows, shrink)
     scaled = mean / (s[:, None] * s[None, :])
     return _Given(scaled, method.rounder.prepare(scaled, damping), s, share)

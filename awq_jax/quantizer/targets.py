@@ -7,7 +7,7 @@ from collections.abc import Collection
 from awq_jax.config import AwqConfig, LeafConfig
 from awq_jax.errors import ConfigError, Setting, ShapeError
 from awq_jax.plan.plan import Plan, ScaleGroup, Site
-from awq_jax.quantizer import parts, patterns
+from awq_jax.quantizer import adapters, parts, patterns
 
 QUANTIZE_HEAD = Setting("quantize_head", True)
 
@@ -34,13 +34,16 @@ class Target:
         return -(-self.k // g) * g
 
 
-def select(plan: Plan, config: AwqConfig, parameters: Collection[str] = ()) -> tuple[dict[str, Target], dict[str, str]]:
+def select(
+    plan: Plan, config: AwqConfig, parameters: Collection[str] = (), factors: Collection[str] = ()
+) -> tuple[dict[str, Target], dict[str, str]]:
     """Targets by the name of the site, and the matmul weights left float with the reason.
 
     Args:
       plan: of the model.
       config: what to quantize to.
       parameters: paths of all parameters; a skip pattern may match one that is no weight.
+      factors: paths of factors of adapters, besides those that are known by their names.
 
     Raises:
       ShapeError: the group size does not divide some weights and ``on_indivisible="error"``; the
@@ -57,6 +60,8 @@ def select(plan: Plan, config: AwqConfig, parameters: Collection[str] = ()) -> t
         sites.setdefault(site.path, []).append(site)
         if leaf is None:
             skipped[site.path] = "matched a skip pattern"
+        elif site.path in factors or adapters.is_named_factor(site.path):
+            skipped[site.path] = adapters.REASON
         elif site.head and not config.quantize_head:
             skipped[site.path] = f"makes the model's output ({QUANTIZE_HEAD} quantizes it)"
         elif site.router and not site.head:

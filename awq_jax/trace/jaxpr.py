@@ -105,6 +105,11 @@ class Op:
         return self.eqn.params
 
     @property
+    def has_effects(self) -> bool:
+        """Whether it does more than compute its results, as prints and callbacks do."""
+        return bool(self.eqn.effects)
+
+    @property
     def is_call(self) -> bool:
         """Whether its body is a part of the program around it: values inside have the shapes they have outside."""
         if self.name == "shard_map":

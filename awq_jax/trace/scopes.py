@@ -14,12 +14,16 @@ OUTPUT = -1
 
 @dataclasses.dataclass(eq=False)
 class Node:
-    """An operation whose operands are resolved through calls; ``bodies`` are inner scopes."""
+    """An operation whose operands are resolved through calls; ``bodies`` are inner scopes.
+
+    ``unused``: nothing that the program returns depends on it.
+    """
 
     index: int
     op: Op
     ins: list[Any]
     bodies: list[Scope]
+    unused: bool = False
 
     @property
     def name(self) -> str:
@@ -53,7 +57,7 @@ class Scope:
     Attributes:
       nodes: operations in order.
       made_by: value -> (node, which of its results).
-      readers: value -> (node index, operand position); `OUTPUT` if the scope returns it.
+      readers: value -> (node index, operand position) of nodes that are used; `OUTPUT` if the scope returns it.
       derived: values computed from parameters and constants only.
       outer: the enclosing scope and the loop node there; None at the top.
     """
@@ -73,7 +77,21 @@ class Scope:
 
 def flatten(program: Program) -> Scope:
     """The scopes of a program."""
-    return _scope(program.graph, None, set(program.graph.ins[: len(program.leaves)]))
+    top = _scope(program.graph, None, set(program.graph.ins[: len(program.leaves)]))
+    _mark_unused(top, {v for v in top.outs if isinstance(v, Val)})
+    return top
+
+
+def _mark_unused(scope: Scope, live: set[Val]) -> None:
+    """Find what ``live`` does not depend on. All results of a loop count as used if one of them is."""
+    for node in reversed(scope.nodes):
+        node.unused = not node.op.has_effects and not any(v in live for v in node.outs)
+        if not node.unused:
+            live.update(node.vals())
+        for body in node.bodies:
+            _mark_unused(body, set() if node.unused else {v for v in body.outs if isinstance(v, Val)})
+    for v, readers in scope.readers.items():
+        scope.readers[v] = [(i, pos) for i, pos in readers if i == OUTPUT or not scope.nodes[i].unused]
 
 
 def _scope(graph: Graph, outer: tuple[Scope, Node] | None, derived: set[Val]) -> Scope:

@@ -23,6 +23,11 @@ def matrix(seed, rows=N, columns=N):
 X = matrix(9, 8)
 
 
+def dense(q):
+    packed = lambda a: isinstance(a, awq_jax.QuantizedTensor)  # noqa: E731
+    return jax.tree.map(lambda a: a.dequantize() if packed(a) else a, q, is_leaf=packed)
+
+
 @flax.struct.dataclass
 class Dense:
     kernel: jax.Array
@@ -42,8 +47,7 @@ def test_a_field_called_value_has_its_name():
     assert list(paths.flatten(p)) == ["c/kernel", "c/value/kernel"]
     q = awq_jax.quantize(p, awq_jax.discover(model, p, X), **RTN)
     assert isinstance(q["c"].value.kernel, awq_jax.QuantizedTensor)
-    dense = jax.tree.map(lambda a: a.dequantize(), q, is_leaf=lambda a: isinstance(a, awq_jax.QuantizedTensor))
-    np.testing.assert_allclose(awq_jax.bind(model)(q, X), model(dense, X), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(awq_jax.bind(model)(q, X), model(dense(q), X), rtol=1e-4, atol=1e-4)
 
 
 def test_wrappers_of_variables_have_no_name():
@@ -130,3 +134,32 @@ def test_a_batch_may_carry_flags():
         np.testing.assert_array_equal(got.stats[name].gram, stats.gram)
     other = awq_jax.calibrate(model, p, [(X, False), (X, True)], include_head=True, progress=False)
     assert not np.allclose(other.stats["head"].gram, want.stats["head"].gram)
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+def test_a_weight_whose_result_is_not_used_stays_float(jitted):
+    def model(p, x):
+        x = x * p["norm"]
+        both = lambda x: (x @ p["up"], (x @ p["k"]) @ p["v"])  # noqa: E731
+        up, _ = (jax.jit(both) if jitted else both)(x)
+        return jnp.tanh(up) @ p["head"]
+
+    p = {"norm": jnp.ones(N), "k": matrix(0), "v": matrix(1), "up": matrix(2), "head": matrix(3)}
+    calib = awq_jax.calibrate(model, p, [X], include_head=True, progress=False)
+    assert calib.plan.skipped == dict.fromkeys("kv", "its result is not used")
+    first, last = calib.plan.groups
+    assert [s.path for s in first.sites] == ["up"]
+    assert [a.path for a in first.absorbers] == ["norm"]  # what is not used does not need the unscaled value
+    assert last.sites[0].head
+    q = awq_jax.quantize(p, calib, **RTN)
+    np.testing.assert_allclose(awq_jax.bind(model)(q, X), model(dense(q), X), rtol=1e-4, atol=1e-4)
+
+
+def test_a_weight_that_only_a_callback_reads_is_used():
+    def model(p, x):
+        jax.debug.callback(lambda y: None, x @ p["seen"])
+        return x @ p["head"]
+
+    plan = awq_jax.discover(model, {"seen": matrix(0), "head": matrix(1)}, X)
+    assert not plan.skipped
+    assert {s.path for g in plan.groups for s in g.sites} == {"seen", "head"}
