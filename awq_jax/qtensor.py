@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import flax.serialization
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
@@ -212,6 +213,27 @@ def from_state(like: object, state: Mapping[str, Array]) -> QuantizedTensor:
 
 # What `flax.serialization.to_bytes` and `from_bytes` do with a packed leaf.
 flax.serialization.register_serialization_state(QuantizedTensor, to_state, from_state)
+
+
+def _static_to_json(static: Any) -> bytes:
+    *values, placement = static
+    if placement is not None:
+        raise WeightError("a function of weights packed for a mesh cannot be serialized: export it before placing them")
+    return json.dumps(dict(zip(STATIC, values, strict=True))).encode()
+
+
+def _static_from_json(data: bytes) -> tuple[object, ...]:
+    fields = json.loads(data)
+    return (*(tuple(v) if isinstance(v := fields[name], list) else v for name in STATIC), None)
+
+
+# What `jax.export` writes of the structure of arguments with a packed leaf.
+jax.export.register_pytree_node_serialization(
+    QuantizedTensor,
+    serialized_name="awq_jax.QuantizedTensor",
+    serialize_auxdata=_static_to_json,
+    deserialize_auxdata=_static_from_json,
+)
 
 
 def split_shape(shape: tuple[int, ...], axes: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
