@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import flax.serialization
 import jax
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
 ARRAYS = ("qweight", "scales", "zeros", "inv_scale", "offsets", "perm")
+_A = TypeVar("_A", jax.Array, np.ndarray)
 STATIC = ("bits", "group_size", "axes", "k_dims", "n_dims", "dtype", "layout")
 
 
@@ -248,11 +249,11 @@ def split_shape(shape: tuple[int, ...], axes: str) -> tuple[tuple[int, ...], tup
     return pick["b"], pick["k"], pick["n"]
 
 
-def to_canonical(w: jax.Array, axes: str) -> jax.Array:
+def to_canonical(w: _A, axes: str) -> _A:
     """A float leaf to ``[*B, K, N]``."""
     b, k, n = split_shape(w.shape, axes)
     order = [i for r in "bkn" for i, a in enumerate(axes) if a == r]
-    return jnp.transpose(w, order).reshape(*b, math.prod(k), math.prod(n))
+    return w.transpose(order).reshape(*b, math.prod(k), math.prod(n))
 
 
 def from_canonical(w: jax.Array, axes: str, k_dims: tuple[int, ...], n_dims: tuple[int, ...]) -> jax.Array:

@@ -45,17 +45,17 @@ class Compensated:
         return factorize(gram, damping)
 
     def clip_metric(self, gram: jax.Array, factor: GramFactor | None, group: int) -> jax.Array:
-        assert factor is not None
-        return conditional_energy(gram, factor).reshape(-1, group)
+        return energy_left_by_compensation(gram, factor).reshape(-1, group)
 
     def codes(self, w: jax.Array, factor: GramFactor | None, grid: Grid, bits: int) -> jax.Array:
         assert factor is not None
         return compensate(w, factor, grid, bits)
 
 
-def energy_left_by_compensation(gram: jax.Array, damping: float) -> jax.Array:
+def energy_left_by_compensation(gram: jax.Array, factor: GramFactor | None) -> jax.Array:
     """`conditional_energy` ``[K]`` of a Gram ``[K, K]``."""
-    return conditional_energy(gram, factorize(gram, damping))
+    assert factor is not None
+    return conditional_energy(gram, factor)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,13 +66,14 @@ class Method:
       rounder: how codes are chosen.
       needs_statistics: scales and clipped ranges are searched, and each column takes the best of several
         roundings. Without, weights go to the nearest code of the whole range and statistics only tell the error.
-      channel_energy: what an error in each channel costs in the scale search, ``(gram, damping) -> [K]``: a
-        diagonal metric, whose root also stands for the size of the channel. None: the whole Gram, and ``E|x|``.
+      channel_energy: what an error in each channel costs in the scale search, of the Gram and what ``rounder``
+        made of it: a diagonal metric ``[K]``, whose root also stands for the size of the channel. None: the whole
+        Gram, and ``E|x|``.
     """
 
     rounder: Rounder
     needs_statistics: bool = True
-    channel_energy: Callable[[jax.Array, float], jax.Array] | None = None
+    channel_energy: Callable[[jax.Array, GramFactor | None], jax.Array] | None = None
 
 
 METHODS: dict[MethodName, Method] = {

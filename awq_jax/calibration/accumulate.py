@@ -124,7 +124,7 @@ def _rows(gram: jax.Array, *, k: int) -> jax.Array:
 
 
 def _plain_zeros(shapes: ByGroup) -> ByGroup:
-    return {name: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), s) for name, s in shapes.items()}
+    return {name: jax.tree.map(lambda a: jax.device_put(np.zeros(a.shape, a.dtype)), s) for name, s in shapes.items()}
 
 
 def _specs(lead: int) -> Stats:

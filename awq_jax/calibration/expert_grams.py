@@ -53,7 +53,7 @@ class ExpertGrams:
 
     def all_finite(self) -> bool:
         """Whether there is neither NaN nor inf in any."""
-        return bool(all_finite(self._layer))
+        return all_finite(self._layer)
 
 
 @dataclasses.dataclass(frozen=True)

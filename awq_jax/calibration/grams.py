@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from awq_jax import dtypes
+from awq_jax.devices import host
 from awq_jax.pack import Array
 from awq_jax.plan.plan import ScaleGroup
 
@@ -39,7 +41,10 @@ class ArrayGrams:
 
     def collect(self, instance: int) -> jax.Array:
         """See `Grams`."""
-        return jnp.asarray(self._gram[np.unravel_index(instance, self._lead)] if self._lead else self._gram)
+        if not self._lead:
+            return jax.device_put(self._gram)
+        here = host.view(self._gram)
+        return jax.device_put((self._gram if here is None else here)[np.unravel_index(instance, self._lead)])
 
     def sum_experts(self, layer: int) -> jax.Array:
         """See `Grams`."""
@@ -51,10 +56,15 @@ class ArrayGrams:
 
     def all_finite(self) -> bool:
         """See `Grams`."""
-        return bool(all_finite(self._gram))
+        return all_finite(self._gram)
+
+
+def all_finite(x: Array) -> bool:
+    """Whether there is neither NaN nor inf in ``x``."""
+    here = host.view(x)
+    return bool(_all_finite(x)) if here is None else dtypes.all_finite(here)
 
 
 @jax.jit
-def all_finite(x: Array) -> jax.Array:
-    """Whether there is neither NaN nor inf in ``x``."""
+def _all_finite(x: Array) -> jax.Array:
     return jnp.isfinite(x).all()

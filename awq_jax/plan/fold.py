@@ -16,13 +16,14 @@ import functools
 import math
 from collections.abc import Mapping
 from types import ModuleType
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from awq_jax import paths
+from awq_jax.devices import host
 from awq_jax.errors import PlanError, ShapeError, WeightError
 from awq_jax.pack import Array
 from awq_jax.plan.plan import Absorber, Plan, ScaleGroup, Site
@@ -31,6 +32,7 @@ from awq_jax.trace.views import Window
 
 Scales = Mapping[str, Array]
 T = TypeVar("T")
+A = TypeVar("A", jax.Array, np.ndarray)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=["kind", "offset"])
@@ -48,11 +50,11 @@ class ScaleStep:
     offset: float
     values: Array
 
-    def apply(self, w: jax.Array) -> jax.Array:
+    def apply(self, w: A) -> A:
         """``w`` multiplied or divided."""
         if self.kind == "times":
-            return w * self.values.astype(w.dtype)
-        return (self.offset + w) / self.values.astype(w.dtype) - self.offset
+            return cast(A, w * self.values.astype(w.dtype))
+        return cast(A, (self.offset + w) / self.values.astype(w.dtype) - self.offset)
 
 
 class Folder:
@@ -94,7 +96,13 @@ class Folder:
             return leaf
         if isinstance(leaf, QuantizedTensor):
             raise WeightError(f"{path} is packed: scales fold into float parameters only")
-        return _folded(leaf, steps)
+        here = host.view(leaf)
+        alike = None if here is None else steps_on_host(steps, here.shape)
+        if here is None or alike is None:
+            return _folded(leaf, steps)
+        with np.errstate(over="ignore"):  # a caller that minds looks at the result
+            wide = scaled(here.astype(np.promote_types(here.dtype, np.float32)), alike)
+            return jax.device_put(wide.astype(here.dtype))
 
     def steps(self, path: str) -> tuple[ScaleStep, ...]:
         """What `leaf` does with a parameter: divide where it absorbs a scale, multiply where it is a site's weight."""
@@ -105,11 +113,30 @@ class Folder:
         )
 
 
-def scaled(w: jax.Array, steps: tuple[ScaleStep, ...]) -> jax.Array:
+def scaled(w: A, steps: tuple[ScaleStep, ...]) -> A:
     """``w``, in the dtype to compute in, with all steps applied."""
     for step in steps:
         w = step.apply(w)
     return w
+
+
+def steps_on_host(steps: tuple[ScaleStep, ...], shape: tuple[int, ...]) -> tuple[ScaleStep, ...] | None:
+    """``steps`` of a leaf of ``shape`` with which NumPy makes the bits that XLA makes on a CPU of the given ones.
+
+    XLA divides by a broadcast as it multiplies by its reciprocal. None: values are elsewhere, or there is an offset
+    too, which it subtracts before it rounds.
+    """
+    out = []
+    for step in steps:
+        values = host.view(step.values)
+        if values is None:
+            return None
+        if step.kind == "over" and values.shape != shape:
+            if step.offset:
+                return None
+            step = ScaleStep("times", 0.0, np.float32(1.0) / values)
+        out.append(dataclasses.replace(step, values=np.asarray(step.values)))
+    return tuple(out)
 
 
 def steps_within(steps: tuple[ScaleStep, ...], part: Window) -> tuple[ScaleStep, ...]:

@@ -11,20 +11,24 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from types import ModuleType
+from typing import TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType
 
+from awq_jax.devices import host
 from awq_jax.devices.pool import Pool
+from awq_jax.pack import Array
 from awq_jax.plan import fold
 from awq_jax.qtensor import QuantizedTensor, Weight, split_shape, to_canonical
 from awq_jax.quantizer.targets import Target
 
 PIECE = {"cpu": 1 << 18}  # numbers in a piece, by backend: on a CPU what its caches hold
 PIECE_ELSEWHERE = 1 << 25  # accelerators: enough columns to keep them busy
+HOST_PIECE = 1 << 18  # numbers that NumPy looks at together
 ALIGNED = 64  # columns in a piece are a multiple of it
 SPARE = 0.15  # of the columns may be zeros that fill up the last piece
 
@@ -33,7 +37,7 @@ Prepared = TypeVar("Prepared")
 Result = TypeVar("Result")
 
 
-Place = Callable[[jax.Array], jax.Array]  # brings a piece to the device that works on it
+Place = Callable[[Array], Array]  # brings a piece to the device that works on it
 
 
 @functools.partial(
@@ -56,7 +60,7 @@ class CanonicalWeight:
       order: the batch axes as layers and experts are numbered, scanned ones first; None for as they stand.
     """
 
-    leaf: jax.Array
+    leaf: Array
     axes: str
     scan: int = 1
     experts: int = 1
@@ -68,10 +72,13 @@ class CanonicalWeight:
         """The weight of ``target``, which is not packed yet."""
         assert not isinstance(leaf, QuantizedTensor)
         scan, experts = math.prod(target.group.scan), math.prod(target.group.batch)
-        site, leaf = target.site, off_mesh(leaf)
+        site, whole = target.site, off_mesh(leaf)
         if site.part:
-            leaf, steps = leaf[site.window], fold.steps_within(steps, site.part)
-        return cls(leaf, site.canonical_axes, scan, experts, steps, batch_order(target))
+            here = host.view(whole)
+            part = whole[site.window] if here is None else here[site.window]
+            steps = fold.steps_within(steps, site.part)
+            return cls(part, site.canonical_axes, scan, experts, steps, batch_order(target))
+        return cls(whole, site.canonical_axes, scan, experts, steps, batch_order(target))
 
     @property
     def columns(self) -> int:
@@ -79,10 +86,37 @@ class CanonicalWeight:
         _, k, _ = split_shape(self.leaf.shape, self.axes)
         return self.leaf.size // (math.prod(k) * self.scan * self.experts)
 
+    def take(self, layer: int, expert: int, start: int, size: int) -> Array:
+        """Columns ``start ... start + size - 1`` of one instance, float32 ``[K, size]``.
+
+        By NumPy if the leaf is in host memory: XLA would compile a program for every shape and choice of steps.
+        """
+        whole = host.view(self.leaf)
+        alike = None if whole is None else fold.steps_on_host(self.steps, whole.shape)
+        if whole is None or alike is None:
+            return self.take_compiled(layer, expert, start, size)
+
+        def columns(a: Array) -> np.ndarray:
+            w = self._canonical(np.broadcast_to(a, whole.shape))[layer, expert]  # [M, K, N]
+            n = w.shape[-1]
+            first, stop = start // n, start + size
+            w = np.moveaxis(w[first : -(-stop // n)], 0, 1)  # views up to here, unless a leaf is laid out oddly
+            return w.reshape(len(w), -1)[:, start - first * n : stop - first * n]
+
+        steps = tuple(dataclasses.replace(step, values=columns(step.values)) for step in alike)
+        return fold.scaled(columns(whole).astype(np.float32), steps)
+
+    def _canonical(self, leaf: np.ndarray) -> np.ndarray:
+        """``[S, E, M, K, N]``, with M experts that share one activation."""
+        w = to_canonical(leaf, self.axes)
+        if self.order is not None:
+            w = np.transpose(w, (*self.order, w.ndim - 2, w.ndim - 1))
+        return w.reshape(self.scan, self.experts, -1, *w.shape[-2:])
+
     @functools.partial(jax.jit, static_argnames="size")
-    def take(self, layer: int, expert: int, start: int, size: int) -> jax.Array:
-        """Columns ``start ... start + size - 1`` of one instance, float32 ``[K, size]``."""
-        w = to_canonical(fold.scaled(self.leaf.astype(jnp.float32), self.steps), self.axes)
+    def take_compiled(self, layer: int, expert: int, start: int, size: int) -> jax.Array:
+        """`take` of a leaf on an accelerator, or on several devices."""
+        w = to_canonical(fold.scaled(cast(jax.Array, self.leaf).astype(jnp.float32), self.steps), self.axes)
         k, n = w.shape[-2:]
         if self.order is not None:
             w = jnp.transpose(w, (*self.order, w.ndim - 2, w.ndim - 1))
@@ -90,10 +124,22 @@ class CanonicalWeight:
         w = jnp.moveaxis(w.reshape(self.scan, self.experts, -1, k, n), 2, 3).reshape(self.scan, self.experts, k, -1)
         return jax.lax.dynamic_slice(w, (layer, expert, 0, start), (1, 1, k, size))[0, 0]
 
-    @jax.jit
-    def largest(self) -> jax.Array:
+    def largest(self) -> float:
         """The largest magnitude of all."""
-        return jnp.abs(fold.scaled(self.leaf.astype(jnp.float32), self.steps)).max()
+        whole = host.view(self.leaf)
+        if whole is None or fold.steps_on_host(self.steps, whole.shape) is None:
+            return float(self.largest_compiled())
+        some = max(1, HOST_PIECE * self.columns * self.scan * self.experts // self.leaf.size)
+        return max(
+            float(np.abs(self.take(layer, expert, start, min(some, self.columns - start))).max())
+            for layer, expert in np.ndindex(self.scan, self.experts)
+            for start in range(0, self.columns, some)
+        )
+
+    @jax.jit
+    def largest_compiled(self) -> jax.Array:
+        """`largest` of a leaf on an accelerator, or on several devices."""
+        return jnp.abs(fold.scaled(cast(jax.Array, self.leaf).astype(jnp.float32), self.steps)).max()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +178,7 @@ class Columns:
         most = PIECE.get(jax.default_backend(), PIECE_ELSEWHERE) // self.rows
         return max(ALIGNED, most - most % ALIGNED)
 
-    def piece(self, layer: int, expert: int, number: int) -> jax.Array:
+    def piece(self, layer: int, expert: int, number: int) -> Array:
         """float32 ``[rows, size]``."""
         low, high = number * self.size, min((number + 1) * self.size, self.total)
         found, before = [], 0
@@ -141,13 +187,14 @@ class Columns:
             if start < stop:
                 found.append(p.take(layer, expert, start, stop - start))
             before += p.columns
-        w = found[0] if len(found) == 1 else jnp.concatenate(found, axis=1)
+        xp: ModuleType = np if all(isinstance(w, np.ndarray) for w in found) else jnp
+        w = found[0] if len(found) == 1 else xp.concatenate(found, axis=1)
         short = (self.rows - w.shape[0], self.size - w.shape[1])
-        return jnp.pad(w, [(0, n) for n in short]) if any(short) else w
+        return xp.pad(w, [(0, n) for n in short]) if any(short) else w
 
     def largest(self) -> float:
         """The largest magnitude of all."""
-        return max(float(p.largest()) for p in self.weights)
+        return max(p.largest() for p in self.weights)
 
 
 def sweep(
@@ -194,8 +241,8 @@ def off_mesh(leaf: jax.Array) -> jax.Array:
     """A leaf on a mesh with Explicit axes as an array whose type has no sharding."""
     mesh = getattr(getattr(leaf, "sharding", None), "mesh", None)
     if any(kind == AxisType.Explicit for kind in getattr(mesh, "axis_types", ())):
-        return jnp.asarray(np.asarray(leaf))
-    return jnp.asarray(leaf)
+        return jax.device_put(np.asarray(leaf))
+    return leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf)
 
 
 def batch_order(target: Target) -> tuple[int, ...]:
@@ -218,13 +265,13 @@ def to_batched(a: np.ndarray, target: Target) -> np.ndarray:
     return np.transpose(a, (*np.argsort(order).tolist(), len(order), len(order) + 1))
 
 
-def scale_to_batched(scale: jax.Array, target: Target) -> jax.Array:
+def scale_to_batched(scale: np.ndarray, target: Target) -> np.ndarray:
     """``[*scan, *batch, K]`` to ``[*batch axes of the leaf, K]``."""
     group, order = target.group, batch_order(target)
     stored, _, _ = split_shape(target.site.part_shape, target.site.canonical_axes)
     batch = [stored[i] for i in order]
     lead = (*group.scan, *group.batch)
-    scale = jnp.broadcast_to(
+    scale = np.broadcast_to(
         scale.reshape(*lead, *(1,) * (len(batch) - len(lead)), group.channels), (*batch, group.channels)
     )
-    return jnp.transpose(scale, (*np.argsort(order).tolist(), len(order)))
+    return np.transpose(scale, (*np.argsort(order).tolist(), len(order)))

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from awq_jax import pack
@@ -79,11 +79,11 @@ def join(sites: Sequence[Site], packed: Mapping[str, QuantizedTensor]) -> Quanti
             if own is not None:
                 spans = [w for w, x in zip(_window(s), axes, strict=True) if x == "b"]
                 inverse[tuple(slice(low, low + size) for low, size in spans)] = np.asarray(own)
-    tables: dict[str, Any] = {name: None if a is None else jnp.asarray(a) for name, a in arrays.items()}
+    tables: dict[str, Any] = {name: None if a is None else jax.device_put(a) for name, a in arrays.items()}
     return dataclasses.replace(
         first,
         **tables,
-        inv_scale=None if inverse is None else jnp.asarray(inverse),
+        inv_scale=None if inverse is None else jax.device_put(inverse),
         k_dims=k_dims,
         n_dims=n_dims,
     )

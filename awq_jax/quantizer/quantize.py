@@ -226,5 +226,5 @@ def check_finite(leaves: Mapping[str, Any]) -> None:
     """Refuse NaN and inf before any time is spent on them, and what is packed already; ``leaves``: by path."""
     check_float(leaves)
     for path, leaf in leaves.items():
-        if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating) and not bool(all_finite(leaf)):
+        if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating) and not all_finite(leaf):
             raise WeightError(f"{path} holds NaN or inf: repair or re-download the checkpoint")

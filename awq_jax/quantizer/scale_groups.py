@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ from awq_jax.quantizer.scale_search import search
 from awq_jax.quantizer.targets import Target, scale_dtype
 from awq_jax.report import LayerReport
 
+IN_PLACE = 4096  # channels from which on memory for one more Gram outweighs a program that saves it
 NO_TOKENS = "no finite activations were seen in calibration: rounded to nearest"
 
 
@@ -79,7 +80,7 @@ def find_scale(
     rows *= -(-group.channels // rows)
     every = [(t.leaf, CanonicalWeight.of(t, leaves[t.site.path])) for t in targets]
     weights = [(leaf, Columns([p for other, p in every if other == leaf], rows)) for leaf in dict.fromkeys(dict(every))]
-    dtypes = {scale_dtype(float(p.largest()), leaf, config) for leaf, p in every}
+    dtypes = {scale_dtype(p.largest(), leaf, config) for leaf, p in every}
     found = []
     for layer in range(math.prod(group.scan)):
         absmean = np.pad(means.absmean[layer], ((0, 0), (0, rows - group.channels)))
@@ -142,7 +143,8 @@ def round_group(
         columns = Columns(weights, alike[0].rows)
         dtype = scale_dtype(columns.largest(), leaf, config)
         once = len(by_leaf) * math.prod(group.scan) * math.prod(group.batch) * pool.size == 1
-        prepare = _prepare_in_place if consume and once and columns.rows == group.channels else _prepare
+        free = consume and once and columns.rows == group.channels >= IN_PLACE
+        prepare = _prepare_in_place if free else _prepare
         rounded = _round(columns, means, group, found, leaf, config, dtype, pool, prepare)
         start = 0
         for t, p in zip(alike, weights, strict=True):
@@ -181,12 +183,13 @@ _Sums = tuple[jax.Array, np.float32]  # of `awq_jax.calibration.means.Means.coll
 
 class _Given(NamedTuple):
     """What the columns of one instance have in common: the shrunk Gram of the scaled input, its factor, the scale,
-    and by which share the Gram was shrunk."""
+    by which share the Gram was shrunk, and `Method.channel_energy`, if the method has one."""
 
     gram: jax.Array | None
     factor: GramFactor | None
     scale: jax.Array
     shrunk: jax.Array
+    energy: jax.Array | None
 
 
 def _round(
@@ -238,10 +241,12 @@ def _given(
 ) -> _Given:
     s = jnp.pad(scale, (0, rows - len(scale)), constant_values=1.0)
     if gram is None or count is None:
-        return _Given(None, None, s, jnp.zeros((), jnp.float32))
+        return _Given(None, None, s, jnp.zeros((), jnp.float32), None)
     mean, share = _square((gram, count), rows, shrink)
     scaled = mean / (s[:, None] * s[None, :])
-    return _Given(scaled, method.rounder.prepare(scaled, damping), s, share)
+    factor = method.rounder.prepare(scaled, damping)
+    energy = None if method.channel_energy is None else method.channel_energy(scaled, factor)
+    return _Given(scaled, factor, s, share, energy)
 
 
 _STATIC = ("rows", "method", "damping", "shrink")
@@ -252,7 +257,7 @@ _prepare_in_place = jax.jit(_given, static_argnames=_STATIC, donate_argnames="gr
 @functools.partial(jax.jit, static_argnames=("leaf", "method", "clip", "dtype"))
 def _round_piece(w: jax.Array, given: _Given, *, leaf: LeafConfig, method: Method, clip: bool, dtype: str) -> _Packed:
     """Round ``w [K, C]``, which the scale is already multiplied into."""
-    gram, factor, s, shrunk = given
+    gram, factor, s, shrunk, _ = given
     judge = gram if method.needs_statistics else None
     r = round_matrix(w, judge, factor, rounder=method.rounder, leaf=leaf, clip=clip, dtype=dtype)
     energy = rtn = loss = r.loss
@@ -283,21 +288,16 @@ def _energies(
     if method.channel_energy is None:
         return None
     chosen = {"method": method, "damping": config.damping, "shrink": _shrink(config)}
+    ones = np.ones(means.absmean.shape[-1], np.float32)  # scales: then it is the program that rounding uses
     made = sweep(
         pool,
         experts,
         1,
         lambda e: means.collect_gram(layer, e),
-        lambda sums: _energy(sums, rows=rows, **chosen),
+        lambda sums: _prepare(*sums, ones, rows=rows, **chosen).energy,
         lambda place, e, piece, energy: energy,
     )
     return np.stack([energy for (energy,) in made])
-
-
-@functools.partial(jax.jit, static_argnames=_STATIC)
-def _energy(sums: _Sums, *, rows: int, method: Method, damping: float, shrink: float | None) -> jax.Array:
-    assert method.channel_energy is not None
-    return method.channel_energy(_square(sums, rows, shrink)[0], damping)
 
 
 def _square(sums: _Sums, rows: int, shrink: float | None) -> tuple[jax.Array, jax.Array]:
@@ -318,10 +318,10 @@ def _assemble(t: Target, group: ScaleGroup, leaf: Weight, rounded: _Packed, foun
     _, k_dims, n_dims = split_shape(t.site.part_shape, t.site.canonical_axes)
     inverse = None
     if found.scale is not None and not group.absorbers:
-        inverse = scale_to_batched(1.0 / jnp.asarray(found.scale), t)
+        inverse = jax.device_put(scale_to_batched(np.float32(1.0) / found.scale, t))
 
     def batched(a: Array) -> jax.Array:
-        return jnp.asarray(to_batched(np.asarray(a), t))
+        return jax.device_put(to_batched(np.asarray(a), t))
 
     return QuantizedTensor(
         qweight=batched(rounded.qweight),
@@ -374,7 +374,7 @@ def _overflows(group: ScaleGroup, targets: list[Target], leaves: Mapping[str, We
     folder = fold.Folder(Plan((group,)), {group.name: scale})
     touched = dict.fromkeys([a.path for a in group.absorbers] + [s.path for s in group.sites])
     stays = [path for path in touched if path not in {t.site.path for t in targets}]
-    over = (p for p in stays if not bool(all_finite(folder.leaf(p, leaves[p]))))
+    over = (p for p in stays if not all_finite(cast(Array, folder.leaf(p, leaves[p]))))
     return next((f"{p} ({leaves[p].dtype})" for p in over), "")
 
 
@@ -385,11 +385,11 @@ def _experts_share_channels(group: ScaleGroup) -> bool:
     return bool(np.any(np.asarray(group.shared_channels) // group.channels != own))
 
 
-def _padded_shared_channels(group: ScaleGroup, rows: int) -> jax.Array | None:
+def _padded_shared_channels(group: ScaleGroup, rows: int) -> np.ndarray | None:
     """The group's shared channels over ``rows`` channels per expert; padding channels share with nothing."""
     if group.shared_channels is None:
         return None
     old = np.asarray(group.shared_channels).reshape(-1, group.channels)
     shared = np.arange(len(old) * rows, dtype=np.int32).reshape(len(old), rows)
     shared[:, : group.channels] = old // group.channels * rows + old % group.channels
-    return jnp.asarray(shared.reshape(-1))
+    return shared.reshape(-1)

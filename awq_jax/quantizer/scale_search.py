@@ -44,7 +44,7 @@ def search(
     weights: Sequence[tuple[LeafConfig, Columns]],
     metric: Callable[[int], Array],
     magnitude: np.ndarray,
-    shared: jax.Array | None,
+    shared: Array | None,
     *,
     layer: int = 0,
     n_grid: int,

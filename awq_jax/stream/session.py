@@ -274,7 +274,7 @@ class Session:
                     x = hidden.get(i)
                     if block.kind != EMBED:
                         x = x.astype(self.activations or x.dtype, copy=False)
-                    made[i] = program(copies(i), pool.place(i, jnp.asarray(x)), np.int32(start))
+                    made[i] = program(copies(i), pool.place(i, jax.device_put(x)), np.int32(start))
             # Waiting in each round bounds what is in flight to a batch a device.
             sums.add({i: stats for i, (_, stats) in made.items()}, first, count)
             out = {i: y for i, (y, _) in made.items() if y is not None}

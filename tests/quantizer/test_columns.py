@@ -34,18 +34,21 @@ def canonical(leaf: np.ndarray, axes: str, scan: int, experts: int) -> np.ndarra
         ((5, 4, 3, 2), "nknk", 1, 1),
     ],
 )
-def test_columns_are_those_of_the_whole_leaf(shape, axes, scan, experts):
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_columns_are_those_of_the_whole_leaf(shape, axes, scan, experts, offset):
     leaf = rng.normal(size=shape).astype(np.float32)
     times, over = (rng.uniform(1, 2, [1 if i % 2 else n for i, n in enumerate(shape)]) for _ in range(2))
-    steps = ("over", 1.0, over), ("times", 0.0, times)
+    steps = ("over", offset, over), ("times", 0.0, times)
     factors = tuple(ScaleStep(kind, offset, jnp.asarray(values, jnp.float32)) for kind, offset, values in steps)
     part = CanonicalWeight(jnp.asarray(leaf), axes, scan, experts, factors)
-    want = canonical((((1 + leaf) / over - 1) * times).astype(np.float32), axes, scan, experts)
+    want = canonical((((offset + leaf) / over - offset) * times).astype(np.float32), axes, scan, experts)
     assert part.columns == want.shape[-1]
     for s, e in np.ndindex(scan, experts):
         got = part.take(s, e, 3, 5)
         np.testing.assert_allclose(got, want[s, e, :, 3:8], rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(got, part.take_compiled(s, e, 3, 5))  # to the bit, by NumPy or on a device
     np.testing.assert_allclose(part.largest(), np.abs(want).max(), rtol=1e-5)
+    assert part.largest() == part.largest_compiled()
 
 
 def test_pieces_run_over_the_borders_of_weights_and_are_filled_up(monkeypatch):
@@ -67,7 +70,7 @@ def test_a_piece_takes_no_memory_for_the_rest_of_the_leaf():
     leaf = jax.ShapeDtypeStruct((4096, 512), jnp.bfloat16)
     step = ScaleStep("times", 0.0, jax.ShapeDtypeStruct((1, 512), jnp.float32))
     weight = CanonicalWeight(leaf, "nk", steps=(step,))
-    compiled = CanonicalWeight.take.lower(weight, 0, 0, 0, size=64).compile()
+    compiled = CanonicalWeight.take_compiled.lower(weight, 0, 0, 0, size=64).compile()
     assert compiled.memory_analysis().temp_size_in_bytes <= 512 * 64 * 4
 
 

@@ -280,10 +280,11 @@ def _one(value: np.ndarray | QuantizedTensor, name: str, how: Stored, dtype: str
     check_shape(name, tuple(value.shape), how.shape)
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise WeightError(f"{name} is {value.dtype}, not floating point; was it quantized by an unknown tool?")
-    array, same = _held(value), str(value.dtype) == dtype
-    array = array if same else array.astype(dtype)
-    if not (all_finite(value) if same else bool(jnp.isfinite(array).all())):
+    with np.errstate(over="ignore"):
+        value = value.astype(FLOATS[dtype], copy=False)
+    if not all_finite(value):
         raise WeightError(f"{name} holds NaN or inf as {dtype}; re-download it, or load with dtype='float32'")
+    array = _held(value)
     array = jnp.swapaxes(array, -1, -2) if how.transpose else array
     return array if how.part is None else how.part.of(array)
 
