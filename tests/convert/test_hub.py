@@ -78,7 +78,13 @@ def done(server: hub_stand_in.Hub, source: Path) -> dict[str, tuple[Any, str, st
     temporary = source.parent / "tmp"
     temporary.mkdir()
     places = {"HF_ENDPOINT": server.address, "HF_HOME": str(source.parent / "home"), "TMPDIR": str(temporary)}
-    env = {**os.environ, **places, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    env = {
+        **os.environ,
+        **places,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_OFFLINE": "0",
+    }
     ran = subprocess.run(
         [sys.executable, "-c", DRIVER], input=json.dumps(list(cases.values())), env=env, capture_output=True, text=True
     )

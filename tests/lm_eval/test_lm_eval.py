@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 pytest.importorskip("lm_eval.api")  # ``lm_eval`` alone may be this folder
 tiny = pytest.importorskip("tiny_checkpoints", reason="makes checkpoints with torch", exc_type=ImportError)
+# Here, where lm-eval is installed: other tests of this process talk to a stand-in of the hub.
+os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
