@@ -27,7 +27,7 @@ def by_hand(gram: np.ndarray, tokens: int) -> float:
     c = gram[live][:, live] / d / d[:, None]
     m = live.sum()
     chance = min(1.0, m * (m - 1) / ((c**2).sum() - m) / tokens)
-    kept = 0.9 * (1 - chance) / (1 - chance + 10 * chance)
+    kept = 0.9 * (1 - chance) / (1 - chance + 3 * chance)
     return 1 - kept
 
 
