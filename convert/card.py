@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from awq_jax._version import __version__
-from awq_jax.convert import registry
+from awq_jax.convert import card_usage, registry
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.convert.files.safetensors import refuse_outside
 from awq_jax.convert.files.shards import write_text
@@ -36,15 +36,6 @@ LIMIT = 1 << 20  # bytes of a README that are looked at
 CARRIED = ("license", "license_name", "license_link", "language")  # from the source's own card
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 SNAPSHOT = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)")  # a repository in the hub's cache
-# What each program is called with. Which of them read a format is what its title says; ours reads all.
-SERVING = {
-    "vLLM": "vllm serve MODEL",
-    "transformers": "from transformers import pipeline\n\n"
-    'pipe = pipeline("TASK", model="MODEL", device_map="auto")\nprint(pipe(PROMPT))',
-    "mlx-lm": 'mlx_lm.generate --model MODEL --prompt "Why is the sky blue?"',
-    "llama.cpp": 'llama-cli -m MODEL -p "Why is the sky blue?"  # or: llama-server -m MODEL',
-}
-NEEDS = {"awq": "gptqmodel", "gptq": "gptqmodel", "compressed-tensors": "compressed-tensors"}  # by transformers
 LICENSE = ("license", "license.name", "license.link")  # of GGUF's metadata
 
 
@@ -250,7 +241,13 @@ def render(
     head["quantization"] = facts
     lines = ["", f"# {_title(origin.name, packed, format, quantized)}", ""]
     lines += table(_rows(format, origin, packed, records, facts, source))
-    lines += ["", "## How to run it", "", *_serving(format, file, head["pipeline_tag"], packed, _chats(source)), ""]
+    lines += [
+        "",
+        "## How to run it",
+        "",
+        *card_usage.lines_of(format, file, head["pipeline_tag"], destination.config, records, card_usage.chats(source)),
+        "",
+    ]
     if origin.base_model:
         lines.append(f"Made from [{origin.base_model}](https://huggingface.co/{origin.base_model}).")
     if kept:
@@ -287,15 +284,10 @@ def _several(values: Any) -> int | str:
 
 
 def _tags(format: Format, packed: Sequence[Record], facts: Mapping[str, Any]) -> list[str]:
-    family = format.name.partition("-q")[0] if format.name.startswith("gguf") else _family(format)
+    family = format.name.partition("-q")[0] if format.name.startswith("gguf") else card_usage.family(format)
     bits = [f"{b}-bit" for b in sorted({r.bits for r in packed})]
     method = ["awq"] if "awq" in str(facts.get("method")) and packed else []
     return list(dict.fromkeys([*([family] if packed else []), *method, *bits, "awq_jax"]))
-
-
-def _family(format: Format) -> str:
-    """``awq`` of the formats of AutoAWQ and llm-awq, else the format's name without its version."""
-    return "awq" if re.match("AutoAWQ|llm-awq", format.title) else format.name.removesuffix("-v2")
 
 
 def _head(format: Format, origin: Origin, quantized: bool, tags: list[str], config: HfConfig) -> dict[str, Any]:
@@ -357,37 +349,3 @@ def table(rows: Sequence[tuple[str, str]]) -> list[str]:
     """Lines of Markdown: an empty head, and a line for each row."""
     cells = [tuple(c.replace("|", "\\|").replace("\n", " ") for c in row) for row in rows]
     return ["| | |", "|---|---|", *(f"| {a} | {b} |" for a, b in cells)]
-
-
-def programs(format: Format) -> list[str]:
-    """The programs of `SERVING` that read a format, by its title."""
-    return [p for p in SERVING if p in format.title]
-
-
-def _serving(format: Format, file: str, task: str, packed: Sequence[Record], chat: bool) -> list[str]:
-    model = file or "MODEL"
-    lines = [] if file else ["`MODEL` is the directory, or the id of its repository."]
-    prompt = '[{"role": "user", "content": "Why is the sky blue?"}]' if chat else '"The sky is blue because"'
-    for program in programs(format):
-        needs = NEEDS.get(_family(format), "") if packed and program == "transformers" else ""
-        command = SERVING[program].replace("TASK", task).replace("PROMPT", prompt).replace("MODEL", model)
-        lines += ["", f"{program} (`pip install transformers {needs}`):" if needs else f"{program}:", ""]
-        lines += [f"```{'python' if program == 'transformers' else 'sh'}", command, "```"]
-    if format.name == "orbax":
-        ours, kind = 'params = awq_jax.convert.restore("MODEL")  # leaves that awq_jax.bind takes', "python"
-    else:
-        ours, kind = f'awq-jax generate {model} "Why is the sky blue?"{" --chat" if chat else ""}', "sh"
-    return [*lines, "", "awq_jax:", "", f"```{kind}", ours, "```"]
-
-
-def _chats(source: Source | None) -> bool:
-    """Whether the source has a chat template."""
-    where = None if source is None else path_of(source)
-    if where is None:
-        return False
-    if where.is_file():
-        metadata = getattr(getattr(source, "file", None), "metadata", {})
-        return "tokenizer.chat_template" in metadata
-    config = where / "tokenizer_config.json"
-    inside = config.is_file() and b'"chat_template"' in config.read_bytes()
-    return inside or (where / "chat_template.jinja").is_file() or (where / "chat_template.json").is_file()

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from awq_jax.convert.config_json import HfConfig
+from awq_jax.convert.format import Record
 from awq_jax.convert.formats import joined_linears
 from awq_jax.convert.formats.awq import scaled_activations
 from awq_jax.convert.formats.records import HEAD
@@ -108,6 +109,22 @@ def contents(source: Source) -> Contents:
             shape = (info.shape[0], info.shape[-1])
             linears.append(Linear(module, shape, p.bits, p.group_size, p.symmetric, p.act_order, p.scale_dtype))
     return Contents(source.format, source.config, tuple(linears), tuple(getattr(source, "scaled_activations", ())))
+
+
+def of_records(format: str, config: HfConfig, records: Sequence[Record]) -> Contents:
+    """Of a checkpoint that is being written.
+
+    Args:
+      format: its name.
+      config: ``config.json``.
+      records: its tensors, among which scaled activations are not.
+    """
+    linears = [
+        Linear(r.module, (r.shape[0], r.shape[-1]), r.bits, r.group_size, r.symmetric, r.act_order, r.dtype)
+        for r in records
+        if r.bits
+    ]
+    return Contents(format, config, tuple(linears))
 
 
 @dataclasses.dataclass(frozen=True)

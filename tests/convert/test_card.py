@@ -12,9 +12,9 @@ import pytest
 
 from awq_jax import errors
 from awq_jax.config import AwqConfig
-from awq_jax.convert import card, card_score, conversion, registry
+from awq_jax.convert import card, card_score, card_usage, conversion, registry
 from awq_jax.convert.card import KEPT, README
-from awq_jax.convert.format import Destination
+from awq_jax.convert.format import Destination, Record
 from awq_jax.convert.writing import write_checkpoint
 from awq_jax.report import LayerReport, Report
 
@@ -183,15 +183,27 @@ def test_beside_a_file_only_in_a_folder_of_its_own(packed: Path, tmp_path: Path)
             assert there.get(README) is None or text(folder) == there[README]
 
 
-def test_who_reads_a_format_is_what_its_title_says() -> None:
-    readers = {f.name: card.programs(f) for f in registry.FORMATS.values()}
-    assert readers["gemm"] == readers["compressed-tensors"] == readers["gptq"] == ["vLLM", "transformers"]
-    assert readers["mlx"] == ["mlx-lm"]
-    assert readers["gguf-q8_0"] == ["llama.cpp"]
-    assert {n for n, programs in readers.items() if not programs} == {"awq-jax", "orbax", "marlin"}
+def test_how_to_run_it_is_told_of_engines_that_serve_it() -> None:
+    config = {"model_type": "llama"}
+
+    def engines(format: str, family: str = "llama", **packed: Any) -> list[str]:
+        how = {"bits": 4, "group_size": 128} | packed
+        record = Record("model.layers.0.mlp.up_proj.weight", (256, 256), "float16", **how)
+        return card_usage.served_by(registry.get(format), {"model_type": family}, [record])
+
+    assert engines("gemm") == engines("gptq", symmetric=True) == ["vllm", "transformers"]
+    assert engines("compressed-tensors") == ["vllm"]  # transformers 5.24 cannot load zero points
+    assert engines("compressed-tensors", symmetric=True) == ["vllm", "transformers"]
+    assert engines("gptq") == ["transformers"]
+    assert engines("gemm", "falcon") == []
+    assert engines("mlx") == ["mlx"]
+    assert engines("gguf-q8_0", bits=8) == ["llama.cpp"]
+    assert not any(engines(f) for f in ("awq-jax", "orbax", "marlin", "gemv", "gemv_fast", "llm-awq"))
     for f in registry.FORMATS.values():
-        said = card.render(f, Destination(), [], None)
-        assert ("vllm serve" in said) == ("vLLM" in f.title)
+        served = card_usage.served_by(f, config, [])
+        said = card.render(f, Destination(config=config), [], None)
+        for engine, command in {"vllm": "vllm serve", "mlx": "mlx_lm.generate", "llama.cpp": "llama-cli"}.items():
+            assert (command in said) == (engine in served)
 
 
 def test_the_report_is_told_without_folders_and_texts() -> None:
