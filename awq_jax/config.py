@@ -50,6 +50,10 @@ class AwqConfig:
       shrinkage: share by which correlations of channels in the calibration text are shrunk, from 0 to below 1, where
         methods other than ``"rtn"`` weigh errors by them; None: chosen for every input by the number of tokens and
         how strong its correlations are (see `awq_jax.calibration.shrinkage`).
+      sequential: quantize group by group on the quantized stream: each group of weights is rounded for the input that
+        it has once all before it are quantized, and is corrected for what they have changed (see
+        `awq_jax.algorithm.correction`). For a checkpoint or `awq_jax.serve.model.Model`, and methods other than
+        ``"rtn"``; `awq_jax.quantize` has only the statistics of the float model.
       explicit_scale: where no parameter can absorb a scale, keep it beside the weight and
         multiply the activation at run time. Checkpoint formats cannot store it; writers that
         need folded scales ask for ``False``.
@@ -75,6 +79,7 @@ class AwqConfig:
     n_grid: int = 20
     damping: float = 0.01
     shrinkage: float | None = None
+    sequential: bool = False
     explicit_scale: bool = True
     quantize_head: bool = False
     on_indivisible: Literal["error", "pad", "float"] = "error"

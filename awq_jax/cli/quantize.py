@@ -56,6 +56,9 @@ def add(subparsers: common.Commands) -> None:
     g.add_argument("--serve-dtype", default="float16", choices=SCALE_DTYPES,
                    help="in which the engine will compute: scales are of this type (default: %(default)s)")  # fmt: skip
     g.add_argument("--no-clip", action="store_true", help="no search for clipping thresholds")
+    g.add_argument("--sequential", action=argparse.BooleanOptionalAction, default=AwqConfig.sequential,
+                   help="round each weight for the input that it has once those before it are quantized: nearer to the "
+                   "float model, for half as much time again")  # fmt: skip
     g.add_argument("--quantize-head", action="store_true", help="also quantize the output projection")
     g.add_argument("--skip", action="append", default=[], metavar="REGEX", help="leave weights float; may be repeated")
     g.add_argument("--override", action="append", default=[], metavar="REGEX:bits=B,group_size=G,symmetric=S",
@@ -236,6 +239,7 @@ def settings(args: argparse.Namespace) -> AwqConfig:
         symmetric=args.symmetric,
         method=args.method,
         clip=not args.no_clip,
+        sequential=args.sequential,
         # A scale beside the weight fits in no other runtime's checkpoint.
         explicit_scale=args.format == "awq-jax",
         quantize_head=args.quantize_head,

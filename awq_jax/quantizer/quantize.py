@@ -22,6 +22,7 @@ from awq_jax.plan.validate import validate
 from awq_jax.progress import Progress, bar
 from awq_jax.qtensor import QuantizedTensor, Weight
 from awq_jax.quantizer import adapters, parts
+from awq_jax.quantizer.following import Aim, Follower
 from awq_jax.quantizer.scale_groups import GroupScale, find_scale, round_group
 from awq_jax.quantizer.targets import Target, select
 
@@ -163,6 +164,7 @@ def quantize_groups(
     progress: Callable[[], object] = lambda: None,
     pool: Pool = HERE,
     consume: bool = False,
+    follower: Follower | None = None,
 ) -> Quantized:
     """Search the scales of some groups, and pack their weights.
 
@@ -174,6 +176,7 @@ def quantize_groups(
       progress: called twice for each group.
       pool: devices that share the work; the result does not depend on their number.
       consume: what ``fetch`` returns is not needed afterwards: its memory may be used.
+      follower: what says, group by group, what to round for; None: the weights themselves, by ``fetch``.
     """
     started = time.perf_counter()
     scales: dict[str, GroupScale] = {}
@@ -188,15 +191,20 @@ def quantize_groups(
         # A scale of 1 where there is none: then the programs do not depend on what was found.
         ones = {g.name: np.ones((*g.scan, *g.batch, g.channels), np.float32) for g, _ in work}
         folded = fold.Folder(plan, ones | found)
+        # A weight that stays float is scaled only where something upstream absorbed the scale.
+        absorbed = fold.Folder(plan, {g.name: found[g.name] for g, _ in work if g.name in found and g.absorbers})
+        if follower is not None:
+            follower.begin(absorbed, {t.site.path for _, mine in work for t in mine})
         for group, mine in work:
-            sums = fetch(group.name)
-            given = folded, scales[group.name], sums, config, pool, consume
+            found_here = scales[group.name]
+            aim = follower.reach(group, mine, found_here) if follower else Aim(fetch(group.name), {})
+            given = folded, found_here, aim.stats, config, pool, consume, aim.weights
             for name, (q, row) in round_group(group, mine, leaves, *given).items():
                 packed[name] = q
                 rows.append(row)
+            if follower is not None:
+                follower.put(group, packed, mine)
             progress()
-    # A weight that stays float is scaled only where something upstream absorbed the scale.
-    absorbed = fold.Folder(plan, {g.name: found[g.name] for g, _ in work if g.name in found and g.absorbers})
     sites: dict[str, list[Site]] = {}
     for t in (t for _, mine in work for t in mine):
         sites.setdefault(t.site.path, []).append(t.site)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple, cast
 
 import jax
@@ -123,6 +124,7 @@ def round_group(
     config: AwqConfig,
     pool: Pool = HERE,
     consume: bool = False,
+    aims: Mapping[str, Weight] = MappingProxyType({}),
 ) -> dict[str, tuple[QuantizedTensor, LayerReport]]:
     """Round and pack the targets of one group; those stored alike are rounded as one matrix.
 
@@ -131,6 +133,7 @@ def round_group(
       found: this group's scale.
       pool: devices that share the work.
       consume: ``stats`` are not needed any more, and their memory may be used.
+      aims: by path, what to round in place of a leaf.
     """
     means = means_of(group, stats) if stats is not None else None
     out: dict[str, tuple[QuantizedTensor, LayerReport]] = {}
@@ -139,7 +142,8 @@ def round_group(
         by_leaf.setdefault(t.leaf, []).append(t)
     for leaf, alike in by_leaf.items():
         # In float32: a scaled weight need not fit the leaf's own dtype, and codes are made of it anyway.
-        weights = [CanonicalWeight.of(t, leaves[t.site.path], folded.steps(t.site.path)) for t in alike]
+        whole = [aims.get(t.site.path, leaves[t.site.path]) for t in alike]
+        weights = [CanonicalWeight.of(t, w, folded.steps(t.site.path)) for t, w in zip(alike, whole, strict=True)]
         columns = Columns(weights, alike[0].rows)
         dtype = scale_dtype(columns.largest(), leaf, config)
         once = len(by_leaf) * math.prod(group.scan) * math.prod(group.batch) * pool.size == 1

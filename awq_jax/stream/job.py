@@ -26,6 +26,7 @@ from awq_jax.dtypes import FLOATS, name_of
 from awq_jax.errors import CheckpointError, ConfigError, FormatError, Setting
 from awq_jax.models.weights.params import Weights
 from awq_jax.qtensor import QuantizedTensor
+from awq_jax.stream import folds
 from awq_jax.stream.decoder_blocks import HEAD, REST, DecoderBlock
 from awq_jax.stream.hidden_states import Hidden, InMemory, OnDisk, holds
 from awq_jax.stream.session import Session
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 
 FLOAT_FORMATS = ("float", "gguf")
 HIDDEN = "hidden"  # in the working directory: hidden states
+QUANTIZED = "quantized"  # in there: those of the quantized model
 OUT = "out"  # the finished checkpoint, about to be renamed
 FINISHED = "finished.json"
 SPARE = 64 << 20  # bytes left free on the disk
@@ -145,27 +147,31 @@ class Job:
             and manifest.written_for(self.work) == self.fingerprint()
         )
 
-    def open_hidden(self, finished: int) -> tuple[Hidden, int]:
+    def open_hidden(self, finished: int) -> tuple[list[Hidden], int]:
         """Hidden states of this process's batches, and the number of blocks that they come out of.
+
+        Those of the float model; then, if the session is sequential, those of the quantized one.
 
         Args:
           finished: blocks that are done, which the session has been told of (`Session.restore`).
         """
         session, pool, o = self.session, self.session.pool, self.options
+        names = ("", QUANTIZED) if session.sequential else ("",)
         if not self.batches or all(b.kind in (HEAD, REST) and not session.work(b) for b in session.blocks[finished:]):
-            return InMemory(self.batches), finished  # nothing is left to calibrate: nobody will look at them
+            return [InMemory(self.batches) for _ in names], finished  # nothing is left to calibrate: nobody looks
         if o.hidden == "memory":
-            return InMemory(self.batches, o.hidden_dtype), 0
+            return [InMemory(self.batches, o.hidden_dtype) for _ in names], 0
         own = [i for i in range(len(self.batches)) if pool.mine(i)]
         dtype, size = o.hidden_dtype or session.activations, session.chain.config.hidden_size
         directory = self.work / HIDDEN
         if pool.team is not None:  # named after the batches: another number of processes keeps others
             directory /= hashlib.sha256(json.dumps(own).encode()).hexdigest()[:16]
         tokens = [self.batches[i] for i in own]
-        there = dtype is not None and (not own or holds(directory, finished, tokens, dtype, size))
+        kept = names if own else ()
+        there = dtype is not None and all(holds(directory / n, finished, tokens, dtype, size) for n in kept)
         if not all(pool.meet("there" if there else "")):
             finished, dtype = 0, o.hidden_dtype
-        return OnDisk(directory, self.batches, own, dtype, size, finished), finished
+        return [OnDisk(directory / n, self.batches, own, dtype, size, finished) for n in names], finished
 
     def disk(self) -> int:
         """Bytes that the run will need on the disk, roughly (from above), with what it has written by now.
@@ -197,9 +203,10 @@ class Job:
         return sum(math.prod(block.leaves[p]) * self._itemsize(block.prefix + p) for p in block.owned)
 
     def hidden_bytes(self) -> int:
-        """Bytes of the hidden states of all calibration tokens."""
+        """Bytes of the hidden states of all calibration tokens, in both streams if there are two."""
         itemsize = FLOATS[self.options.hidden_dtype or self.weights.base()].itemsize
-        return sum(b.size for b in self.batches) * self.session.chain.config.hidden_size * itemsize
+        one = sum(b.size for b in self.batches) * self.session.chain.config.hidden_size * itemsize
+        return one * (1 + self.session.sequential)
 
     def _itemsize(self, path: str) -> int:
         """Bytes of a number of a parameter that stays float."""
@@ -275,7 +282,8 @@ def prepare(
         bos=o.bos,
     )
     say_if_cut(architecture, o.seq_len)
-    job = Job(source, path, work, o, config, session, weights, text.batches(o.batch_size), text.description)
+    batches = folds.apart(text.batches(o.batch_size)) if session.sequential else text.batches(o.batch_size)
+    job = Job(source, path, work, o, config, session, weights, batches, text.description)
     if not job.installed():
         refuse_existing(path, o.overwrite)
     return job

@@ -13,7 +13,7 @@ import io
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -29,7 +29,9 @@ from awq_jax.convert.format import Destination, Record
 from awq_jax.convert.formats import native
 from awq_jax.convert.source import Source
 from awq_jax.errors import FormatError
-from awq_jax.qtensor import QuantizedTensor
+from awq_jax.models.weights.params import Weights
+from awq_jax.qtensor import QuantizedTensor, Weight
+from awq_jax.stream.decoder_blocks import DecoderBlock, Leaves
 from awq_jax.stream.job import FINISHED, HIDDEN, OUT, Job
 from awq_jax.stream.session import Note
 
@@ -129,6 +131,36 @@ def write_tensors(work: Path, number: int, tensors: Tensors) -> Written:
     return records, list(arrays)
 
 
+def read_back(job: Job, done: Manifest, first: int) -> Callable[[DecoderBlock], Leaves]:
+    """Reads what has been made of a block that is done: its parameters by path within it, packed ones as floats.
+
+    Args:
+      first: number of the first block that will be asked for.
+    """
+    blocks = job.session.blocks[first : len(done.shards)]
+    source = _source(job, done, range(first, first + len(blocks))) if blocks and job.session.sequential else None
+    shapes = {b.prefix + p: b.leaves[p] for b in blocks for p in b.owned}
+
+    def read(block: DecoderBlock) -> Leaves:
+        assert source is not None
+        weights = Weights(source, job.session.chain.config, shapes)
+        out: dict[str, Weight] = {}
+        for path in block.owned:
+            leaf = weights.leaf(block.prefix + path)
+            dtype = job.weights.dtype_of(block.prefix + path)
+            out[path] = leaf.dequantize(dtype) if isinstance(leaf, QuantizedTensor) else leaf.astype(dtype)
+        return out
+
+    return read
+
+
+def _source(job: Job, done: Manifest, numbers: Iterable[int]) -> native.NativeSource:
+    """The tensors of some parts."""
+    files = {name: part_name(i) for i in numbers for name in done.shards[i]}
+    write_json(job.work / INDEX, {"weight_map": files})
+    return native.NativeSource(job.work, {"quantization_config": {"format_version": native.VERSION}})
+
+
 def finish(job: Job, done: Manifest) -> tuple[str, str]:
     """Put the checkpoint made of all parts in its place: its format, and why it is not the one asked for."""
     if job.installed():
@@ -157,9 +189,7 @@ def assemble(job: Job, done: Manifest, format: str) -> str:
     Raises:
       FormatError: the format cannot hold a tensor.
     """
-    files = {name: part_name(i) for i, names in enumerate(done.shards) for name in names}
-    write_json(job.work / INDEX, {"weight_map": files})
-    parts = native.NativeSource(job.work, {"quantization_config": {"format_version": native.VERSION}})
+    parts = _source(job, done, range(len(done.shards)))
     report = job.session.report(filter(None, done.notes), job.batches)
     report.calibration = job.description
     destination = Destination(config=job.source.config, settings=job.settings, made=card.of_report(report))

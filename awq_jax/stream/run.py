@@ -173,14 +173,16 @@ def _quantize(job: Job, done: Manifest, shown: Bar) -> None:
     if finished > len(blocks):
         return
     with parts.PartWriter(job, done) as writer:
-        hidden, reached = job.open_hidden(finished)
+        streams, reached = job.open_hidden(finished)
         with BlockReader(job, blocks[reached:]) as reader:
+            packed = parts.read_back(job, done, reached)
             for block in blocks[reached:finished]:
-                session.pass_on(block, reader(block), hidden)
+                session.pass_on(block, reader(block), *streams, served=packed)
             number = finished
-            for result in session.run(blocks[finished:], reader, hidden):
+            for result in session.run(blocks[finished:], reader, *streams):
                 writer.put(number, list(model_params.tensors(result.leaves, config)), session.note(result))
-                hidden.forget(len(done.shards))
+                for hidden in streams:
+                    hidden.forget(len(done.shards))
                 shown.update()
                 number += 1  # `enumerate` would hold on to the block while the next is at work
                 del result

@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from awq_jax import paths
+from awq_jax.algorithm.methods import METHODS
 from awq_jax.calibration import calibration, expert_grams
 from awq_jax.calibration.accumulate import Accumulator
 from awq_jax.calibration.calibration import Fetch, Stats, Wanted
@@ -32,6 +33,7 @@ from awq_jax.qtensor import Weight
 from awq_jax.quantizer import quantize as quantizer
 from awq_jax.quantizer.targets import select
 from awq_jax.report import LayerReport, Report
+from awq_jax.stream import folds
 from awq_jax.stream.decoder_blocks import (
     EMBED,
     HEAD,
@@ -44,6 +46,8 @@ from awq_jax.stream.decoder_blocks import (
     without_absorbers,
 )
 from awq_jax.stream.hidden_states import Hidden, InMemory
+from awq_jax.stream.lockstep import Lockstep
+from awq_jax.stream.two_streams import TwoStreams
 
 PROBE = 64  # tokens on which a plan is proven
 
@@ -104,6 +108,7 @@ class Session:
         for group in self.plan.groups:
             self._groups.setdefault(owner(group.name), []).append(group)
         self._programs: dict[Hashable, Program] = {}
+        self._streams = TwoStreams(self.chain, pool)
         self.activations: str | None = None
         self.collecting = 0.0
 
@@ -117,8 +122,17 @@ class Session:
             self.refused[block.kind] = note["refused"]
         self.activations = note["activations"]
 
+    @property
+    def sequential(self) -> bool:
+        """Whether groups are rounded on the quantized stream."""
+        return self.settings.sequential and METHODS[self.settings.method].needs_statistics
+
     def run(
-        self, blocks: Iterable[DecoderBlock], read: Callable[[DecoderBlock], Leaves], hidden: Hidden
+        self,
+        blocks: Iterable[DecoderBlock],
+        read: Callable[[DecoderBlock], Leaves],
+        hidden: Hidden,
+        quantized: Hidden | None = None,
     ) -> Iterator[Done]:
         """Calibrate and quantize ``blocks`` one after another.
 
@@ -126,19 +140,23 @@ class Session:
           blocks: a tail of `blocks`.
           read: a block's float parameters by path within it. They are dropped before the next are read.
           hidden: what goes into the first of ``blocks``.
+          quantized: what does in the quantized model, if the session is `sequential`.
         """
         for block in blocks:
             start = time.perf_counter()
             leaves = read(block)
             loaded = time.perf_counter()
+            steps = None if quantized is None else self._enter(block, leaves, hidden, quantized)
             fetch = self.calibrate(block, leaves, hidden)
             calibrated = time.perf_counter() - loaded
-            done = self.quantize(block, leaves, fetch)
-            quantized = time.perf_counter()
+            done = self.quantize(block, leaves, fetch, steps)
+            rounded = time.perf_counter()
             if hidden.batches and self.experts_at_a_time(block):
                 self.pass_on(block, leaves, hidden)
-                calibrated += time.perf_counter() - quantized
-            del leaves, fetch
+            if quantized is not None:
+                self._streams.leave(block, steps, hidden, quantized)
+            calibrated += time.perf_counter() - rounded
+            del leaves, fetch, steps
             seconds = {"load": loaded - start, **done.seconds, "calibrate": calibrated + done.seconds["calibrate"]}
             yield dataclasses.replace(done, seconds=seconds)
             del done
@@ -163,7 +181,10 @@ class Session:
         def read(block: DecoderBlock) -> Leaves:
             return {path: floats[block.prefix + path] for path in self.read_by(block)}
 
-        for done in self.run(through(self.blocks, progress, "quantize", "block"), read, InMemory(batches)):
+        if self.sequential:
+            batches = folds.apart(batches)
+        streams = [InMemory(batches) for _ in range(1 + self.sequential)]
+        for done in self.run(through(self.blocks, progress, "quantize", "block"), read, *streams):
             leaves |= done.leaves
             notes.append(self.note(done))
         report = self.report(notes, batches)
@@ -225,19 +246,39 @@ class Session:
                 stats[name] = ExpertStats(**vars(layer), expert_grams=grams)
         return stats.get
 
-    def pass_on(self, block: DecoderBlock, leaves: Leaves, hidden: Hidden) -> None:
+    def pass_on(
+        self,
+        block: DecoderBlock,
+        leaves: Leaves,
+        hidden: Hidden,
+        quantized: Hidden | None = None,
+        *,
+        served: Callable[[DecoderBlock], Leaves] | None = None,
+    ) -> None:
         """Send all batches through a block that is quantized already, as `run` would.
 
         Statistics and all, as another program might round otherwise.
+
+        Args:
+          quantized: the quantized stream, if there is one.
+          served: what became of a block's parameters, packed ones as floats.
         """
+        steps = self._enter(block, leaves, hidden, quantized) if quantized is not None else None
         if self.experts_at_a_time(block):
             self._pass(block, leaves, hidden, [], keep=True)
         else:
             self.calibrate(block, leaves, hidden)
+        if quantized is not None:
+            if steps is not None and served is not None:
+                steps.skip(served(block))
+            self._streams.leave(block, steps, hidden, quantized)
+
+    def _enter(self, block: DecoderBlock, leaves: Leaves, hidden: Hidden, quantized: Hidden) -> Lockstep | None:
+        groups = [_within(g, block) for g, _ in self.work(block)]
+        return self._streams.enter(block, groups, leaves, hidden, quantized, self.activations)
 
     def experts_at_a_time(self, block: DecoderBlock) -> dict[str, int]:
-        """Groups of a block whose experts' Grams do not fit into memory at once, by name within the block, and for
-        how many experts they are collected at a time."""
+        """Groups of a block whose experts' Grams do not all fit into memory, by name within it: how many at a time."""
         sizes = {g.name[len(block.prefix) :]: expert_grams.at_a_time(g) for g, _ in self.work(block)}
         return {name: n for name, n in sizes.items() if n is not None}
 
@@ -288,8 +329,8 @@ class Session:
         self.activations = next(filter(None, pool.meet(seen)), self.activations)
         return sums
 
-    def quantize(self, block: DecoderBlock, leaves: Leaves, fetch: Fetch) -> Done:
-        """Pack a block's weights; ``fetch`` from `calibrate`, whose sums are used up.
+    def quantize(self, block: DecoderBlock, leaves: Leaves, fetch: Fetch, steps: Lockstep | None = None) -> Done:
+        """Pack a block's weights; ``fetch`` from `calibrate`, whose sums are used up; ``steps``: both streams.
 
         Raises:
           WeightError: a weight holds NaN or inf.
@@ -301,7 +342,8 @@ class Session:
         work = self.work(block)
         plan = Plan(tuple(g for g, _ in work))
         own = {block.prefix + p: leaves[p] for p in block.owned}
-        done = quantizer.quantize_groups(plan, work, own, fetch, self.settings, pool=self.pool, consume=True)
+        given = plan, work, own, fetch, self.settings
+        done = quantizer.quantize_groups(*given, pool=self.pool, consume=True, follower=steps)
         seconds = {"calibrate": proven - start, **done.seconds}
         return Done(block, done.leaves, done.rows, seconds, paths.nbytes(own), paths.nbytes(done.leaves))
 

@@ -12,14 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from awq_jax.errors import ShapeError
 from awq_jax.kernels.parallel import varying
 from awq_jax.paths import flatten
 from awq_jax.qtensor import QuantizedTensor, is_quantized
-from awq_jax.trace import layouts, packed, views
+from awq_jax.trace import layouts, packed, shardings, views
 from awq_jax.trace.jaxpr import REMAT, Graph, Op, Operand, Use, Val, bind
 from awq_jax.trace.uses import Program, trace
 from awq_jax.trace.views import View, Window
@@ -81,6 +81,20 @@ def run(
     outs, taps = _Interpreter(program.views, tap, matmul, {}).graph(program.graph, [*flat.values(), *inputs])
     out = jax.tree.unflatten(program.out_tree, outs)
     return (out, taps) if tap else out
+
+
+def run_graph(
+    program: Program, graph: Graph, values: Sequence[Value], tap: Tap | None = None
+) -> tuple[list[ArrayLike], Taps]:
+    """A part of a program (see `awq_jax.trace.segments`): its results, and what the tap returned by `Use.index`.
+
+    Args:
+      program: whose part it is.
+      graph: the part.
+      values: of ``graph.ins``.
+      tap: see `run`.
+    """
+    return _Interpreter(program.views, tap, None, {}).graph(graph, values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +181,7 @@ class _Interpreter:
         assert op.use is not None
         assert op.roles is not None
         x, w = self.dense(op.ins[op.x], ins[op.x]), ins[op.weight]
-        flat, options = layouts.flatten_activation(op, on_every_device(x)), {}
+        flat, options = layouts.flatten_activation(op, shardings.on_every_device(x)), {}
         if self.views[op.ins[op.weight]].choice is not None:
             places = math.prod(f.size for f in op.roles.n if f.axis == views.POSITION)  # that all rows go through
             lead = math.prod(flat.shape[:-2])
@@ -183,8 +197,8 @@ class _Interpreter:
                 taps[op.use.index] = jax.tree.map(self.over_devices, tapped) if self.manual else tapped
                 ins = [x if i == op.x else a for i, a in enumerate(ins)]
         if self.matmul and is_quantized(w) and (part := self.part(op, w)) is not None:
-            y = layouts.restore_output(op, self.matmul(flat, jax.tree.map(on_every_device, part), **options))
-            return as_typed(y, op.result_sharding)
+            y = layouts.restore_output(op, self.matmul(flat, jax.tree.map(shardings.on_every_device, part), **options))
+            return shardings.as_typed(y, op.result_sharding)
         return bind(op, [self.dense(v, a) for v, a in zip(op.ins, ins, strict=True)])[0]
 
     def over_devices(self, a: jax.Array) -> jax.Array:
@@ -373,26 +387,6 @@ class _Interpreter:
             return outs, {**blank, **new}
 
         return jax.lax.switch(ins[0], [lambda *a, body=body: branch(body, *a) for body in op.bodies], *values)
-
-
-def on_every_device(x: ArrayLike) -> ArrayLike:
-    """``x`` without a sharding in its type: on a mesh with Explicit axes, whole on each device."""
-    # What taps and packed products do to it would need a sharding to be named at each contraction and reshape.
-    sharding = getattr(jax.typeof(x), "sharding", None)
-    if any(axis is not None for axis in getattr(sharding, "spec", ())) and _explicit(sharding):
-        return jax.sharding.reshard(jnp.asarray(x), PartitionSpec())
-    return x
-
-
-def as_typed(y: jax.Array, sharding: Any) -> jax.Array:
-    """``y`` with the sharding that its type had in the program."""
-    if sharding is None or not _explicit(sharding) or not any(axis is not None for axis in sharding.spec):
-        return y
-    return jax.sharding.reshard(y, sharding.spec)
-
-
-def _explicit(sharding: Any) -> bool:
-    return any(kind == AxisType.Explicit for kind in getattr(sharding.mesh, "axis_types", ()))
 
 
 def _live(view: View, window: Window) -> Window:

@@ -1,0 +1,38 @@
+"""Sums over the tokens of a batch of what a linear's input is in the float model and in the quantized one."""
+
+import jax
+import jax.numpy as jnp
+
+from awq_jax.algorithm.correction import Moments
+from awq_jax.calibration.calibration import Stats, batch_sums
+
+SLAB = 128  # tokens; see `awq_jax.calibration.calibration`: sums whose order does not depend on threads
+
+
+def pair_sums(a: jax.Array, b: jax.Array, d: jax.Array) -> tuple[Stats, Moments]:
+    """Sums over tokens, those left out at which ``a``, ``b`` or ``d`` is not finite.
+
+    Args:
+      a: float32 ``[T, K]``: inputs in the quantized model, unscaled.
+      b: ``[T, K]``: the same in the float model.
+      d: float32 ``[T, R]``: errors of the streams that results are added to (float less quantized); R may be 0.
+
+    Returns:
+      The statistics of ``a``, and the `Moments`, whose Gram is the one of the former.
+    """
+    b = b.astype(jnp.float32)
+    finite = (jnp.isfinite(a) & jnp.isfinite(b)).all(axis=1) & jnp.isfinite(d).all(axis=1)
+    dropped = (~finite).sum(dtype=jnp.float32)
+    a, b, d = (jnp.where(finite[:, None], x, 0.0) for x in (a, b, d))
+    stats = batch_sums(a)
+    right = jnp.concatenate([b - a, d], axis=1)
+    slabs = -(-len(a) // SLAB)
+    a, right = (jnp.pad(x, ((0, slabs * SLAB - len(x)), (0, 0))) for x in (a, right))
+
+    def add(i: jax.Array, total: jax.Array) -> jax.Array:
+        x, y = (jax.lax.dynamic_slice_in_dim(v, i * SLAB, SLAB) for v in (a, right))
+        return total + jnp.einsum("tk,tr->kr", x, y, precision=jax.lax.Precision.HIGHEST)
+
+    cross = jax.lax.fori_loop(0, slabs, add, jnp.zeros((a.shape[1], right.shape[1]), jnp.float32))
+    k, gram = a.shape[1], jnp.asarray(stats.gram)
+    return Stats(gram, stats.abs, stats.count, dropped), Moments(gram, cross[:, :k], cross[:, k:])

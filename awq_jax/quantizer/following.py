@@ -1,0 +1,36 @@
+"""What rounding asks of a model that is quantized group by group, each for the input that those before it leave."""
+
+from collections.abc import Collection, Mapping
+from typing import NamedTuple, Protocol
+
+from awq_jax.calibration.calibration import Stats
+from awq_jax.plan.fold import Folder
+from awq_jax.plan.plan import ScaleGroup
+from awq_jax.qtensor import QuantizedTensor, Weight
+from awq_jax.quantizer.scale_groups import GroupScale
+from awq_jax.quantizer.targets import Target
+
+
+class Aim(NamedTuple):
+    """What a group is rounded for.
+
+    Attributes:
+      stats: of its input.
+      weights: float32, by path, to be rounded in place of the model's own.
+    """
+
+    stats: Stats | None
+    weights: Mapping[str, Weight]
+
+
+class Follower(Protocol):
+    """The quantized model as far as it is there; asked in the order of the forward pass."""
+
+    def begin(self, absorbed: Folder, targets: Collection[str]) -> None:
+        """All scales are known; ``absorbed`` folds those that something absorbs; ``targets``: paths to be packed."""
+
+    def reach(self, group: ScaleGroup, targets: list[Target], found: GroupScale) -> Aim:
+        """What ``group`` is to be rounded for."""
+
+    def put(self, group: ScaleGroup, packed: Mapping[str, QuantizedTensor], targets: list[Target]) -> None:
+        """Its weights are packed."""

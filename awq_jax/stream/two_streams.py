@@ -1,0 +1,72 @@
+"""Blocks entered and left in two streams: that of the float model, and that of the model as it is quantized so far."""
+
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+
+from awq_jax.devices.pool import Pool
+from awq_jax.plan.plan import ScaleGroup
+from awq_jax.stream import folds
+from awq_jax.stream.decoder_blocks import EMBED, HEAD, REST, Chain, DecoderBlock, Leaves
+from awq_jax.stream.hidden_states import Hidden
+from awq_jax.stream.lockstep import Lockstep, Programs, key_of
+
+
+class TwoStreams:
+    """What both streams need of a decoder.
+
+    Args:
+      chain: its blocks.
+      pool: devices that share the work.
+    """
+
+    def __init__(self, chain: Chain, pool: Pool) -> None:
+        self._chain, self._pool = chain, pool
+        self._programs: dict[Hashable, Programs] = {}
+
+    def enter(
+        self,
+        block: DecoderBlock,
+        groups: Sequence[ScaleGroup],
+        leaves: Leaves,
+        hidden: Hidden,
+        quantized: Hidden,
+        activations: str | None,
+    ) -> Lockstep | None:
+        """Both streams at the entrance of a block; None if nothing there depends on them.
+
+        Args:
+          groups: that are quantized in the block, with names within it.
+          leaves: its float parameters.
+          hidden, quantized: what goes in.
+          activations: the dtype in which it does.
+        """
+        if block.kind == REST or not hidden.batches or (not groups and block.kind in (EMBED, HEAD)):
+            return None
+
+        def entering(stream: Hidden) -> dict[int, np.ndarray]:
+            given = {i: stream.get(i) for i in range(hidden.batches) if self._pool.mine(i)}
+            if block.kind == EMBED:
+                return given
+            return {i: x.astype(activations or x.dtype, copy=False) for i, x in given.items()}
+
+        def programs(x: np.ndarray) -> Programs:
+            key = block.kind, tuple(g.name for g in groups), key_of(leaves, x)
+            if key not in self._programs:
+                self._programs[key] = Programs(self._chain.apply(block), leaves, x, groups)
+            return self._programs[key]
+
+        both = entering(hidden), entering(quantized)
+        return Lockstep(programs, block.prefix, leaves, *both, folds.of_batches(hidden.sizes), self._pool)
+
+    def leave(self, block: DecoderBlock, steps: Lockstep | None, hidden: Hidden, quantized: Hidden) -> None:
+        """Keep what comes out of the block in the quantized stream; ``hidden``: what came out in the float one."""
+        if block.kind in (REST, HEAD) or not hidden.batches:
+            return
+        if steps is None:
+            out = {i: hidden.get(i) for i in range(hidden.batches) if self._pool.mine(i)}
+        else:
+            out = steps.finish()
+        for i, y in out.items():
+            quantized.put(i, y)
+        quantized.advance()
