@@ -8,7 +8,7 @@ what its weights are corrected by (`awq_jax.algorithm.correction`). Then both go
 import functools
 import math
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,9 @@ import numpy as np
 
 from awq_jax.algorithm import correction
 from awq_jax.algorithm.correction import Moments
-from awq_jax.calibration import by_expert
-from awq_jax.calibration.calibration import Stats, batch_sums
+from awq_jax.calibration import by_expert, expert_grams
+from awq_jax.calibration.calibration import Stats, Wanted, batch_sums
+from awq_jax.calibration.expert_grams import ExpertGrams, ExpertStats
 from awq_jax.calibration.two_streams import pair_sums
 from awq_jax.devices.pool import Pool
 from awq_jax.pack import Array
@@ -53,7 +54,11 @@ class Programs:
         self._of = list(groups)
         self._go = [self._segment(i) for i in range(len(keys) + 1)]
         self._sums = [jax.jit(functools.partial(self._pair, i)) for i in range(len(keys))]
-        self._taps = [jax.jit(functools.partial(self._tap, i)) for i in range(len(keys))]
+        self._taps = {
+            (i, n): jax.jit(functools.partial(self._tap, Wanted(g, n)))
+            for i, g in enumerate(groups)
+            for n in {None, 0, expert_grams.at_a_time(g)}
+        }
 
     def go(self, number: int, params: Mapping[str, Weight], before: Sequence[Array]) -> list[jax.Array]:
         """Segment ``number``."""
@@ -69,9 +74,21 @@ class Programs:
         """Sums over a batch; ``f``, ``q``: what is alive in both streams; ``scale`` divides the input in the latter."""
         return self._sums[number](list(f), list(q), scale)
 
-    def tap(self, number: int, params: Mapping[str, Weight], alive: Sequence[Array]) -> Stats:
-        """The statistics of one stream."""
-        return self._taps[number](dict(params), list(alive))
+    def tap(
+        self,
+        number: int,
+        params: Mapping[str, Weight],
+        alive: Sequence[Array],
+        scale: Array,
+        start: int = 0,
+        experts: int | None = None,
+    ) -> Stats:
+        """The statistics of one stream, whose inputs are divided by ``scale``.
+
+        Args:
+          experts: see `awq_jax.calibration.calibration.Wanted`; ``start`` is the first of them.
+        """
+        return self._taps[number, experts](dict(params), list(alive), scale, np.int32(start))
 
     def widths(self, number: int) -> dict[Key, int]:
         """Channels of the stream that a weight's result is added to, by weight."""
@@ -88,30 +105,33 @@ class Programs:
         d = jnp.concatenate([jnp.zeros((len(a), 0), jnp.float32), *errors], axis=1)
         return pair_sums(a, b, d)
 
-    def _tap(self, number: int, params: dict[str, jax.Array], alive: list[jax.Array]) -> Stats:
-        group, s = self._of[number], self.segments
-        first = s.cuts[number].keys[0]
+    def _tap(
+        self, wanted: Wanted, params: dict[str, jax.Array], alive: list[jax.Array], scale: jax.Array, start: jax.Array
+    ) -> Stats:
+        group, number = wanted.group, self.groups[wanted.group.name]
+        first = self.segments.cuts[number].keys[0]
 
         def tap(use: interpret.Use, x: jax.Array, expert: jax.Array | None = None) -> Stats | None:
             if (use.path, use.part) != first:
                 return None
             if expert is not None:
-                return Stats(*by_expert.sums(x, expert, math.prod(group.batch)))
-            return batch_sums(x)
+                experts = math.prod(group.batch)
+                x = x * scale.reshape(experts, -1)[jnp.maximum(expert, 0)]
+                return Stats(*by_expert.sums(x, expert, experts))
+            x = x if group.scan else x * scale[..., None, :]
+            if wanted.experts:
+                x = jax.lax.dynamic_slice_in_dim(x.reshape(-1, *x.shape[-2:]), start, wanted.experts)
+            return batch_sums(x, summed=wanted.experts == 0)
 
-        found = s.tapped(number, params, alive, tap)
-        (stats,) = found.values()
+        (stats,) = self.segments.tapped(number, params, alive, tap).values()
         assert isinstance(stats, Stats)
-        lead = (*group.scan, *group.batch)
-        extra = stats.count.ndim - len(lead)  # loops in which every iteration reads the same weight
-        return jax.tree.map(lambda a: a.sum(axis=tuple(range(extra))) if extra else a, stats)
-
-
-class _Reached(NamedTuple):
-    """What is known at the input of a group: statistics of the quantized stream, and the folds' moments, if paired."""
-
-    stats: Stats
-    folds: list[Moments] | None
+        extra = stats.count.ndim - len(wanted.shapes().count.shape)  # loops that read the same weight every time
+        stats = jax.tree.map(lambda a: a.sum(axis=tuple(range(extra))) if extra else a, stats)
+        if not group.scan:
+            return stats
+        return Stats(
+            stats.gram * scale[..., :, None] * scale[..., None, :], stats.abs * scale, stats.count, stats.dropped
+        )
 
 
 class Lockstep:
@@ -154,18 +174,17 @@ class Lockstep:
     def reach(self, group: ScaleGroup, targets: list[Target], found: GroupScale) -> Aim:
         """Go on to the input of ``group`` and say what it is rounded for."""
         number = self._number(group)
-        scale = np.ones(group.channels, np.float32)
         first = next(iter(self._programs.values()))
+        scale = np.ones((*group.scan, *group.batch, group.channels), np.float32)
+        if found.scale is not None and group.absorbers:
+            scale = np.asarray(found.scale, np.float32)
         if first.paired(number):
-            if found.scale is not None and group.absorbers:
-                scale = np.asarray(found.scale, np.float32).reshape(-1)
-            reached = self._to_pair(number, scale)
+            stats, folds = self._to_pair(number, scale)
+            aims = self._corrected(group, targets, folds, first.widths(number))
         else:
-            reached = self._to_tap(number, group, found)
+            stats, aims = self._to_tap(number, group, scale), {}
         self._reached = number + 1
-        if reached.folds is None:
-            return Aim(reached.stats, {})
-        return Aim(reached.stats, self._corrected(group, targets, reached.folds, first.widths(number)))
+        return Aim(stats, aims)
 
     def put(self, group: ScaleGroup, packed: Mapping[str, QuantizedTensor], targets: list[Target]) -> None:
         """The group's weights are packed: the quantized stream goes on with them."""
@@ -203,7 +222,8 @@ class Lockstep:
         streams[i] = [np.asarray(x) for x in alive]
         return alive
 
-    def _to_pair(self, number: int, scale: np.ndarray) -> _Reached:
+    def _to_pair(self, number: int, scale: np.ndarray) -> tuple[Stats, list[Moments]]:
+        """The statistics of the quantized stream, and the moments of each fold."""
         floats, served = self._pool.spread(self._leaves), self._pool.spread(self._served)
 
         def run(i: int) -> tuple[Stats, Moments]:
@@ -212,22 +232,33 @@ class Lockstep:
             return self._programs[i].pair(number, f, q, self._pool.place(i, scale))
 
         sums = self._sum(run)
-        stats = functools.reduce(_add, (s for s, _ in sums.values()))
-        return _Reached(stats, [m for _, m in sums.values()])
+        return functools.reduce(_add, (s for s, _ in sums.values())), [m for _, m in sums.values()]
 
-    def _to_tap(self, number: int, group: ScaleGroup, found: GroupScale) -> _Reached:
+    def _to_tap(self, number: int, group: ScaleGroup, scale: np.ndarray) -> Stats:
+        """The statistics of the quantized stream; experts' Grams some at a time where memory wants it."""
         floats, served = self._pool.spread(self._leaves), self._pool.spread(self._served)
+        size = expert_grams.at_a_time(group)
 
         def run(i: int) -> Stats:
             self._forward(number, floats, self._float, i)
             q = self._forward(number, served, self._quantized, i)
-            return self._programs[i].tap(number, served(i), q)
+            given = served(i), q, self._pool.place(i, scale)
+            return self._programs[i].tap(number, *given, experts=None if size is None else 0)
 
-        stats = functools.reduce(_add, self._sum(run).values())
-        if found.scale is not None and group.absorbers:
-            s = jnp.asarray(found.scale)
-            stats = Stats(stats.gram * s[..., :, None] * s[..., None, :], stats.abs * s, stats.count, stats.dropped)
-        return _Reached(stats, None)
+        stats: Stats = functools.reduce(_add, self._sum(run).values())
+        if size is None:
+            return stats
+
+        def collect(start: int) -> Array:
+            def again(i: int) -> Stats:
+                alive = self._pool.place(i, jax.device_put(self._quantized[i]))
+                given = served(i), alive, self._pool.place(i, scale)
+                return self._programs[i].tap(number, *given, start, experts=size)
+
+            some: Stats = functools.reduce(_add, self._sum(again).values())
+            return some.gram
+
+        return ExpertStats(**vars(stats), expert_grams=ExpertGrams(stats.gram, size, collect))
 
     def _sum(self, run: Callable[[int], Any]) -> dict[int, Any]:
         """What ``run`` gives for each batch, added up in the order of the batches, by fold."""

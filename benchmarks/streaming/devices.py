@@ -39,7 +39,7 @@ def measure(checkpoint: Path, samples: int, length: int, rank: int, size: int, p
         options = Options(seq_len=length, batch_size=1)
         job = prepare(checkpoint, checkpoint.with_name("nothing"), tokens, options, {}, pool)
         blocks = [b for b in job.session.blocks if b.name == "embed" or b.name.startswith("layers/")]
-        hidden, _ = job.open_hidden(0)
+        (hidden, *_), _ = job.open_hidden(0)
         costs = []
         with BlockReader(job, blocks) as reader:
             for block in blocks:

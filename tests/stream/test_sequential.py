@@ -2,18 +2,23 @@
 
 from pathlib import Path
 
+import family_cases
 import jax
 import numpy as np
 import pytest
 import tiny_checkpoints
+from tiny_checkpoints import randomized
 
 import awq_jax
 from awq_jax import paths
 from awq_jax.qtensor import QuantizedTensor
+from awq_jax.quantizer.following import Aim
+from awq_jax.quantizer.scale_groups import GroupScale
 from awq_jax.stream import folds, lockstep, parts
 
-TOKENS = np.random.default_rng(1).integers(0, 256, (6, 16)).astype(np.int32)
+TOKENS = np.random.default_rng(1).integers(3, 64, (6, 16)).astype(np.int32)
 FAST = {"group_size": 16, "bits": 2, "clip": False, "n_grid": 2, "progress": False, "batch_size": 2, "sequential": True}
+OTHERS = ("gemma2", "phi", "gpt_neox", "falcon")
 SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_key_value_heads": 4, "num_hidden_layers": 2}
 
 
@@ -24,10 +29,9 @@ def checkpoint(tmp_path_factory):
     return directory
 
 
-@pytest.fixture(scope="module")
-def whole(checkpoint):
-    """A model quantized in memory and saved, and what each group was rounded for."""
-    seen: dict[str, lockstep.Aim] = {}
+def finished(checkpoint, **options):
+    """A model quantized in memory, and what each group was rounded for, with its scale."""
+    seen: dict[str, tuple[Aim, GroupScale]] = {}
     real = lockstep.Lockstep.reach
 
     def reach(self, group, targets, found):
@@ -37,7 +41,13 @@ def whole(checkpoint):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lockstep.Lockstep, "reach", reach)
         model = awq_jax.load(checkpoint)
-        model.quantize(TOKENS, **FAST)
+        model.quantize(TOKENS, **FAST, **options)
+    return model, seen
+
+
+@pytest.fixture(scope="module")
+def whole(checkpoint):
+    model, seen = finished(checkpoint)
     model.save(checkpoint.parent / "whole")
     return model, seen
 
@@ -46,23 +56,37 @@ def files(directory: Path) -> dict[str, bytes]:
     return {f.name: f.read_bytes() for f in directory.iterdir()}
 
 
-def test_each_group_is_rounded_for_what_it_reads_in_the_finished_model(checkpoint, whole):
+def rounded_for_what_it_reads(checkpoint, model, seen) -> None:
     """`awq_jax.calibrate` on the finished model's dequantized weights, which knows neither blocks nor streams."""
-    model, seen = whole
     params = paths.map_with_path(lambda _, w: w.dequantize() if isinstance(w, QuantizedTensor) else w, model.params)
-    served = awq_jax.calibrate(model.apply, params, list(TOKENS.reshape(3, 2, 16)), progress=False)
+    batches = list(TOKENS.reshape(3, 2, 16))
+    served = awq_jax.calibrate(model.apply, params, batches, progress=False)
     floats = awq_jax.load(checkpoint)
-    before = awq_jax.calibrate(floats.apply, floats.params, list(TOKENS.reshape(3, 2, 16)), progress=False)
-    assert len(seen) == 8
+    before = awq_jax.calibrate(floats.apply, floats.params, batches, progress=False)
     moved = 0
     for name, (aim, found) in seen.items():
         group = next(g for g in served.plan.groups if g.name == name)
-        scale = found.scale if found.scale is not None and group.absorbers else np.ones(group.channels, np.float32)
-        want = np.asarray(served.stats[name].gram) * scale[:, None] * scale
-        np.testing.assert_allclose(aim.stats.gram, want, rtol=1e-3, atol=1e-4 * np.abs(want).max())
-        assert float(aim.stats.count) == TOKENS.size
+        scale = np.ones((*group.batch, group.channels), np.float32)
+        scale = found.scale if found.scale is not None and group.absorbers else scale
+        want = np.asarray(served.stats[name].gram) * scale[..., :, None] * scale[..., None, :]
+        np.testing.assert_allclose(aim.stats.gram, want, rtol=1e-3, atol=2e-4 * np.abs(want).max())
+        np.testing.assert_array_equal(aim.stats.count, served.stats[name].count)
         moved += not np.allclose(want, before.stats[name].gram, rtol=1e-2)
-    assert moved >= 6  # two bits change all inputs but the first ones
+    assert moved > len(seen) / 2  # two bits change all inputs but the first ones
+
+
+def test_each_group_is_rounded_for_what_it_reads_in_the_finished_model(checkpoint, whole):
+    assert len(whole[1]) == 8
+    rounded_for_what_it_reads(checkpoint, *whole)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", *(pytest.param(f, marks=pytest.mark.slow) for f in OTHERS)])
+def test_so_it_is_in_every_family(family, tmp_path):
+    case = next(c for c in family_cases.CASES if c.name == family)
+    directory = tmp_path / "float"
+    randomized(case.family, family_cases.config_of(case)).save_pretrained(directory)
+    model, seen = finished(directory, on_indivisible="pad")
+    rounded_for_what_it_reads(directory, model, seen)
 
 
 def test_what_it_ends_with_is_nearer_to_the_float_model(checkpoint, whole):
