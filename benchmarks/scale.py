@@ -218,7 +218,7 @@ def measure(directory: Path, hidden: int, inner: int, samples: int, length: int,
     part.mkdir(exist_ok=True)
     tokens = checkpoints.random_tokens(vocab, samples, length)
     job = prepare(checkpoint, directory / "out", tokens, Options(seq_len=length), {"group_size": group_size})
-    session, (states, _) = job.session, job.open_hidden(0)
+    session, ((states, *_), _) = job.session, job.open_hidden(0)
     piece = columns.PIECE.get(jax.default_backend(), columns.PIECE_ELSEWHERE)
     rows: list[Spent] = []
 
