@@ -180,6 +180,18 @@ def back(
             part = lab if lab.shape[d] == 1 else np.take(lab, np.arange(start, start + n), axis=d)
             yield pos, part
             start += n
+    elif name == "stack":
+        for pos in range(len(node.ins)):
+            at = min(pos, lab.shape[p["axis"]] - 1)
+            yield pos, np.take(lab, at, axis=p["axis"])
+    elif name == "tile":
+        lead = len(p["reps"]) - len(shape)
+        for d, n in enumerate(p["reps"]):
+            if n > 1 and lab.shape[d] > 1:
+                size = lab.shape[d] // n
+                lab = lab.reshape(*lab.shape[:d], n, size, *lab.shape[d + 1 :])
+                lab = shared.along(lab, d).reshape(*lab.shape[:d], size, *lab.shape[d + 2 :])
+        yield 0, lab.reshape(lab.shape[lead:])
     elif name == "pad":
         if any(lo < 0 or inner for lo, _, inner in p["padding_config"]):
             raise Blocked("it passes through an uneven pad")

@@ -112,7 +112,7 @@ def _skipped(program: Program, where: list[tuple[Scope, Node]]) -> dict[str, str
             others[site.name] = site
     used = {node.use.path for _, node in where if node.use}
     for path, readers in program.readers.items():
-        kinds = [r for r in readers if "dot" in r or r in OPAQUE]
+        kinds = [r for r in readers if "dot" in r or r in OPAQUE or r.startswith("the state of")]
         if kinds and path not in used:
             out[path] = f"it is read by {_plain(kinds[0])}"
     return out
@@ -136,18 +136,22 @@ def _computed(program: Program, top: Scope) -> dict[str, str]:
 def _parameters(program: Program, scope: Scope, v: Val) -> dict[str, str]:
     """The matrices that ``v`` is computed from, each with the operation that reads it."""
     found: dict[str, str] = {}
-    todo, seen = [(v, "")], {v}
+    todo, seen = [(scope, v, "")], {v}
     while todo:
-        v, reader = todo.pop()
+        scope, v, reader = todo.pop()
         view = program.views.get(v)
+        new: list[tuple[Scope, Val, str]] = []
         if view is not None and reader and len([n for n in view.shape if n > 1]) > 1:
             found.setdefault(view.path, reader)
         elif v in scope.made_by:
             node = scope.made_by[v][0]
             maker = node.op.describe()
-            fresh = [x for x in node.vals() if x not in seen]
-            seen.update(fresh)
-            todo += [(x, maker) for x in fresh]
+            new = [(scope, x, maker) for x in node.vals()]
+        elif (outside := scope.outside(v)) is not None:
+            new = [(*outside, reader)]
+        new = [entry for entry in new if entry[1] not in seen]
+        seen.update(x for _, x, _ in new)
+        todo += new
     return found
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex
+from jax.sharding import AxisType
 from jax.typing import ArrayLike, DTypeLike
 
 from awq_jax.trace.views import AxisRoles, Window
@@ -126,6 +127,17 @@ class Op:
         return getattr(self.eqn.outvars[0].aval, "sharding", None)
 
     @property
+    def is_typed_by_mesh(self) -> bool:
+        """Whether an operand or a result lies on a mesh with Explicit axes, which then are a part of its type."""
+        shardings = (getattr(v.aval, "sharding", None) for v in (*self.eqn.invars, *self.eqn.outvars))
+        return any(
+            any(axis is not None for axis in getattr(s, "spec", ()))
+            and any(kind == AxisType.Explicit for kind in getattr(s.mesh, "axis_types", ()))
+            for s in shardings
+            if s is not None
+        )
+
+    @property
     def x(self) -> int:
         """Position of the activation of a matmul with a parameter."""
         return 1 - self.weight if self.grouped is None else self.grouped.x
@@ -237,6 +249,22 @@ def build(jaxpr: jex.Jaxpr | jex.ClosedJaxpr, within: str) -> Graph:
         env.update(zip(eqn.outvars, outs, strict=True))
     captured = {env[v]: c for v, c in zip(jaxpr.constvars, consts, strict=True)}
     return Graph([env[v] for v in jaxpr.invars], [read(v) for v in jaxpr.outvars], ops, captured)
+
+
+def traced(op: Op, fn: Callable[..., jax.Array], ins: Sequence[Operand]) -> Graph:
+    """The operations of ``fn(*ins)``, to stand for ``op``: with its place in the user's code."""
+    shapes = [jax.ShapeDtypeStruct(v.shape, v.dtype) if isinstance(v, Val) else v for v in ins]
+    graph = build(jax.make_jaxpr(fn)(*shapes), op.within)
+
+    def mark(graph: Graph) -> None:
+        for new in graph.ops:
+            new.eqn = new.eqn.replace(source_info=op.eqn.source_info, ctx=op.eqn.ctx)
+            new.within = op.within
+            for body in new.bodies:
+                mark(body)
+
+    mark(graph)
+    return graph
 
 
 def bind(op: Op, ins: Sequence[ArrayLike]) -> list[jax.Array]:

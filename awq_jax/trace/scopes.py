@@ -70,6 +70,15 @@ class Scope:
     derived: set[Val] = dataclasses.field(default_factory=set)
     outs: list[Any] = dataclasses.field(default_factory=list)
 
+    def outside(self, v: Val) -> tuple[Scope, Val] | None:
+        """The enclosing scope, and the value there that an input of this one, a body, is (or is a slice of)."""
+        if self.outer is None or v not in self.graph.ins:
+            return None
+        scope, node = self.outer
+        given = node.op.body_inputs(self.graph)[self.graph.ins.index(v)]
+        found = next((a for a, b in zip(node.ins, node.op.ins, strict=True) if b is given), None)
+        return (scope, found) if isinstance(found, Val) else None
+
     def all(self) -> list[Scope]:
         """This scope and all inside it, outermost first."""
         return [self, *(s for n in self.nodes for b in n.bodies for s in b.all())]

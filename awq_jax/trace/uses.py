@@ -12,6 +12,7 @@ from awq_jax.paths import flatten
 from awq_jax.qtensor import is_quantized
 from awq_jax.trace import views
 from awq_jax.trace.counters import Numbers
+from awq_jax.trace.distribute import distribute
 from awq_jax.trace.grouped_calls import grouped
 from awq_jax.trace.jaxpr import Graph, Op, Operand, Use, Val, build
 from awq_jax.trace.rearranged import Sources, chosen_by_one_hot, view_of
@@ -78,6 +79,7 @@ def trace(fn: Callable[..., object], params: object, *args: object, **kwargs: ob
 
     closed = jax.make_jaxpr(call)(leaves, [x for d, x in zip(dynamic, rest, strict=True) if d])
     graph = build(closed, "")
+    distribute(graph, set(graph.ins[: len(leaves)]))
     shapes = {p: tuple(np.shape(x)) for p, x in zip(named, leaves, strict=True)}
     marks = _Marks({v: View.of_leaf(p, shapes[p]) for p, v in zip(named, graph.ins, strict=False)})
     marks.visit(graph, "", 0)
