@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 
@@ -48,6 +48,55 @@ class LayerReport:
     reason: str = ""
 
 
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """How much of what matmuls read of the parameters is packed.
+
+    Attributes:
+      packed: bytes (as float) of the weights that are packed.
+      left: (path, bytes, reason, whether a setting or a rule leaves it float: heads, routers, skip patterns, adapters)
+        of each that stays float, largest first.
+    """
+
+    packed: int
+    left: tuple[tuple[str, int, str, bool], ...] = ()
+
+    @classmethod
+    def of(cls, sizes: Mapping[str, int], left: Mapping[str, str], chosen: Collection[str] = ()) -> Share:
+        """``sizes``: bytes of every weight; ``left``: those that stay float, with the reason."""
+        rest = [(path, n, left[path], path in chosen) for path, n in sizes.items() if path in left]
+        return cls(sum(sizes.values()) - sum(n for _, n, *_ in rest), tuple(sorted(rest, key=lambda x: -x[1])))
+
+    @property
+    def total(self) -> int:
+        """Bytes of all."""
+        return self.packed + sum(n for _, n, *_ in self.left)
+
+    @property
+    def of_all(self) -> float:
+        """The share of all that is packed, 0 to 1."""
+        return self.packed / max(self.total, 1)
+
+    @property
+    def of_meant(self) -> float:
+        """The same without what a setting or a rule leaves float."""
+        return self.packed / max(self.packed + sum(n for _, n, _, chosen in self.left if not chosen), 1)
+
+    def largest(self, count: int = 3, meant: bool = False) -> str:
+        """The largest float weights and why they are; ``meant``: without what is left float on purpose."""
+        notes = [(path, why, n) for path, n, why, chosen in self.left if not (meant and chosen)]
+        sizes: dict[tuple[str, str], int] = {}
+        for path, why, n in notes:
+            key = re.sub(r"\d+(?=[./_]|$)", "*", path), re.sub(r"\d+", "*", why)
+            sizes[key] = sizes.get(key, 0) + n
+        top = sorted(sizes.items(), key=lambda x: -x[1])[:count]
+        return "; ".join(f"{path} ({n / max(self.total, 1):.1%}: {why})" for (path, why), n in top)
+
+    def __str__(self) -> str:
+        largest = self.largest()
+        return f"{self.of_all:.1%} of {size(self.total)} that matmuls read{f'; float: {largest}' if largest else ''}"
+
+
 @dataclasses.dataclass
 class Report:
     """A whole run.
@@ -60,6 +109,7 @@ class Report:
       seconds: phase -> wall seconds (``"calibrate"``, ``"search"``, ...).
       bytes_before, bytes_after: all parameters, float and as returned.
       calibration: `awq_jax.data.CalibrationSet.description`: source, column, sizes; "" where it is not known.
+      share: how much of what matmuls read is packed; None where it was not counted.
     """
 
     config: dict[str, Any]
@@ -70,6 +120,7 @@ class Report:
     bytes_before: int
     bytes_after: int
     calibration: str = ""
+    share: Share | None = None
 
     @property
     def bits_per_weight(self) -> float:
@@ -145,6 +196,8 @@ def summary(report: Report) -> list[tuple[str, str]]:
             f"({report.bytes_before / max(report.bytes_after, 1):.2f}x smaller)",
         ),
     ]
+    if report.share is not None:
+        rows.append(("packed", str(report.share)))
     before, after = (geometric(getattr(r, name) for r in report.layers) for name in ("error_rtn", "error"))
     if before is not None and after is not None:
         rows.append(("typical error", f"{number(before)} rounded to nearest, {number(after)} as stored"))

@@ -21,6 +21,7 @@ from jax.typing import DTypeLike
 
 from awq_jax.kernels import native_build, xla
 from awq_jax.kernels.backend import Backend, Request
+from awq_jax.kernels.exported import unless_exported
 from awq_jax.kernels.parallel import vary_as
 from awq_jax.pack import Array
 from awq_jax.qtensor import QuantizedTensor
@@ -159,12 +160,21 @@ def _call(spec: Spec, x: jax.Array, q: QuantizedTensor) -> jax.Array:
     found = target(spec.level)
     if isinstance(found, str):
         raise RuntimeError(found)  # `obstacle` says so first
-    more: list[Array] = [a for a in (q.zeros, q.offsets) if a is not None]
-    call = jax.ffi.ffi_call(found[1], jax.ShapeDtypeStruct((*x.shape[:2], q.n), jnp.dtype(spec.out_dtype)))
-    y = call(
-        x, q.qweight, q.scales, *more,
-        bits=np.int32(spec.bits), digits=np.int32(_digits(x.dtype)), group_size=np.int32(spec.group_size),
-    )  # fmt: skip
+    arrays, tree = jax.tree.flatten(q)
+
+    def product(x: jax.Array, *arrays: jax.Array) -> jax.Array:
+        q: QuantizedTensor = jax.tree.unflatten(tree, arrays)
+        more: list[Array] = [a for a in (q.zeros, q.offsets) if a is not None]
+        call = jax.ffi.ffi_call(found[1], jax.ShapeDtypeStruct((*x.shape[:2], q.n), jnp.dtype(spec.out_dtype)))
+        return call(
+            x, q.qweight, q.scales, *more,
+            bits=np.int32(spec.bits), digits=np.int32(_digits(x.dtype)), group_size=np.int32(spec.group_size),
+        )  # fmt: skip
+
+    def dense(x: jax.Array, *arrays: jax.Array) -> jax.Array:
+        return xla.dequantize(x, jax.tree.unflatten(tree, arrays), out_dtype=spec.out_dtype)
+
+    y = unless_exported(product, dense, x, *arrays)
     return vary_as(y, x, *jax.tree.leaves(q))
 
 

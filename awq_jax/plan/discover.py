@@ -6,6 +6,8 @@ import logging
 import math
 from collections.abc import Callable, Hashable
 
+import numpy as np
+
 from awq_jax.errors import PlanError
 from awq_jax.plan import absorb, channel_labels
 from awq_jax.plan.plan import Plan, ScaleGroup, Site
@@ -27,6 +29,7 @@ OPAQUE = frozenset(
 PRODUCTS = frozenset(("dot_general", "ragged_dot_general", "ragged_dot", "conv_general_dilated"))
 CHOOSERS = frozenset(("top_k", "approx_top_k", "argmax", "argmin", "sort"))
 FEW = 512  # a matrix of more columns, or of more than a quarter as many as rows, chooses no experts
+UNUSED, EMBEDDING = "its result is not used", "it is an embedding: the matmul only looks rows up"
 VIEWS = SAME_SHAPE | {"reshape", "transpose", "squeeze"}
 
 
@@ -63,7 +66,7 @@ def discover(fn: Callable[..., object], params: object, *args: object, **kwargs:
     unused = [node.use.path for _, node in where if node.use and node.unused]
     where = [(scope, node) for scope, node in where if not node.unused]
     used = {node.use.path for _, node in where if node.use}
-    skipped = {path: "its result is not used" for path in unused if path not in used} | _skipped(program, where)
+    skipped = {path: UNUSED for path in unused if path not in used} | _skipped(program, where)
     skipped |= {path: why for path, why in _computed(program, top).items() if path not in skipped}
     by_name: dict[str, list[tuple[Scope, Node]]] = {}
     for scope, node in where:
@@ -78,7 +81,20 @@ def discover(fn: Callable[..., object], params: object, *args: object, **kwargs:
         shared.setdefault(key, []).extend(uses)
     feeds_site = _flows_into_matmul(top)
     groups = [_group(program, key, uses, feeds_site) for key, uses in shared.items()]
-    return Plan(tuple(groups), skipped)
+    return Plan(tuple(groups), skipped, _sizes(program, groups, skipped))
+
+
+def _sizes(program: Program, groups: list[ScaleGroup], skipped: dict[str, str]) -> dict[str, int]:
+    """Bytes of every float parameter that a matmul reads."""
+    values = dict(zip(program.leaves, program.graph.ins, strict=False))
+    read = {s.path for g in groups for s in g.sites} | {
+        p for p, why in skipped.items() if why not in (UNUSED, EMBEDDING)
+    }
+    return {
+        p: math.prod(program.leaves[p]) * np.dtype(v.dtype).itemsize
+        for p, v in values.items()
+        if p in read and v.is_float
+    }
 
 
 def _skipped(program: Program, where: list[tuple[Scope, Node]]) -> dict[str, str]:
@@ -104,7 +120,7 @@ def _skipped(program: Program, where: list[tuple[Scope, Node]]) -> dict[str, str
         ):
             out[use.path] = "two matmuls contract different axes of it"
         elif _one_hot(scope, node.x):
-            out[use.path] = "it is an embedding: the matmul only looks rows up"
+            out[use.path] = EMBEDDING
         else:
             site, others = _site(program, use), sites.setdefault(use.path, {})
             if site.name not in others and any(overlap(site, other) for other in others.values()):

@@ -12,9 +12,12 @@ from typing import Any
 import numpy as np
 
 from awq_jax.errors import PlanError
+from awq_jax.report import Share
 from awq_jax.trace.views import Window
 
 VERSION = 1
+HEAD = "makes the model's output"
+ROUTER = "routes tokens to experts"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,10 +145,19 @@ class Plan:
     Attributes:
       groups: the scale groups.
       skipped: path -> reason, for parameters used in a matmul that cannot be quantized.
+      sizes: path -> bytes, of all that matmuls read; those whose result is not used, and embeddings that are only
+        looked up, are not among them. Empty in a plan that was written by hand.
     """
 
     groups: tuple[ScaleGroup, ...]
     skipped: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def share(self) -> Share:
+        """What is packed of all that matmuls read where settings are left as they are: no head, no router."""
+        kept = {s.path: HEAD for _, s in self.sites() if s.head} | {s.path: ROUTER for _, s in self.sites() if s.router}
+        return Share.of(self.sizes, {**self.skipped, **kept}, kept)
 
     def sites(self) -> Iterator[tuple[ScaleGroup, Site]]:
         """Every site with its group."""
@@ -174,6 +186,7 @@ class Plan:
                 for g in self.groups
             ],
             "skipped": dict(self.skipped),
+            "sizes": dict(self.sizes),
         }
 
     @classmethod
@@ -215,7 +228,7 @@ class Plan:
                 )
                 for g in data["groups"]
             )
-            return cls(groups, dict(data.get("skipped", {})))
+            return cls(groups, dict(data.get("skipped", {})), {p: int(n) for p, n in data.get("sizes", {}).items()})
         except (KeyError, TypeError, AttributeError) as e:
             raise PlanError(f"not a plan: {type(e).__name__}: {e}") from None
 
@@ -240,9 +253,13 @@ class Plan:
         lines = []
         for g in self.groups:
             lines.append(f"{g.name}  [{' x '.join(map(str, (*g.scan, *g.batch, g.channels)))}]")
-            lines += [f"    reads  {s.name} {s.shape} {s.axes}{'  (head)' if s.head else ''}" for s in g.sites]
+            for s in g.sites:
+                mark = "  (head)" if s.head else "  (router)" if s.router else ""
+                lines.append(f"    reads  {s.name} {s.shape} {s.axes}{mark}")
             lines += [f"    absorb {a.path}" for a in g.absorbers] or [f"    no absorber: {g.reason}"]
         lines += [f"{path}  left float: {why}" for path, why in self.skipped.items()]
+        if self.sizes:
+            lines.append(f"packed by default: {self.share}")
         return "\n".join(lines)
 
 

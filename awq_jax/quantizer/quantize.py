@@ -1,6 +1,8 @@
 """`quantize`: parameters and calibration in, the same tree with packed leaves out."""
 
 import dataclasses
+import logging
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TypeVar, overload
@@ -24,9 +26,12 @@ from awq_jax.qtensor import QuantizedTensor, Weight
 from awq_jax.quantizer import adapters, parts
 from awq_jax.quantizer.following import Aim, Follower
 from awq_jax.quantizer.scale_groups import GroupScale, find_scale, round_group
-from awq_jax.quantizer.targets import Target, select
+from awq_jax.quantizer.targets import Target, select, share
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+FEW = 0.8  # share of the bytes that are meant to be packed, below which a user is warned
 CalibrationData = Calibration | Plan | Iterable[object]
 
 
@@ -122,14 +127,36 @@ def quantize(
     with bar(progress, "quantize", "group", 2 * len(work)) as shown:
         done = quantize_groups(plan, work, parameters, calib.stats.get, config, shown.update)
     out = paths.map_with_path(lambda path, _: done.leaves[path], params)
+    packed = share(plan, config, targets, skipped) if plan.sizes else None
+    if packed is not None:
+        _tell(packed, progress)
     if not return_report:
         return out
     seconds = {"calibrate": calibrated - started, **done.seconds}
     seconds["search"] += checked - calibrated
     summary = report.Report(
-        config.to_dict(), done.rows, skipped, calib.tokens, seconds, paths.nbytes(params), paths.nbytes(out)
+        config.to_dict(),
+        done.rows,
+        skipped,
+        calib.tokens,
+        seconds,
+        paths.nbytes(params),
+        paths.nbytes(out),
+        share=packed,
     )
     return out, summary
+
+
+def _tell(packed: report.Share, progress: Progress) -> None:
+    """The share that is packed, where progress is shown; a warning where it is small."""
+    if packed.of_meant < FEW:
+        log.warning(
+            "only %.0f%% of the bytes that matmuls read are packed; the largest that stay float: %s",
+            100 * packed.of_all,
+            packed.largest(meant=True),
+        )
+    elif progress is True:
+        print(f"packed {packed}", file=sys.stderr)
 
 
 Work = list[tuple[ScaleGroup, list[Target]]]

@@ -6,8 +6,9 @@ from collections.abc import Collection
 
 from awq_jax.config import AwqConfig, LeafConfig
 from awq_jax.errors import ConfigError, Setting, ShapeError
-from awq_jax.plan.plan import Plan, ScaleGroup, Site
+from awq_jax.plan.plan import HEAD, ROUTER, Plan, ScaleGroup, Site
 from awq_jax.quantizer import adapters, parts, patterns
+from awq_jax.report import Share
 
 QUANTIZE_HEAD = Setting("quantize_head", True)
 
@@ -63,9 +64,9 @@ def select(
         elif site.path in factors or adapters.is_named_factor(site.path):
             skipped[site.path] = adapters.REASON
         elif site.head and not config.quantize_head:
-            skipped[site.path] = f"makes the model's output ({QUANTIZE_HEAD} quantizes it)"
+            skipped[site.path] = f"{HEAD} ({QUANTIZE_HEAD} quantizes it)"
         elif site.router and not site.head:
-            skipped[site.path] = "routes tokens to experts"
+            skipped[site.path] = ROUTER
         elif math.prod(site.part_shape) == k:
             skipped[site.path] = "makes one number of each token"
         elif leaf.group_size == -1:
@@ -97,6 +98,14 @@ def select(
         why = "; ".join(f"{path}: {reason}" for path, reason in skipped.items())
         raise ConfigError(f"nothing would be quantized: {why or 'the model has no matmul'}")
     return targets, skipped
+
+
+def share(plan: Plan, config: AwqConfig, targets: dict[str, Target], skipped: dict[str, str]) -> Share:
+    """How much of what matmuls read is packed; ``targets``, ``skipped``: from `select`."""
+    chosen = {p for p, why in skipped.items() if why in (ROUTER, adapters.REASON) or why.startswith(HEAD)}
+    chosen |= {p for p in skipped if config.leaf(p) is None}
+    packed = {t.site.path for t in targets.values()}
+    return Share.of(plan.sizes, {p: why for p, why in skipped.items() if p not in packed}, chosen)
 
 
 def _indivisible(bad: list[tuple[str, int, int]]) -> ShapeError:

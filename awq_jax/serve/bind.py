@@ -33,8 +33,8 @@ def bind(apply_fn: Callable[..., T], *, impl: str = "auto") -> Callable[..., T]:
     respect to the remaining float parameters see `awq_jax.trainable`. Calls with the same shapes
     are traced once.
 
-    For `jax.export` pass ``impl="xla"``: the compiled CPU kernel is a custom call that a machine without
-    this library does not have, and JAX refuses to export it.
+    `jax.export` writes the XLA form of packed products: where the program is read, the kernels that this library
+    compiles for CPUs are not there.
 
     Args:
       apply_fn: ``apply_fn(params, *args, **kwargs)``, pure: a plain function, ``model.apply`` of

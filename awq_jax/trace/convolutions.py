@@ -22,7 +22,7 @@ def as_matmul(op: Op) -> Callable[[jax.Array, jax.Array], jax.Array] | None:
     plain = (
         all(n == 1 for n in (*p["lhs_dilation"], p["feature_group_count"], p["batch_group_count"]))
         and all(low == high == 0 for low, high in p["padding"])
-        and all(size == 1 or d == 1 for size, d in zip([rhs[a] for a in dims.rhs_spec[2:]], p["rhs_dilation"]))
+        and all(rhs[a] == 1 or d == 1 for a, d in zip(dims.rhs_spec[2:], p["rhs_dilation"], strict=True))
     )
     if not plain:
         return None

@@ -20,7 +20,7 @@ import numpy as np
 from awq_jax.trace import convolutions
 from awq_jax.trace.grouped_calls import grouped
 from awq_jax.trace.jaxpr import DRAWS, Graph, Op, Operand, Val, traced
-from awq_jax.trace.linear_steps import LINEAR, REARRANGES, Cat, Gain, Leaf, Padded, Sum, Tree, leaves, operands, read
+from awq_jax.trace.linear_steps import LINEAR, REARRANGES, Gain, Leaf, Padded, Sum, Tree, leaves, operands, read
 
 INLINED = frozenset(("jit", "pjit", "closed_call", "core_call"))
 PARTS = REARRANGES | {"slice", "split", "unstack", "dynamic_slice", "gather", "squeeze"}
@@ -181,7 +181,8 @@ class _Product:
 
     @property
     def wide(self) -> Any:
-        return jnp.promote_types(self.op.outs[0].dtype, jnp.float32)
+        dtype: Any = self.op.outs[0].dtype
+        return jnp.promote_types(dtype, jnp.float32)
 
     def of(self, tree: Tree, x: jax.Array) -> jax.Array:
         contract, batch = self.op.dims

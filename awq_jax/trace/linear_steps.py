@@ -1,9 +1,9 @@
 """Weights that something linear is done to before they are multiplied: what a matmul reads, as a tree of such steps.
 
-``x @ concatenate([q, kv], 1)`` is ``concatenate([x @ q, x @ kv], 1)``, and ``x @ (w * gain)`` is ``(x @ w) * gain``. The
-left sides compute a weight anew at every call, so no packed one can stand for it; the right sides multiply by parameters
-as they are. Here a weight is read as a tree: concatenations, gains, sums and paddings, of parameters that are
-transposed, reshaped and cast. `distribute` multiplies by such a tree.
+``x @ concatenate([q, kv], 1)`` is ``concatenate([x @ q, x @ kv], 1)``, and ``x @ (w * gain)`` is ``(x @ w) * gain``.
+The left sides compute a weight anew at every call, so no packed one can stand for it; the right sides multiply by
+parameters as they are. Here a weight is read as a tree: concatenations, gains, sums and paddings, of parameters that
+are transposed, reshaped and cast. `distribute` multiplies by such a tree.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -36,14 +36,14 @@ class Step:
     """One rearrangement: the new shape, the order of axes, or the new dtype."""
 
     kind: Literal["reshape", "transpose", "cast", "broadcast"]
-    to: object
+    to: Any
 
     def apply(self, a: jax.Array) -> jax.Array:
         if self.kind == "transpose":
-            return jnp.transpose(a, self.to)  # type: ignore[arg-type]
+            return jnp.transpose(a, self.to)
         if self.kind == "cast":
             return a.astype(self.to)
-        return jnp.broadcast_to(a, self.to) if self.kind == "broadcast" else a.reshape(self.to)  # type: ignore[arg-type]
+        return jnp.broadcast_to(a, self.to) if self.kind == "broadcast" else a.reshape(self.to)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -159,10 +159,10 @@ def read(v: Operand, made_by: Mapping[Val, Op], derived: set[Val]) -> Tree:
             by = _thin(op.ins[1 - pos], v, made_by)
             if by is not None and isinstance(op.ins[pos], Val):
                 return Gain(whole, read(op.ins[pos], made_by, derived), by, op.name == "div")
-    if op.name in SUMS and all(isinstance(x, Val) and x.shape == v.shape for x in op.ins):
-        if all(_thin(x, v, made_by) is None for x in op.ins):
-            signs = (1, -1 if op.name == "sub" else 1)
-            return Sum(whole, tuple(read(x, made_by, derived) for x in op.ins), signs)
+    alike = all(isinstance(x, Val) and x.shape == v.shape and _thin(x, v, made_by) is None for x in op.ins)
+    if op.name in SUMS and alike:
+        signs = (1, -1 if op.name == "sub" else 1)
+        return Sum(whole, tuple(read(x, made_by, derived) for x in op.ins), signs)
     if op.name == "pad" and _is_zero(op.ins[1], made_by):
         config = tuple(op.params["padding_config"])
         if all(low >= 0 and high >= 0 and not inner for low, high, inner in config):
@@ -214,9 +214,9 @@ def _rearranged(tree: Tree, step: Step, whole: Leaf | None = None) -> Tree:
     if step.kind == "cast":
         new = old
     elif step.kind == "transpose":
-        new = tuple(old[d] for d in step.to)  # type: ignore[attr-defined]
+        new = tuple(old[d] for d in step.to)
     else:
-        new = tuple(step.to)  # type: ignore[arg-type]
+        new = tuple(step.to)
     if isinstance(tree, Leaf):
         return tree.then(step, new)
     whole = whole or tree.whole.then(step, new)
@@ -229,12 +229,12 @@ def _rearranged(tree: Tree, step: Step, whole: Leaf | None = None) -> Tree:
         if step.kind == "reshape":
             raise NotDistributable
         order = range(len(old)) if step.kind == "cast" else step.to
-        padding = tuple(tree.padding[d] for d in order)  # type: ignore[attr-defined]
+        padding = tuple(tree.padding[d] for d in order)
         return Padded(whole, _rearranged(tree.part, step), padding)
     if step.kind == "cast":
         return Cat(whole, tree.axis, tuple(_rearranged(part, step) for part in tree.parts))
     if step.kind == "transpose":
-        axis = tuple(step.to).index(tree.axis)  # type: ignore[arg-type]
+        axis = tuple(step.to).index(tree.axis)
         return Cat(whole, axis, tuple(_rearranged(part, step) for part in tree.parts))
     axis, unit = _axis_after(tree.axis, old, new)
     parts = []
@@ -257,7 +257,7 @@ def _axis_after(axis: int, old: Shape, new: Shape) -> tuple[int, int]:
 
 def _gain(by: Leaf, step: Step, old: Shape, new: Shape) -> Leaf:
     if step.kind == "transpose":
-        return by.then(step, tuple(by.shape[d] for d in step.to))  # type: ignore[attr-defined]
+        return by.then(step, tuple(by.shape[d] for d in step.to))
     full: list[int] = []
     out: list[int] = []
     i = j = 0
