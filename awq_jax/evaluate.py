@@ -119,6 +119,30 @@ def perplexity(
         asked for.
       WeightError: if the logits are not finite.
     """
+    given = {"context": context, "stride": stride, "max_tokens": max_tokens, "batch_size": batch_size, "bos": bos}
+    return scorer(model, text, **given)(model.params, progress)
+
+
+def scorer(
+    model: Scorable,
+    text: Text,
+    *,
+    context: int = 512,
+    stride: int | None = None,
+    max_tokens: int | None = None,
+    batch_size: int | None = None,
+    bos: str = "auto",
+) -> Callable[[Any, Progress], Perplexity]:
+    """`perplexity` of ``model`` with several parameters: ``(params, progress) -> Perplexity``.
+
+    Text and windows are prepared once, and parameters of one structure are scored by one compiled program.
+
+    Args:
+      model, text, context, stride, max_tokens, batch_size, bos: as for `perplexity`.
+
+    Raises:
+      CalibrationError, ConfigError: as `perplexity`; what is returned raises WeightError if logits are not finite.
+    """
     work = _Windows(model, text, context, stride, max_tokens, batch_size, bos)
 
     @jax.jit
@@ -127,9 +151,12 @@ def perplexity(
         gold = jnp.take_along_axis(logits, following[..., None], axis=-1)[..., 0]
         return (jax.nn.logsumexp(logits, axis=-1) - gold,)
 
-    (window_nll,), window_tokens = work.sums("perplexity", progress, functools.partial(score, model.params))
-    nll, error = _mean(window_nll, window_tokens)
-    return Perplexity(_exp(nll), nll, error, int(window_tokens.sum()), window_nll, window_tokens)
+    def measure(params: object, progress: Progress) -> Perplexity:
+        (window_nll,), window_tokens = work.sums("perplexity", progress, functools.partial(score, params))
+        nll, error = _mean(window_nll, window_tokens)
+        return Perplexity(_exp(nll), nll, error, int(window_tokens.sum()), window_nll, window_tokens)
+
+    return measure
 
 
 def kl(

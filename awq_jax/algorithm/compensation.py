@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from awq_jax.algorithm.cholesky import inverse_cholesky, solve_each
 from awq_jax.algorithm.grid import Grid, store
 
+CHUNKS = 4  # see `_products_of_groups`
 OUTER, INNER = 96, 16  # rows that are brought up to date at once, and those that every row updates
 
 
@@ -186,13 +187,7 @@ def refit(spread: jax.Array, gram: jax.Array, codes: jax.Array, grid: Grid, dtyp
     base = codes.reshape(groups, size, n) - grid.zero[:, None]
     slope = (base * spread.reshape(base.shape)).sum(axis=1)  # [G, N]
 
-    def against(i: jax.Array) -> jax.Array:
-        """Products ``[G, N]`` of the part that group ``i`` makes with the parts of all groups."""
-        rows = jax.lax.dynamic_slice(gram, (i * size, 0), (size, k))
-        return (base * (rows.T @ base[i]).reshape(base.shape)).sum(axis=1)
-
-    # One group at a time: all at once would take K x G numbers for each column.
-    a = jax.lax.map(against, jnp.arange(groups))
+    a = _products_of_groups(base, gram)
     # A little of |s - old|^2 is added: a group with no say in the error (a singular a) keeps its scale.
     floor = 1e-4 * jnp.einsum("GGn->Gn", a).mean(axis=0) + 1e-30
     solved = grid.scale - solve_each(a + jnp.eye(groups, dtype=a.dtype)[:, :, None] * floor, slope)
@@ -200,3 +195,27 @@ def refit(spread: jax.Array, gram: jax.Array, codes: jax.Array, grid: Grid, dtyp
     new = Grid(store(jnp.where(ok, solved, grid.scale), dtype), grid.zero)
     moved = new.scale - grid.scale
     return Refitted(new, ((2 * slope + (a * moved[:, None]).sum(axis=0)) * moved).sum(axis=0))
+
+
+def _products_of_groups(base: jax.Array, gram: jax.Array) -> jax.Array:
+    """``a [G, G, N]``: for each column the products, by ``gram [K, K]``, of its groups ``base [G, g, N]``."""
+    # a is symmetric. A group is multiplied with those of its own chunk of groups and of the following chunks: of four
+    # chunks, 5/8 of the work. One group at a time: all at once would take K x G numbers for each column.
+    groups, size, n = base.shape
+    chunk = -(-groups // CHUNKS)
+    chunks = -(-groups // chunk)
+    filled = chunks * chunk
+    base = jnp.pad(base, ((0, filled - groups), (0, 0), (0, 0)))
+    gram = jnp.pad(gram, ((0, (filled - groups) * size),) * 2)
+
+    def of_group(i: jax.Array, a: jax.Array) -> jax.Array:
+        def with_chunk(c: jax.Array, a: jax.Array) -> jax.Array:
+            block = jax.lax.dynamic_slice(gram, (c * chunk * size, i * size), (chunk * size, size))
+            others = jax.lax.dynamic_slice_in_dim(base, c * chunk, chunk)
+            products = (others * (block @ base[i]).reshape(others.shape)).sum(axis=1)
+            return jax.lax.dynamic_update_slice(a, products[None], (i, c * chunk, 0))
+
+        return jax.lax.fori_loop(i // chunk, chunks, with_chunk, a)
+
+    a = jax.lax.fori_loop(0, groups, of_group, jnp.zeros((filled, filled, n), base.dtype))[:groups, :groups]
+    return jnp.where(jnp.tri(groups, dtype=bool)[:, :, None], a.swapaxes(0, 1), a)

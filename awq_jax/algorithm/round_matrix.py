@@ -11,7 +11,7 @@ from awq_jax.algorithm.grid import Grid, column_loss, decode, encode, make_grid,
 from awq_jax.algorithm.methods import Rounder
 from awq_jax.config import LeafConfig
 
-ROUNDS = 3  # of rounding on the current scales and refitting the scales to the codes
+ROUNDS = 2  # of rounding on the current scales and refitting the scales to the codes
 
 
 class Rounded(NamedTuple):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from awq_jax.calibration.calibration import Stats, Wanted
+from awq_jax.calibration.calibration import Stats, Wanted, plain_zeros
 from awq_jax.devices.pool import AXIS, Pool, replicator
 from awq_jax.pack import Array
 
@@ -34,7 +34,7 @@ class Accumulator:
         self._pool, self._prefix = pool, prefix
         self._shapes = {w.group.name: w.shapes() for w in wanted}
         self._shared = pool.size > 1 or pool.team is not None
-        self._stats = _zeros(pool, self._shapes) if self._shared else _plain_zeros(self._shapes)
+        self._stats = _zeros(pool, self._shapes) if self._shared else plain_zeros(self._shapes)
         self._idle: dict[jax.Device, ByGroup] = {}
 
     @property
@@ -121,10 +121,6 @@ def _add(sums: ByGroup, new: ByGroup) -> ByGroup:
 @functools.partial(jax.jit, static_argnames="k")
 def _rows(gram: jax.Array, *, k: int) -> jax.Array:
     return gram[..., :k, :]
-
-
-def _plain_zeros(shapes: ByGroup) -> ByGroup:
-    return {name: jax.tree.map(lambda a: jax.device_put(np.zeros(a.shape, a.dtype)), s) for name, s in shapes.items()}
 
 
 def _specs(lead: int) -> Stats:

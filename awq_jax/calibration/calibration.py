@@ -173,8 +173,8 @@ def calibrate(
         )
     if not isinstance(batches, Iterable) or (isinstance(batches, list) and batches and np.isscalar(batches[0])):
         raise CalibrationError(f"batches is {str(batches)[:60]}: pass a list of arrays, each of them a batch")
-    stats: dict[str, Stats] | None = None
-    step: Callable[[object, list[object], Form], dict[str, Stats]] | None = None
+    stats: dict[str, Stats] = {}
+    step: Callable[[dict[str, Stats], object, list[object], Form], dict[str, Stats]] | None = None
     tokens = 0
     for batch in through(batches, progress, "calibrate", "batch"):
         args, kwargs = _arguments(batch)
@@ -186,16 +186,37 @@ def calibrate(
             if not verified:
                 few, named = _few_tokens(apply_fn, params, args, kwargs)
                 plan = verify(plan, apply_fn, params, *few, **named)
-            collect = collector(apply_fn, map(Wanted, _without_head(plan, include_head)))
-            step = jax.jit(lambda p, arrays, form, run=collect: run(p, *form.join(arrays))[1], static_argnums=2)
-            add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0)
-        new = step(params, *split(args, kwargs))
+            wanted = [Wanted(group) for group in _without_head(plan, include_head)]
+            step = _adder(collector(apply_fn, wanted), params)
+            stats = plain_zeros({w.group.name: w.shapes() for w in wanted})
         # Waiting here bounds what is in flight to one batch.
-        stats = jax.block_until_ready(new if stats is None else add(stats, new))
+        stats = jax.block_until_ready(step(stats, params, *split(args, kwargs)))
         tokens += _tokens(args, kwargs)
-    if stats is None or plan is None or tokens == 0:
+    if plan is None or tokens == 0:
         raise CalibrationError("the calibration set is empty: pass at least one batch of tokens")
     return Calibration(plan, stats, tokens)
+
+
+def _adder(
+    collect: Callable[..., tuple[object, dict[str, Stats]]], params: object
+) -> Callable[[dict[str, Stats], object, list[object], Form], dict[str, Stats]]:
+    """``(sums, params, arrays, form)`` to sums with those of a batch, in the memory of the former.
+
+    ``collect``: of `collector`.
+    """
+
+    def of_batch(params: object, arrays: list[object], form: Form) -> dict[str, Stats]:
+        args, kwargs = form.join(arrays)
+        return collect(params, args, kwargs)[1]
+
+    def add(sums: dict[str, Stats], new: dict[str, Stats]) -> dict[str, Stats]:
+        return jax.tree.map(jnp.add, sums, new)
+
+    if all(len(x.devices()) == 1 for x in jax.tree.leaves(params) if isinstance(x, jax.Array)):
+        return jax.jit(lambda sums, *batch: add(sums, of_batch(*batch)), static_argnums=3, donate_argnums=0)
+    # Where the compiler puts sums on a mesh is known after the first batch.
+    alone, plus = jax.jit(of_batch, static_argnums=2), jax.jit(add, donate_argnums=0)
+    return lambda sums, p, arrays, form: plus(sums, alone(p, arrays, form))
 
 
 def _arguments(batch: object) -> tuple[Args, Kwargs]:
@@ -261,6 +282,11 @@ class Wanted:
         of_gram = g.scan if self.experts == 0 else lead
         shapes = ((*of_gram, k, k), (*lead, k), lead, lead)
         return Stats(*(cast(Any, jax.ShapeDtypeStruct(shape, jnp.float32)) for shape in shapes))
+
+
+def plain_zeros(shapes: Mapping[str, Stats]) -> dict[str, Stats]:
+    """Sums of nothing, by the name of the group, on the default device."""
+    return {name: jax.tree.map(lambda a: jax.device_put(np.zeros(a.shape, a.dtype)), s) for name, s in shapes.items()}
 
 
 def collector(apply_fn: Callable[..., T], wanted: Iterable[Wanted]) -> Callable[..., tuple[T, dict[str, Stats]]]:

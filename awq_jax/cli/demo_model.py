@@ -166,9 +166,11 @@ def compare(
     clock = time.perf_counter
     seconds: dict[str, float] = {}
 
+    measure = evaluate.scorer(model, tokens, context=seq_len, max_tokens=eval_tokens)
+
     def score(name: str) -> evaluate.Perplexity:
         start = clock()
-        result = evaluate.perplexity(model, tokens, context=seq_len, max_tokens=eval_tokens, progress=stages.next())
+        result = measure(model.params, stages.next())
         seconds[f"score {name}"] = clock() - start
         return result
 
