@@ -60,7 +60,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # of the processes that are start
 
 R = TypeVar("R")
 OPS = 14  # of rounding a number on its grid and taking the error: counted in `quantize_dequantize`, `column_loss`
-PAIRS = 100  # of clipping factors
+PAIRS = 33  # of clipping factors
 SAMPLES, LENGTH = 128, 512  # calibration of `count`
 PHASES = ("round", "search", "calibrate")
 KINDS = ("products", "factors", "numbers")  # of operations
@@ -106,7 +106,7 @@ def searching(g: Shape, config: AwqConfig, share: float = 1.0) -> np.ndarray:
 def rounding(g: Shape, config: AwqConfig, share: float = 1.0) -> np.ndarray:
     """The same of rounding."""
     kn, groups = share * g.k * g.n, g.k / config.group_size
-    products = ((5 * ROUNDS + 6) * g.k + 2 * ROUNDS * OUTER) * kn
+    products = ((4.25 * ROUNDS + 6) * g.k + 2 * ROUNDS * OUTER) * kn
     numbers = kn * (PAIRS * OPS + ROUNDS * (2 * INNER + 2 * groups) + (ROUNDS + 3) * OPS)
     systems = 2 * ROUNDS * share * groups**3 * g.n
     return operations(products, 2 / 3 * g.k**3, numbers + systems)

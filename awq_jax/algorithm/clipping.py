@@ -22,8 +22,8 @@ def clip_search(
 
     Paper section 3.2 ("clipping"), with upper and lower bound shrunk independently and the error taken from second
     moments instead of sampled activations. A bound is multiplied by 1 less some steps, and by more than ``floor``:
-    every other number of steps is tried for both, then the neighbours of what is best so far. A third of the trials of
-    all pairs, and as good: see `benchmarks/results/README.md`.
+    every other number of steps is tried for both, then the neighbours of what is best so far: a third of the trials of
+    all pairs, for an error within .3 % of theirs (3 and 4 bits, groups of 16 to 128, one energy per row).
 
     Args:
       w: ``[G, g, N]``.

@@ -40,29 +40,33 @@ def test_column_loss_is_the_mean_squared_output_error() -> None:
     )
 
 
-def test_clip_search_finds_the_best_pair_of_the_grid() -> None:
-    w = rng.normal(size=(K, N)).astype(np.float32)
+def test_clip_search_is_as_good_as_a_trial_of_all_pairs() -> None:
+    """Never worse than any pair of even numbers of steps, and on average within 3 % of the best pair of all."""
+    w = rng.normal(size=(K, 16 * N)).astype(np.float32)
     w[3, 2] = 6.0
     h = gram_of(correlated())
-    wg = jnp.asarray(w).reshape(-1, G, N)
+    wg = jnp.asarray(w).reshape(-1, G, w.shape[1])
     blocks = clipping.diagonal_blocks(jnp.asarray(h, jnp.float32), G)
     for i in range(K // G):
         np.testing.assert_allclose(blocks[i], h[i * G : (i + 1) * G, i * G : (i + 1) * G], rtol=1e-6)
-    got = clipping.clip_search(wg, blocks, 3, False, "float16", steps=4)
+    got = clipping.clip_search(wg, blocks, 3, False, "float16")
+    found = best = 0.0
     for g in range(K // G):
-        for n in range(N):
+        hb = h[g * G : (g + 1) * G, g * G : (g + 1) * G]
+        for n in range(w.shape[1]):
             part = w[g * G : (g + 1) * G, n].astype(np.float64)
-            hb = h[g * G : (g + 1) * G, g * G : (g + 1) * G]
-            losses = {}
-            for a in (1.0, 0.875, 0.75, 0.625):
-                for b in (1.0, 0.875, 0.75, 0.625):
-                    low, high = min(part.min(), 0) * a, max(part.max(), 0) * b
-                    scale = float(np.float16((high - low) / 7))
-                    zero = np.clip(np.rint(-low / scale), 0, 7)
-                    d = (np.clip(np.rint(part / scale) + zero, 0, 7) - zero) * scale - part
-                    losses[scale, zero] = d @ hb @ d
-            chosen = losses[float(got.scale[g, n]), float(got.zero[g, n])]
-            assert chosen <= min(losses.values()) * (1 + 1e-4)
+            losses = np.empty((10, 10))
+            by_grid = {}
+            for a, b in np.ndindex(10, 10):
+                low, high = min(part.min(), 0) * (1 - 0.05 * a), max(part.max(), 0) * (1 - 0.05 * b)
+                scale = float(np.float16((high - low) / 7))
+                zero = np.clip(np.rint(-low / scale), 0, 7)
+                d = (np.clip(np.rint(part / scale) + zero, 0, 7) - zero) * scale - part
+                losses[a, b] = by_grid[scale, zero] = d @ hb @ d
+            chosen = by_grid[float(got.scale[g, n]), float(got.zero[g, n])]
+            assert chosen <= losses[::2, ::2].min() * (1 + 1e-4)
+            found, best = found + chosen, best + losses.min()
+    assert found <= 1.03 * best
 
 
 def test_inverse_factor_is_the_cholesky_factor_of_the_inverse() -> None:
