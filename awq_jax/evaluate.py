@@ -119,8 +119,8 @@ def perplexity(
         asked for.
       WeightError: if the logits are not finite.
     """
-    given = {"context": context, "stride": stride, "max_tokens": max_tokens, "batch_size": batch_size, "bos": bos}
-    return scorer(model, text, **given)(model.params, progress)
+    measure = scorer(model, text, context=context, stride=stride, max_tokens=max_tokens, batch_size=batch_size, bos=bos)
+    return measure(model.params, progress)
 
 
 def scorer(
