@@ -245,6 +245,8 @@ class _Walk:
             raise Blocked(f"it comes straight from {where}")
         if not view.full or view.problem:
             raise Blocked(f"{view.path} is sliced by a loop in an unusual way")
+        if view.shards:
+            raise Blocked(f"a shard_map splits {view.path} over several devices")
         if not v.is_float:
             raise Blocked(f"{view.path} is not a float parameter")
         mine = self.program.views[self.sites[0].ins[self.sites[0].op.weight]]

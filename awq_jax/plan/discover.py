@@ -239,6 +239,8 @@ def _group(program: Program, key: Hashable, uses: list[tuple[Scope, Node]], feed
     name = next(iter(sites))
     if isinstance(key, str):
         found = absorb.Absorbers(reason=f"{len(uses)} matmuls with different inputs share this weight")
+    elif any(node.use.split for _, node in uses if node.use):
+        found = absorb.Absorbers(reason="a shard_map splits its rows or its experts over several devices")
     elif (outer := uses[0][0].outer) is not None and outer[1].name == "cond":
         found = absorb.Absorbers(reason="it is inside a cond")
     else:

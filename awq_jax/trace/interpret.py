@@ -16,10 +16,9 @@ from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from awq_jax.errors import ShapeError
-from awq_jax.kernels.parallel import varying
 from awq_jax.paths import flatten
 from awq_jax.qtensor import QuantizedTensor, is_quantized
-from awq_jax.trace import layouts, packed, shardings, views
+from awq_jax.trace import layouts, packed, shardings, shards, views
 from awq_jax.trace.jaxpr import REMAT, Graph, Op, Operand, Use, Val, bind
 from awq_jax.trace.uses import Program, trace
 from awq_jax.trace.views import View, Window
@@ -189,22 +188,20 @@ class _Interpreter:
         if (expert := self.experts(op, ins, flat)) is not None:
             flat, options = flat.reshape(-1, flat.shape[-1]), {"expert": expert}
         if self.tap and not op.use.reason:
-            tapped = self.tap(op.use, flat, **options)
+            seen, numbered, count = shards.whole(op, self.views[op.ins[op.weight]], flat, options)
+            tapped = self.tap(op.use, seen, **numbered)
             if tapped is not None:
                 # The model goes on only when the tap is done: otherwise a compiler may keep every
                 # activation of the model for one great round of taps at the end.
                 x, tapped = jax.lax.optimization_barrier((x, tapped))
-                taps[op.use.index] = jax.tree.map(self.over_devices, tapped) if self.manual else tapped
+                if self.manual:
+                    tapped = shards.summed(tapped, self.manual, self.checked, count)
+                taps[op.use.index] = tapped
                 ins = [x if i == op.x else a for i, a in enumerate(ins)]
         if self.matmul and is_quantized(w) and (part := self.part(op, w)) is not None:
             y = layouts.restore_output(op, self.matmul(flat, jax.tree.map(shardings.on_every_device, part), **options))
             return shardings.as_typed(y, op.result_sharding)
         return bind(op, [self.dense(v, a) for v, a in zip(op.ins, ins, strict=True)])[0]
-
-    def over_devices(self, a: jax.Array) -> jax.Array:
-        """The sum over the devices of a shard_map, as far as their values differ."""
-        axes = tuple(x for x in self.manual if x in varying(a)) if self.checked else self.manual
-        return jax.lax.psum(a, axes) if axes else a
 
     def numbers(self, op: Op, ins: list[Value], axis: int) -> jax.Array:
         """Which expert an operation chooses for each position, int32 with the positions' shape; -1 for none."""
@@ -306,20 +303,28 @@ class _Interpreter:
         return [*outs]
 
     def shard_map(self, op: Op, ins: list[Value]) -> tuple[list[Value], Taps]:
-        """Packed leaves are whole on every device; what taps return is summed over the devices."""
-        p = op.params
+        """Each device has its part of a packed leaf, as of a float one; what taps return is summed over the devices."""
+        p, graph = op.params, op.bodies[0]
         axes = tuple(p["newly_manual_axes"])
         inside = dataclasses.replace(self, manual=(*self.manual, *axes), checked=p["check_vma"])
-        specs = tuple(PartitionSpec() if is_quantized(x) else s for x, s in zip(ins, p["in_specs"], strict=True))
+        specs: list[Any] = list(p["in_specs"])
+        for i, (x, outer, v) in enumerate(zip(ins, op.ins, graph.ins, strict=True)):
+            if isinstance(x, QuantizedTensor):
+                cut = shards.specs_of(x, self.views[outer], self.views[v])
+                ins[i], specs[i] = (self.dense(outer, x), specs[i]) if cut is None else (x, cut)
 
         def body(*values: Value) -> tuple[tuple[Value, ...], Taps]:
-            outs, new = inside.graph(op.bodies[0], list(values))
+            mine = [
+                shards.local(x, self.views[v]) if isinstance(x, QuantizedTensor) else x
+                for x, v in zip(values, graph.ins, strict=True)
+            ]
+            outs, new = inside.graph(graph, mine)
             return tuple(outs), new
 
         outs, new = jax.shard_map(
             body,
             mesh=p["mesh"],
-            in_specs=specs,
+            in_specs=tuple(specs),
             out_specs=(tuple(p["out_specs"]), PartitionSpec()),
             axis_names=frozenset(axes),
             check_vma=p["check_vma"],

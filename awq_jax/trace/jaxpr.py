@@ -59,6 +59,7 @@ class Use:
       scanned: the leaf axes that those loops slice, outermost loop first.
       part: what the matmul reads of the leaf, as `views.View.window`; () for all of it.
       experts: if each row meets the weight of its own expert, what identifies the experts chosen; else None.
+      split: each device has only some of its rows or experts.
     """
 
     index: int
@@ -69,6 +70,7 @@ class Use:
     scanned: tuple[int, ...] = ()
     part: Window = ()
     experts: Hashable | None = None
+    split: bool = False
 
 
 @dataclasses.dataclass(eq=False)

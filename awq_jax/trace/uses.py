@@ -10,7 +10,7 @@ from jax.tree_util import PyTreeDef
 from awq_jax.errors import PlanError
 from awq_jax.paths import flatten
 from awq_jax.qtensor import is_quantized
-from awq_jax.trace import views
+from awq_jax.trace import shards, views
 from awq_jax.trace.counters import Numbers
 from awq_jax.trace.distribute import distribute
 from awq_jax.trace.grouped_calls import grouped
@@ -157,7 +157,9 @@ class _Marks:
                     continue
                 view = self.views[outer]
                 if outer.shape != inner.shape and op.name == "shard_map":
-                    self.views[inner] = view.split_over_devices()
+                    spec = [*op.params["in_specs"][i], *(None,) * len(inner.shape)]
+                    parts = [(shards.names_of(a), n) for a, n in zip(spec, inner.shape, strict=False)]
+                    self.views[inner] = view.split_over_devices(parts)
                 elif i < fixed:
                     self.views[inner] = view.repeated_by_scan() if length is not None else view
                 elif i >= fixed + carry:
@@ -196,7 +198,8 @@ class _Marks:
         where = (view.loops, view.scanned, part)
         if isinstance(found, AxisRoles):
             op.roles = found
-            op.use = Use(len(self.uses), view.path, found.axes, problem, *where, self.experts(op, view))
+            split = any(found.axes[axis] in "bk" for axis, _ in view.shards)
+            op.use = Use(len(self.uses), view.path, found.axes, problem, *where, self.experts(op, view), split)
         else:
             op.use = Use(len(self.uses), view.path, "", found, *where)
         self.uses.append(op.use)

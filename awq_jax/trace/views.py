@@ -51,6 +51,8 @@ class View:
       window: of each leaf axis, where the part begins and its size; () for the whole leaf.
       choice: if an expert was chosen for each position (``w[expert]``), the leaf axis of experts, and what identifies
         the numbers chosen. Axes of positions have factors of the axis `POSITION`.
+      shards: leaf axes that a `shard_map` around splits, and the axes of the mesh that it is split over; ``shape`` is
+        that of a device's part.
       full: no arithmetic but a cast was done, so a packed leaf can stand for the value.
       problem: why the leaf cannot be a quantizable weight when seen this way; "" if it can.
     """
@@ -61,6 +63,7 @@ class View:
     loop_axes: tuple[int | None, ...] = ()
     window: Window = ()
     choice: Choice | None = None
+    shards: tuple[tuple[int, tuple[str, ...]], ...] = ()
     full: bool = True
     problem: str = ""
 
@@ -95,9 +98,27 @@ class View:
         """What the body of a scan sees of a value that every iteration reads."""
         return dataclasses.replace(self, loop_axes=(*self.loop_axes, None))
 
-    def split_over_devices(self) -> View:
-        """What a device sees in a `shard_map` of a leaf that lies on several."""
-        return dataclasses.replace(self, full=False, problem="a shard_map splits it over several devices")
+    def split_over_devices(self, parts: Sequence[tuple[tuple[str, ...], int]]) -> View:
+        """What a device sees in a `shard_map` of a leaf that lies on several.
+
+        Args:
+          parts: of each axis of the value, the axes of the mesh that split it, and its size on a device.
+        """
+        axes, shape, shards = list(self.axes), list(self.shape), list(self.shards)
+        for d, (names, size) in enumerate(parts):
+            old = math.prod(f.size for f in self.axes[d])
+            if size == old:
+                continue
+            first = self.axes[d][0]
+            rest = old // first.size
+            if self.window or self.choice or size % rest or first.stride * first.size != self.shape[first.axis]:
+                why = self.problem or "a shard_map splits what several of its axes were made into"
+                return dataclasses.replace(self, full=False, problem=why)
+            share = first._replace(size=size // rest)
+            axes[d] = ((share,) if share.size != 1 else ()) + self.axes[d][1:]
+            shape[first.axis] = first.stride * share.size
+            shards.append((first.axis, names))
+        return dataclasses.replace(self, axes=tuple(axes), shape=tuple(shape), shards=tuple(shards))
 
     def sliced(self, dim: int, loop: int) -> View:
         """The value without its axis ``dim``, which the enclosing loop number ``loop`` goes through once."""
