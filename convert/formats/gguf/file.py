@@ -17,7 +17,7 @@ from typing import IO, Any
 import numpy as np
 
 from awq_jax.convert.files.slices import read_bytes
-from awq_jax.errors import CheckpointError, FormatError
+from awq_jax.errors import CheckpointError, FormatError, needed
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -116,7 +116,7 @@ class GgufFile:
         return name, shape, r.scalar("I"), r.scalar("Q")
 
     def _nbytes(self, name: str, shape: tuple[int, ...], type_id: int) -> int:
-        import gguf  # takes half a second where mistral_common is installed
+        gguf = needed("gguf", "a GGUF file")  # which takes half a second where mistral_common is installed
 
         try:
             block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(type_id)]

@@ -19,7 +19,7 @@ from awq_jax.convert.format import Destination
 from awq_jax.convert.formats.gguf import metadata, tokenizer
 from awq_jax.convert.formats.gguf.config import ROPE
 from awq_jax.convert.source import Source, path_of
-from awq_jax.errors import CheckpointError
+from awq_jax.errors import CheckpointError, needed
 
 QUANTIZATION_VERSION = 2  # of ggml's block layouts
 COPY = 16 << 20
@@ -45,7 +45,7 @@ class GgufSink:
     """
 
     def __init__(self, directory: Path, destination: Destination, source: Source, file_type: int) -> None:
-        import gguf  # takes half a second where mistral_common is installed
+        gguf = needed("gguf", "a GGUF file")  # which takes half a second where mistral_common is installed
 
         self._path = directory / "model.gguf"
         self._config = destination.config
@@ -71,7 +71,7 @@ class GgufSink:
         Raises:
           CheckpointError: for a name given twice.
         """
-        import gguf  # as above
+        gguf = needed("gguf", "a GGUF file")  # as above
 
         for name, array in arrays.items():
             if name in self._writer.tensors[0]:

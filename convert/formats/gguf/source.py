@@ -15,7 +15,7 @@ from awq_jax.convert.formats.gguf.file import GgufFile
 from awq_jax.convert.formats.gguf.names import rotated, to_hf_name, unpermute
 from awq_jax.convert.source import Info, Packed
 from awq_jax.dtypes import FLOATS
-from awq_jax.errors import CheckpointError, FormatError, WeightError
+from awq_jax.errors import CheckpointError, FormatError, WeightError, needed
 from awq_jax.qtensor import QuantizedTensor
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class GgufSource:
     format = "gguf"
 
     def __init__(self, path: Path, packed: bool = False) -> None:
-        import gguf  # takes half a second where mistral_common is installed
+        gguf = needed("gguf", "a GGUF file")  # which takes half a second where mistral_common is installed
 
         self.file = GgufFile(path)
         self.config = hf_config(self.file)
@@ -92,7 +92,7 @@ class GgufSource:
           CheckpointError: if it is absent or the file was cut meanwhile.
           WeightError: if a packed one has a scale that is NaN or inf.
         """
-        import gguf  # takes half a second where mistral_common is installed
+        gguf = needed("gguf", "a GGUF file")  # which takes half a second where mistral_common is installed
 
         stored, kind = self._stored(name)
         shape = self.file.tensors[stored].shape
