@@ -65,7 +65,7 @@ def call(
     x = jnp.pad(x, ((0, 0), (0, 0), (0, steps * block_k - k)))
     per = max(1, block_k // q.group_size)  # groups in a block
     spec = WeightSpec(q.bits, q.group_size, groups, q.zeros is not None, q.offsets is not None)
-    tables = [_readable(a) for a in (q.scales, q.zeros, q.offsets) if a is not None]
+    tables = [_readable(a, per) for a in (q.scales, q.zeros, q.offsets) if a is not None]
 
     def matrix(b: Index, j: Index, i: Index, which: jax.Ref) -> tuple[Index, Index, Index]:
         live = which[b] >= 0  # a skipped tile stays at one block, which is fetched once
@@ -172,8 +172,14 @@ def _signed(words: jax.Array, bits: int) -> jax.Array:
     return pltpu.bitcast(words ^ jnp.uint32(flip), narrow)
 
 
-def _readable(table: Array) -> Array:
-    """A table as the kernel reads it: float16, which Mosaic does not have, as its bits."""
+def _readable(table: Array, per: int) -> Array:
+    """A table ``[..., G, N]`` as the kernel reads it, ``per`` rows at a time.
+
+    Float16, which Mosaic does not have, is read as its bits; bytes, of which it takes 32 rows or all, as bfloat16,
+    which holds them exactly.
+    """
+    if table.dtype == jnp.uint8 and per % 32 and per < table.shape[-2]:
+        return table.astype(jnp.bfloat16)
     return lax.bitcast_convert_type(table, jnp.uint16) if table.dtype == jnp.float16 else table
 
 

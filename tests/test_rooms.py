@@ -32,7 +32,7 @@ ROOMS = (
     "stream",
     "serve",
     "evaluate trainable",
-    "bench lm_eval",
+    "bench lm_eval vllm",
     "cli __main__",
 )
 RANK = {room: i for i, room in enumerate(" ".join(ROOMS).split())}

