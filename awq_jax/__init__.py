@@ -13,7 +13,7 @@ _PUBLIC = {
     "Plan": "plan.plan",
     "QuantizedTensor": "qtensor",
     "Report": "report",
-    "bind": "serve.bind",
+    "bind": "trace.bind",
     "cache_programs": "devices.compile_cache",
     "calibrate": "calibration.calibration",
     "discover": "plan.discover",
@@ -22,7 +22,7 @@ _PUBLIC = {
     "quantize": "quantizer.quantize",
     "quantize_checkpoint": "stream.run",
 }
-_MODULES = ("convert", "data", "errors", "evaluate", "kernels", "linen", "models", "nnx", "trainable")
+_MODULES = ("convert", "data", "errors", "evaluate", "keras", "kernels", "linen", "models", "nnx", "trainable")
 _ALIASES = {"partition": "trainable"}  # former names
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "dot",
     "errors",
     "evaluate",
+    "keras",
     "kernels",
     "linen",
     "load",
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from awq_jax import data as data
     from awq_jax import errors as errors
     from awq_jax import evaluate as evaluate
+    from awq_jax import keras as keras
     from awq_jax import kernels as kernels
     from awq_jax import linen as linen
     from awq_jax import models as models
@@ -69,10 +71,10 @@ if TYPE_CHECKING:
     from awq_jax.qtensor import QuantizedTensor as QuantizedTensor
     from awq_jax.quantizer.quantize import quantize as quantize
     from awq_jax.report import Report as Report
-    from awq_jax.serve.bind import bind as bind
     from awq_jax.serve.dot import dot as dot
     from awq_jax.serve.model import load as load
     from awq_jax.stream.run import quantize_checkpoint as quantize_checkpoint
+    from awq_jax.trace.bind import bind as bind
 
     partition = trainable
 

@@ -10,6 +10,7 @@ from flax import nnx
 from awq_jax import kernels, paths
 from awq_jax.errors import ShapeError
 from awq_jax.qtensor import QuantizedTensor
+from awq_jax.trace.bind import bind
 
 
 class Linear(nnx.Linear):
@@ -50,6 +51,33 @@ class Linear(nnx.Linear):
         x, _, bias = self.promote_dtype((inputs, stand_in, bias), dtype=self.dtype)
         y = kernels.matmul(x, kernel, impl=self.impl, preferred_element_type=self.preferred_element_type)
         return y if bias is None else y + bias
+
+
+class Packed(nnx.Module):
+    """A model with packed parameters as an NNX module, for code that wants one: `flax.nnx.jit`, tunix's sampler.
+
+    `nnx.merge` cannot put a `QuantizedTensor` where a layer of the model computes with its kernel; here the function of
+    the model is bound (`awq_jax.bind`) and holds the parameters.
+
+    Args:
+      apply_fn: the model as a function, such as `functional` makes.
+      params: its parameters, some or all of them packed: what `awq_jax.quantize` returned.
+      impl: kernel for packed weights, see `awq_jax.kernels.matmul`.
+      **attributes: what such code looks up on the model (``config=model.config``); they are set as they are.
+
+    Raises:
+      BackendError: if ``impl`` is unknown, or at the call if it cannot run.
+    """
+
+    def __init__(self, apply_fn: Callable[..., Any], params: Any, *, impl: str = "auto", **attributes: Any):
+        for name, value in attributes.items():
+            setattr(self, name, value)
+        self.apply = bind(apply_fn, impl=impl)
+        self.params = nnx.data(params)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model returns for these arguments."""
+        return self.apply(self.params, *args, **kwargs)
 
 
 def functional(model: nnx.Module, method: str = "__call__") -> tuple[Callable[..., Any], nnx.State]:

@@ -24,7 +24,7 @@ ROOMS = (
     "algorithm",
     "trace",
     "plan",
-    "nnx linen",
+    "nnx linen keras",
     "models",
     "calibration",
     "quantizer",
@@ -128,7 +128,7 @@ def test_modules_form_no_circle() -> None:
 
 
 def test_the_root_holds_public_modules_and_shared_types_only() -> None:
-    assert len(list(SOURCES["awq_jax"].glob("*.py"))) <= 16
+    assert len(list(SOURCES["awq_jax"].glob("*.py"))) <= 17
 
 
 @pytest.mark.parametrize(("folder", "most"), [("awq_jax", 400), ("kernels", 400), ("convert", 400), ("tests", 600)])

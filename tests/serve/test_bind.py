@@ -17,7 +17,7 @@ from quant_helpers import assert_bitwise, dense, random_like
 from awq_jax import paths
 from awq_jax.errors import BackendError, ShapeError
 from awq_jax.nnx import functional
-from awq_jax.serve.bind import KEPT, bind
+from awq_jax.trace.bind import KEPT, bind
 from awq_jax.trainable import merge, split
 
 D = 32

@@ -1,0 +1,188 @@
+"""The models, each in a tiny configuration; what is imported is in the environment that `make_envs.sh` makes for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from measure import VOCAB, Model, model, tokens
+
+SMALL: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def _of_transformers(name: str, config: Any) -> Model:
+    import transformers
+
+    made = getattr(transformers, name)(config)
+
+    def fn(params: Any, ids: jax.Array) -> Any:
+        return made(ids, params=params, train=False, return_dict=False)[0]
+
+    return Model(fn, made.params, lambda seed: (tokens(seed),))
+
+
+@model
+def hf_llama() -> Model:
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(**SMALL, intermediate_size=128, num_key_value_heads=2, tie_word_embeddings=False)
+    made = _of_transformers("FlaxLlamaForCausalLM", config)
+    folds = {
+        "self_attn/q_proj": {"input_layernorm"},
+        "self_attn/o_proj": {"v_proj"},
+        "mlp/gate_proj": {"post_attention_layernorm"},
+        "mlp/down_proj": {"up_proj"},
+    }
+    return Model(made.fn, made.params, made.batch, folds)
+
+
+@model
+def hf_gpt2() -> Model:
+    from transformers import GPT2Config
+
+    config = GPT2Config(vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=4, n_positions=64)
+    made = _of_transformers("FlaxGPT2LMHeadModel", config)
+    return Model(made.fn, made.params, made.batch, {"attn/c_attn": {"ln_1/bias", "ln_1/scale"}})
+
+
+@model
+def hf_t5() -> Model:
+    from transformers import T5Config
+
+    config = T5Config(vocab_size=VOCAB, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4)
+    import transformers
+
+    made = transformers.FlaxT5ForConditionalGeneration(config)
+
+    def fn(params: Any, ids: jax.Array, target: jax.Array) -> Any:
+        return made(ids, decoder_input_ids=target, params=params, train=False, return_dict=False)[0]
+
+    return Model(
+        fn, made.params, lambda seed: (tokens(seed), tokens(seed + 50, (8, 24))), {"DenseReluDense/wi": {"layer_norm"}}
+    )
+
+
+@model
+def hf_whisper() -> Model:
+    from transformers import FlaxWhisperForConditionalGeneration, WhisperConfig
+
+    config = WhisperConfig(
+        vocab_size=VOCAB, d_model=64, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=128, decoder_ffn_dim=128, num_mel_bins=32, max_source_positions=50,
+        max_target_positions=64, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+    )  # fmt: skip
+    made = FlaxWhisperForConditionalGeneration(config, input_shape=(1, 32, 100))
+
+    def fn(params: Any, features: jax.Array, ids: jax.Array) -> Any:
+        return made(features, ids, params=params, train=False, return_dict=False)[0]
+
+    def batch(seed: int) -> tuple[Any, ...]:
+        sound = np.random.default_rng(seed).normal(size=(8, 32, 100)).cumsum(axis=2) / 5
+        return jnp.asarray(sound, jnp.float32), tokens(seed, (8, 24))
+
+    return Model(fn, made.params, batch)
+
+
+@model
+def hf_clip() -> Model:
+    from transformers import CLIPVisionConfig, FlaxCLIPVisionModel
+
+    config = CLIPVisionConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8
+    )
+    made = FlaxCLIPVisionModel(config)
+
+    def batch(seed: int) -> tuple[Any, ...]:
+        image = np.random.default_rng(seed).normal(size=(16, 3, 32, 32)).cumsum(axis=3) / 4
+        return (jnp.asarray(image, jnp.float32),)
+
+    return Model(
+        lambda p, x: made(x, params=p, train=False, return_dict=False)[0],
+        made.params,
+        batch,
+        {"mlp/fc1": {"layer_norm2/scale", "layer_norm2/bias"}},
+    )
+
+
+@model
+def keras_hub_llama() -> Model:
+    import keras
+    import keras_hub
+
+    import awq_jax
+
+    keras.utils.set_random_seed(0)
+    made = keras_hub.models.LlamaBackbone(
+        vocabulary_size=VOCAB,
+        num_layers=2,
+        num_query_heads=4,
+        num_key_value_heads=2,
+        hidden_dim=64,
+        intermediate_dim=128,
+    )
+    fn, params = awq_jax.keras.functional(made)
+
+    def batch(seed: int) -> tuple[Any, ...]:
+        ids = tokens(seed)
+        return ({"token_ids": ids, "padding_mask": jnp.ones_like(ids, bool)},)
+
+    return Model(fn, params, batch)
+
+
+def _of_tunix(module: str, cls: str, config: Any) -> Model:
+    import importlib
+
+    from flax import nnx
+
+    import awq_jax
+
+    found = importlib.import_module(module)
+    made = getattr(found, cls)(config(found), rngs=nnx.Rngs(0))
+    fn, params = awq_jax.nnx.functional(made)
+
+    def call(params: Any, ids: jax.Array) -> Any:
+        b, t = ids.shape
+        places = jnp.broadcast_to(jnp.arange(t), (b, t))
+        return fn(params, ids, places, None, jnp.broadcast_to(jnp.tril(jnp.ones((t, t), bool)), (b, t, t)))[0]
+
+    return Model(call, params, lambda seed: (tokens(seed),))
+
+
+@model
+def tunix_llama3() -> Model:
+    made = _of_tunix(
+        "tunix.models.llama3.model",
+        "Llama3",
+        lambda m: m.ModelConfig(
+            num_layers=2, vocab_size=VOCAB, embed_dim=64, hidden_dim=128, num_heads=4, head_dim=16, num_kv_heads=2,
+            rope_theta=10000, norm_eps=1e-5, weight_tying=True,
+        ),
+    )  # fmt: skip
+    folds = {"attn/q_proj": {"input_layernorm"}, "mlp/down_proj": {"up_proj"}, "attn/o_proj": {"v_proj"}}
+    return Model(made.fn, made.params, made.batch, folds)
+
+
+@model
+def tunix_qwen3_moe() -> Model:
+    return _of_tunix(
+        "tunix.models.qwen3.model",
+        "Qwen3",
+        lambda m: m.ModelConfig(
+            num_layers=2, vocab_size=VOCAB, embed_dim=64, hidden_dim=128, num_heads=4, head_dim=16, num_kv_heads=2,
+            rope_theta=10000, norm_eps=1e-5, num_experts=4, num_experts_per_tok=2,
+        ),
+    )  # fmt: skip
+
+
+@model
+def tunix_gemma3() -> Model:
+    return _of_tunix(
+        "tunix.models.gemma3.model",
+        "Gemma3",
+        lambda m: m.ModelConfig(
+            num_layers=2, num_embed=VOCAB, embed_dim=64, hidden_dim=128, num_heads=4, head_dim=16, num_kv_heads=2,
+            sliding_window_size=16,
+        ),
+    )  # fmt: skip
