@@ -27,6 +27,7 @@ from awq_jax.quantizer import adapters, parts
 from awq_jax.quantizer.following import Aim, Follower
 from awq_jax.quantizer.scale_groups import GroupScale, find_scale, round_group
 from awq_jax.quantizer.targets import Target, select, share
+from awq_jax.trace.shards import placed_as
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,8 @@ def quantize(
       **settings: fields of `AwqConfig`.
 
     Returns:
-      The same tree: quantized leaves are `QuantizedTensor`, absorbers and unquantized weights that
+      The same tree: quantized leaves are `QuantizedTensor` (cut over a mesh as the float ones were, as far as whole
+      experts, columns and groups of rows go), absorbers and unquantized weights that
       read a scaled activation are rescaled, everything else is as it was. With ``return_report``, a
       pair of that and the `Report`.
 
@@ -126,7 +128,7 @@ def quantize(
     checked = time.perf_counter()
     with bar(progress, "quantize", "group", 2 * len(work)) as shown:
         done = quantize_groups(plan, work, parameters, calib.stats.get, config, shown.update)
-    out = paths.map_with_path(lambda path, _: done.leaves[path], params)
+    out = paths.map_with_path(lambda path, leaf: _placed(done.leaves[path], leaf), params)
     packed = share(plan, config, targets, skipped) if plan.sizes else None
     if packed is not None:
         _tell(packed, progress)
@@ -145,6 +147,11 @@ def quantize(
         share=packed,
     )
     return out, summary
+
+
+def _placed(new: Weight, leaf: Weight) -> Weight:
+    """What became of ``leaf``, if packed where that lay."""
+    return placed_as(new, leaf) if isinstance(new, QuantizedTensor) else new
 
 
 def _tell(packed: report.Share, progress: Progress) -> None:

@@ -6,12 +6,12 @@ of rows of the first contracted one. Where a spec cuts otherwise, the weight is 
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from awq_jax.kernels.parallel import varying
@@ -30,20 +30,32 @@ def names_of(entry: Any) -> tuple[str, ...]:
 
 def specs_of(q: QuantizedTensor, outer: View, inner: View) -> QuantizedTensor | None:
     """Specs for the arrays of a packed leaf, seen as ``outer`` outside and as ``inner`` inside; None: not cut."""
-    axes = q.live_axes
     live = [d for d in range(len(outer.shape)) if d not in outer.scanned]
     cut = {live.index(axis): names for axis, names in inner.shards if (axis, names) not in outer.shards}
+    if cut and (outer.window or len(q.live_axes) != len(live)):
+        return None
+    return array_specs(q, {at: (names, outer.shape[live[at]] // inner.shape[live[at]]) for at, names in cut.items()})
+
+
+def array_specs(q: QuantizedTensor, cut: Mapping[int, tuple[tuple[str, ...], int]]) -> QuantizedTensor | None:
+    """Specs for the arrays of a packed leaf of which axes are cut; None: its arrays cannot be cut so.
+
+    Args:
+      q: packed leaf.
+      cut: axis of the leaf as ``q.live_axes`` has it -> the axes of the mesh that split it, and into how many parts.
+    """
     if not cut:
         return jax.tree.map(lambda a: PartitionSpec(), q)
-    if q.layout != "canonical" or q.placement is not None or len(axes) != len(live) or outer.window:
-        return None
+    axes = q.live_axes
     first = {role: axes.index(role) for role in "kn"}
-    if any(axes[at] != "b" and at != first[axes[at]] for at in cut):
+    if q.layout != "canonical" or q.placement is not None:
         return None
-    lead = [cut.get(at) for at, role in enumerate(axes) if role == "b"]
-    rows, columns = cut.get(first["k"]), cut.get(first["n"])
+    if any((axes[at] != "b" and at != first[axes[at]]) or q.shape[at] % count for at, (_, count) in cut.items()):
+        return None
+    lead = [cut[at][0] if at in cut else None for at, role in enumerate(axes) if role == "b"]
+    rows, columns = (cut[first[role]][0] if first[role] in cut else None for role in "kn")
     if rows:
-        part = q.k * inner.shape[live[first["k"]]] // q.k_dims[0]
+        part = q.k // cut[first["k"]][1]
         if q.perm is not None or part % q.group_size or part * q.bits % 32:
             return None
 
@@ -54,6 +66,21 @@ def specs_of(q: QuantizedTensor, outer: View, inner: View) -> QuantizedTensor | 
 
     arrays: dict[str, Any] = {name: one(name) for name in (*ROWS, "inv_scale", "perm")}
     return dataclasses.replace(q, **arrays)
+
+
+def placed_as(q: QuantizedTensor, leaf: object) -> QuantizedTensor:
+    """``q`` on the devices of ``leaf``, cut as it is as far as whole experts, columns and groups of rows go."""
+    sharding = getattr(leaf, "sharding", None)
+    if not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
+        return q
+    spec = [names_of(entry) for entry in sharding.spec]
+    counts = {at: (names, math.prod(sharding.mesh.shape[a] for a in names)) for at, names in enumerate(spec) if names}
+    kept: dict[int, tuple[tuple[str, ...], int]] = {}
+    for at, names in counts.items():
+        if array_specs(q, kept | {at: names}) is not None:
+            kept[at] = names
+    specs = array_specs(q, kept)
+    return jax.tree.map(lambda a, s: jax.device_put(a, NamedSharding(sharding.mesh, s)), q, specs)
 
 
 def local(q: QuantizedTensor, inner: View) -> QuantizedTensor:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from stacked_models import norm
 
@@ -99,6 +99,39 @@ def case(fn: Any) -> dict[str, Any]:
     }
 
 
+def arriving() -> dict[str, Any]:
+    """Parameters that lie on a mesh: where their packed arrays lie, and what the model computes."""
+
+    def fn(p: Any, x: Any) -> Any:
+        h = jnp.einsum("etd,edf->etf", x, p["ups"])
+        return jnp.einsum("etf,efd->etd", jax.nn.relu(h), p["downs"]) @ p["up"] @ p["down"] @ p["head"]
+
+    specs = {
+        "ups": P("a", None, "b"),
+        "downs": P("a", "b"),
+        "up": P(None, ("a", "b")),
+        "down": P(("a", "b")),
+        "head": P(),
+    }
+    p = {k: v for k, v in params().items() if k in specs}
+    there = {k: jax.device_put(v, NamedSharding(MESH, specs[k])) for k, v in p.items()}
+    settings: dict[str, Any] = {"group_size": 32, "method": "rtn", "progress": False}
+    plan = awq_jax.discover(fn, p, ROWS)
+    one, many = (awq_jax.quantize(x, plan, **settings) for x in (p, there))
+    same = jax.tree.map(lambda a, b: bool((np.asarray(a) == np.asarray(b)).all()), one, many)
+    got = jax.jit(awq_jax.bind(fn, impl="xla"))(many, ROWS)
+    return {
+        "same": all(jax.tree.leaves(same)),
+        "apart": float(np.abs(np.asarray(got) - np.asarray(awq_jax.bind(fn)(one, ROWS))).max() / np.abs(got).max()),
+        "shards": {
+            k: [list(a.sharding.shard_shape(a.shape)) for a in (q.qweight, q.scales)]
+            for k, q in many.items()
+            if isinstance(q, awq_jax.QuantizedTensor)
+        },
+    }
+
+
 if __name__ == "__main__":
     chosen = [fn for fn in (tensor_parallel, expert_parallel, layers) if fn.__name__ in sys.argv]
-    print(json.dumps({fn.__name__: case(fn) for fn in chosen}))
+    found = {fn.__name__: case(fn) for fn in chosen}
+    print(json.dumps(found | ({"arriving": arriving()} if "arriving" in sys.argv else {})))
