@@ -27,6 +27,8 @@ class LayerReport:
       clipped: share of (group, column) pairs whose range was shrunk.
       shrinkage: mean share by which the input's correlations were shrunk where errors were weighed (the errors here
         are by all of them); None without statistics.
+      kept_out_rtn, kept_out: as ``error_rtn`` and ``error`` on tokens that nothing was fitted to, against the results
+        that the float model has; None if none were kept out.
       scale: ``"folded"``, ``"explicit"`` (kept beside the weight) or ``"none"``.
       reason: why the scale is 1 or the method fell back, for the user to read; "" otherwise.
     """
@@ -44,6 +46,8 @@ class LayerReport:
     ratio: float | None = None
     clipped: float = 0.0
     shrinkage: float | None = None
+    kept_out_rtn: float | None = None
+    kept_out: float | None = None
     scale: str = "none"
     reason: str = ""
 
@@ -201,6 +205,10 @@ def summary(report: Report) -> list[tuple[str, str]]:
     before, after = (geometric(getattr(r, name) for r in report.layers) for name in ("error_rtn", "error"))
     if before is not None and after is not None:
         rows.append(("typical error", f"{number(before)} rounded to nearest, {number(after)} as stored"))
+    before, after = (geometric(getattr(r, name) for r in report.layers) for name in ("kept_out_rtn", "kept_out"))
+    if before is not None and after is not None:
+        told = f"{number(before)} rounded to nearest, {number(after)} as stored, by tokens that nothing was fitted to"
+        rows.append(("kept out", told))
     rows.append(("calibrated on", report.calibration or f"{report.tokens:,} tokens"))
     total = sum(report.seconds.values())
     phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in report.seconds.items())

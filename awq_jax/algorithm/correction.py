@@ -106,8 +106,8 @@ def _add(a: Moments, b: Moments) -> Moments:
 @jax.jit
 def _carried_over(total: Moments, fold: Moments, w: Array, streamed: Array, lam: Array) -> tuple[jax.Array, jax.Array]:
     """Of the corrections fitted without ``fold``: on its tokens, their products with each other and with the aim."""
-    drift, stream = fold.drift @ w, _columns(fold.stream, streamed)
-    all_drift, all_stream = total.drift @ w, _columns(total.stream, streamed)
+    drift, stream = fold.drift @ w, some_of(fold.stream, streamed)
+    all_drift, all_stream = total.drift @ w, some_of(total.stream, streamed)
     inverse = _inverse(total.gram - fold.gram, lam)
     moves = [inverse.T @ (inverse @ right) for right in (all_drift - drift, all_stream - stream)]
     aim = drift + stream
@@ -120,10 +120,11 @@ def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
     return (a * b).sum(axis=0).sum()
 
 
-def _columns(stream: jax.Array, streamed: Array) -> jax.Array:
-    """``[K, C]`` of a `Moments.stream`."""
+def some_of(stream: jax.Array, streamed: Array) -> jax.Array:
+    """Columns ``[..., C]`` of ``stream [..., R]`` by number; zeros for -1."""
     if not stream.shape[1]:
         return jnp.zeros((len(stream), len(streamed)), stream.dtype)
+    streamed = jnp.asarray(streamed)
     return jnp.where(streamed >= 0, stream[:, jnp.maximum(streamed, 0)], 0.0)
 
 
@@ -154,5 +155,24 @@ def corrected(w: Array, prepared: Moments, streamed: Array) -> jax.Array:
       streamed: see `strengths`.
     """
     inverse, drift, stream = prepared
-    right = drift @ w + _columns(stream, streamed)
+    right = drift @ w + some_of(stream, streamed)
     return jnp.asarray(w) + inverse.T @ (inverse @ right)
+
+
+@jax.jit
+def remaining(moments: Moments, gap: Array, w: Array, streamed: Array, stored: Array) -> tuple[jax.Array, jax.Array]:
+    """Of some columns, on the tokens of ``moments``: how far results are from the float model's, and their own squares.
+
+    Args:
+      moments, gap: sums over tokens; ``gap [C]`` of the squares of ``(b - a) w + d``.
+      w: float32 ``[K, C]``: the weights.
+      streamed: see `strengths`.
+      stored: float32 ``[K, C]``: what stands for them.
+
+    Returns:
+      ``[C]`` twice: sums of ``|a stored - b w - d|^2``, and of ``|a w|^2``.
+    """
+    delta = jnp.asarray(stored) - w
+    aim = moments.drift @ w + some_of(moments.stream, streamed)
+    lost = (delta * (moments.gram @ delta - 2 * aim)).sum(axis=0) + gap
+    return jnp.maximum(lost, 0.0), (jnp.asarray(w) * (moments.gram @ w)).sum(axis=0)

@@ -23,6 +23,8 @@ import numpy as np
 
 DEPENDENT = 3.0
 DOMAIN = 0.1
+FEW = 0.5  # from this share on, tokens are too few for the width of an input
+ENOUGH = 0.3  # the share with as many as would do
 STEP = 1 / 64  # shares are multiples of it, below 1: how a sum was ordered does not show in them
 
 
@@ -49,3 +51,13 @@ def shrunk(gram: jax.Array, a: jax.Array | float) -> jax.Array:
     """``(1 - a) gram + a diag(gram)`` of ``[K, K]``; the diagonal stays as it is, to the bit."""
     k = gram.shape[0]
     return jnp.where(jnp.eye(k, dtype=bool), gram, (1 - a) * gram)
+
+
+def tokens_that_would_do(a: float, tokens: float) -> float:
+    """About how many tokens bring the share down to `ENOUGH` where ``tokens`` of them gave ``a``; see `share`."""
+
+    def chance(a: float) -> float:
+        kept = (1 - a) / (1 - DOMAIN)
+        return (1 - kept) / (1 + (DEPENDENT - 1) * kept)
+
+    return tokens * chance(a) / chance(ENOUGH)

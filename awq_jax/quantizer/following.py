@@ -1,6 +1,6 @@
 """What rounding asks of a model that is quantized group by group, each for the input that those before it leave."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple, Protocol
 
 from awq_jax.calibration.calibration import Stats
@@ -9,6 +9,7 @@ from awq_jax.plan.plan import ScaleGroup
 from awq_jax.qtensor import QuantizedTensor, Weight
 from awq_jax.quantizer.scale_groups import GroupScale
 from awq_jax.quantizer.targets import Target
+from awq_jax.report import LayerReport
 
 
 class Aim(NamedTuple):
@@ -23,6 +24,9 @@ class Aim(NamedTuple):
     weights: Mapping[str, Weight]
 
 
+Made = dict[str, tuple[QuantizedTensor, LayerReport]]  # of a group, by the name of the weight
+
+
 class Follower(Protocol):
     """The quantized model as far as it is there; asked in the order of the forward pass."""
 
@@ -31,6 +35,9 @@ class Follower(Protocol):
 
     def reach(self, group: ScaleGroup, targets: list[Target], found: GroupScale) -> Aim:
         """What ``group`` is to be rounded for."""
+
+    def judge(self, made: Made, folded: Folder, nearest: Callable[[], Made]) -> Made:
+        """What to keep: ``made``, or the ``nearest`` rounding, with what is known of errors; ``folded``: all scales."""
 
     def put(self, group: ScaleGroup, packed: Mapping[str, QuantizedTensor], targets: list[Target]) -> None:
         """Its weights are packed."""

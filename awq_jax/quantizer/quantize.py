@@ -1,6 +1,7 @@
 """`quantize`: parameters and calibration in, the same tree with packed leaves out."""
 
 import dataclasses
+import functools
 import logging
 import sys
 import time
@@ -227,13 +228,17 @@ def quantize_groups(
         folded = fold.Folder(plan, ones | found)
         # A weight that stays float is scaled only where something upstream absorbed the scale.
         absorbed = fold.Folder(plan, {g.name: found[g.name] for g, _ in work if g.name in found and g.absorbers})
+        plain = dataclasses.replace(config, method="rtn")
         if follower is not None:
             follower.begin(absorbed, {t.site.path for _, mine in work for t in mine})
         for group, mine in work:
             found_here = scales[group.name]
             aim = follower.reach(group, mine, found_here) if follower else Aim(fetch(group.name), {})
-            given = folded, found_here, aim.stats, config, pool, consume, aim.weights
-            for name, (q, row) in round_group(group, mine, leaves, *given).items():
+            rounding = functools.partial(round_group, group, mine, leaves, folded, found_here, aim.stats)
+            made = rounding(config, pool, consume, aim.weights)
+            if follower is not None:
+                made = follower.judge(made, folded, functools.partial(rounding, plain, pool))
+            for name, (q, row) in made.items():
                 packed[name] = q
                 rows.append(row)
             if follower is not None:

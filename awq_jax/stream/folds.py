@@ -1,26 +1,52 @@
-"""Whole sequences in folds, for cross-validation: which batch is in which."""
+"""Whole sequences in folds, for cross-validation, and some that are kept from all fitting: which batch is in which."""
 
+import bisect
 from collections.abc import Sequence
 
 import numpy as np
 
 FOLDS = 4
+KEPT_OUT = -1  # the fold of sequences by which the result is judged
+SHARE = 8  # one sequence of so many is kept out, one at least
+
+
+def kept_out(rows: int) -> int:
+    """How many of ``rows`` sequences nothing is fitted to; a single one is halved elsewhere."""
+    return max(1, rows // SHARE) if rows > 1 else 0
+
+
+def _starts(rows: int) -> list[int]:
+    """The first sequence of each fold, then the first of those kept out, of ``rows``."""
+    fitted = rows - kept_out(rows)
+    return [-(-fold * fitted // FOLDS) for fold in range(FOLDS + 1)]
 
 
 def apart(batches: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """``batches`` of sequences, int32 ``[B, T]``, cut so that there are `FOLDS` of them, if there are as many rows."""
-    parts = -(-FOLDS // max(len(batches), 1))
-    return [part for b in batches for part in np.array_split(b, min(parts, max(len(b), 1)))]
-
-
-def of_batches(sizes: Sequence[int]) -> list[int]:
-    """The fold of each batch: those that follow one another together, as even as they come.
+    """The same sequences in batches of which each is in one fold; as they are if their lengths differ.
 
     Args:
-      sizes: tokens of each.
+      batches: int32 ``[B, T]``.
     """
-    total, before, out = max(sum(sizes), 1), 0, []
-    for size in sizes:
-        out.append(min(FOLDS - 1, (2 * before + size) * FOLDS // (2 * total)))
+    if len({b.shape[1] for b in batches}) != 1:
+        return list(batches)
+    whole, most = np.concatenate(batches), max(map(len, batches))
+    return [
+        part
+        for fold in np.split(whole, _starts(len(whole))[1:])
+        if len(fold)
+        for part in np.array_split(fold, -(-len(fold) // most))
+    ]
+
+
+def of_batches(rows: Sequence[int]) -> list[int]:
+    """The fold of each batch: those that follow one another together; the last are kept out.
+
+    Args:
+      rows: sequences of each, as `apart` made them.
+    """
+    starts, before, out = _starts(sum(rows)), 0, []
+    for size in rows:
+        fold = bisect.bisect_right(starts, before) - 1
+        out.append(KEPT_OUT if fold == FOLDS else fold)
         before += size
     return out

@@ -10,9 +10,12 @@ import time
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from awq_jax.calibration import expert_grams
 from awq_jax.quantizer.column_pieces import ALIGNED, PIECE, PIECE_ELSEWHERE
+from awq_jax.stream import folds
+from awq_jax.stream.decoder_blocks import Leaves
 from awq_jax.stream.hidden_states import InMemory
 from awq_jax.stream.job import Job
 from awq_jax.stream.run import BlockReader
@@ -82,7 +85,7 @@ def memory(job: Job, peak: int, device_peak: int | None = None) -> tuple[dict[st
     """
     blocks = job.session.blocks
     tokens = sum(b.size for b in job.batches)
-    seen = sum(b.size for b in job.batches[:TRIAL_BATCHES])
+    seen = sum(b.size for b in _tried(job))
     hidden = job.hidden_bytes() if job.options.hidden == "memory" else 0
     moments = [_moment(job, i, hidden) for i in range(len(blocks))]
     # The trial held the embedding, then the first layer and its hidden states before and after.
@@ -103,7 +106,8 @@ def _moment(job: Job, number: int, hidden: int) -> dict[str, int]:
     """What is in memory while a block is rounded (or carried through)."""
     blocks = job.session.blocks
     block = blocks[number]
-    grams, rounding = 0, 0
+    grams, rounding, pairs, kept = 0, 0, 0, 0
+    tokens = sum(b.size for b in job.batches)
     limit = PIECE.get(jax.default_backend(), PIECE_ELSEWHERE)
     for group, targets in job.session.work(block):
         instances = math.prod((*group.scan, *group.batch))
@@ -111,13 +115,17 @@ def _moment(job: Job, number: int, hidden: int) -> dict[str, int]:
         piece = min(weights, max(limit, ALIGNED * group.channels))
         some = expert_grams.at_a_time(group)
         grams += 4 * (instances if some is None else some + 1) * group.channels**2  # and that of the layer
+        if job.session.sequential and instances == 1:
+            # Of every fold, of those kept out and of all fitted: Gram, drift and, at most, as much of the stream.
+            pairs = max(pairs, 4 * 3 * (folds.FOLDS + 2) * group.channels**2)
+            kept = max(kept, 4 * tokens * (group.channels + 2 * job.session.chain.config.hidden_size))
         rounding = max(rounding, 4 * (COPIES * piece + SQUARES * group.channels**2))
     return {
         "block": job.float_bytes(block),
         "next block": job.float_bytes(blocks[number + 1]) if number + 1 < len(blocks) else 0,
         "packed blocks": sum(job.packed_bytes(b) for b in blocks[max(0, number - 1) : number + 1]),
-        "hidden states": hidden,
-        "statistics": grams,
+        "hidden states": hidden + 2 * kept,  # of the group at work, of both streams
+        "statistics": grams + pairs,
         "rounding": rounding,
     }
 
@@ -147,17 +155,24 @@ def _lines(what: str, parts: dict[str, int]) -> list[str]:
     return [f"{what}: {_gib(sum(parts.values()))}", *(f"  {name}: {_gib(n)}" for name, n in parts.items())]
 
 
+def _tried(job: Job) -> list[np.ndarray]:
+    """The batches of the trial: with two streams as many as make all folds."""
+    return job.batches[: folds.FOLDS + 1 if job.session.sequential else TRIAL_BATCHES]
+
+
 def _trial(job: Job) -> dict[str, float]:
     """Seconds by phase: the first layer done twice, for what it takes once it is compiled."""
     session, clock = job.session, time.perf_counter
     first = session.blocks[:2]
-    batches = job.batches[:TRIAL_BATCHES]
+    batches = _tried(job)
     start = clock()
     with BlockReader(job, first) as reader:
         hidden = InMemory(batches, job.options.hidden_dtype)
         session.calibrate(first[0], reader(first[0]), hidden)
         leaves = reader(first[1])
     before = InMemory([hidden.get(i) for i in range(len(batches))], job.options.hidden_dtype)
+    if session.sequential:
+        return _sequential_trial(job, leaves, [hidden.get(i) for i in range(len(batches))])
     stats = session.calibrate(first[1], leaves, hidden)
     session.quantize(first[1], leaves, stats)
     compiled = clock() - start
@@ -175,6 +190,22 @@ def _trial(job: Job) -> dict[str, float]:
         "search": done.seconds["search"] * rest * share,
         "round": done.seconds["round"] * rest * share,
     }
+
+
+def _sequential_trial(job: Job, leaves: Leaves, inputs: list[np.ndarray]) -> dict[str, float]:
+    """`_trial` in two streams, both of them with ``inputs``."""
+    session, clock = job.session, time.perf_counter
+    block = session.blocks[1]
+    start = clock()
+    for _ in range(2):  # the first time, programs are compiled
+        streams = [InMemory(inputs), InMemory(inputs)]
+        (done,) = session.run([block], lambda _: leaves, *streams)
+    whole, once = clock() - start, sum(done.seconds.values())
+    share = sum(b.count_elements() for b in session.blocks if session.work(b)) / max(block.count_elements(), 1)
+    tokens = sum(b.size for b in job.batches) / max(sum(x.shape[0] * x.shape[1] for x in inputs), 1)
+    grows = ("calibrate", "follow")
+    found = {n: s * share * (tokens if n in grows else 1) for n, s in done.seconds.items() if n != "load"}
+    return {"compile": max(0.0, whole - 2 * once), **found}
 
 
 def _forget_peak() -> None:

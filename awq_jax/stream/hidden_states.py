@@ -16,11 +16,11 @@ class Hidden(Protocol):
 
     Attributes:
       batches: how many there are, those of other processes included.
-      sizes: tokens of each.
+      shapes: ``[B, T]`` of each.
     """
 
     batches: int
-    sizes: list[int]
+    shapes: list[tuple[int, int]]
 
     def get(self, batch: int) -> np.ndarray:
         """What goes in: tokens ``[B, T]``, or hidden states ``[B, T, hidden]``."""
@@ -44,7 +44,7 @@ class InMemory:
     """
 
     def __init__(self, tokens: Sequence[np.ndarray], dtype: str | None = None) -> None:
-        self.batches, self.sizes = len(tokens), [t.size for t in tokens]
+        self.batches, self.shapes = len(tokens), [(t.shape[0], t.shape[1]) for t in tokens]
         self._values = list(tokens)
         self._dtype = dtype
 
@@ -83,7 +83,7 @@ class OnDisk:
         boundary: int = 0,
     ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        self.batches, self.sizes = len(tokens), [t.size for t in tokens]
+        self.batches, self.shapes = len(tokens), [(t.shape[0], t.shape[1]) for t in tokens]
         self._directory, self._tokens, self._own, self._size = directory, tokens, list(own), size
         self._dtype = None if dtype is None else FLOATS[dtype]
         self._boundary = boundary

@@ -35,7 +35,7 @@ from awq_jax.models.weights import params as model_params
 from awq_jax.progress import Bar, Progress, bar
 from awq_jax.qtensor import QuantizedTensor
 from awq_jax.report import Report
-from awq_jax.stream import parts
+from awq_jax.stream import advice, parts
 from awq_jax.stream.decoder_blocks import DecoderBlock, Leaves
 from awq_jax.stream.job import Job, Options, prepare
 
@@ -148,6 +148,8 @@ def run(job: Job, *, resume: bool = False, restart: bool = False, progress: Prog
             format, problem = json.loads(pool.meet(json.dumps(ended))[0])
             report = job.session.report(filter(None, done.notes), job.batches)
             report.calibration = job.description
+            if not pool.rank:
+                advice.warn(report)
             report.seconds["save"] = time.perf_counter() - start
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):

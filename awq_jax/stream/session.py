@@ -33,7 +33,7 @@ from awq_jax.qtensor import Weight
 from awq_jax.quantizer import quantize as quantizer
 from awq_jax.quantizer.targets import select
 from awq_jax.report import LayerReport, Report
-from awq_jax.stream import folds
+from awq_jax.stream import advice, folds
 from awq_jax.stream.decoder_blocks import (
     EMBED,
     HEAD,
@@ -124,7 +124,7 @@ class Session:
 
     @property
     def sequential(self) -> bool:
-        """Whether groups are rounded on the quantized stream."""
+        """Groups are rounded on the quantized stream."""
         return self.settings.sequential and METHODS[self.settings.method].needs_statistics
 
     def run(
@@ -181,14 +181,14 @@ class Session:
         def read(block: DecoderBlock) -> Leaves:
             return {path: floats[block.prefix + path] for path in self.read_by(block)}
 
-        if self.sequential:
-            batches = folds.apart(batches)
+        batches = folds.apart(batches) if self.sequential else batches
         streams = [InMemory(batches) for _ in range(1 + self.sequential)]
         for done in self.run(through(self.blocks, progress, "quantize", "block"), read, *streams):
             leaves |= done.leaves
             notes.append(self.note(done))
         report = self.report(notes, batches)
         del report.seconds["load"]
+        advice.warn(report)
         return paths.map_with_path(lambda path, _: leaves[path], params), report
 
     def note(self, done: Done) -> Note:
@@ -210,7 +210,7 @@ class Session:
         for note in notes:
             rows += (LayerReport(**{**row, "shape": tuple(row["shape"])}) for row in note["rows"])
             for phase, spent in note["seconds"].items():
-                seconds[phase] += spent
+                seconds[phase] = seconds.get(phase, 0.0) + spent
             before, after = before + note["bytes"][0], after + note["bytes"][1]
         tokens = sum(b.size for b in batches)
         return Report(self.settings.to_dict(), rows, self.skipped, tokens, seconds, before, after)
@@ -344,7 +344,7 @@ class Session:
         own = {block.prefix + p: leaves[p] for p in block.owned}
         given = plan, work, own, fetch, self.settings
         done = quantizer.quantize_groups(*given, pool=self.pool, consume=True, follower=steps)
-        seconds = {"calibrate": proven - start, **done.seconds}
+        seconds = {"calibrate": proven - start, **(steps.apart(done.seconds) if steps else done.seconds)}
         return Done(block, done.leaves, done.rows, seconds, paths.nbytes(own), paths.nbytes(done.leaves))
 
     def work(self, block: DecoderBlock) -> quantizer.Work:

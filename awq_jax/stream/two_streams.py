@@ -2,14 +2,17 @@
 
 from collections.abc import Hashable, Sequence
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from awq_jax.devices.pool import Pool
 from awq_jax.plan.plan import ScaleGroup
 from awq_jax.stream import folds
+from awq_jax.stream.cut_blocks import Programs, key_of
 from awq_jax.stream.decoder_blocks import EMBED, HEAD, REST, Chain, DecoderBlock, Leaves
 from awq_jax.stream.hidden_states import Hidden
-from awq_jax.stream.lockstep import Lockstep, Programs, key_of
+from awq_jax.stream.lockstep import Lockstep
 
 
 class TwoStreams:
@@ -50,14 +53,20 @@ class TwoStreams:
                 return given
             return {i: x.astype(activations or x.dtype, copy=False) for i, x in given.items()}
 
-        def programs(x: np.ndarray) -> Programs:
+        def programs(shape: tuple[int, int]) -> Programs:
+            x = jax.ShapeDtypeStruct(shape, np.dtype(np.int32))
+            if block.kind != EMBED:
+                size = self._chain.config.hidden_size
+                x = jax.ShapeDtypeStruct((*shape, size), jnp.dtype(activations or "float32"))
             key = block.kind, tuple(g.name for g in groups), key_of(leaves, x)
             if key not in self._programs:
                 self._programs[key] = Programs(self._chain.apply(block), leaves, x, groups)
             return self._programs[key]
 
+        every = list(map(programs, hidden.shapes))
+        fold_of = folds.of_batches([rows for rows, _ in hidden.shapes])
         both = entering(hidden), entering(quantized)
-        return Lockstep(programs, block.prefix, leaves, *both, folds.of_batches(hidden.sizes), self._pool)
+        return Lockstep(every, block.prefix, leaves, *both, hidden.shapes, fold_of, self._pool)
 
     def leave(self, block: DecoderBlock, steps: Lockstep | None, hidden: Hidden, quantized: Hidden) -> None:
         """Keep what comes out of the block in the quantized stream; ``hidden``: what came out in the float one."""

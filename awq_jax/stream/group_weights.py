@@ -1,0 +1,157 @@
+"""The weights of a group as columns side by side: corrected, and compared with what is stored."""
+
+import functools
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from awq_jax.algorithm import correction
+from awq_jax.algorithm.correction import Moments, Strength
+from awq_jax.algorithm.grid import quantize_dequantize
+from awq_jax.devices.pool import Pool
+from awq_jax.plan import fold
+from awq_jax.plan.fold import Folder
+from awq_jax.plan.plan import ScaleGroup
+from awq_jax.qtensor import QuantizedTensor, Weight
+from awq_jax.quantizer.column_pieces import CanonicalWeight, Columns, Place, batch_order, sweep
+from awq_jax.quantizer.targets import Target
+from awq_jax.trace.segments import Key
+
+_nearest = jax.jit(quantize_dequantize, static_argnums=(1, 2, 3, 4))
+
+
+class GroupWeights:
+    """The weights of a group without batch axes.
+
+    Args:
+      group: which.
+      targets: its weights.
+      leaves: float parameters by path.
+      widths: of weights whose results are added to a stream, its channels; by the path within ``prefix``, and part.
+      prefix: what paths begin with.
+
+    Attributes:
+      picked: float32 ``[K, C]``: some columns.
+      streamed: int32 ``[C]``: which column of the streams, side by side, belongs to each of those; -1 for none.
+    """
+
+    def __init__(
+        self,
+        group: ScaleGroup,
+        targets: Sequence[Target],
+        leaves: Mapping[str, Weight],
+        widths: Mapping[Key, int],
+        prefix: str,
+    ) -> None:
+        self._targets, self._leaves = targets, leaves
+        self._weights = [CanonicalWeight.of(t, leaves[t.site.path]) for t in targets]
+        self._columns = columns = Columns(self._weights, group.channels)
+        offsets: dict[Key, int] = {}
+        for key in widths:
+            offsets[key] = sum(widths[k] for k in offsets)
+        streamed = []
+        for t, w in zip(targets, self._weights, strict=True):
+            key = (t.site.path.removeprefix(prefix), t.site.part)
+            fits = key in offsets and widths[key] == w.columns
+            streamed.append(offsets[key] + np.arange(w.columns) if fits else np.full(w.columns, -1))
+        which = np.concatenate(streamed).astype(np.int32)
+        self._which = np.pad(which, (0, columns.pieces * columns.size - columns.total), constant_values=-1)
+        self._some = correction.some_columns(columns.total)
+        self.picked, self.streamed = self._take(columns), which[self._some]
+        owners = np.repeat(np.arange(len(targets)), [w.columns for w in self._weights])
+        self._owners = owners[self._some]
+
+    def corrected(self, pool: Pool, total: Moments, strength: Strength) -> dict[str, Weight]:
+        """The leaves to be rounded, float32, by path."""
+        columns = self._columns
+        chosen = tuple(np.float32(x) for x in strength)
+
+        def prepare(moments: Moments) -> Moments:
+            return correction.prepare(moments, *chosen)
+
+        def run(place: Place, e: int, piece: int, prepared: Moments) -> jax.Array:
+            span = slice(piece * columns.size, (piece + 1) * columns.size)
+            return correction.corrected(place(columns.piece(0, 0, piece)), prepared, place(self._which[span]))
+
+        (pieces,) = sweep(pool, 1, columns.pieces, lambda e: total, prepare, run)
+        whole = np.concatenate(pieces, axis=1)
+        out: dict[str, Weight] = {}
+        start = 0
+        for t, w in zip(self._targets, self._weights, strict=True):
+            before = out.get(t.site.path, self._leaves[t.site.path])
+            out[t.site.path] = jax.device_put(_to_leaf(whole[:, start : start + w.columns], t, before))
+            start += w.columns
+        return out
+
+    def unfolded(self, packed: Mapping[str, QuantizedTensor], folded: Folder) -> np.ndarray:
+        """What packed weights stand for where ``picked`` stands, without any scale that is folded into them."""
+        weights = []
+        for t in self._targets:
+            q = packed[t.site.name]
+            value = np.asarray(q.dequantize(jnp.float32))
+            steps = folded.steps(t.site.path)
+            for step in reversed(fold.steps_within(steps, t.site.part) if t.site.part else steps):
+                by = np.asarray(step.values)
+                if step.kind == "over":
+                    value = (value + step.offset) * by - step.offset
+                elif q.inv_scale is None:
+                    value = value / by
+            weights.append(CanonicalWeight(jax.device_put(value), t.site.canonical_axes, order=batch_order(t)))
+        return self._take(Columns(weights, self._columns.rows))
+
+    def nearest(self) -> np.ndarray:
+        """What plain rounding makes of ``picked``."""
+        out = np.empty_like(self.picked)
+        for i, t in enumerate(self._targets):
+            mine = self._owners == i
+            w = np.pad(self.picked[:, mine], ((0, t.rows - len(self.picked)), (0, 0)))
+            if mine.any():
+                leaf = t.leaf
+                found = _nearest(w, leaf.group_size, leaf.bits, leaf.symmetric, "float32")
+                out[:, mine] = np.asarray(found)[: len(out)]
+        return out
+
+    def remaining(self, moments: Moments, gap: jax.Array, stored: np.ndarray) -> dict[str, tuple[float, float]]:
+        """By name of the weight: squared error of its results and their squares, of the picked columns."""
+        lost, own = correction.remaining(moments, gap, self.picked, self.streamed, stored)
+        lost, own = (np.asarray(x, np.float64) for x in (lost, own))
+        return {
+            t.site.name: (float(lost[mine].sum()), float(own[mine].sum()))
+            for i, t in enumerate(self._targets)
+            for mine in (self._owners == i,)
+        }
+
+    def _take(self, columns: Columns) -> np.ndarray:
+        every = [columns.piece(0, 0, i) for i in range(columns.pieces)]
+        return np.concatenate([np.asarray(w) for w in every], axis=1)[:, self._some]
+
+
+def total_of(folds: Sequence[Moments]) -> Moments:
+    """Their sum."""
+    return functools.reduce(_add, folds)
+
+
+@jax.jit
+def _add(a: Moments, b: Moments) -> Moments:
+    return jax.tree.map(jnp.add, a, b)
+
+
+def _to_leaf(w: np.ndarray, t: Target, leaf: Weight) -> np.ndarray:
+    """``[K, N]`` as the leaf has it, float32; of a part of a leaf, the leaf with that part replaced."""
+    site = t.site
+    order = [d for r in "bkn" for d, a in enumerate(site.canonical_axes) if a == r]
+    # Batch axes without an activation of their own are among the columns.
+    stored = [site.part_shape[d] for d in order]
+    b = sum(a == "b" for a in site.canonical_axes)
+    k = sum(a == "k" for a in site.canonical_axes)
+    rows_first = w.reshape(*stored[b : b + k], *stored[:b], *stored[b + k :])
+    part = np.moveaxis(rows_first, range(k, k + b), range(b))
+    part = np.transpose(part, np.argsort(order))
+    if not site.part:
+        return np.ascontiguousarray(part)
+    assert not isinstance(leaf, QuantizedTensor)
+    out = np.array(leaf, np.float32)
+    out[site.window] = part
+    return out
