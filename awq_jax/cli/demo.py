@@ -39,7 +39,7 @@ def add(subparsers: common.Commands) -> None:
         _EXAMPLES,
     )
     p.add_argument("--model", metavar="DIR", help="use this float checkpoint instead")
-    p.add_argument("--samples", type=common.positive, default=8, metavar="N",
+    p.add_argument("--samples", type=common.positive, default=4, metavar="N",
                    help="calibration sequences of 512 tokens (default: %(default)s)")  # fmt: skip
     p.add_argument("--eval-tokens", type=common.positive, default=2048, metavar="N", help="default: %(default)s")
     p.add_argument("--group-size", type=int, default=64, metavar="N", help="rows per scale (default: %(default)s)")

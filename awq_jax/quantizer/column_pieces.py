@@ -29,6 +29,7 @@ from awq_jax.quantizer.targets import Target
 PIECE = {"cpu": 1 << 18}  # numbers in a piece, by backend: on a CPU what its caches hold
 PIECE_ELSEWHERE = 1 << 25  # accelerators: enough columns to keep them busy
 HOST_PIECE = 1 << 18  # numbers that NumPy looks at together
+MOST_COLUMNS = {"cpu": 320}  # by backend: so few that most weights of as many rows are cut into pieces of one shape
 ALIGNED = 64  # columns in a piece are a multiple of it
 SPARE = 0.15  # of the columns may be zeros that fill up the last piece
 
@@ -175,7 +176,9 @@ class Columns:
 
     @property
     def _most(self) -> int:
-        most = PIECE.get(jax.default_backend(), PIECE_ELSEWHERE) // self.rows
+        backend = jax.default_backend()
+        most = PIECE.get(backend, PIECE_ELSEWHERE) // self.rows
+        most = min(most, MOST_COLUMNS.get(backend, most))
         return max(ALIGNED, most - most % ALIGNED)
 
     def piece(self, layer: int, expert: int, number: int) -> Array:
