@@ -10,7 +10,7 @@ import numpy as np
 
 from awq_jax.errors import PlanError
 from awq_jax.plan import absorb, channel_labels
-from awq_jax.plan.plan import Plan, ScaleGroup, Site
+from awq_jax.plan.plan import TIED, Plan, ScaleGroup, Site
 from awq_jax.plan.validate import overlap
 from awq_jax.trace.jaxpr import Use, Val
 from awq_jax.trace.rearranged import SAME_SHAPE
@@ -173,7 +173,7 @@ def _parameters(program: Program, scope: Scope, v: Val) -> dict[str, str]:
 
 def _plain(reader: str) -> str:
     return {
-        "gather": "a lookup (tied embedding)",
+        "gather": TIED.removeprefix("it is also read by "),
         "dot_general": "a matmul with another parameter",
         "ragged_dot_general": "a ragged matmul",
         "ragged_dot": "a ragged matmul",

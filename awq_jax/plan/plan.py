@@ -18,6 +18,7 @@ from awq_jax.trace.views import Window
 VERSION = 1
 HEAD = "makes the model's output"
 ROUTER = "routes tokens to experts"
+TIED = "it is also read by a lookup (tied embedding)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,9 +156,10 @@ class Plan:
 
     @property
     def share(self) -> Share:
-        """What is packed of all that matmuls read where settings are left as they are: no head, no router."""
+        """What is packed of all that matmuls read by default: no head, tied or not, and no router."""
         kept = {s.path: HEAD for _, s in self.sites() if s.head} | {s.path: ROUTER for _, s in self.sites() if s.router}
-        return Share.of(self.sizes, {**self.skipped, **kept}, kept)
+        tied = [path for path, why in self.skipped.items() if why == TIED]
+        return Share.of(self.sizes, {**self.skipped, **kept}, {*kept, *tied})
 
     def sites(self) -> Iterator[tuple[ScaleGroup, Site]]:
         """Every site with its group."""

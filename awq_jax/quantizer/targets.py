@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 from awq_jax.config import AwqConfig, LeafConfig
 from awq_jax.errors import ConfigError, Setting, ShapeError
-from awq_jax.plan.plan import HEAD, ROUTER, Plan, ScaleGroup, Site
+from awq_jax.plan.plan import HEAD, ROUTER, TIED, Plan, ScaleGroup, Site
 from awq_jax.quantizer import adapters, parts, patterns
 from awq_jax.report import Share
 
@@ -103,7 +103,7 @@ def select(
 def share(plan: Plan, config: AwqConfig, targets: dict[str, Target], skipped: dict[str, str]) -> Share:
     """How much of what matmuls read is packed; ``targets``, ``skipped``: from `select`."""
     chosen = {p for p, why in skipped.items() if why in (ROUTER, adapters.REASON) or why.startswith(HEAD)}
-    chosen |= {p for p in skipped if config.leaf(p) is None}
+    chosen |= {p for p, why in skipped.items() if config.leaf(p) is None or (why == TIED and not config.quantize_head)}
     packed = {t.site.path for t in targets.values()}
     return Share.of(plan.sizes, {p: why for p, why in skipped.items() if p not in packed}, chosen)
 

@@ -63,3 +63,17 @@ def test_bytes_and_reasons_by_hand(caplog: pytest.LogCaptureFixture, capsys: pyt
     assert not caplog.records, "what a skip pattern names is left float on purpose"
     total = up + odd + router + head
     assert f"packed {(up + head) / total:.1%} of" in capsys.readouterr().err
+
+
+def test_a_tied_head_is_left_float_by_rule(caplog: pytest.LogCaptureFixture) -> None:
+    p = {"table": np.ones((256, 32), np.float32), "up": np.ones((32, 32), np.float32)}
+
+    def tied(p, ids):
+        return jnp.tanh(p["table"][ids] @ p["up"]) @ p["table"].T
+
+    plan = discover(tied, p, jnp.ones((2, 3), jnp.int32))
+    assert plan.share.of_meant == 1
+    awq_jax.quantize(p, plan, method="rtn", group_size=32, progress=False)
+    assert not caplog.records
+    awq_jax.quantize(p, plan, method="rtn", group_size=32, quantize_head=True, progress=False)
+    assert "table (88.9%: it is also read by a lookup" in caplog.text

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+import types
 from typing import Any
 
 import jax
@@ -54,6 +57,10 @@ def hf_t5() -> Model:
     config = T5Config(vocab_size=VOCAB, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4)
     import transformers
 
+    plain = jnp.clip  # transformers names its bound as JAX did up to 0.4
+    jnp.clip = lambda x, *bounds, a_max=None, **named: plain(
+        x, *bounds, **({"max": a_max} if a_max is not None else named)
+    )
     made = transformers.FlaxT5ForConditionalGeneration(config)
 
     def fn(params: Any, ids: jax.Array, target: jax.Array) -> Any:
@@ -132,12 +139,14 @@ def keras_hub_llama() -> Model:
 
 
 def _of_tunix(module: str, cls: str, config: Any) -> Model:
-    import importlib
-
     from flax import nnx
 
     import awq_jax
 
+    # Its own __init__ imports trainers, and with them packages that no model needs.
+    package = types.ModuleType("tunix")
+    package.__path__ = importlib.util.find_spec("tunix").submodule_search_locations  # type: ignore[union-attr]
+    sys.modules.setdefault("tunix", package)
     found = importlib.import_module(module)
     made = getattr(found, cls)(config(found), rngs=nnx.Rngs(0))
     fn, params = awq_jax.nnx.functional(made)
