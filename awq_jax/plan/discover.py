@@ -30,6 +30,7 @@ PRODUCTS = frozenset(("dot_general", "ragged_dot_general", "ragged_dot", "conv_g
 CHOOSERS = frozenset(("top_k", "approx_top_k", "argmax", "argmin", "sort"))
 FEW = 512  # a matrix of more columns, or of more than a quarter as many as rows, chooses no experts
 UNUSED, EMBEDDING = "its result is not used", "it is an embedding: the matmul only looks rows up"
+CONVOLUTION = "it is read by a convolution"
 VIEWS = SAME_SHAPE | {"reshape", "transpose", "squeeze"}
 
 
@@ -88,7 +89,7 @@ def _sizes(program: Program, groups: list[ScaleGroup], skipped: dict[str, str]) 
     """Bytes of every float parameter that a matmul reads."""
     values = dict(zip(program.leaves, program.graph.ins, strict=False))
     read = {s.path for g in groups for s in g.sites} | {
-        p for p, why in skipped.items() if why not in (UNUSED, EMBEDDING)
+        p for p, why in skipped.items() if why not in (UNUSED, EMBEDDING, CONVOLUTION)
     }
     return {
         p: math.prod(program.leaves[p]) * np.dtype(v.dtype).itemsize
@@ -177,7 +178,7 @@ def _plain(reader: str) -> str:
         "dot_general": "a matmul with another parameter",
         "ragged_dot_general": "a ragged matmul",
         "ragged_dot": "a ragged matmul",
-        "conv_general_dilated": "a convolution",
+        "conv_general_dilated": CONVOLUTION.removeprefix("it is read by "),
     }.get(reader, reader)
 
 

@@ -64,4 +64,5 @@ def test_others_stay_convolutions() -> None:
 
     p = {"wide": jnp.ones((3, 8, 8)), "deep": jnp.ones((1, 1, 8)), "head": jnp.ones((8, 8))}
     plan = discover(model, p, jnp.ones((1, 9, 8)))
+    assert set(plan.sizes) == {"head"}
     assert plan.skipped == {"wide": "it is read by a convolution", "deep": "it is read by a convolution"}
