@@ -146,8 +146,8 @@ class Plan:
     Attributes:
       groups: the scale groups.
       skipped: path -> reason, for parameters used in a matmul that cannot be quantized.
-      sizes: path -> bytes, of all that matmuls read; those whose result is not used, embeddings that are only
-        looked up, and kernels of convolutions that are no matmuls, are not among them. Empty in a plan that was written by hand.
+      sizes: path -> bytes, of all that matmuls read; those whose result is not used, embeddings that are only looked
+        up, and kernels of convolutions that are no matmuls, are not among them. Empty in a plan written by hand.
     """
 
     groups: tuple[ScaleGroup, ...]
