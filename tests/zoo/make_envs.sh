@@ -20,6 +20,6 @@ rm -rf "$env"
 "$python" -m venv "$env"
 "$env/bin/pip" install --quiet jax==0.12.0.1 flax==0.12.12 transformers==4.57.6 keras==3.15.1 keras-hub==0.32.0
 # tunix asks for packages of clouds and data pipelines that its models do not import.
-"$env/bin/pip" install --quiet --no-deps google-tunix==0.1.7 qwix jaxtyping wadler-lindig
+"$env/bin/pip" install --quiet --no-deps google-tunix==0.1.7 qwix jaxtyping wadler-lindig einops
 "$env/bin/pip" install --quiet -e "$here"
 touch "$env/complete"
