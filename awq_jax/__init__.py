@@ -22,7 +22,7 @@ _PUBLIC = {
     "quantize": "quantizer.quantize",
     "quantize_checkpoint": "stream.run",
 }
-_MODULES = ("convert", "data", "errors", "evaluate", "keras", "kernels", "linen", "models", "nnx", "trainable")
+_MODULES = ("convert", "data", "errors", "evaluate", "keras", "kernels", "linen", "lora", "models", "nnx", "trainable")
 _ALIASES = {"partition": "trainable"}  # former names
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "kernels",
     "linen",
     "load",
+    "lora",
     "models",
     "nnx",
     "quantize",
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from awq_jax import keras as keras
     from awq_jax import kernels as kernels
     from awq_jax import linen as linen
+    from awq_jax import lora as lora
     from awq_jax import models as models
     from awq_jax import nnx as nnx
     from awq_jax import trainable as trainable

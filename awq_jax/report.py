@@ -6,7 +6,9 @@ import dataclasses
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +103,18 @@ class Share:
         return f"{self.of_all:.1%} of {size(self.total)} that matmuls read{f'; float: {largest}' if largest else ''}"
 
 
+class FoldedScale(NamedTuple):
+    """What was folded into a linear's weight: it is ``diag(input) W diag(1 / output)`` of what it was.
+
+    Attributes:
+      input: float32 ``[*B, K]``, positive: its inputs are divided by this; None for 1.
+      output: float32 ``[*B, N]``, positive: its outputs are, for a linear that reads them; None for 1.
+    """
+
+    input: np.ndarray | None
+    output: np.ndarray | None
+
+
 @dataclasses.dataclass
 class Report:
     """A whole run.
@@ -114,6 +128,7 @@ class Report:
       bytes_before, bytes_after: all parameters, float and as returned.
       calibration: `awq_jax.data.CalibrationSet.description`: source, column, sizes; "" where it is not known.
       share: how much of what matmuls read is packed; None where it was not counted.
+      scales: what was folded into the weights, by path; not where it is stored beside a weight (``inv_scale``).
     """
 
     config: dict[str, Any]
@@ -125,6 +140,7 @@ class Report:
     bytes_after: int
     calibration: str = ""
     share: Share | None = None
+    scales: dict[str, FoldedScale] = dataclasses.field(default_factory=dict, repr=False)
 
     @property
     def bits_per_weight(self) -> float:
@@ -138,8 +154,9 @@ class Report:
         return sorted(known, key=lambda r: -(r.error or 0.0))[:count]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON data."""
-        return dataclasses.asdict(self) | {"bits_per_weight": self.bits_per_weight}
+        """Plain JSON data, without the folded scales."""
+        plain = dataclasses.asdict(dataclasses.replace(self, scales={})) | {"bits_per_weight": self.bits_per_weight}
+        return {name: value for name, value in plain.items() if name != "scales"}
 
     def __str__(self) -> str:
         return table(self)

@@ -1,6 +1,6 @@
 """Split a parameter tree into what can be trained and what cannot, for `jax.grad`."""
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -54,3 +54,47 @@ def merge(floats: T, rest: T) -> T:
         raise
     except ValueError as e:
         raise ShapeError(f"not the two halves of one parameter tree: {e}") from None
+
+
+def labels(params: T, names: tuple[str, str] = ("train", "frozen")) -> T:
+    """A label for each leaf, for `optax.multi_transform`: of float leaves the first, of all others the second.
+
+    A `QuantizedTensor` is labelled as one, so that no moments are made for its arrays::
+
+        optimizer = optax.multi_transform(
+            {"train": optax.adamw(1e-4), "frozen": optax.set_to_zero()}, awq_jax.trainable.labels
+        )
+
+    Args:
+      params: parameters, or gradients of the same structure.
+      names: the two labels.
+    """
+
+    def label(x: object) -> object:
+        if is_quantized(x):
+            return jax.tree.map(lambda _: names[1], x)
+        return names[0] if jnp.issubdtype(jnp.result_type(x), jnp.inexact) else names[1]
+
+    return jax.tree.map(label, params, is_leaf=is_quantized)
+
+
+def without_float0(gradients: T, params: T) -> T:
+    """Gradients of ``jax.grad(..., allow_int=True)`` as an optimizer takes them.
+
+    Of integer leaves JAX gives ``float0``, which `optax.apply_updates` cannot add; they become zeros of the leaf's own
+    dtype, and so do the gradients of a packed weight's scales: what is packed stays as it is.
+
+    Raises:
+      ShapeError: the trees are not of one structure.
+    """
+
+    def one(g: Any, p: Any) -> Any:
+        return jnp.zeros_like(p) if g.dtype == jax.dtypes.float0 else g
+
+    def leaf(g: Any, p: Any) -> Any:
+        return jax.tree.map(jnp.zeros_like, p) if is_quantized(p) else one(g, p)
+
+    try:
+        return jax.tree.map(leaf, gradients, params, is_leaf=is_quantized)
+    except ValueError as e:
+        raise ShapeError(f"these are not gradients of these parameters: {e}") from None

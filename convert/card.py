@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from awq_jax._version import __version__
-from awq_jax.convert import card_usage, registry
+from awq_jax.convert import card_usage, folded_scales, registry
 from awq_jax.convert.config_json import HfConfig
 from awq_jax.convert.files.safetensors import refuse_outside
 from awq_jax.convert.files.shards import write_text
@@ -68,7 +68,8 @@ def write(
 def write_beside(path: Path, format: str, destination: Destination, records: Sequence[Record], source: Source) -> None:
     """The card of a single file, in its folder: only where that holds nothing else, and so is the model's own."""
     others = [p for p in path.parent.iterdir() if p != path and not p.name.startswith(".")]
-    if any(p.name not in (README, KEPT) for p in others) or not _may_replace(path.parent / README):
+    beside = (README, KEPT, folded_scales.place(path).name)
+    if any(p.name not in beside for p in others) or not _may_replace(path.parent / README):
         return
     _keep(path.parent, source)
     text = render(registry.get(format), destination, records, source, (path.parent / KEPT).is_file(), path.name)

@@ -13,6 +13,7 @@ from awq_jax.config import AwqConfig
 from awq_jax.convert.config_json import HfConfig, JsonObject
 from awq_jax.convert.source import Source
 from awq_jax.qtensor import QuantizedTensor
+from awq_jax.report import FoldedScale
 
 Stored = tuple[dict[str, np.ndarray], dict[str, str]]
 """What is stored for a packed weight: arrays by name, and header metadata."""
@@ -64,12 +65,14 @@ class Destination:
       dtype: of float tensors, ``"float32"``, ``"bfloat16"``, ``"float16"``; None keeps each one's own.
       settings: the quantizer's, if known.
       made: how the weights were quantized, for the model card (see `awq_jax.convert.card.of_report`).
+      scales: what was folded into the weights since they were the source's, by module; None: nothing was quantized.
     """
 
     config: HfConfig = dataclasses.field(default_factory=dict)
     dtype: str | None = None
     settings: AwqConfig | None = None
     made: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    scales: Mapping[str, FoldedScale] | None = None
 
 
 class Encoder(Protocol):

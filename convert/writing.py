@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from awq_jax.config import AwqConfig
-from awq_jax.convert import card, float_form, head, pipeline, registry
+from awq_jax.convert import card, float_form, folded_scales, head, pipeline, registry
 from awq_jax.convert.config_json import HfConfig, JsonObject, without_quantization
 from awq_jax.convert.files.shards import ShardWriter, atomic_directory, install, refuse_existing, write_json
 from awq_jax.convert.format import Destination, Encoder, Format, Record
@@ -89,6 +89,7 @@ def write_checkpoint(
     format: str,
     settings: AwqConfig | None = None,
     made: Mapping[str, Any] | None = None,
+    scales: folded_scales.FoldedScales | None = None,
     tokenizer: TokenizerLike | None = None,
     extra: Source | None = None,
     max_shard_bytes: int = SHARD,
@@ -108,6 +109,8 @@ def write_checkpoint(
       format: a name in `awq_jax.convert.registry.FORMATS`.
       settings: the quantizer's; recorded by ``"awq-jax"``.
       made: how the weights were quantized, for the model card (see `awq_jax.convert.card.of_report`).
+      scales: what was folded into them since they were those of ``extra``, by module;
+        None: they were not quantized here.
       tokenizer: saved with ``save_pretrained`` if ``extra`` brings no tokenizer files.
       extra: its tokenizer files and generation config are copied (GGUF: its tokenizer goes into the file).
       max_shard_bytes: bound on the tensor bytes of one file.
@@ -121,7 +124,7 @@ def write_checkpoint(
       FormatError: the format is unknown or cannot hold a tensor; named, with the remedy.
       CheckpointError: ``dst`` exists, or the disk refuses.
     """
-    encoder = encoder_of(format, Destination(config=config, settings=settings, made=made or {}))
+    encoder = encoder_of(format, Destination(config=config, settings=settings, made=made or {}, scales=scales))
     path = Path(os.path.abspath(Path(dst).expanduser()))
     check_path(path, registry.get(format), overwrite)
     refuse_source(path, extra)
@@ -163,6 +166,7 @@ def finish(
     writer.close()
     write_json(directory / "config.json", final_config(encoder.destination.config, changes, records))
     copy_companions(directory, tokenizer, extra)
+    folded_scales.keep(directory, extra, encoder.destination.scales)
     card.write(directory, format, encoder.destination, records, extra)
 
 
@@ -193,8 +197,10 @@ def into_sink(
         if format.suffix:
             refuse_existing(path, overwrite, file=True)
             os.replace(finished, path)
+            folded_scales.keep(path, source, encoder.destination.scales)
             card.write_beside(path, format.name, encoder.destination, records, source)
         else:
+            folded_scales.keep(work, source, encoder.destination.scales)
             card.write(work, format.name, encoder.destination, records, source)
             install(work, path, overwrite)
     except OSError as e:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from awq_jax.errors import BackendError, ShapeError
-from awq_jax.kernels import native, pallas_tpu, parallel, triton_matmul, xla
+from awq_jax.kernels import adapted, native, pallas_tpu, parallel, triton_matmul, xla
 from awq_jax.kernels.backend import Backend, Request
 from awq_jax.qtensor import QuantizedTensor
 
@@ -69,6 +69,9 @@ def matmul(
         )
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ShapeError(f"activation has dtype {x.dtype}; cast it to a floating point dtype first")
+    if isinstance(q, adapted.Adapted):
+        own = functools.partial(matmul, impl=impl)
+        return adapted.matmul(x, q, own, jnp.dtype(preferred_element_type or x.dtype), bias)
     if q.placement is not None:
         y = parallel.matmul(x, q, functools.partial(matmul, impl=impl), jnp.dtype(preferred_element_type or x.dtype))
         return y if bias is None else y + bias.astype(y.dtype)

@@ -13,7 +13,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from awq_jax.errors import ShapeError
-from awq_jax.kernels import dispatch
+from awq_jax.kernels import adapted, dispatch
 from awq_jax.kernels.parallel import vary_as
 from awq_jax.qtensor import QuantizedTensor
 
@@ -54,6 +54,8 @@ def matmul(
             f"{q.live_axes!r}): expected [T, {q.k}], [T] and [experts, {q.k}, ...]"
         )
     out_dtype = jnp.dtype(preferred_element_type or x.dtype)
+    if isinstance(q, adapted.Adapted):
+        return _adapted(x, q, expert, impl, out_dtype, sparse)
     if q.inv_scale is not None:
         x = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) * q.inv_scale[expert]).astype(x.dtype)
     if q.perm is not None:
@@ -76,6 +78,17 @@ def matmul(
     tiled = jnp.zeros((len(owner) * rows, q.k), x.dtype).at[slots].set(x).reshape(-1, rows, q.k)
     y = _scan(tiled, q, owner, impl, out_dtype) if kernel is None else kernel(tiled, request, owner, out_dtype)
     return y.reshape(-1, q.n)[slots]
+
+
+def _adapted(
+    x: jax.Array, q: adapted.Adapted, expert: jax.Array, impl: str, out_dtype: DTypeLike, sparse: bool
+) -> jax.Array:
+    wide, base = jnp.promote_types(out_dtype, jnp.float32), q.base()
+    if isinstance(base, QuantizedTensor):
+        y = matmul(x, base, expert, impl=impl, preferred_element_type=wide, sparse=sparse)
+    else:
+        y = adapted.rows_by_expert(x, [base], expert, wide)
+    return (y + adapted.low_rank_by_expert(x, q, expert, wide)).astype(out_dtype)
 
 
 def tile_rows(rows: int, experts: int) -> int:

@@ -24,6 +24,7 @@ GROUPED_ROWS = 64  # above this the [m, groups, N] partial sums cost more than t
 MMA_ROWS = 16  # rows of the smallest tensor-core tile; XLA turns fewer rows into a materialised weight
 TILE = 1 << 23  # weights dequantized at once
 CPU_TILE = 1 << 21  # so many stay in its caches until they are multiplied, and their memory is not asked for anew
+SMALL = 1 << 13  # numbers of a weight that need not be kept out of memory
 COLUMNS = 128  # a tile has a multiple of so many
 
 
@@ -47,7 +48,7 @@ def matmul(x: jax.Array, q: QuantizedTensor, out_dtype: DTypeLike, platform: str
         return grouped(x, q, out_dtype)
     if platform == "cpu":  # multiplies in float32 anyway
         x = x.astype(_accumulator(x))
-    return tiled(x, q, jnp.dtype(out_dtype), tile_size(platform))
+    return tiled(x, q, jnp.dtype(out_dtype), tile_size(platform), least_tiles(platform))
 
 
 def _backward(out_dtype: DTypeLike, platform: str, saved: Saved, dy: jax.Array) -> tuple[jax.Array, QuantizedTensor]:
@@ -62,7 +63,8 @@ matmul.defvjp(lambda *args: (matmul(*args), args[:2]), _backward)
 def gradient(x: jax.Array, q: QuantizedTensor, dy: jax.Array, platform: str) -> jax.Array:
     """The cotangent ``[*B, m, K]`` of ``x``, in its dtype, for ``dy [*B, m, N]``, that of the product; tile by tile."""
     wide = _accumulator(x) if platform == "cpu" else x.dtype  # as in `matmul`
-    return sum_as(transposed(dy.astype(wide), q, x.dtype, tile_size(platform)), x)
+    tiles = tile_size(platform), least_tiles(platform)
+    return sum_as(transposed(dy.astype(wide), q, x.dtype, *tiles), x)
 
 
 def weight_gradient(x: jax.Array, q: QuantizedTensor, dy: jax.Array, platform: str) -> QuantizedTensor:
@@ -92,14 +94,14 @@ def dequantize(x: jax.Array, q: QuantizedTensor, out_dtype: DTypeLike) -> jax.Ar
     return _batched_dot(x, q.dequantize_canonical(x.dtype)).astype(out_dtype)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))  # outside of jit the loop would be compiled at every call
-def tiled(x: jax.Array, q: QuantizedTensor, out_dtype: DTypeLike, tile: int = TILE) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))  # outside of jit the loop would be compiled at every call
+def tiled(x: jax.Array, q: QuantizedTensor, out_dtype: DTypeLike, tile: int = TILE, least: int = 1) -> jax.Array:
     """`dequantize`, at most about ``tile`` weights at a time, one tile of columns after the other.
 
     The loop also keeps XLA on CUDA from writing out two weights in one fusion because they wait for the same ``x``.
     Of a tile that would end beyond the last column, columns that are there already are made again.
     """
-    tiles = _Tiles.of(q, tile)
+    tiles = _Tiles.of(q, tile, least)
     if tiles.number < 2:
         return dequantize(x, q, out_dtype)
 
@@ -111,10 +113,11 @@ def tiled(x: jax.Array, q: QuantizedTensor, out_dtype: DTypeLike, tile: int = TI
     return lax.fori_loop(0, tiles.number, step, vary_as(y, x, *jax.tree.leaves(q)))
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def transposed(dy: jax.Array, q: QuantizedTensor, out_dtype: DTypeLike, tile: int = TILE) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def transposed(dy: jax.Array, q: QuantizedTensor, out_dtype: DTypeLike, tile: int = TILE, least: int = 1) -> jax.Array:
     """``dy [*B, m, N]`` times the transpose of ``q``, ``[*B, m, K]``: dequantized to ``dy.dtype`` as in `tiled`."""
-    tiles = _Tiles.of(q, tile)
+    # In a loop, or XLA takes the weight for that of the forward pass, and keeps it from there.
+    tiles = _Tiles.of(q, tile, max(least, 2))
     if tiles.number < 2:
         dy, q = lax.optimization_barrier((dy, q))
         return _batched_dot(dy, q.dequantize_canonical(dy.dtype), transpose=True).astype(out_dtype)
@@ -160,6 +163,14 @@ def tile_size(platform: str) -> int:
     return CPU_TILE if platform == "cpu" else TILE
 
 
+def least_tiles(platform: str) -> int:
+    """Tiles of a weight of more than `SMALL` numbers.
+
+    On CPU XLA, to have work for more threads, writes out the weights of all layers at once unless they are in loops.
+    """
+    return 4 if platform == "cpu" else 1
+
+
 class _Tiles(NamedTuple):
     """``number`` tiles of ``width`` columns out of ``n``, of which the last may reach back."""
 
@@ -168,11 +179,14 @@ class _Tiles(NamedTuple):
     n: int
 
     @classmethod
-    def of(cls, q: QuantizedTensor, size: int) -> _Tiles:
+    def of(cls, q: QuantizedTensor, size: int, least: int = 1) -> _Tiles:
+        """Of at most about ``size`` weights; ``least`` of them if there are more than `SMALL`."""
+        least = least if math.prod(q.batch) * q.k * q.n > SMALL else 1
         most = max(size // max(math.prod(q.batch) * q.k, 1) // COLUMNS, 1) * COLUMNS
-        number = -(-q.n // most)
-        width = min(q.n, -(-q.n // max(number * COLUMNS, 1)) * COLUMNS)
-        return cls(number, width, q.n)
+        number = max(-(-q.n // most), min(least, q.n))
+        unit = COLUMNS if q.n >= number * COLUMNS else 1
+        width = min(q.n, -(-q.n // max(number * unit, 1)) * unit)
+        return cls(-(-q.n // max(width, 1)), width, q.n)
 
     def start(self, i: jax.Array) -> jax.Array:
         return jnp.minimum(i * self.width, self.n - self.width)

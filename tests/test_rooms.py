@@ -30,8 +30,9 @@ ROOMS = (
     "quantizer",
     "data",
     "stream",
+    "adapters",
     "serve",
-    "evaluate trainable",
+    "evaluate trainable lora",
     "bench lm_eval vllm",
     "cli __main__",
 )

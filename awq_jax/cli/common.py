@@ -65,6 +65,29 @@ def add_bos(p: argparse.ArgumentParser | argparse._ArgumentGroup, what: str) -> 
                    help=f"begin {what} with BOS (default: where the tokenizer puts it before a text)")  # fmt: skip
 
 
+def add_adapter(p: argparse.ArgumentParser) -> None:
+    """``--adapter`` and ``--terms``."""
+    p.add_argument("--adapter", action="append", default=[], metavar="[NAME=]DIR",
+                   help="a LoRA adapter to run beside the weights; one of the float model is rescaled")  # fmt: skip
+    p.add_argument("--terms", choices=("auto", "float", "base"), default="auto",
+                   help="on whose inputs adapters were trained (default: as they say)")  # fmt: skip
+
+
+def adapters(args: argparse.Namespace) -> str | dict[str, str] | None:
+    """What ``--adapter`` says, as `awq_jax.load` takes it: one without a name is always used.
+
+    Raises:
+      ConfigError: several, of which one has no name, or two have one.
+    """
+    given = [text.partition("=") if "=" in text else ("", "", text) for text in args.adapter]
+    if len(given) < 2 and not any(name for name, _, _ in given):
+        return given[0][2] if given else None
+    named = {name: where for name, _, where in given if name}
+    if len(named) < len(given):
+        raise ConfigError("several adapters need a name each, no two the same: --adapter sql=DIR --adapter chat=DIR")
+    return named
+
+
 def add_push(p: argparse.ArgumentParser) -> None:
     """``--push`` and what goes with it."""
     g = p.add_argument_group("hub", "The login is that of `hf auth login`, or HF_TOKEN; it is tried before the work.")

@@ -12,6 +12,7 @@ _EXAMPLES = """
 awq-jax eval ./model-awq --text test.txt
 awq-jax eval ./model-awq --text test.txt --against ./model --json
 awq-jax eval ./model-awq --text test.txt --against ./model --card
+awq-jax eval ./model-awq --text test.txt --adapter ./sql-lora
 awq-jax eval ./model-awq --text test.txt --context 1024 --stride 512 --max-tokens 50000
 """
 
@@ -36,6 +37,7 @@ def add(subparsers: common.Commands) -> None:
     p.add_argument("--max-tokens", type=common.positive, metavar="N", help="score at most N tokens")
     p.add_argument("--batch-size", type=common.positive, metavar="N", help="windows per forward pass")
     p.add_argument("--card", action="store_true", help="also put the perplexity into DIR's model card (README.md)")
+    common.add_adapter(p)
     common.add_bos(p, "windows")
     common.add_dtype(p)
 
@@ -49,6 +51,9 @@ def run(args: argparse.Namespace) -> None:
 
     # What cannot be done is refused before the weights of anything are read.
     data.check_source(args.text)
+    adapter = common.adapters(args)
+    if isinstance(adapter, dict) and len(adapter) > 1:
+        raise ConfigError("eval scores one adapter at a time: give one --adapter")
     if args.card:
         card_score.card_of(args.dir)
     opened = [registry.open_source(path) for path in (args.dir, args.against) if path is not None]
@@ -64,7 +69,8 @@ def run(args: argparse.Namespace) -> None:
     begin = tokens.beginning(tokenizer, args.bos).text
     ids = data.encode("\n\n".join(texts), tokenizer)
     evaluate.check_text(ids, *vocabularies)
-    quantized = model.load(args.dir, args.dtype)
+    loaded = model.load(args.dir, args.dtype, adapter=adapter, terms=args.terms)
+    quantized = loaded.adapted() if adapter is not None else loaded
     settings = {
         "context": context,
         "stride": args.stride,
@@ -91,6 +97,7 @@ def run(args: argparse.Namespace) -> None:
             "stride": args.stride or context,
             "begins_with": begin,
         }
+        result |= {"adapter": args.adapter[0]} if args.adapter else {}
         result |= score.to_dict()
         if divergence is not None:
             result["against"] = {"model": args.against} | divergence.to_dict()

@@ -22,6 +22,8 @@ awq-jax generate ./model-awq "Why is the sky blue?" --chat --temperature 0.7 --t
 echo "Dear diary," | awq-jax generate ./model-awq - --stop "The end"
 awq-jax generate ./model-awq --prompts questions.txt --chat --batch-size 16
 awq-jax generate ./model-awq --prompts chats.jsonl --json > answers.jsonl
+awq-jax generate ./model-awq "List the tables" --adapter ./sql-lora
+awq-jax generate ./model-awq --prompts mixed.jsonl --adapter sql=./sql-lora --adapter chat=./chat-lora
 """
 
 
@@ -48,6 +50,7 @@ def add(subparsers: common.Commands) -> None:
     p.add_argument("--logprobs", type=int, metavar="N",
                    help="with --json: log probabilities of the new tokens, and of the N likeliest there")  # fmt: skip
     p.add_argument("--devices", type=common.devices, metavar="N", help="spread the weights over N devices, or 'all'")
+    common.add_adapter(p)
     common.add_dtype(p)
 
 
@@ -68,6 +71,7 @@ def run(args: argparse.Namespace) -> None:
     from awq_jax.cli import prompt_file
     from awq_jax.convert import registry
     from awq_jax.serve import generate, model, prompts
+    from awq_jax.serve.answer import DEFAULT
     from awq_jax.serve.sampling import Sampling
 
     settings = sampling_options.settings(args) | {"logprobs": args.logprobs}
@@ -80,7 +84,10 @@ def run(args: argparse.Namespace) -> None:
         [ids] = prompts.encode(tokenizer, prompt, args.chat)
         generate.check_prompts(config, [ids])
         read = [prompt_file.Prompt({"prompt": prompt}, ids)]
-    loaded = model.load(args.dir, args.dtype, mesh=len(jax.devices()) if args.devices == 0 else args.devices)
+    devices = len(jax.devices()) if args.devices == 0 else args.devices
+    loaded = model.load(args.dir, args.dtype, mesh=devices, adapter=common.adapters(args), terms=args.terms)
+    for prompt_read in read:
+        loaded.adapters_of(prompt_read.given.get("adapter", DEFAULT), 1)
     if args.prompts is not None:
         _file(args, loaded, read, settings)
     else:
@@ -103,6 +110,7 @@ def _one(args: argparse.Namespace, loaded: Model, prompt: Prompt, settings: dict
 def _file(args: argparse.Namespace, loaded: Model, read: list[Prompt], settings: dict[str, Any]) -> None:
     from tqdm.auto import tqdm
 
+    from awq_jax.serve.answer import DEFAULT
     from awq_jax.serve.sampling import SEEDS
 
     with tqdm(total=len(read), desc="generate", unit="prompt", disable=args.quiet, leave=False) as bar:
@@ -111,7 +119,9 @@ def _file(args: argparse.Namespace, loaded: Model, read: list[Prompt], settings:
             # Each has a seed of its own, so that its answer does not depend on the batch size.
             seeds = [(args.seed + first + i) % SEEDS for i in range(len(batch))]
             rows = [prompt.ids for prompt in batch]
-            found = loaded.answers(rows, max_new_tokens=args.max_new_tokens, **settings | {"seed": seeds})
+            named = [name for p in batch for name in loaded.adapters_of(p.given.get("adapter", DEFAULT), 1)]
+            chosen = settings | {"seed": seeds, "adapter": named}
+            found = loaded.answers(rows, max_new_tokens=args.max_new_tokens, **chosen)
             for i, (prompt, answer) in enumerate(zip(batch, found, strict=True), first + 1):
                 if args.json:
                     text = common.to_json(told(args.dir, prompt.given, answer), indent=None)

@@ -20,7 +20,7 @@ class Prompt:
     """One prompt of a file.
 
     Attributes:
-      given: ``prompt`` or ``messages``, as the file has it.
+      given: ``prompt`` or ``messages``, and ``adapter`` if it names one, as the file has them.
       ids: its token ids.
     """
 
@@ -76,7 +76,9 @@ def _prompt(line: str, rows: bool, tokenizer: TokenizerLike | None, config: Mode
         keys = [k for k in ("prompt", "messages") if isinstance(given, dict) and k in given]
         if len(keys) != 1:
             raise ConfigError('not an object with either "prompt" or "messages"')
-        given = {keys[0]: given[keys[0]]}
+        if not isinstance(given.get("adapter"), str | None):
+            raise ConfigError('"adapter" is not the name of one')
+        given = {key: given[key] for key in (keys[0], "adapter") if key in given}
     if "prompt" in given:
         if not isinstance(given["prompt"], str) or not given["prompt"]:
             raise ConfigError('"prompt" is not a text')

@@ -19,7 +19,9 @@ from awq_jax.errors import AwqError, CheckpointError, ConfigError, FormatError, 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from awq_jax.adapters.files import Adapter
     from awq_jax.devices.pool import Pool
+    from awq_jax.models.config import ModelConfig
     from awq_jax.report import Report
 
 _EXAMPLES = """
@@ -85,6 +87,9 @@ def add(subparsers: common.Commands) -> None:
                    "bits; awq-jax: holds every setting; auto: the first of these that can hold the result (default: "
                    "%(default)s); or another of awq-jax convert --list")  # fmt: skip
     o.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
+    o.add_argument("--adapter", action="append", default=[], metavar="DIR",
+                   help="also write this LoRA adapter of the float model, rescaled by the scales that are folded into "
+                   "DST, to DST-NAME beside it; may be repeated")  # fmt: skip
     o.add_argument("--report", type=Path, metavar="FILE", help="write a report, .html or .json")
     common.add_dtype(o)
     common.add_push(p)
@@ -157,7 +162,9 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _quantize(args: argparse.Namespace, config: AwqConfig, pool: Pool) -> None:
-    from awq_jax.quantizer.targets import QUANTIZE_HEAD  # as in `run`
+    from awq_jax.adapters import base as bases  # as in `run`
+    from awq_jax.adapters import files
+    from awq_jax.quantizer.targets import QUANTIZE_HEAD
     from awq_jax.stream import forecast
     from awq_jax.stream import run as stream
     from awq_jax.stream.job import Options, prepare
@@ -188,9 +195,12 @@ def _quantize(args: argparse.Namespace, config: AwqConfig, pool: Pool) -> None:
         if first:
             print(common.to_json(needs.to_dict()) if args.json else forecast.table(needs))
         return
+    adapters = _adapters(args, job.session.chain.config)
     done = stream.run(job, resume=args.resume, restart=args.restart, progress=not args.quiet)
     if not first:
         return
+    for path, adapter in adapters.items():
+        files.write(bases.fitted(adapter, bases.of(args.dst), "float"), path, args.overwrite)
     report = dataclasses.replace(done.report, seconds={"text": read, **done.report.seconds})
     if args.report:
         write_report(report, args.report, f"{args.src}, {config.bits} bits")
@@ -201,7 +211,25 @@ def _quantize(args: argparse.Namespace, config: AwqConfig, pool: Pool) -> None:
         print(as_options(str(report), [QUANTIZE_HEAD]))
         print(f"\nwrote {args.dst} ({done.format})" + (f" and {args.report}" if args.report else ""))
         print(f"served by {engines.served_by(args.dst)}")
+        for path in adapters:
+            print(f"wrote {path}: the adapter in its terms")
     common.push(args)
+
+
+def _adapters(args: argparse.Namespace, config: ModelConfig) -> dict[Path, Adapter]:
+    """The adapters to rescale, by where they will be written; refused before the long work."""
+    from awq_jax.adapters import attach, files  # as in `run`
+
+    out: dict[Path, Adapter] = {}
+    for where in args.adapter:
+        path = args.dst.parent / f"{args.dst.name}-{Path(where).absolute().name}"
+        if path in out:
+            raise ConfigError(f"two adapters would be written to {path}; rename one")
+        if path.exists() and not args.overwrite:
+            raise CheckpointError(f"{path} exists; choose another target or pass --overwrite")
+        out[path] = files.read(where)
+        attach.placed(out[path], config)
+    return out
 
 
 def _mesh(count: int | None) -> Mesh | None:

@@ -19,7 +19,7 @@ from awq_jax.calibration.grams import all_finite
 from awq_jax.config import AwqConfig
 from awq_jax.devices.pool import HERE, Pool
 from awq_jax.errors import CalibrationError, ConfigError, WeightError
-from awq_jax.plan import fold
+from awq_jax.plan import fold, folded
 from awq_jax.plan.plan import Plan, ScaleGroup, Site
 from awq_jax.plan.validate import validate
 from awq_jax.progress import Progress, bar
@@ -147,6 +147,7 @@ def quantize(
         paths.nbytes(out),
         share=packed,
     )
+    summary.scales = folded.channel_scales(plan, done.scales)
     return out, summary
 
 
@@ -183,11 +184,13 @@ class Quantized:
       leaves: by path: packed, rescaled, or as they were.
       rows: of the packed ones, in plan order.
       seconds: spent on ``"search"`` and ``"round"``.
+      scales: group -> ``s [*scan, *batch, K]``, of the groups whose scale was folded.
     """
 
     leaves: dict[str, Weight]
     rows: list[report.LayerReport]
     seconds: dict[str, float]
+    scales: dict[str, np.ndarray]
 
 
 def quantize_groups(
@@ -227,7 +230,8 @@ def quantize_groups(
         ones = {g.name: np.ones((*g.scan, *g.batch, g.channels), np.float32) for g, _ in work}
         folded = fold.Folder(plan, ones | found)
         # A weight that stays float is scaled only where something upstream absorbed the scale.
-        absorbed = fold.Folder(plan, {g.name: found[g.name] for g, _ in work if g.name in found and g.absorbers})
+        kept = {g.name: found[g.name] for g, _ in work if g.name in found and g.absorbers}
+        absorbed = fold.Folder(plan, kept)
         plain = dataclasses.replace(config, method="rtn")
         if follower is not None:
             follower.begin(absorbed, {t.site.path for _, mine in work for t in mine})
@@ -252,7 +256,7 @@ def quantize_groups(
         for path, leaf in leaves.items()
     }
     jax.block_until_ready(jax.tree.leaves(out))
-    return Quantized(out, rows, {"search": searched - started, "round": time.perf_counter() - searched})
+    return Quantized(out, rows, {"search": searched - started, "round": time.perf_counter() - searched}, kept)
 
 
 def _changed(plan: Plan, targets: Mapping[str, Target], leaves: Mapping[str, Weight]) -> dict[str, Weight]:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+import jax
 import numpy as np
 from flax import nnx
 
+from awq_jax.adapters.attach import Attached
 from awq_jax.convert.source import Source
 from awq_jax.convert.text import Message, TokenizerLike
+from awq_jax.errors import ConfigError
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.vision import inputs as vision
 from awq_jax.serve import prompts
@@ -21,6 +25,33 @@ from awq_jax.serve.served_weights import ServedWeights
 
 Prompts = str | Sequence[Message] | Sequence[prompts.Prompt] | Mapping[str, Any]
 Stream = Callable[[str], None] | Callable[[str, int], None]
+
+
+class Default(enum.Enum):
+    """Stands for the adapter that a model was loaded with, where None says: none."""
+
+    DEFAULT = enum.auto()
+
+
+DEFAULT = Default.DEFAULT
+Adapters = str | None | Sequence[str | None] | Default
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """A model with an adapter, as `awq_jax.evaluate` takes it.
+
+    Attributes:
+      params: with the adapter's factors beside the weights.
+      apply: logits of tokens.
+      config: architecture.
+      tokenizer: the model's.
+    """
+
+    params: nnx.State
+    apply: Callable[..., jax.Array]
+    config: ModelConfig
+    tokenizer: TokenizerLike | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +169,8 @@ class Answering:
     tokenizer: TokenizerLike | None
     source: Source
     _weights: ServedWeights
+    _adapters: Attached | None
+    _always: str | None
 
     def generate(
         self,
@@ -146,6 +179,7 @@ class Answering:
         max_new_tokens: int = 128,
         stream: Stream | None = None,
         chat: bool = False,
+        adapter: Adapters = DEFAULT,
         **settings: Any,
     ) -> list[str]:
         """Continue one or several prompts as one batch.
@@ -158,6 +192,8 @@ class Answering:
           stream: called with each piece of text, in whole characters, as soon as it is certain; with
             several prompts, with the piece and the prompt's number.
           chat: wrap the prompts in the tokenizer's chat template.
+          adapter: the name of one that the model was loaded with, or None for none; a list has one for each prompt.
+            Default: one that was given to `awq_jax.load` without a name, else none.
           **settings: fields of `awq_jax.serve.sampling.Sampling`: ``temperature`` (the default is 0: greedy),
             ``top_k``, ``top_p``, ``min_p``, ``repetition_penalty``, ``presence_penalty``, ``frequency_penalty``,
             ``stop``, ``stop_ids``, ``logit_bias``, ``logprobs``, and ``seed``, which may be a list with a seed for each
@@ -167,10 +203,11 @@ class Answering:
           The new text of each prompt. `answers` says more of each.
 
         Raises:
-          ConfigError: without a tokenizer or chat template, or on a value out of range.
+          ConfigError: without a tokenizer or chat template, on a value out of range, or on an unknown adapter.
           ShapeError: a prompt is empty or too long.
         """
-        found = self.answers(prompt, max_new_tokens=max_new_tokens, stream=stream, chat=chat, **settings)
+        given: dict[str, Any] = {"max_new_tokens": max_new_tokens, "stream": stream, "chat": chat, "adapter": adapter}
+        found = self.answers(prompt, **given, **settings)
         return [one.text for one in found]
 
     def answers(
@@ -180,13 +217,14 @@ class Answering:
         max_new_tokens: int = 128,
         stream: Stream | None = None,
         chat: bool = False,
+        adapter: Adapters = DEFAULT,
         past: Past | None = None,
         **settings: Any,
     ) -> list[Answer]:
         """As `generate`: texts with why they end, counts of tokens, speed, and log probabilities if asked for.
 
         Args:
-          prompt, max_new_tokens, stream, chat, settings: as for `generate`.
+          prompt, max_new_tokens, stream, chat, adapter, settings: as for `generate`.
           past: of a single prompt; passed with every turn of a conversation, so that only what is new is read.
 
         Raises:
@@ -194,8 +232,35 @@ class Answering:
         """
         rows, images = rows_of(self.config, self.tokenizer, prompt, chat)
         sampling, tokenizer = of_rows(len(rows), settings), prompts.needed(self.tokenizer)
-        served = self._weights.serving(None if past is not None else max_new_tokens)
-        return answer_rows(*served, tokenizer, rows, sampling, max_new_tokens, self.eos_ids(), stream, images, past)
+        self.adapters_of(adapter, len(rows))  # refused before weights are converted
+        generator, params = self._weights.serving(None if past is not None else max_new_tokens)
+        params = self._beside(generator, params, adapter, len(rows))
+        return answer_rows(
+            generator, params, tokenizer, rows, sampling, max_new_tokens, self.eos_ids(), stream, images, past
+        )
+
+    def adapters_of(self, adapter: Adapters, rows: int) -> list[str | None]:
+        """The adapter of each of ``rows`` prompts; see `generate`.
+
+        Raises:
+          ConfigError: one is not there, or their number is not that of the prompts.
+        """
+        if adapter is DEFAULT:
+            adapter = self._always
+        names: list[str | None] = [adapter] * rows if adapter is None or isinstance(adapter, str) else list(adapter)
+        if len(names) != rows:
+            raise ConfigError(f"{len(names)} adapters for {rows} prompts: give one for each, or one for all")
+        there = () if self._adapters is None else self._adapters.names
+        for name in names:
+            if name is not None and name not in there:
+                known = ", ".join(map(repr, there)) or "none"
+                raise ConfigError(f"there is no adapter {name!r}; the model was loaded with {known}")
+        return names
+
+    def _beside(self, generator: Generator, params: nnx.State, adapter: Adapters, rows: int) -> nnx.State:
+        """``params`` of a generator with the adapters of these rows beside them."""
+        names = self.adapters_of(adapter, rows)
+        return params if self._adapters is None else self._adapters.each(params, names, generator.config)
 
     def eos_ids(self) -> tuple[int, ...]:
         """Ids that end an answer: generation config, model config and tokenizer together."""

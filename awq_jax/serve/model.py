@@ -15,26 +15,33 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike, DTypeLike
 
 from awq_jax import models, paths
+from awq_jax.adapters import files
+from awq_jax.adapters.attach import Attached
+from awq_jax.adapters.base import fitted
+from awq_jax.adapters.base import of as base_of
 from awq_jax.config import SAMPLES, SEQ_LEN, AwqConfig
-from awq_jax.convert import card, registry
+from awq_jax.convert import card, folded_scales, registry
 from awq_jax.convert.source import Source
 from awq_jax.convert.text import TokenizerLike
 from awq_jax.dtypes import name_of
 from awq_jax.errors import ConfigError, ShapeError
 from awq_jax.models.mesh import sharding
 from awq_jax.models.vision import inputs as vision
+from awq_jax.models.weights import modules
 from awq_jax.models.weights import params as model_params
 from awq_jax.placement import Placement
 from awq_jax.progress import Progress
 from awq_jax.qtensor import is_quantized
-from awq_jax.report import Report, size
+from awq_jax.report import FoldedScale, Report, size
 from awq_jax.serve import saving
-from awq_jax.serve.answer import Answering
+from awq_jax.serve.answer import DEFAULT, Answering, Scored
 from awq_jax.serve.generate import check_tokens
 from awq_jax.serve.served_weights import ServedWeights
 
 if TYPE_CHECKING:
     from awq_jax import data
+
+ONLY = "adapter"  # the name of one that is given without
 
 
 def load(
@@ -45,6 +52,8 @@ def load(
     merge: bool | None = None,
     resident: bool | None = None,
     mesh: Mesh | int | None = None,
+    adapter: str | Path | Mapping[str, str | Path] | None = None,
+    terms: str = "auto",
 ) -> Model:
     """Load a model for the reference decoder.
 
@@ -59,17 +68,29 @@ def load(
         copy takes at most half of the free memory. `Model.explain` says what is done.
       mesh: devices to spread the weights over (see `awq_jax.models.mesh.sharding`): a mesh of one axis, or how
         many of JAX's devices. Each device's part of each tensor is read from the files straight to it.
+      adapter: a directory of PEFT's with a LoRA adapter, which then runs beside the weights, packed or not; or several
+        by name, one of which `Model.generate` takes for each prompt. One that was trained on the float model is
+        rescaled by the scales that are folded into these weights.
+      terms: on whose inputs the adapters were trained, ``"float"`` or ``"base"``; ``"auto"``: as they say (see
+        `awq_jax.lora.load`).
 
     Raises:
       UnsupportedModelError: the architecture is not one of `awq_jax.models.supported`.
-      CheckpointError: the files cannot be read.
+      CheckpointError: the files cannot be read, or an adapter is for another base.
+      FormatError: an adapter is none that can be served; named, with the remedy.
       WeightError: a tensor is missing, unexpected, or holds NaN or inf.
       ShapeError: a tensor has not the shape that ``config.json`` implies.
       ConfigError: unknown ``dtype``, a broken ``config.json``, or a ``revision`` of a local path.
     """
     name = name_of(dtype)
     source = registry.open_source(path, revision=revision)
-    return from_source(source, name or ("float32" if source.format == "gguf" else None), merge, resident, mesh)
+    given = {} if adapter is None else adapter if isinstance(adapter, Mapping) else {ONLY: adapter}
+    base = base_of(source)
+    adapters = {key: fitted(files.read(where), base, terms) for key, where in given.items()}
+    model = from_source(source, name or ("float32" if source.format == "gguf" else None), merge, resident, mesh)
+    if adapters:
+        model.attach(adapters, ONLY if not isinstance(adapter, Mapping) else None)
+    return model
 
 
 def from_source(
@@ -126,6 +147,9 @@ class Model(Answering, saving.Pushed):
         self.tokenizer, self.source = tokenizer, source
         self.settings: AwqConfig | None = None
         self._made: dict[str, Any] | None = None  # for the model card
+        self._scales: dict[str, FoldedScale] | None = None  # folded since it was loaded
+        self._adapters: Attached | None = None
+        self._always: str | None = None
 
         def apply(params: nnx.State, input_ids: jax.Array, **images: jax.Array) -> jax.Array:
             return nnx.merge(graphdef, params)(input_ids, **images)
@@ -182,12 +206,13 @@ class Model(Answering, saving.Pushed):
         """
         if isinstance(tokens, Mapping):
             generator, params = self._weights.as_held()
-            return generator.forward(params, **self.inputs(tokens))
+            return generator.forward(self._beside(generator, params, DEFAULT, 1), **self.inputs(tokens))
         tokens = np.asarray(tokens)
         if tokens.ndim != 2:
             raise ShapeError(f"tokens must be [batch, length]; got shape {tokens.shape}")
         check_tokens(tokens, self.config.vocab_size, "tokens")
         generator, params = self._weights.as_held()
+        params = self._beside(generator, params, DEFAULT, len(tokens))
         return generator.forward(params, jnp.asarray(tokens, jnp.int32))
 
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -206,6 +231,33 @@ class Model(Answering, saving.Pushed):
         arrays, _ = vision.inputs(self.config, batch)
         check_tokens(vision.of_images(self.config, arrays["input_ids"]), self.config.vocab_size, "input_ids")
         return arrays
+
+    def attach(self, adapters: Mapping[str, files.Adapter], always: str | None = None) -> None:
+        """Put adapters, by name and in the terms of these weights, beside them; ``always``: used unless another is
+        asked for. Those that were there are gone."""
+        self._adapters, self._always = Attached(adapters, self.config, self._weights.place), always
+
+    def folded_digest(self) -> str:
+        """What tells the scales that are folded into these weights from others; "" for none (see
+        `awq_jax.convert.folded_scales`)."""
+        kept = folded_scales.of(self.source) or {}
+        now = modules.folded_scales(self._scales or {}, self.config)
+        return folded_scales.digest(both) if (both := folded_scales.composed(kept, now)) else ""
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the adapters beside the weights."""
+        return () if self._adapters is None else self._adapters.names
+
+    def adapted(self, adapter: str | None = None) -> Scored:
+        """The model with one adapter for `awq_jax.evaluate`: its ``params`` have the factors beside the weights.
+
+        Raises:
+          ConfigError: there is no adapter of that name.
+        """
+        name = adapter or self._always or next(iter(self.adapters), None)
+        params = self.take_params() if self._adapters is None else self._adapters.one(self.take_params(), name)
+        return Scored(params, self.apply, self.config, self.tokenizer)
 
     @property
     def nbytes(self) -> int:
@@ -266,6 +318,8 @@ class Model(Answering, saving.Pushed):
             raise ConfigError(f"batch_size must be at least 1, or None; got {batch_size}")
         if self._weights.place is not None:
             raise ConfigError("the model is on a mesh; load it without mesh=, quantize and save it, and load that")
+        if self._adapters is not None:
+            raise ConfigError("the model has adapters beside its weights; load it without them to quantize it")
         if self._weights.packed():
             raise ConfigError("the model is already quantized; load the float checkpoint")
         with team() as processes:
@@ -288,7 +342,7 @@ class Model(Answering, saving.Pushed):
                 report.calibration = read.description
             self._weights.replace(params)
         report.seconds["calibrate"] += planned
-        self.settings, self._made = config, card.of_report(report)
+        self.settings, self._made, self._scales = config, card.of_report(report), report.scales
         return report
 
     def save(self, dst: str | Path, format: str = "auto", overwrite: bool = False, allow_lossy: bool = False) -> str:
@@ -310,5 +364,6 @@ class Model(Answering, saving.Pushed):
           FormatError: the format is unknown or cannot hold these weights.
           CheckpointError: ``dst`` exists and ``overwrite`` is not set.
         """
-        what = saving.Saved(self.config, self.hf_config, self.source, self.tokenizer, self.settings, self._made)
+        settings = self.settings, self._made, self._scales
+        what = saving.Saved(self.config, self.hf_config, self.source, self.tokenizer, *settings)
         return saving.save(self.take_params, what, dst, format, overwrite, allow_lossy)

@@ -20,9 +20,10 @@ from awq_jax.convert.config_json import HfConfig
 from awq_jax.convert.files.shards import refuse_existing
 from awq_jax.convert.source import Source
 from awq_jax.convert.text import TokenizerLike
-from awq_jax.models.weights import naming
+from awq_jax.models.weights import modules, naming
 from awq_jax.models.weights import params as model_params
 from awq_jax.qtensor import is_quantized
+from awq_jax.report import FoldedScale
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ class Saved:
     tokenizer: TokenizerLike | None
     settings: AwqConfig | None
     made: Mapping[str, Any] | None  # by `awq_jax.convert.card.of_report`
+    scales: Mapping[str, FoldedScale] | None  # by path; None: not quantized since it was loaded
 
 
 class Pushed:
@@ -103,6 +105,7 @@ def save(
         format,
         what.settings,
         what.made,
+        None if what.scales is None else modules.folded_scales(what.scales, what.config),
         tokenizer=what.tokenizer,
         extra=what.source,
         overwrite=overwrite,

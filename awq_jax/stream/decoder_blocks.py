@@ -170,6 +170,16 @@ def renamed(group: ScaleGroup, old: str, new: str) -> ScaleGroup:
     )
 
 
+def within(group: ScaleGroup, block: DecoderBlock) -> ScaleGroup:
+    """A group with paths as they are within its block."""
+    return renamed(group, block.prefix, "")
+
+
+def refuse(group: ScaleGroup, why: str | None) -> ScaleGroup:
+    """`without_absorbers`, if there is a reason."""
+    return group if why is None else without_absorbers(group, why)
+
+
 def _abstract_layer(config: ModelConfig, layer: LayerConfig) -> tuple[nnx.GraphDef, nnx.State]:
     return nnx.split(nnx.eval_shape(lambda: Layer(config, layer, nnx.Rngs(0))))
 

@@ -29,6 +29,7 @@ from awq_jax.convert.format import Destination, Record
 from awq_jax.convert.formats import native
 from awq_jax.convert.source import Source
 from awq_jax.errors import FormatError
+from awq_jax.models.weights import modules
 from awq_jax.models.weights.params import Weights
 from awq_jax.qtensor import QuantizedTensor, Weight
 from awq_jax.stream.decoder_blocks import DecoderBlock, Leaves
@@ -192,7 +193,12 @@ def assemble(job: Job, done: Manifest, format: str) -> str:
     parts = _source(job, done, range(len(done.shards)))
     report = job.session.report(filter(None, done.notes), job.batches)
     report.calibration = job.description
-    destination = Destination(config=job.source.config, settings=job.settings, made=card.of_report(report))
+    destination = Destination(
+        config=job.source.config,
+        settings=job.settings,
+        made=card.of_report(report),
+        scales=modules.folded_scales(report.scales, job.session.chain.config),
+    )
     names = [r.name for r in done.records]
     reasons = []
     choices = writing.auto_formats(job.source.config) if format == "auto" else (format,)

@@ -26,6 +26,7 @@ from awq_jax.convert.config_json import JsonObject
 from awq_jax.devices.pool import HERE, Pool
 from awq_jax.models.config import ModelConfig
 from awq_jax.pack import Array
+from awq_jax.plan import folded
 from awq_jax.plan.plan import Plan, ScaleGroup
 from awq_jax.plan.verify import verify
 from awq_jax.progress import Progress, through
@@ -42,8 +43,8 @@ from awq_jax.stream.decoder_blocks import (
     DecoderBlock,
     Leaves,
     owner,
-    renamed,
-    without_absorbers,
+    refuse,
+    within,
 )
 from awq_jax.stream.hidden_states import Hidden, InMemory
 from awq_jax.stream.lockstep import Lockstep
@@ -66,6 +67,7 @@ class Done:
       rows: of the packed ones.
       seconds: phase -> wall seconds.
       bytes_before, bytes_after: of its own parameters.
+      scales: group -> what was folded, see `awq_jax.plan.fold.Folder`.
     """
 
     block: DecoderBlock
@@ -74,6 +76,7 @@ class Done:
     seconds: dict[str, float]
     bytes_before: int
     bytes_after: int
+    scales: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 class Session:
@@ -200,6 +203,7 @@ class Session:
             "bytes": [done.bytes_before, done.bytes_after],
             "refused": self.refused.get(done.block.kind),
             "activations": self.activations,
+            "scales": folded.as_text(done.scales),
         }
 
     def report(self, notes: Iterable[Note], batches: Iterable[np.ndarray]) -> Report:
@@ -207,13 +211,16 @@ class Session:
         rows: list[LayerReport] = []
         seconds = dict.fromkeys(("load", "calibrate", "search", "round"), 0.0)
         before = after = 0
+        scales: dict[str, np.ndarray] = {}
         for note in notes:
+            scales |= folded.of_text(note.get("scales", {}), self.plan)
             rows += (LayerReport(**{**row, "shape": tuple(row["shape"])}) for row in note["rows"])
             for phase, spent in note["seconds"].items():
                 seconds[phase] = seconds.get(phase, 0.0) + spent
             before, after = before + note["bytes"][0], after + note["bytes"][1]
         tokens = sum(b.size for b in batches)
-        return Report(self.settings.to_dict(), rows, self.skipped, tokens, seconds, before, after)
+        made = folded.channel_scales(self.plan, scales)
+        return Report(self.settings.to_dict(), rows, self.skipped, tokens, seconds, before, after, scales=made)
 
     def calibrate(self, block: DecoderBlock, leaves: Leaves, hidden: Hidden) -> Fetch:
         """Send all batches through a block, and sum up the statistics of its groups.
@@ -230,7 +237,7 @@ class Session:
           ProcessError: another process has ended.
         """
         sizes = self.experts_at_a_time(block)
-        groups = [_within(g, block) for g, _ in self.work(block)]
+        groups = [within(g, block) for g, _ in self.work(block)]
         if block.kind == REST or (block.kind == HEAD and not groups) or not hidden.batches:
             return lambda name: None
         wanted = [Wanted(g, 0 if g.name in sizes else None) for g in groups]
@@ -274,7 +281,7 @@ class Session:
             self._streams.leave(block, steps, hidden, quantized)
 
     def _enter(self, block: DecoderBlock, leaves: Leaves, hidden: Hidden, quantized: Hidden) -> Lockstep | None:
-        groups = [_within(g, block) for g, _ in self.work(block)]
+        groups = [within(g, block) for g, _ in self.work(block)]
         return self._streams.enter(block, groups, leaves, hidden, quantized, self.activations)
 
     def experts_at_a_time(self, block: DecoderBlock) -> dict[str, int]:
@@ -345,13 +352,13 @@ class Session:
         given = plan, work, own, fetch, self.settings
         done = quantizer.quantize_groups(*given, pool=self.pool, consume=True, follower=steps)
         seconds = {"calibrate": proven - start, **(steps.apart(done.seconds) if steps else done.seconds)}
-        return Done(block, done.leaves, done.rows, seconds, paths.nbytes(own), paths.nbytes(done.leaves))
+        return Done(block, done.leaves, done.rows, seconds, paths.nbytes(own), paths.nbytes(done.leaves), done.scales)
 
     def work(self, block: DecoderBlock) -> quantizer.Work:
         """The groups of a block that have weights to be quantized, with full paths."""
         refused = self.refused.get(block.kind, {})
         plan = Plan(
-            tuple(_refuse(g, refused.get(g.name[len(block.prefix) :])) for g in self._groups.get(block.name, ()))
+            tuple(refuse(g, refused.get(g.name[len(block.prefix) :])) for g in self._groups.get(block.name, ()))
         )
         return quantizer.with_targets(plan, self.targets)
 
@@ -374,7 +381,7 @@ class Session:
         """See on the first block of each kind that its plan keeps the output what it is."""
         if block.kind in self.refused or not self.work(block):
             return
-        plan = Plan(tuple(_within(g, block) for g in self._groups[block.name]))
+        plan = Plan(tuple(within(g, block) for g in self._groups[block.name]))
         config = self.chain.config
         rng = np.random.default_rng(0)
         length = min(PROBE, config.max_length)
@@ -389,12 +396,3 @@ class Session:
             if old.absorbers and not new.absorbers
         }
         self.refused[block.kind] = json.loads(self.pool.meet(json.dumps(refused))[0])
-
-
-def _within(group: ScaleGroup, block: DecoderBlock) -> ScaleGroup:
-    """A group with paths as they are within its block."""
-    return renamed(group, block.prefix, "")
-
-
-def _refuse(group: ScaleGroup, why: str | None) -> ScaleGroup:
-    return group if why is None else without_absorbers(group, why)

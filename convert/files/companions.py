@@ -23,7 +23,7 @@ VOCABULARIES = (
 COMPANIONS = (
     *VOCABULARIES, "special_tokens_map.json", "added_tokens.json", "generation_config.json", "chat_template*.jinja",
     "chat_template*.json", f"{TEMPLATES}/*.jinja", "*processor_config.json", "feature_extractor_config.json",
-    "LICENSE*", "NOTICE*", "USE_POLICY*",
+    "LICENSE*", "NOTICE*", "USE_POLICY*", "folded_scales.npz",
 )  # fmt: skip
 # Never copied, even if listed above.
 UNSAFE = ("*.py", "*.pyc", "*.so", "*.sh", "*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")

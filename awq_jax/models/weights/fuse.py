@@ -133,7 +133,7 @@ def unmerged(config: ModelConfig, fused: ModelConfig, leaves: dict[str, Weight])
         if (linears.module, linears.whole) in still:
             continue
         widths = sizes(config.layers[linears.layer], linears)
-        ways = _ways(fused.layers[linears.layer], linears)
+        ways = ways_of(fused.layers[linears.layer], linears)
         for kind in ("kernel", "bias"):
             if (whole := leaves.pop(f"{linears.module}/{linears.whole}/{kind}", None)) is not None:
                 parts = split(whole, widths, ways)
@@ -154,7 +154,8 @@ def sizes(layer: LayerConfig, linears: FusedLinears) -> list[int]:
     return [_mlp(layer, linears).size] * 2
 
 
-def _ways(layer: LayerConfig, linears: FusedLinears) -> int:
+def ways_of(layer: LayerConfig, linears: FusedLinears) -> int:
+    """In how many runs of columns fused linears lie; see `awq_jax.models.layers.fused_columns.split`."""
     if linears.whole == "qkv_proj" and isinstance(layer.attention, AttentionConfig):
         return layer.attention.ways
     return _mlp(layer, linears).ways
