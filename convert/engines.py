@@ -30,14 +30,14 @@ GGUF = ("gguf", "gguf-q4_0", "gguf-q4_1", "gguf-q8_0")
 READS = {
     "vllm": ("float", "gemm", "compressed-tensors", "gptq"),
     "transformers": ("float", "gemm", "compressed-tensors", "gptq", "gptq-v2", *GGUF),
-    "tpu-inference": ("float", "compressed-tensors"),
+    "tpu-inference": ("float", "gemm", "compressed-tensors"),  # packed ones by `awq_jax.vllm`
     "mlx": ("float", "mlx"),
     "llama.cpp": GGUF,
 }
 INSTEAD = {
     "vllm": "convert it to gemm or compressed-tensors",
     "transformers": "convert it to compressed-tensors",
-    "tpu-inference": "quantize with --symmetric --group-size 32 --format compressed-tensors",
+    "tpu-inference": "convert it to gemm or compressed-tensors",
     "mlx": "convert it to mlx",
     "llama.cpp": "convert it to gguf-q4_1",
 }
@@ -52,6 +52,11 @@ MOE_CONVERTED = re.compile(r"\.experts\.\d+\.")
 STACKED = ("granitemoe", "granitemoeshared", "gpt_oss")
 # transformers' code of these reads .weight of a linear, which a packed one does not have.
 NO_WEIGHT = {"gemm": ("gpt_bigcode",), "compressed-tensors": ("gpt_bigcode", "falcon")}
+# gpt_oss: KeyError for its single experts, in compressed-tensors other results; bloom: its loader turns a packed tensor as
+# if it were float; phimoe: its model fails, float too; mpt: supported until vLLM 0.28.
+NOT_IN_VLLM = ("gpt_oss", "bloom", "phimoe", "mpt")
+UNJOINED = ("glm4", "gptj", "stablelm", "minicpm3")
+PLUGIN_RUN = ("llama", "qwen2", "qwen3")
 # Published with code of their own, which transformers runs from the checkpoint, and which is never written here.
 OWN_CODE = (
     "Yi", "aquila", "baichuan", "internlm2", "minicpm", "qwen", "exaone", "RefinedWeb", "RefinedWebModel", "kimi_k2",
@@ -159,6 +164,18 @@ def _has_experts(c: Contents) -> bool:
 
 
 RULES = (
+    Rule(
+        "vllm",
+        ("gemm", "compressed-tensors", "gptq"),
+        _family(lambda c: c.family in NOT_IN_VLLM),
+        "does not load it packed: {}",
+    ),
+    Rule(
+        "vllm",
+        ("gptq",),
+        _family(lambda c: c.family in UNJOINED),
+        "does not know of {} which linears it joins, and in gptq takes them for float (AttributeError, KeyError)",
+    ),
     Rule("vllm", ("gemm",), lambda c: c.scaled, "stops at the scaled activation of {} (KeyError)"),
     Rule("vllm", ("gptq",), _some(lambda x: not x.symmetric), "refuses GPTQ with zero points: {}"),
     Rule("vllm", ("gptq",), _some(lambda x: x.bits < 4), "refuses 2 and 3 bits in gptq: {}"),
@@ -232,14 +249,22 @@ RULES = (
     Rule(
         "tpu-inference",
         ("compressed-tensors",),
-        _some(lambda x: (x.bits, x.symmetric, x.act_order, x.group_size) != (4, True, False, 32)),
-        "has in its flax_nnx models only symmetric 4-bit linears in groups of 32 (NotImplementedError): {}",
+        _some(lambda x: x.bits not in (4, 8) or x.act_order),
+        "takes 4 and 8 bits without act-order: {}",
+    ),
+    Rule("tpu-inference", ("gemm", "compressed-tensors"), _family(_has_experts), "takes no packed experts ({})"),
+    Rule(
+        "tpu-inference",
+        ("gemm", "compressed-tensors"),
+        _family(lambda c: c.family not in PLUGIN_RUN),
+        "that was not run for {}: Llama, Qwen 2 and Qwen 3 were",
+        stops=False,
     ),
     Rule(
         "tpu-inference",
-        ("compressed-tensors",),
+        ("gemm", "compressed-tensors"),
         _family(lambda c: True),
-        "by its source, where W4A16 linears are switched on; that was not run",
+        "with awq-jax installed beside it",
         stops=False,
     ),
 )

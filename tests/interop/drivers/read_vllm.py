@@ -18,6 +18,7 @@ from pathlib import Path
 os.environ |= {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_MLA_DISABLE": "1",  # its latent attention has sizes of heads that no tiny model has
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_DO_NOT_TRACK": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
