@@ -52,8 +52,8 @@ MOE_CONVERTED = re.compile(r"\.experts\.\d+\.")
 STACKED = ("granitemoe", "granitemoeshared", "gpt_oss")
 # transformers' code of these reads .weight of a linear, which a packed one does not have.
 NO_WEIGHT = {"gemm": ("gpt_bigcode",), "compressed-tensors": ("gpt_bigcode", "falcon")}
-# gpt_oss: KeyError for its single experts, in compressed-tensors other results; bloom: its loader turns a packed tensor as
-# if it were float; phimoe: its model fails, float too; mpt: supported until vLLM 0.28.
+# gpt_oss: KeyError for its single experts, in compressed-tensors other results; bloom: its loader turns a packed tensor
+# as if it were float; phimoe: its model fails, float too; mpt: supported until vLLM 0.28.
 NOT_IN_VLLM = ("gpt_oss", "bloom", "phimoe", "mpt")
 UNJOINED = ("glm4", "gptj", "stablelm", "minicpm3")
 PLUGIN_RUN = ("llama", "qwen2", "qwen3")
