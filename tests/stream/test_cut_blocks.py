@@ -24,7 +24,7 @@ CUTS = {
     },
     "phi": {"q_proj": "alone", "o_proj": "alone", "down_proj": "added"},  # added to what o_proj made
 }  # fmt: skip
-FAMILIES = [c.name for c in family_cases.CASES if c.name == c.family]
+FAMILIES = [c.name for c in family_cases.CASES if c.name == c.family and c.family in transformers.CONFIG_MAPPING]
 
 
 def cuts(family: str) -> dict[str, str]:
