@@ -2,19 +2,19 @@
 # Makes the environments of the programs that read and write what awq_jax writes and reads: one
 # virtual environment each, for the CPU, at the versions the tests were passed with.
 #
-#   tests/interop/make_envs.sh DIR [autoawq] [gptqmodel] [compressed] [mlx] [llamacpp] [vllm] [tpu-inference]
+#   tests/interop/make_envs.sh DIR [autoawq] [gptqmodel] [compressed] [mlx] [llamacpp] [peft] [vllm] [tpu-inference]
 #   AWQ_JAX_INTEROP_ENVS=DIR pytest -m slow tests/interop
 #
 # All are made when none is named. An environment that is complete is left as it is.
 # llama.cpp is compiled (15 minutes on two cores); CMAKE_ARGS and CMAKE_BUILD_PARALLEL_LEVEL apply.
 set -euo pipefail
 
-usage="usage: make_envs.sh DIR [autoawq] [gptqmodel] [compressed] [mlx] [llamacpp] [vllm] [tpu-inference]"
+usage="usage: make_envs.sh DIR [autoawq] [gptqmodel] [compressed] [mlx] [llamacpp] [peft] [vllm] [tpu-inference]"
 root=${1:?$usage}
 here=$(cd "$(dirname "$0")" && pwd)
 shift
 wanted=("$@")
-[ ${#wanted[@]} -gt 0 ] || wanted=(autoawq gptqmodel compressed mlx llamacpp vllm tpu-inference)
+[ ${#wanted[@]} -gt 0 ] || wanted=(autoawq gptqmodel compressed mlx llamacpp peft vllm tpu-inference)
 python=${PYTHON:-python3}
 torch=torch==2.13.0
 # The build of torch without CUDA libraries, which PyPI alone would not choose on Linux. Set TORCH_INDEX
@@ -61,6 +61,10 @@ for name in "${wanted[@]}"; do
       CMAKE_ARGS="-DLLAVA_BUILD=OFF ${CMAKE_ARGS:-}" "${pip[@]}" "$env"/source/llama_cpp_python-*.tar.gz
       "${pip[@]}" ${torch_index:+--index-url "$torch_index"} "$torch"
       "${pip[@]}" "$torch" transformers==4.57.6 sentencepiece==0.2.1 "protobuf>=4.21,<5"
+      ;;
+    peft)
+      "${pip[@]}" ${torch_index:+--index-url "$torch_index"} "$torch"
+      "${pip[@]}" "$torch" peft==0.21.2 transformers==5.24.0 accelerate==1.15.0
       ;;
     vllm)
       # Its build for CPUs, without what reads pictures and sound: those would bring another torch.

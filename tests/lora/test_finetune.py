@@ -1,0 +1,82 @@
+"""`awq-jax finetune` on packed weights: what counts in a row, a falling loss, the same bytes after an interruption."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny_checkpoints
+
+import awq_jax
+from awq_jax import errors
+from awq_jax.adapters import files
+from awq_jax.cli import main
+from awq_jax.lora import rows, training
+
+SIZES = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16, "num_hidden_layers": 1}
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    root = tmp_path_factory.mktemp("finetune")
+    tiny_checkpoints.checkpoint(root / "float", "qwen3", seed=2, **SIZES)
+    model = awq_jax.load(root / "float")
+    model.quantize(group_size=32, method="rtn", progress=False)
+    model.save(root / "packed")
+    talk = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}]
+    lines = [{"messages": talk}, {"prompt": "ab", "completion": "cd"}, {"text": "abcd"}] * 4
+    (root / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return root
+
+
+def test_only_answers_count(packed):
+    model = awq_jax.load(packed / "packed")
+    found, cut = rows.read(packed / "data.jsonl", model.tokenizer, 64)
+    assert cut == 0
+    talk, pair, text = found[:3]
+    assert "cd" in model.tokenizer.decode(talk.ids[talk.counts].tolist())
+    assert "ab" not in model.tokenizer.decode(talk.ids[talk.counts].tolist())
+    assert "ab" not in model.tokenizer.decode(pair.ids[pair.counts].tolist())
+    assert text.counts.all()
+    joined = rows.packed(found, 1000)
+    assert len(joined) == 1
+    assert len(joined[0].ids) == sum(len(r.ids) for r in found)
+    batch = next(rows.batches(found, 2, 2, 0, 0))
+    assert batch["ids"].shape == batch["counts"].shape
+    assert batch["ids"].shape[:2] == (2, 2)
+    again = next(rows.batches(found, 2, 2, 0, 0))
+    np.testing.assert_array_equal(batch["ids"], again["ids"])
+
+
+@pytest.mark.parametrize(("row", "says"), [({"a": 1}, "no messages, answer or text"), ([1], "is no object")])
+def test_rows_that_are_none(packed, tmp_path, row, says):
+    (tmp_path / "x.jsonl").write_text(json.dumps(row))
+    with pytest.raises(errors.CalibrationError, match=f"row 1.*{says}"):
+        rows.read(tmp_path / "x.jsonl", awq_jax.load(packed / "packed").tokenizer, 64)
+
+
+def test_an_interrupted_training_ends_with_the_same_bytes(packed, tmp_path, monkeypatch, capsys):
+    asked = ["finetune", str(packed / "packed"), "--data", str(packed / "data.jsonl"), "--rank", "4", "--quiet"]
+    asked += ["--steps", "8", "--every", "2", "--batch-size", "4", "--learning-rate", "0.01", "--no-remat"]
+    assert main([*asked, "--out", str(tmp_path / "whole")]) == 0
+    curve = json.loads((tmp_path / "whole" / training.REPORT).read_text())["curve"]
+    assert curve[-1]["loss"] < 0.8 * curve[0]["loss"]
+    keep, kept = training._keep, []
+
+    def dies(work, state):
+        keep(work, state)
+        kept.append(state["step"])
+        if len(kept) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "_keep", dies)
+    assert main([*asked, "--out", str(tmp_path / "again")]) == 130
+    monkeypatch.setattr(training, "_keep", keep)
+    assert main([*asked, "--out", str(tmp_path / "again"), "--rank", "5"]) == 2
+    assert "with other rank" in capsys.readouterr().err
+    assert main([*asked, "--out", str(tmp_path / "again")]) == 0
+    assert not (tmp_path / ".again.finetuning").exists()
+    for name in (files.TENSORS, files.CONFIG):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    served = awq_jax.load(packed / "packed", adapter=tmp_path / "whole")
+    tokens = np.arange(8)[None]
+    assert np.abs(np.asarray(served(tokens) - awq_jax.load(packed / "packed")(tokens))).max() > 1e-3
