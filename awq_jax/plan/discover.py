@@ -233,7 +233,8 @@ def _group(program: Program, key: Hashable, uses: list[tuple[Scope, Node]], feed
         assert use is not None
         site = _site(program, use)
         old = sites.get(site.name)
-        head = not feeds_site.get(node, True) and (old is None or old.head)
+        # What rows choose is no head, though a single layer of experts may make the output.
+        head = not feeds_site.get(node, True) and (old is None or old.head) and use.experts is None
         router = _chooses(scope, node) or (old is not None and old.router)
         sites[site.name] = dataclasses.replace(site, head=head, router=router)
     scan, batch, channels = _extent(program, uses[0][1])

@@ -77,3 +77,13 @@ def test_a_tied_head_is_left_float_by_rule(caplog: pytest.LogCaptureFixture) -> 
     assert not caplog.records
     awq_jax.quantize(p, plan, method="rtn", group_size=32, quantize_head=True, progress=False)
     assert "table (88.9%: it is also read by a lookup" in caplog.text
+
+
+def test_experts_that_make_the_output_are_no_head() -> None:
+    def layer(p, x, sizes):
+        return jax.lax.ragged_dot(x, p["down"], sizes)
+
+    p = {"down": np.ones((2, 32, 8), np.float32)}
+    plan = discover(layer, p, np.ones((6, 32), np.float32), np.array([4, 2], np.int32))
+    assert [site.head for _, site in plan.sites()] == [False]
+    assert plan.share.of_all == 1
