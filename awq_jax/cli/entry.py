@@ -11,7 +11,20 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from awq_jax._version import __version__
-from awq_jax.cli import adapter, bench, chat, common, convert, demo, evaluate, finetune, generate, inspect, quantize
+from awq_jax.cli import (
+    adapter,
+    bench,
+    chat,
+    common,
+    convert,
+    demo,
+    evaluate,
+    finetune,
+    generate,
+    inspect,
+    merge,
+    quantize,
+)
 from awq_jax.devices import compile_cache
 from awq_jax.errors import AwqError
 
@@ -36,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"awq-jax {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (quantize, convert, evaluate, generate, chat, finetune, adapter, inspect, bench, demo):
+    for command in (quantize, convert, evaluate, generate, chat, finetune, adapter, merge, inspect, bench, demo):
         command.add(subparsers)
     for p in subparsers.choices.values():
         common.add_revision(p)

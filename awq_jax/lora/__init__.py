@@ -15,9 +15,22 @@ from awq_jax.convert.source import Source
 from awq_jax.lora.beside import add
 from awq_jax.lora.error_init import Original
 from awq_jax.lora.export import adapter, factors
+from awq_jax.lora.merging import merge
 from awq_jax.lora.recovery import Recovered, recover
 
-__all__ = ["Adapter", "Factors", "Original", "Recovered", "adapter", "add", "factors", "load", "recover", "save"]
+__all__ = [
+    "Adapter",
+    "Factors",
+    "Original",
+    "Recovered",
+    "adapter",
+    "add",
+    "factors",
+    "load",
+    "merge",
+    "recover",
+    "save",
+]
 
 
 def load(directory: str | Path, *, base: str | Path | Source | None = None, terms: str = "auto") -> Adapter:

@@ -237,6 +237,10 @@ class Model(Answering, saving.Pushed):
         asked for. Those that were there are gone."""
         self._adapters, self._always = Attached(adapters, self.config, self._weights.place), always
 
+    def detach(self) -> None:
+        """Take the adapters away."""
+        self._adapters = self._always = None
+
     def folded_digest(self) -> str:
         """What tells the scales that are folded into these weights from others; "" for none (see
         `awq_jax.convert.folded_scales`)."""

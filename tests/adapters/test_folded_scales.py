@@ -236,3 +236,13 @@ def test_the_command_rescales(checkpoints, adapter, tmp_path, capsys):
         assert off(found.factors[module].a, f.a) < 0.02
     assert main(["adapter", "rescale", str(where), *asked]) == 2
     assert "exists" in capsys.readouterr().err
+
+
+def test_merged_it_computes_the_same(checkpoints, adapter, tmp_path, capsys):
+    root, where = checkpoints[0], adapter[0]
+    for base in ("float", "packed"):
+        assert main(["merge", str(root / base), str(where), str(tmp_path / base)]) == 0
+        got, want = awq_jax.load(tmp_path / base)(TOKENS), awq_jax.load(root / base, adapter=where)(TOKENS)
+        assert off(got, np.asarray(want)) < 1e-3
+    assert folded_scales.of(tmp_path / "packed").keys() == folded_scales.of(root / "packed").keys()
+    assert "quantize it with" in capsys.readouterr().out
