@@ -249,7 +249,7 @@ class Lockstep:
             for i, every in zip(some, pool.map(len(some), of_round), strict=True):
                 of = [fold for fold, _ in self._spans(i)] if len(every) > 1 else [self._folds[i]]
                 for fold, one in zip(of, every, strict=True):
-                    one = jax.device_put(one, pool.devices[0]) if pool.devices else one
+                    one = jax.device_put(one, pool.local[0]) if pool.devices else one
                     sums[fold] = _add(sums[fold], one) if fold in sums else one
         return sums
 
