@@ -90,6 +90,7 @@ class Chain:
         found = discover(apply, state, jax.ShapeDtypeStruct((1, min(8, self.config.max_length)), jnp.int32))
         groups: dict[Hashable, list[ScaleGroup]] = {}
         skipped: dict[Hashable, dict[str, str]] = {}
+        sizes: dict[Hashable, dict[str, int]] = {}
         kinds: dict[str, Hashable] = {EMBED: EMBED, HEAD: HEAD}
         kinds |= {f"layers/{i}": layer for i, layer in enumerate(self._inner)}
         for group in found.groups:
@@ -100,10 +101,14 @@ class Chain:
         for path, why in found.skipped.items():
             block = owner(path)
             skipped.setdefault(kinds[block], {})[path.removeprefix(f"{block}/")] = why
+        for path, size in found.sizes.items():
+            block = owner(path)
+            sizes.setdefault(kinds[block], {})[path.removeprefix(f"{block}/")] = size
         towers = {b.prefix + p: TOWER for b in self.blocks if b.kind == REST for p in b.leaves if p.endswith("/kernel")}
         return Plan(
             tuple(renamed(g, "", b.prefix) for b in self.blocks for g in groups.get(b.kind, ())),
             {b.prefix + p: why for b in self.blocks for p, why in skipped.get(b.kind, {}).items()} | towers,
+            {b.prefix + p: size for b in self.blocks for p, size in sizes.get(b.kind, {}).items()},
         )
 
     def _blocks(self) -> list[DecoderBlock]:
