@@ -8,7 +8,8 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
+if TYPE_CHECKING:  # reports are shown by commands that start without it
+    import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)

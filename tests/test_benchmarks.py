@@ -34,7 +34,10 @@ def state(directory: Path) -> dict[str, int]:
     return {p.name: p.stat().st_mtime_ns for p in directory.iterdir()}
 
 
-@pytest.mark.parametrize("name", NAMES)
+LONG = ("speed", "stream")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in LONG else n for n in NAMES])
 def test_smoke(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(BENCHMARKS)
     benchmark, before = importlib.import_module(name), state(BENCHMARKS / "results")
@@ -96,5 +99,5 @@ def test_no_private_name_of_the_library() -> None:
             assert not private, f"{path.name}: {ast.unparse(node)}"
 
 
-def test_seven_entry_points() -> None:
-    assert NAMES == ["convert", "gpu", "quality", "scale", "speed", "stream", "vs_peers"]
+def test_entry_points() -> None:
+    assert NAMES == ["convert", "gpu", "lora", "quality", "scale", "speed", "stream", "vs_peers"]

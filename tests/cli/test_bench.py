@@ -145,6 +145,7 @@ def test_the_run_on_a_card_is_rehearsed(gpu, tmp_path):
     assert "| 1 | 256 x 256 | xla |" in (tmp_path / "gpu_dry-run.md").read_text()
 
 
+@pytest.mark.slow
 def test_kernels_command_writes_the_schema(tmp_path, capsys):
     out = tmp_path / "b.json"
     command = ["bench", "kernels", "--shapes", "128x64", "--rows", "3", "--group-size", "32", "--seconds", "0.01"]

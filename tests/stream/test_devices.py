@@ -115,6 +115,7 @@ def kill_and_continue(made: Path, out: Path, victim: int) -> str:
     return said
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_other_and_both_continue(made, tmp_path):
     said = kill_and_continue(made, tmp_path / "out", victim=1)
     assert "awq-jax: error: process 1 died" in said

@@ -87,7 +87,8 @@ def test_each_group_is_rounded_for_what_it_reads_in_the_finished_model(checkpoin
     rounded_for_what_it_reads(checkpoint, *whole[:2])
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", *(pytest.param(f, marks=pytest.mark.slow) for f in OTHERS)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3_moe", *OTHERS])
 def test_so_it_is_in_every_family(family, tmp_path):
     case = next(c for c in family_cases.CASES if c.name == family)
     directory = tmp_path / "float"

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import simulated_devices
 
 CASES = (
@@ -13,6 +14,7 @@ CASES = (
 )
 
 
+@pytest.mark.slow
 def test_on_two_devices():
     env = simulated_devices.environment(2)
     quiet = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts="]
