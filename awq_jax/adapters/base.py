@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -148,8 +147,3 @@ def _same(a: str, b: str) -> bool:
         return True
     left, right = (Path(x).expanduser() for x in (a, b))
     return left.exists() and right.exists() and left.resolve() == right.resolve()
-
-
-def all_fitted(adapters: Mapping[str, Adapter], base: Base, terms: str = "auto") -> dict[str, Adapter]:
-    """`fitted` of several."""
-    return {name: fitted(adapter, base, terms) for name, adapter in adapters.items()}

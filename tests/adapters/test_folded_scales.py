@@ -238,6 +238,26 @@ def test_the_command_rescales(checkpoints, adapter, tmp_path, capsys):
     assert "exists" in capsys.readouterr().err
 
 
+def test_quantize_writes_adapters_in_its_terms(checkpoints, adapter, tmp_path, capsys):
+    """What it writes and the float model's, which is rescaled when it is loaded, are one."""
+    where, packed = adapter[0], tmp_path / "w8"
+    given = ["--bits", "8", "--group-size", "32", "--samples", "2", "--seq-len", "16", "--quiet"]
+    assert main(["quantize", str(checkpoints[0] / "float"), str(packed), *given, "--adapter", str(where)]) == 0
+    written, want = files.read(tmp_path / "w8-sql"), bases.fitted(files.read(where), bases.of(packed), "float")
+    assert written.factors.keys() == want.factors.keys()
+    for module, f in want.factors.items():
+        np.testing.assert_array_equal(written.factors[module].a, f.a)
+        np.testing.assert_array_equal(written.factors[module].b, f.b)
+    said = []
+    for one in (where, tmp_path / "w8-sql"):
+        capsys.readouterr()
+        assert main(["generate", str(packed), "abc", "--max-new-tokens", "4", "--adapter", str(one)]) == 0
+        said.append(capsys.readouterr())
+    assert said[0].out == said[1].out
+    assert "rescaled by the scales folded into" in said[0].err
+    assert "rescaled" not in said[1].err
+
+
 def test_merged_it_computes_the_same(checkpoints, adapter, tmp_path, capsys):
     root, where = checkpoints[0], adapter[0]
     for base in ("float", "packed"):
