@@ -81,6 +81,14 @@ class MissingPackageError(AwqError, ImportError):
     """What is asked for needs a package that is not installed; the message has the command that installs it."""
 
 
+class BusyError(AwqError, RuntimeError):
+    """An engine has as many requests as it takes; try again later."""
+
+
+class EngineError(AwqError, RuntimeError):
+    """An engine is stopped, or one of its steps failed; the request it ended may be sent again."""
+
+
 class ProcessError(AwqError, RuntimeError):
     """Another process of the same run has ended, so that this one cannot go on."""
 

@@ -1,5 +1,6 @@
 """The examples run, and the packed models they end with still do their job."""
 
+import asyncio
 import importlib.util
 import math
 from pathlib import Path
@@ -50,3 +51,10 @@ def test_calibrate_once(checkpoint: Path) -> None:
     rows = example("calibrate_once").main(checkpoint, samples=4, eval_tokens=256, group_size=16)
     assert set(rows) == {"float", "4-bit", "3-bit", "mixed"}
     assert all(math.isfinite(v) for v in rows.values())
+
+
+def test_serve_app(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["serve_app.py", str(checkpoint), "--new-tokens", "3", "--length", "64"])
+    monkeypatch.setattr("awq_jax.cache_programs", lambda: None)
+    asyncio.run(example("serve_app").main())
+    assert capsys.readouterr().out.count("---") == 4

@@ -96,7 +96,7 @@ class Generator:
         options: Mapping[str, str] | None = None,
     ):
         self.graphdef, self.config, self.place = graphdef, config, place
-        xla = dict(options) if options else None
+        self.options = xla = dict(options) if options else None
         self.forward = jax.jit(lambda params, input_ids, **images: nnx.merge(graphdef, params)(input_ids, **images))
         self.prefill = jax.jit(self._prefill, static_argnames=("slots",), compiler_options=xla)
         self.extend = jax.jit(self._extend, donate_argnames=("cache",), compiler_options=xla)

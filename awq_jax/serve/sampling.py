@@ -136,6 +136,7 @@ class Draws:
       bias_ids, bias: int32 and float32 ``[B, n]``; where a row has fewer biases, ids are the vocabulary's size.
       prompt: bool ``[B, V]``: tokens that the row's prompt has.
       counts: int32 ``[B, V]``: how often the answer has each token.
+      allowed: uint8 ``[B, ceil(V / 8)]``: a bit for each token, lowest first; one whose bit is 0 is not drawn.
       logprobs: see `Sampling`; of all rows, the largest.
     """
 
@@ -153,6 +154,7 @@ class Draws:
     bias: jax.Array | np.ndarray | None = None
     prompt: jax.Array | np.ndarray | None = None
     counts: jax.Array | np.ndarray | None = None
+    allowed: jax.Array | np.ndarray | None = None
     logprobs: int | None = dataclasses.field(default=None, metadata={"static": True})
 
 
@@ -230,7 +232,7 @@ def draw(logits: jax.Array, draws: Draws) -> tuple[Drawn, Draws]:
       draws: how, and what was drawn before.
     """
     rows = jnp.arange(logits.shape[0])
-    changed = penalized(biased(logits, draws), draws)
+    changed = masked(penalized(biased(logits, draws), draws), draws)
     ids = jnp.argmax(changed, axis=-1).astype(jnp.int32)
     if draws.temperature is not None:
         assert draws.seed is not None
@@ -268,6 +270,14 @@ def penalized(logits: jax.Array, draws: Draws) -> jax.Array:
     if draws.presence is not None:
         logits = logits - _of_rows(draws.presence) * said - _of_rows(draws.frequency) * draws.counts
     return logits
+
+
+def masked(logits: jax.Array, draws: Draws) -> jax.Array:
+    """``logits [B, V]`` with -inf for tokens that are not allowed."""
+    if draws.allowed is None:
+        return logits
+    bits = jnp.unpackbits(jnp.asarray(draws.allowed), axis=-1, bitorder="little")[:, : logits.shape[-1]]
+    return jnp.where(bits != 0, logits, -jnp.inf)
 
 
 def tempered(logits: jax.Array, draws: Draws) -> jax.Array:

@@ -1,0 +1,1 @@
+"""Many requests at once: a cache with a fixed number of slots, which requests enter and leave between steps."""

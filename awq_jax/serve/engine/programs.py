@@ -1,0 +1,207 @@
+"""The compiled programs of an engine: each for a few sizes, all compiled before the first request.
+
+Whatever requests come, the sizes are among those of `awq_jax.serve.engine.sizes.Sizes`; a program that was not there is
+compiled and counted.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import PartitionSpec, Sharding
+
+from awq_jax.models.layers.cache import Cache
+from awq_jax.serve import alike_layers
+from awq_jax.serve.engine import drawing, slots
+from awq_jax.serve.engine.sizes import Sizes, fitting
+from awq_jax.serve.generate import Generator
+
+LIKELY = 20  # log probabilities that are reported at most, as in the OpenAI API
+
+
+class Scores(NamedTuple):
+    """Of T tokens of a prompt: float32 ``[T]``; int32 and float32 ``[T, LIKELY]`` of the most likely ones."""
+
+    logprobs: jax.Array
+    likely: jax.Array
+    likely_logprobs: jax.Array
+
+
+class Programs:
+    """The programs of one model for one cache.
+
+    Args:
+      generator, params: see `awq_jax.serve.served_weights.ServedWeights.serving`.
+      sizes: what to compile for.
+      kv_bits: see `awq_jax.serve.engine.slots.empty`.
+
+    Attributes:
+      compiled: programs that were compiled.
+      late: of those, since `warm_up` was done: 0, or something is wrong.
+      seconds: that compiling took.
+    """
+
+    def __init__(self, generator: Generator, params: nnx.State, sizes: Sizes, kv_bits: int | None):
+        self.generator, self.params, self.sizes, self.kv_bits = generator, params, sizes, kv_bits
+        self.graphdef, self.config, self.place = generator.graphdef, generator.config, generator.place
+        self.vocabulary = self.config.vocab_size
+        self.shapes = jax.eval_shape(
+            lambda: slots.empty(row_of(generator, params), sizes.slots, sizes.allocated, kv_bits)
+        )
+        self.compiled, self.late, self.seconds, self.warm = 0, 0, 0.0, False
+        self._programs: dict[Any, jax.stages.Compiled] = {}
+        xla: dict[str, Any] = {"compiler_options": generator.options}
+        self._functions: dict[str, Any] = {
+            "step": jax.jit(self._step, static_argnames=("rows", "read"), donate_argnames="cache", **xla),
+            "read": jax.jit(self._read, static_argnames="read", donate_argnames="cache", **xla),
+            "copy": jax.jit(slots.copied, static_argnames="length", donate_argnames="cache"),
+            "head": jax.jit(self._head, **xla),
+            "score": jax.jit(self._score, **xla),
+            "draw": jax.jit(drawing.drawn),
+            "draw_seen": jax.jit(drawing.drawn_seen, donate_argnames="seen"),
+            "begin": jax.jit(drawing.begun, donate_argnames="seen"),
+            "cache": jax.jit(self._cache),
+            "seen": jax.jit(lambda: drawing.Seen.empty(sizes.slots, self.vocabulary)),
+        }
+
+    def _cache(self) -> Cache:
+        made = slots.empty(row_of(self.generator, self.params), self.sizes.slots, self.sizes.allocated, self.kv_bits)
+        return self._kept(made)
+
+    def _kept(self, cache: Cache) -> Cache:
+        if self.place is None:
+            return cache
+        return jax.lax.with_sharding_constraint(cache, slots.shardings(cache, self.place))
+
+    def _everywhere(self, x: jax.Array, cut: bool) -> jax.Array:
+        """On a mesh every device has all of ``x [..., V]``, which is made in parts if it can be ``cut``."""
+        if self.place is None:
+            return x
+        if cut and x.shape[-1] % self.place.size == 0:
+            spec = PartitionSpec(*[None] * (x.ndim - 1), self.place.axis)
+            x = jax.lax.with_sharding_constraint(x, self.place.sharding(spec))
+        return jax.lax.with_sharding_constraint(x, self.place.sharding(PartitionSpec()))
+
+    def _step(
+        self, params: nnx.State, cache: Cache, first: jax.Array, tokens: jax.Array, positions: jax.Array,
+        *, rows: int, read: int,
+    ) -> tuple[jax.Array, Cache]:  # fmt: skip
+        """Logits ``[rows, V]``, and zeros up to a number of rows that is drawn from, after ``tokens [rows]`` at
+        ``positions [rows]``; a row that is not at work has the slot's whole length as its position, and leaves
+        everything as it was."""
+        decoder = nnx.merge(self.graphdef, params)
+        window = slots.opened(cache, first, rows, read)
+        hidden, seen = decoder.hidden(tokens[:, None], positions[:, None], window, None, alike_layers.call)
+        logits = self._everywhere(decoder.head(hidden[:, 0]), True)
+        logits = jnp.pad(logits, ((0, fitting(self.sizes.draws, rows) - rows), (0, 0)))
+        return logits, self._kept(slots.closed(cache, seen, first, positions < self.sizes.allocated))
+
+    def _read(
+        self, params: nnx.State, cache: Cache, slot: jax.Array, tokens: jax.Array, start: jax.Array, length: jax.Array,
+        *, read: int,
+    ) -> tuple[jax.Array, Cache]:  # fmt: skip
+        """Hidden states ``[T, hidden]`` of ``tokens [T]``, of which the first ``length`` continue a prompt of which
+        ``start`` tokens are in the slot."""
+        decoder = nnx.merge(self.graphdef, params)
+        width = tokens.shape[0]
+        positions = start + jnp.minimum(jnp.arange(width), length - 1)
+        window = slots.opened(cache, slot, 1, read, fresh=start == 0)
+        hidden, seen = decoder.hidden(tokens[None], positions[None], window, None, alike_layers.call)
+        return self._everywhere(hidden[0], False), self._kept(slots.closed(cache, seen, slot, jnp.ones(1, bool)))
+
+    def _head(self, params: nnx.State, hidden: jax.Array, index: jax.Array) -> jax.Array:
+        """Logits ``[1, V]`` of one of ``hidden [T, hidden]``."""
+        one = jax.lax.dynamic_slice_in_dim(hidden, index, 1)
+        return self._everywhere(nnx.merge(self.graphdef, params).head(one), True)
+
+    def _score(self, params: nnx.State, hidden: jax.Array, targets: jax.Array) -> Scores:
+        """Log probabilities of the tokens ``targets [T]`` that follow ``hidden [T, hidden]``."""
+        logits = self._everywhere(nnx.merge(self.graphdef, params).head(hidden), True)
+        logprobs = jax.nn.log_softmax(logits, axis=-1)
+        most, likely = jax.lax.top_k(logprobs, min(LIKELY, self.vocabulary))
+        return Scores(jnp.take_along_axis(logprobs, targets[:, None], axis=-1)[:, 0], likely, most)
+
+    def __call__(self, name: str, *arguments: Any, **static: Any) -> Any:
+        """Run a program by its name."""
+        return self.program(name, *arguments, **static)(*arguments)
+
+    def program(self, name: str, *arguments: Any, **static: Any) -> jax.stages.Compiled:
+        """The program for arguments of these shapes; compiled if there is none."""
+        own = [a for a in arguments if not isinstance(a, nnx.State | Cache | drawing.Seen)]  # these are always alike
+        leaves, tree = jax.tree.flatten(own)
+        key = name, tree, tuple(np.shape(a) for a in leaves), tuple(static.items())
+        found = self._programs.get(key)
+        if found is None:
+            start = time.perf_counter()
+            found = self._programs[key] = self._functions[name].lower(*arguments, **static).compile()
+            self.compiled += 1
+            self.late += self.warm
+            self.seconds += time.perf_counter() - start
+        return found
+
+    def warm_up(self, told: Callable[[int, int], object] = lambda done, of: None) -> None:
+        """Compile everything; ``told`` hears how many programs are done, and how many there are."""
+        jobs = list(self._jobs())
+        for i, (name, arguments, static) in enumerate(jobs):
+            told(i, len(jobs))
+            self.program(name, *arguments, **static)
+        told(len(jobs), len(jobs))
+        self.warm = True
+
+    def _jobs(self) -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
+        s, one, params, place = self.sizes, np.int32(0), self.params, self.place
+        everywhere = None if place is None else place.sharding(PartitionSpec())
+        cache = self.shapes
+        if place is not None:
+            cache = jax.tree.map(_shape, cache, slots.shardings(cache, place))
+        marks = jax.tree.map(lambda a: _shape(a, everywhere), jax.eval_shape(self._functions["seen"]))
+        share = all(slots.is_store(layer) for layer in self.shapes.layers)
+        for read in s.reads:
+            for rows in s.rows:
+                yield "step", (params, cache, one, np.zeros(rows, np.int32), np.zeros(rows, np.int32)), {
+                    "rows": rows, "read": read}  # fmt: skip
+            for width in s.chunks:
+                if width <= read:
+                    yield "read", (params, cache, one, np.zeros(width, np.int32), one, one), {"read": read}
+            if share:
+                yield "copy", (cache, one, one), {"length": read}
+        for width in s.chunks:
+            tokens = np.zeros(width, np.int32)
+            read_whole = functools.partial(self._read, read=s.allocated)
+            hidden = _shape(jax.eval_shape(read_whole, params, cache, one, tokens, one, one)[0], everywhere)
+            yield "head", (params, hidden, one), {}
+            yield "score", (params, hidden, tokens), {}
+        settings = drawing.Settings(s.slots, self.vocabulary)
+        for rows in s.draws:
+            logits = jax.ShapeDtypeStruct((rows, self.vocabulary), jnp.float32, sharding=everywhere)
+            for kind in drawing.KINDS:
+                given = settings.of(kind, 0, 1, rows)
+                if kind == "all":
+                    yield "draw_seen", (logits, marks, one, one, given), {}
+                else:
+                    yield "draw", (logits, given), {}
+        yield "cache", (), {}
+        yield "seen", (), {}
+        yield "begin", (marks, one, np.zeros(drawing.packed_width(self.vocabulary), np.uint8)), {}
+
+
+def row_of(generator: Generator, params: nnx.State) -> Cache:
+    """The shapes of the cache of one token, as the model makes it."""
+    one = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+
+    def make(params: nnx.State, tokens: jax.Array) -> Cache:
+        cache: Cache = nnx.merge(generator.graphdef, params).hidden(tokens, jnp.zeros_like(tokens), None)[1]
+        return cache
+
+    return jax.eval_shape(make, params, one)
+
+
+def _shape(a: jax.ShapeDtypeStruct, sharding: Sharding | None) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)

@@ -1,0 +1,233 @@
+"""The cache of all slots, and the window of it that one call reads and writes.
+
+The arrays of all slots stay where they are: a call is given the first slot and how many, and how many tokens of each it
+may read. Layers see a window as any cache (`awq_jax.models.layers.cache`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Protocol, Self, TypeVar, cast
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from awq_jax.models.layers.cache import Cache, KeyValues, LayerCache, Recurrent
+from awq_jax.placement import Placement
+
+T = TypeVar("T")
+
+
+class Store(Protocol):
+    """Keys and values ``[B, S, KV, ...]`` in some form: a pytree of arrays with these leading axes."""
+
+    def of(self, keys: jax.Array, values: jax.Array) -> Self:
+        """Others in the same form."""
+
+    def floats(self) -> KeyValues:
+        """As attention reads them."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Floats:
+    """As they are."""
+
+    keys: jax.Array
+    values: jax.Array
+
+    def of(self, keys: jax.Array, values: jax.Array) -> Floats:
+        return Floats(keys.astype(self.keys.dtype), values.astype(self.values.dtype))
+
+    def floats(self) -> KeyValues:
+        return KeyValues(self.keys, self.values)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Bytes:
+    """In 8 bits: ``x = codes * scales``, a scale for each token and head, as KIVI and vLLM have it for int8.
+
+    Attributes:
+      keys, values: int8 ``[B, S, KV, D]``, -127 to 127.
+      key_scales, value_scales: float32 ``[B, S, KV]``.
+      dtype: of what attention reads.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    key_scales: jax.Array
+    value_scales: jax.Array
+    dtype: str = dataclasses.field(metadata={"static": True})
+
+    def of(self, keys: jax.Array, values: jax.Array) -> Bytes:
+        (k, ks), (v, vs) = rounded(keys), rounded(values)
+        return Bytes(k, v, ks, vs, self.dtype)
+
+    def floats(self) -> KeyValues:
+        def wide(codes: jax.Array, scales: jax.Array) -> jax.Array:
+            return (codes.astype(jnp.float32) * scales[..., None]).astype(self.dtype)
+
+        return KeyValues(wide(self.keys, self.key_scales), wide(self.values, self.value_scales))
+
+
+def rounded(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """``x [..., D]`` as int8 codes of the same shape and float32 scales ``[...]``."""
+    x = x.astype(jnp.float32)
+    scale = jnp.abs(x).max(axis=-1) / 127
+    codes = jnp.round(x / jnp.where(scale == 0, 1.0, scale)[..., None])
+    return codes.astype(jnp.int8), scale
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """Keys and values of the slots from ``first``, of which ``read`` tokens each are read.
+
+    Attributes:
+      store: of all slots, ``[slots, S, KV, ...]``.
+      first: int32 scalar.
+      rows: slots in the window.
+      read: tokens of each that attention may see.
+    """
+
+    store: Store
+    first: jax.Array
+    rows: int = dataclasses.field(metadata={"static": True})
+    read: int = dataclasses.field(metadata={"static": True})
+
+    def written(self, keys: jax.Array, values: jax.Array, start: jax.Array) -> Window:
+        """With those of T more tokens ``[B, T, KV, ...]`` from each row's ``start [B]``. One token that would stand
+        beyond the end is dropped; several are of a single row, and must fit."""
+        new = self.store.of(keys, values)
+
+        def put(all: jax.Array, one: jax.Array) -> jax.Array:
+            if one.shape[1] == 1:
+                return all.at[self.first + jnp.arange(self.rows), start].set(one[:, 0], mode="drop")
+            assert one.shape[0] == 1
+            return jax.lax.dynamic_update_slice(all, one, (self.first, start[0], *[0] * (one.ndim - 2)))
+
+        return dataclasses.replace(self, store=jax.tree.map(put, self.store, new))
+
+    def _floats(self) -> KeyValues:
+        def cut(a: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_slice(a, (self.first, *[0] * (a.ndim - 1)), (self.rows, self.read, *a.shape[2:]))
+
+        return cast(Store, jax.tree.map(cut, self.store)).floats()
+
+    @property
+    def keys(self) -> jax.Array:
+        """``[B, read, KV, head_dim]``."""
+        return self._floats().keys
+
+    @property
+    def values(self) -> jax.Array:
+        """``[B, read, KV, value_dim]``."""
+        return self._floats().values
+
+    def grown(self, slots: int) -> Window:
+        raise NotImplementedError("the slots of an engine have a fixed length")
+
+    def shardings(self, place: Placement) -> Window:
+        raise NotImplementedError("see `shardings`")
+
+    def bytes_per_token(self, devices: int) -> int:
+        raise NotImplementedError("a window has no size of its own")
+
+
+def empty(row: Cache, slots: int, length: int, kv_bits: int | None = None) -> Cache:
+    """The cache of ``slots`` empty slots of ``length`` tokens.
+
+    Args:
+      row: the shapes of a cache of one row (of any length), as a model makes it.
+      kv_bits: 8, or None for keys and values as the model makes them.
+    """
+
+    def layer(one: LayerCache) -> LayerCache:
+        if not isinstance(one, KeyValues):
+            return jax.tree.map(lambda a: jnp.zeros((slots, *a.shape[1:]), a.dtype), one)
+        shapes = [(slots, length, *a.shape[2:]) for a in (one.keys, one.values)]
+        if kv_bits is None:
+            store: Store = Floats(*(jnp.zeros(s, one.keys.dtype) for s in shapes))
+        else:
+            (k, v), (ks, vs) = ([jnp.zeros(s, jnp.int8) for s in shapes], [jnp.zeros(s[:-1]) for s in shapes])
+            store = Bytes(k, v, ks, vs, jnp.dtype(one.keys.dtype).name)
+        return cast(LayerCache, store)
+
+    shift = None if row.shift is None else jnp.zeros(slots, row.shift.dtype)
+    return Cache(tuple(map(layer, row.layers)), shift)
+
+
+def shardings(cache: Cache, place: Placement) -> Cache:
+    """A `NamedSharding` in place of each array: keys and values by head where the heads can be shared out."""
+
+    def by_head(a: jax.Array) -> object:
+        cut = a.shape[2] % place.size == 0
+        return place.sharding(PartitionSpec(None, None, place.axis) if cut else PartitionSpec())
+
+    def whole(_: jax.Array) -> object:
+        return place.sharding(PartitionSpec())
+
+    layers = tuple(jax.tree.map(by_head if is_store(c) else whole, c) for c in cache.layers)
+    return Cache(layers, jax.tree.map(whole, cache.shift))
+
+
+def is_store(layer: object) -> bool:
+    """Whether a layer keeps tokens, rather than a state that took them in."""
+    return isinstance(layer, Floats | Bytes)
+
+
+def opened(cache: Cache, first: jax.Array, rows: int, read: int, fresh: jax.Array | None = None) -> Cache:
+    """What the layers see of ``rows`` slots from ``first``.
+
+    Args:
+      fresh: bool scalar: the slot has a new owner, whose state is empty.
+    """
+
+    def layer(one: LayerCache) -> LayerCache:
+        if is_store(one):
+            return Window(cast(Store, one), first, rows, read)
+        state = _cut(one, first, rows)
+        return state if fresh is None else jax.tree.map(lambda a: jnp.where(fresh, jnp.zeros_like(a), a), state)
+
+    shift = None if cache.shift is None else _cut(cache.shift, first, rows)
+    return Cache(tuple(map(layer, cache.layers)), shift)
+
+
+def closed(cache: Cache, seen: Cache, first: jax.Array, active: jax.Array) -> Cache:
+    """The cache of all slots after a call that left ``seen`` of a window; ``active [B]``: rows that took part."""
+
+    def layer(all: LayerCache, window: LayerCache) -> LayerCache:
+        if isinstance(window, Window):
+            return cast(LayerCache, window.store)
+        assert isinstance(window, Recurrent)
+
+        def put(a: jax.Array, new: jax.Array) -> jax.Array:
+            old = jax.lax.dynamic_slice_in_dim(a, first, new.shape[0])
+            keep = active.reshape(-1, *[1] * (new.ndim - 1))
+            return jax.lax.dynamic_update_slice_in_dim(a, jnp.where(keep, new.astype(a.dtype), old), first, axis=0)
+
+        return jax.tree.map(put, all, window)
+
+    return Cache(tuple(map(layer, cache.layers, seen.layers)), cache.shift)
+
+
+def copied(cache: Cache, source: jax.Array, target: jax.Array, length: int) -> Cache:
+    """With the first ``length`` tokens of slot ``source`` in slot ``target`` as well."""
+
+    def one(a: jax.Array) -> jax.Array:
+        zeros = [0] * (a.ndim - 1)
+        part = jax.lax.dynamic_slice(a, (source, *zeros), (1, length, *a.shape[2:]))
+        return jax.lax.dynamic_update_slice(a, part, (target, *zeros))
+
+    return Cache(tuple(jax.tree.map(one, c) for c in cache.layers), cache.shift)
+
+
+def nbytes(cache: Cache) -> int:
+    """Bytes of a cache, or of its shapes."""
+    return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(cache))
+
+
+def _cut(tree: T, first: jax.Array, rows: int) -> T:
+    return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, first, rows), tree)

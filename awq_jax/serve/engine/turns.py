@@ -1,0 +1,187 @@
+"""What an engine does in a turn: a piece of a prompt, then the next token of every answer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from awq_jax.serve.engine import drawing, sizes
+from awq_jax.serve.engine.programs import Programs, Scores
+from awq_jax.serve.engine.request import Piece, Request
+from awq_jax.serve.engine.scheduler import Scheduler, Slot
+from awq_jax.serve.engine.watch import Watch
+from awq_jax.serve.generate import TokenLogprobs
+from awq_jax.serve.sampling import Drawn
+
+
+class Turns:
+    """The cache on the device, and the requests that are in it. Everything here is called by one thread.
+
+    Args:
+      programs: compiled for the cache.
+      scheduler: has the slots.
+      watch: is told of the work.
+      whole_beyond: a prompt of more tokens has to be read in one piece, and shares nothing.
+    """
+
+    def __init__(self, programs: Programs, scheduler: Scheduler, watch: Watch, whole_beyond: int):
+        self.programs, self.scheduler, self.watch, self._whole_beyond = programs, scheduler, watch, whole_beyond
+        self.sizes = programs.sizes
+        self.settings = drawing.Settings(self.sizes.slots, programs.vocabulary)
+        self._tokens = np.zeros(self.sizes.slots, np.int32)
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin with an empty cache."""
+        self.scheduler.forget()
+        self.cache, self.seen = self.programs("cache"), self.programs("seen")
+
+    def run(self) -> None:
+        """Read a piece of a prompt, then one step of all that write."""
+        self.scheduler.admit()
+        budget = self.sizes.chunk
+        while self.scheduler.reading and budget > 0:
+            budget -= self.read(self.scheduler.reading[0])
+        if self.scheduler.writing:
+            self.step()
+
+    def drop_cancelled(self) -> None:
+        """End what nobody waits for any more."""
+        for request in [r for r in self.scheduler.waiting if r.cancelled]:
+            self.scheduler.waiting.remove(request)
+            request.tell(request.finished("cancelled"))
+            self.watch.finished(request)
+        for slot in self.scheduler.taken:
+            if (owner := slot.owner) is not None and owner.cancelled:
+                self._finished(slot, owner, owner.finished("cancelled"))
+
+    def read(self, slot: Slot) -> int:
+        """A piece of the prompt in a slot; how many tokens that were."""
+        request, number = slot.owner, np.int32(slot.number)
+        assert request is not None
+        if not slot.read and not request.times.started:
+            self._begin(slot, request)
+        start = slot.read
+        rest = len(request.prompt) - start
+        if len(request.prompt) > self._whole_beyond:  # angles depend on the length of the whole
+            width = sizes.fitting(self.sizes.chunks, rest)
+        else:
+            width = sizes.fitting(self.sizes.chunks, min(rest, self.sizes.chunk, self.sizes.chunks[-1]))
+        length = min(rest, width)
+        tokens = np.zeros(width, np.int32)
+        tokens[:length] = request.prompt[start : start + length]
+        read = sizes.fitting(self.sizes.reads, start + width)
+        hidden, self.cache = self.programs(
+            "read", self.programs.params, self.cache, number, tokens, np.int32(start), np.int32(length), read=read
+        )
+        slot.read += length
+        slot.ids = request.prompt[: slot.read]
+        if request.scored:
+            self._score(request, hidden, start, length)
+        self.watch.read(length)
+        if slot.read == len(request.prompt):
+            self.scheduler.reading.remove(slot)
+            self._first(slot, request, hidden, length - 1)
+        return width
+
+    def _begin(self, slot: Slot, request: Request) -> None:
+        request.times.started = time.perf_counter()
+        if (reuse := self.scheduler.found(slot)) is not None and len(request.prompt) <= self._whole_beyond:
+            if reuse.source != slot.number:
+                self.cache = self.programs(
+                    "copy", self.cache, np.int32(reuse.source), np.int32(slot.number),
+                    length=sizes.fitting(self.sizes.reads, reuse.tokens),
+                )  # fmt: skip
+            slot.read = request.reused = reuse.tokens
+        slot.ids = request.prompt[: slot.read]
+        self.settings.put(slot.number, request.sampling)
+        if self._kind([request]) == "all":
+            bits = drawing.tokens_of(request.prompt, self.programs.vocabulary)
+            self.seen = self.programs("begin", self.seen, np.int32(slot.number), bits)
+        self.watch.started(request)
+
+    def _score(self, request: Request, hidden: jax.Array, start: int, length: int) -> None:
+        following = request.prompt[start + 1 : start + length + 1]
+        targets = np.zeros(hidden.shape[0], np.int32)
+        targets[: len(following)] = following
+        scores: Scores = jax.device_get(self.programs("score", self.programs.params, hidden, targets))
+        most = request.sampling.logprobs or 0
+        for i, token in enumerate(following):
+            likely = zip(scores.likely[i, :most].tolist(), scores.likely_logprobs[i, :most].tolist(), strict=True)
+            request.prompt_logprobs.append(TokenLogprobs(token, float(scores.logprobs[i]), tuple(likely)))
+
+    def _first(self, slot: Slot, request: Request, hidden: jax.Array, index: int) -> None:
+        """The first new token of a prompt that was read."""
+        if request.most == 0:
+            return self._finished(slot, request, request.finished("length"))
+        logits = self.programs("head", self.programs.params, hidden, np.int32(index))
+        self.scheduler.writing.append(slot)
+        self._draw(logits, slot.number, 1, [slot])
+        self.watch.first(request)
+
+    def step(self) -> None:
+        """The next token of every answer."""
+        writing = self.scheduler.writing
+        first, rows = self.sizes.window([s.number for s in writing])
+        positions = np.full(self.sizes.slots, self.sizes.allocated, np.int32)
+        for slot in writing:
+            positions[slot.number] = len(slot.ids)
+        read = sizes.fitting(self.sizes.reads, max(len(s.ids) for s in writing) + 1)
+        cut = slice(first, first + rows)
+        logits, self.cache = self.programs(
+            "step", self.programs.params, self.cache, np.int32(first), self._tokens[cut].copy(), positions[cut],
+            rows=rows, read=read,
+        )  # fmt: skip
+        for slot in writing:
+            slot.ids.append(int(self._tokens[slot.number]))
+        self._draw(logits, first, rows, list(writing))
+
+    def _kind(self, requests: Sequence[Request]) -> drawing.Kind:
+        kinds = {drawing.kind_of(r.sampling, r.constraint is not None) for r in requests}
+        return next(kind for kind in reversed(drawing.KINDS) if kind in kinds)
+
+    def _draw(self, logits: jax.Array, first: int, rows: int, drawing_slots: Sequence[Slot]) -> None:
+        """Draw from ``logits`` of the ``rows`` slots from ``first``, and tell those that are named."""
+        owners = [s.owner for s in drawing_slots if s.owner is not None]
+        kind = self._kind(owners)
+        for slot, request in zip(drawing_slots, owners, strict=True):
+            if request.constraint is not None:
+                self.settings.allowed[slot.number] = request.constraint.allowed()
+        given = self.settings.of(kind, first, rows, logits.shape[0])
+        if kind == "all":
+            said, self.seen = self.programs("draw_seen", logits, self.seen, np.int32(first), np.int32(rows), given)
+        else:
+            said = self.programs("draw", logits, given)
+        said = jax.device_get(said)
+        for slot, request in zip(drawing_slots, owners, strict=True):
+            row = slot.number - first
+            token = int(said.ids[row])
+            self._tokens[slot.number] = token
+            self.settings.count(slot.number)
+            if request.constraint is not None and token not in request.ends:
+                request.constraint.accept(token)
+            piece = request.push(token, _logprobs(said, row, request.sampling.logprobs))
+            if piece.finish_reason is not None:
+                self._finished(slot, request, piece)
+            else:
+                request.tell(piece)
+        self.watch.wrote(len(owners))
+
+    def _finished(self, slot: Slot, request: Request, last: Piece) -> None:
+        """The slot is free before anybody hears that it is."""
+        self.scheduler.release(slot)
+        self.watch.finished(request)
+        request.tell(last)
+
+
+def _logprobs(said: Drawn, row: int, most: int | None) -> TokenLogprobs | None:
+    if most is None:
+        return None
+    assert said.logprobs is not None
+    assert said.likely is not None
+    assert said.likely_logprobs is not None
+    likely = zip(said.likely[row, :most].tolist(), said.likely_logprobs[row, :most].tolist(), strict=True)
+    return TokenLogprobs(int(said.ids[row]), float(said.logprobs[row]), tuple(likely))

@@ -1,0 +1,30 @@
+"""What an engine tells of its work, for metrics; this one listens to nothing."""
+
+from __future__ import annotations
+
+from awq_jax.serve.engine.request import Request
+
+
+class Watch:
+    """Called in the engine's thread; to be overridden in part."""
+
+    def started(self, request: Request) -> None:
+        """The reading of a prompt begins."""
+
+    def read(self, tokens: int) -> None:
+        """Tokens of a prompt were read."""
+
+    def first(self, request: Request) -> None:
+        """The first new token of an answer is there."""
+
+    def wrote(self, tokens: int) -> None:
+        """A step has made as many tokens, one of each answer."""
+
+    def finished(self, request: Request) -> None:
+        """An answer is complete, or was cancelled."""
+
+    def failed(self, request: Request) -> None:
+        """A request ended with an error."""
+
+    def turn(self, running: int, waiting: int) -> None:
+        """A turn of the engine is done."""
