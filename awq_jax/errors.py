@@ -49,6 +49,10 @@ class ShapeError(AwqError, ValueError):
     """A tensor's shape does not fit the model, the group size or another tensor."""
 
 
+class ContextLengthError(ShapeError):
+    """A prompt and the answer asked for are longer than there is room for."""
+
+
 class WeightError(AwqError, ValueError):
     """A weight is unusable: NaN, inf, missing, or of an unexpected dtype."""
 

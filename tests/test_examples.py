@@ -53,6 +53,7 @@ def test_calibrate_once(checkpoint: Path) -> None:
     assert all(math.isfinite(v) for v in rows.values())
 
 
+@pytest.mark.slow
 def test_serve_app(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("sys.argv", ["serve_app.py", str(checkpoint), "--new-tokens", "3", "--length", "64"])
     monkeypatch.setattr("awq_jax.cache_programs", lambda: None)

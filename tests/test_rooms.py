@@ -33,7 +33,7 @@ ROOMS = (
     "adapters",
     "serve",
     "evaluate trainable lora",
-    "bench lm_eval vllm",
+    "bench lm_eval server vllm",
     "cli __main__",
 )
 RANK = {room: i for i, room in enumerate(" ".join(ROOMS).split())}

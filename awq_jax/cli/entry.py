@@ -24,6 +24,7 @@ from awq_jax.cli import (
     inspect,
     merge,
     quantize,
+    serve,
 )
 from awq_jax.devices import compile_cache
 from awq_jax.errors import AwqError
@@ -34,6 +35,7 @@ _EXAMPLES = """examples:
   awq-jax eval ./Qwen3-0.6B-awq --text book.txt --against ./Qwen3-0.6B
   awq-jax generate ./Qwen3-0.6B-awq "Why is the sky blue?" --chat
   awq-jax chat ./Qwen3-0.6B-awq
+  awq-jax serve ./Qwen3-0.6B-awq
   awq-jax convert ./Qwen3-0.6B-awq ./Qwen3-0.6B-ct --to compressed-tensors
   awq-jax inspect ./Qwen3-0.6B-awq
   awq-jax bench decode"""
@@ -49,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"awq-jax {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (quantize, convert, evaluate, generate, chat, finetune, adapter, merge, inspect, bench, demo):
+    for command in (quantize, convert, evaluate, generate, chat, serve, finetune, adapter, merge, inspect, bench, demo):
         command.add(subparsers)
     for p in subparsers.choices.values():
         common.add_revision(p)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 import jax
 
 from awq_jax.convert.text import Message
-from awq_jax.errors import BusyError, ConfigError, EngineError, ShapeError
+from awq_jax.errors import BusyError, ConfigError, ContextLengthError, EngineError
 from awq_jax.serve import prompts
 from awq_jax.serve.engine import drawing, sizes
 from awq_jax.serve.engine import slots as slot_cache
@@ -139,7 +139,8 @@ class Engine:
 
         Raises:
           BusyError: the queue is full.
-          ShapeError: the prompt is empty, has ids outside of the vocabulary, or does not fit with its answer.
+          ShapeError: the prompt is empty, or has ids outside of the vocabulary.
+          ContextLengthError: it does not fit with its answer.
           ConfigError: ``sampling`` does not fit the vocabulary, or there is no tokenizer.
           EngineError: the engine is stopped.
         """
@@ -163,16 +164,16 @@ class Engine:
         """How many new tokens a prompt may have.
 
         Raises:
-          ShapeError: see `submit`.
+          ContextLengthError, ShapeError: see `submit`.
         """
-        check_prompt(self.programs.config, prompt, "the prompt")
         room = self.sizes.length - len(prompt)
         wanted = room if max_new_tokens is None else max_new_tokens
         if wanted > room or room < 1:
-            raise ShapeError(
+            raise ContextLengthError(
                 f"the prompt has {len(prompt)} tokens and {max(wanted, 1)} are asked for; there is room for "
                 f"{self.sizes.length} in all: shorten it, or ask for fewer"
             )
+        check_prompt(self.programs.config, prompt, "the prompt")
         return wanted
 
     def put(self, request: Request) -> None:
@@ -200,6 +201,21 @@ class Engine:
         request.cancelled = True
         with self._lock:
             self._lock.notify()
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests are taken."""
+        return not self._stopping
+
+    @property
+    def used(self) -> float:
+        """The share of the cache's tokens that requests at work have."""
+        return sum(len(s.ids) for s in self.scheduler.taken) / (self.sizes.slots * self.sizes.length)
+
+    @property
+    def speed(self) -> float:
+        """Tokens a second, over the last steps; 0 if there was none for a second."""
+        return self.turns.speed
 
     @property
     def load(self) -> tuple[int, int]:

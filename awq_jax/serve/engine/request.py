@@ -38,20 +38,21 @@ class Constraint(Protocol):
     """What an answer may say next, as a grammar or a schema has it."""
 
     def allowed(self) -> np.ndarray:
-        """uint8 ``[V / 8]``: a bit for each token, lowest first."""
+        """uint8 ``[V / 8]``: a bit for each token, lowest first; an error here ends the answer, and no other."""
 
     def accept(self, token: int) -> None:
-        """The answer goes on with this token."""
+        """The answer goes on with this token, which was allowed. Does not fail."""
 
 
 @dataclasses.dataclass
 class Times:
-    """When what happened, in seconds of `time.perf_counter`; 0 for not yet."""
+    """When what happened, in seconds of `time.perf_counter`; 0 for not yet. ``gap``: between the last two tokens."""
 
     submitted: float = dataclasses.field(default_factory=time.perf_counter)
     started: float = 0.0
     first: float = 0.0
     last: float = 0.0
+    gap: float = 0.0
 
 
 Tell = Callable[[Piece | Exception], object]
@@ -103,8 +104,9 @@ class Request:
     def push(self, token: int, logprobs: TokenLogprobs | None) -> Piece:
         """A token was drawn; what there is to tell of it."""
         self.made += 1
-        self.times.last = time.perf_counter()
-        self.times.first = self.times.first or self.times.last
+        now = time.perf_counter()
+        self.times.gap, self.times.last = now - self.times.last, now
+        self.times.first = self.times.first or now
         if token in self.ends:
             return self.finished("stop")
         self.ids.append(token)

@@ -63,9 +63,9 @@ class Sizes:
 
 
 def rising(smallest: int, largest: int, step: int) -> tuple[int, ...]:
-    """``smallest``, and ``step`` times as many each, up to ``largest``, which is the last."""
+    """``smallest``, and ``step`` times as many each, and ``largest``, which is at least twice the one before it."""
     sizes = []
-    while smallest < largest:
+    while 2 * smallest <= largest:
         sizes.append(smallest)
         smallest *= step
     return (*sizes, largest)

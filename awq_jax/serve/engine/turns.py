@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import collections
 import time
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 
+from awq_jax.errors import AwqError, EngineError
 from awq_jax.serve.engine import drawing, sizes
 from awq_jax.serve.engine.programs import Programs, Scores
 from awq_jax.serve.engine.request import Piece, Request
@@ -32,6 +34,7 @@ class Turns:
         self.sizes = programs.sizes
         self.settings = drawing.Settings(self.sizes.slots, programs.vocabulary)
         self._tokens = np.zeros(self.sizes.slots, np.int32)
+        self._steps: collections.deque[tuple[float, int]] = collections.deque(maxlen=32)  # when, and how many tokens
         self.clear()
 
     def clear(self) -> None:
@@ -98,9 +101,6 @@ class Turns:
             slot.read = request.reused = reuse.tokens
         slot.ids = request.prompt[: slot.read]
         self.settings.put(slot.number, request.sampling)
-        if self._kind([request]) == "all":
-            bits = drawing.tokens_of(request.prompt, self.programs.vocabulary)
-            self.seen = self.programs("begin", self.seen, np.int32(slot.number), bits)
         self.watch.started(request)
 
     def _score(self, request: Request, hidden: jax.Array, start: int, length: int) -> None:
@@ -117,10 +117,12 @@ class Turns:
         """The first new token of a prompt that was read."""
         if request.most == 0:
             return self._finished(slot, request, request.finished("length"))
+        if self._kind([request]) == "all":  # not before: what others draw in between is counted for this slot as well
+            bits = drawing.tokens_of(request.prompt, self.programs.vocabulary)
+            self.seen = self.programs("begin", self.seen, np.int32(slot.number), bits)
         logits = self.programs("head", self.programs.params, hidden, np.int32(index))
         self.scheduler.writing.append(slot)
         self._draw(logits, slot.number, 1, [slot])
-        self.watch.first(request)
 
     def step(self) -> None:
         """The next token of every answer."""
@@ -145,14 +147,15 @@ class Turns:
 
     def _draw(self, logits: jax.Array, first: int, rows: int, drawing_slots: Sequence[Slot]) -> None:
         """Draw from ``logits`` of the ``rows`` slots from ``first``, and tell those that are named."""
+        drawing_slots = [s for s in drawing_slots if self._may_go_on(s)]
         owners = [s.owner for s in drawing_slots if s.owner is not None]
+        if not owners:
+            return
         kind = self._kind(owners)
-        for slot, request in zip(drawing_slots, owners, strict=True):
-            if request.constraint is not None:
-                self.settings.allowed[slot.number] = request.constraint.allowed()
         given = self.settings.of(kind, first, rows, logits.shape[0])
         if kind == "all":
-            said, self.seen = self.programs("draw_seen", logits, self.seen, np.int32(first), np.int32(rows), given)
+            window = np.int32(first), np.int32(rows)
+            said, self.seen = self.programs("draw_seen", logits, self.seen, *window, given)
         else:
             said = self.programs("draw", logits, given)
         said = jax.device_get(said)
@@ -164,11 +167,34 @@ class Turns:
             if request.constraint is not None and token not in request.ends:
                 request.constraint.accept(token)
             piece = request.push(token, _logprobs(said, row, request.sampling.logprobs))
+            self.watch.wrote(request)
             if piece.finish_reason is not None:
                 self._finished(slot, request, piece)
             else:
                 request.tell(piece)
-        self.watch.wrote(len(owners))
+        self._steps.append((time.perf_counter(), len(owners)))
+
+    def _may_go_on(self, slot: Slot) -> bool:
+        """Whether anything may be said next; an answer whose constraint fails ends alone."""
+        request = slot.owner
+        if request is None or request.constraint is None:
+            return request is not None
+        try:
+            self.settings.allowed[slot.number] = request.constraint.allowed()
+        except Exception as e:
+            self.scheduler.release(slot)
+            self.watch.failed(request)
+            request.tell(e if isinstance(e, AwqError) else EngineError(f"a constraint failed: {e}"))
+            return False
+        return True
+
+    @property
+    def speed(self) -> float:
+        """Tokens a second, over the last steps; 0 if there was none for a second."""
+        steps = list(self._steps)
+        if len(steps) < 2 or time.perf_counter() - steps[-1][0] > 1:
+            return 0.0
+        return sum(n for _, n in steps[1:]) / max(steps[-1][0] - steps[0][0], 1e-9)
 
     def _finished(self, slot: Slot, request: Request, last: Piece) -> None:
         """The slot is free before anybody hears that it is."""

@@ -14,11 +14,8 @@ class Watch:
     def read(self, tokens: int) -> None:
         """Tokens of a prompt were read."""
 
-    def first(self, request: Request) -> None:
-        """The first new token of an answer is there."""
-
-    def wrote(self, tokens: int) -> None:
-        """A step has made as many tokens, one of each answer."""
+    def wrote(self, request: Request) -> None:
+        """A token of an answer was made."""
 
     def finished(self, request: Request) -> None:
         """An answer is complete, or was cancelled."""

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import served
 
+from awq_jax.models.layers.cache import Cache, Recurrent
 from awq_jax.serve import Engine, Sampling
 from awq_jax.serve.engine import sizes, slots
 
@@ -63,6 +64,22 @@ def check(case):
     return said
 
 
+def test_a_state_is_changed_by_its_owner_only():
+    before = RNG.normal(size=(4, 2, 3)).astype(np.float32), RNG.normal(size=(4, 1, 2, 2)).astype(np.float32)
+    cache = Cache((Recurrent(*map(jnp.asarray, before)),))
+    seen = slots.opened(cache, jnp.int32(1), 2, 8)
+    after = Cache((Recurrent(*(a + 1 for a in (seen.layers[0].inputs, seen.layers[0].memory))),))
+    closed = slots.closed(cache, after, jnp.int32(1), jnp.array([False, True])).layers[0]
+    for old, new in zip(before, (closed.inputs, closed.memory), strict=True):
+        want = old.copy()
+        want[2] += 1
+        assert np.array_equal(new, want)
+    fresh = slots.opened(cache, jnp.int32(3), 1, 8, fresh=jnp.array(True)).layers[0]
+    assert not np.any(fresh.inputs)
+    assert np.array_equal(slots.opened(cache, jnp.int32(3), 1, 8).layers[0].memory, before[1][3:])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("case", cases("qwen3_next"))
 def test_states_are_of_one_request(case):
     assert "cannot be shared" in check(case)
@@ -85,5 +102,6 @@ def test_sizes_are_few_and_enough():
     assert s.window([9]) == (9, 1)
     assert s.window([3, 9]) == (3, 8)
     assert s.window([13, 15]) == (12, 4)
-    assert sizes.Sizes.of(3, 40, 256).chunks[-1] == 40
+    assert sizes.Sizes.of(3, 40, 256).chunks == (16, 40)
+    assert sizes.Sizes.of(3, 40, 256).rows == (1, 3)
     assert sizes.Sizes.of(1, 100, 16, whole=True).chunks[-1] == 100

@@ -55,8 +55,8 @@ def test_greedy_answers_are_those_of_generate_and_nothing_is_compiled(model, eng
 def test_what_is_drawn_is_that_of_generate(model, engine):
     settings = [
         {"temperature": 0.9},
-        {"temperature": 1.3, "top_k": 7, "top_p": 0.9, "min_p": 0.01, "seed": 5},
         {"repetition_penalty": 1.5, "presence_penalty": 0.5, "frequency_penalty": 0.7},
+        {"temperature": 1.3, "top_k": 7, "top_p": 0.9, "min_p": 0.01, "seed": 5},
         {"logit_bias": {7: 50.0}, "stop_ids": (9,)},
         {},
     ]

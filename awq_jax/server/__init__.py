@@ -1,0 +1,1 @@
+"""A model over HTTP, in the words of the OpenAI API."""
