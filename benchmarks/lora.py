@@ -3,10 +3,12 @@
     python benchmarks/lora.py MODEL --text wiki.txt --bits 4 --group-size 32 --out results/lora.json
 
 The model is first quantized (calibrated on the text's beginning). Adapters of all linears are trained on the text after
-that, on the float model and on the packed one, from the same draw and on the same batches; all are scored on the text's
-end. ``lost`` is against the float model with its own adapter. ``--outliers S`` first plants, in a model that computes
-the same, outlier channels: every norm's gain is multiplied by S in some channels whose weights are divided by it,
-so that activations have them. Also: what ``init="error"`` recovers, untrained, against a plain SVD of the error.
+that, on the float model and on the packed one, from the same draws (``--seeds``) and on the same batches; all are
+scored on the text's end. ``lost`` is against the float model with its own adapter. ``--outliers S`` first plants, in a
+model that computes the same, outlier channels: every norm's gain is multiplied by S in some channels whose weights are
+divided by it, so that activations have them. ``--base-terms``: trains on packed weights also without regard to folded
+scales. ``--merge``: the adapter merged into the packed weights, rounded to nearest or quantized anew, calibrated on the
+tuning text. ``--corrections``: what ``init="error"`` recovers, untrained, against a plain SVD of the error.
 """
 
 import functools
@@ -39,6 +41,9 @@ def nll(apply: Apply, adapters: Any, frozen: Any, tokens: jax.Array) -> jax.Arra
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
 
+compiled_nll = jax.jit(nll, static_argnums=0)
+
+
 def train(apply: Apply, adapters: Any, frozen: Any, batches: np.ndarray, rate: float) -> tuple[Any, float]:
     """Adapters after a step on each of ``batches [S, B, T]`` with Adam, and seconds per step without the first."""
     optimizer = optax.adam(optax.cosine_decay_schedule(rate, len(batches)))
@@ -62,8 +67,8 @@ def train(apply: Apply, adapters: Any, frozen: Any, batches: np.ndarray, rate: f
 
 def score(apply: Apply, adapters: Any, frozen: Any, held: np.ndarray) -> float:
     """NLL on ``held [rows, T]``, eight rows at a time."""
-    run = jax.jit(functools.partial(nll, apply))
-    return float(np.mean([run(adapters, frozen, jnp.asarray(held[i : i + 8])) for i in range(0, len(held), 8)]))
+    parts = [held[i : i + 8] for i in range(0, len(held), 8)]
+    return float(np.mean([compiled_nll(apply, adapters, frozen, jnp.asarray(part)) for part in parts]))
 
 
 def planted(model: Model, size: float, share: float = 0.02) -> None:
@@ -101,6 +106,21 @@ def recovered(model: Model, packed: Model, report: Any, calib: np.ndarray, held:
     return out
 
 
+def merged(packed: Path, adapter: Path, tuning: np.ndarray, held: np.ndarray, **settings: Any) -> running.Row:
+    """NLL of the sum rounded and quantized, over that with the adapter beside the packed weights."""
+    beside = awq_jax.load(packed, adapter=adapter)
+    adapted = beside.adapted().params
+    before = score(lambda _, p, x: beside.apply(p, x), jnp.zeros(()), adapted, held)
+    out: dict[str, Any] = {"beside": before}
+    for name, method in (("rounded", "rtn"), ("quantized", "awq+gptq")):
+        model = awq_jax.load(packed, adapter=adapter)
+        lora.merge(model)
+        model.quantize(tuning, samples=len(tuning), seq_len=tuning.shape[1], progress=False, method=method, **settings)
+        out[name] = score(lambda _, p, x, m=model: m.apply(p, x), jnp.zeros(()), model.params, held) - before
+    out["ratio"] = out["quantized"] / out["rounded"]
+    return out
+
+
 def lora_on_awq(
     model: str,
     *,
@@ -108,49 +128,74 @@ def lora_on_awq(
     bits: int = 4,
     group_size: int = 32,
     rank: int = 16,
-    steps: int = 200,
+    steps: int = 100,
     rows: int = 4,
     length: int = 128,
-    held_rows: int = 64,
+    held_rows: int = 32,
     rate: float = 1e-3,
+    seeds: int = 3,
     outliers: float = 0.0,
     samples: int = 16,
+    base_terms: bool = False,
+    merge: bool = False,
     corrections: bool = False,
 ) -> running.Row:
     """All of it on one model."""
     with tempfile.TemporaryDirectory() as work:
+        where = {name: Path(work, name) for name in ("float", "packed", "adapter")}
         floats = awq_jax.load(model)
         if outliers:
             planted(floats, outliers)
-        floats.save(Path(work, "float"))
+        floats.save(where["float"])
         need = steps * rows * (length + 1)
         calib, rest = checkpoints.split(floats.tokenizer, text, samples, length, need + held_rows * (length + 1))
         rest = np.asarray(rest[: need + held_rows * (length + 1)], np.int32)
         batches = rest[:need].reshape(steps, rows, length + 1)
         held = rest[need:].reshape(held_rows, length + 1)
-        packed = awq_jax.load(Path(work, "float"))
-        report = packed.quantize(calib, seq_len=length, bits=bits, group_size=group_size, progress=False)
-        packed.save(Path(work, "packed"), "awq-jax")
+        grid: dict[str, Any] = {"bits": bits, "group_size": group_size}
+        packed = awq_jax.load(where["float"])
+        report = packed.quantize(calib, seq_len=length, progress=False, **grid)
+        packed.save(where["packed"], "awq-jax")
         scales = np.concatenate([s.input.reshape(-1) for s in report.scales.values() if s.input is not None])
-        out: dict[str, Any] = {"bits": bits, "group_size": group_size, "outliers": outliers, "steps": steps}
+        out: dict[str, Any] = {**grid, "outliers": outliers, "steps": steps, "rate": rate, "seeds": seeds}
         out["scales"] = [float(scales.min()), float(scales.max())]
-        apply, drawn, params = lora.add(floats, rank=rank)
-        out["float"] = score(apply, drawn, params, held)
-        trained, out["float_step_seconds"] = train(apply, drawn, params, batches, rate)
-        out["float_adapter"] = score(apply, trained, params, held)
         own: dict[str, Any] = {"rank": rank, "alpha": 2.0 * rank}
-        lora.save(lora.adapter(floats, trained, base=str(Path(work, "float")), **own), Path(work, "adapter"))
-        onto, start, frozen = lora.add(packed, rank=rank)
-        out["packed"] = score(onto, start, frozen, held)
-        for name, terms in (("as_is", "base"), ("rescaled", "auto")):
-            fitted = bases.fitted(files.read(Path(work, "adapter")), bases.of(Path(work, "packed")), terms)
-            factors = lora.factors(packed, fitted, **own)
-            out[name] = score(onto, factors, frozen, held)
-            out[f"{name}_lost"] = out[name] - out["float_adapter"]
-        there, out["packed_step_seconds"] = train(onto, start, frozen, batches, rate)
-        out["trained_on_packed"] = score(onto, there, frozen, held)
-        out["trained_on_packed_lost"] = out["trained_on_packed"] - out["float_adapter"]
+        each: dict[str, list[float]] = {}
+
+        def note(name: str, value: float) -> None:
+            each.setdefault(name, []).append(value)
+
+        for seed in range(seeds):
+            apply, drawn, params = lora.add(floats, rank=rank, seed=seed)
+            trained, seconds = train(apply, drawn, params, batches, rate)
+            note("float_step_seconds", seconds)
+            note("float_adapter", score(apply, trained, params, held))
+            onto, start, frozen = lora.add(packed, rank=rank, seed=seed)
+            there, seconds = train(onto, start, frozen, batches, rate)
+            note("packed_step_seconds", seconds)
+            note("trained_on_packed", score(onto, there, frozen, held))
+            if base_terms:
+                bare, start, _ = lora.add(packed.apply, packed.params, rank=rank, seed=seed)
+                note("trained_in_base_terms", score(bare, train(bare, start, frozen, batches, rate)[0], frozen, held))
+            if seed:
+                continue
+            out["float"], out["packed"] = score(apply, drawn, params, held), score(onto, start, frozen, held)
+            lora.save(lora.adapter(floats, trained, base=str(where["float"]), **own), where["adapter"])
+            for name, terms in (("as_is", "base"), ("rescaled", "auto")):
+                fitted = bases.fitted(files.read(where["adapter"]), bases.of(where["packed"]), terms)
+                factors = lora.factors(packed, fitted, **own)
+                out[f"{name}_lost"] = score(onto, factors, frozen, held) - each["float_adapter"][0]
+        out |= each
+        for name in ("trained_on_packed", "trained_in_base_terms"):
+            if name in each:
+                lost = np.subtract(each[name], each["float_adapter"])
+                out[f"{name}_lost"] = float(lost.mean())
+                out[f"{name}_lost_error"] = float(lost.std(ddof=1) / len(lost) ** 0.5) if seeds > 1 else None
         out["ratio"] = out["rescaled_lost"] / out["as_is_lost"]
+        if merge:
+            out["merged"] = merged(
+                where["packed"], where["adapter"], batches.reshape(-1, length + 1)[:, :-1], held, **grid
+            )
         if corrections:
             out["recovered"] = recovered(floats, packed, report, calib, held, rank)
     return out
@@ -160,19 +205,8 @@ def smoke(directory: Path) -> Iterator[list[str]]:
     model, _ = checkpoints.tiny(directory)
     text = checkpoints.token_file(directory / "model", directory, 16, 16)
     quick = ["--rank", "2", "--steps", "2", "--rows", "2", "--length", "8", "--held-rows", "8", "--samples", "4"]
-    yield [
-        model,
-        "--text",
-        str(text),
-        "--group-size",
-        "32",
-        *quick,
-        "--outliers",
-        "4",
-        "--corrections",
-        "--out",
-        str(directory / "r.json"),
-    ]
+    more = ["--seeds", "1", "--outliers", "4", "--corrections", "--merge", "--base-terms"]
+    yield [model, "--text", str(text), "--group-size", "32", *quick, *more, "--out", str(directory / "r.json")]
 
 
 main = functools.partial(running.run, (lora_on_awq,), smoke)

@@ -79,8 +79,7 @@ def run(args: argparse.Namespace) -> None:
     if args.held_out is not None:
         held, _ = rows.read(args.held_out, tokenizer, length)
     else:
-        count = min(64, len(data) // 20)
-        data, held = data[: len(data) - count], data[len(data) - count :]
+        data, held = rows.parted(data)
     total = sum(int(r.counts.sum()) for r in data)
     note = f", {cut} rows cut to {length} tokens" if cut else ""
     common.say(f"data: {len(data)} rows, {total:,} tokens to learn; {len(held)} held out{note}", args.quiet)

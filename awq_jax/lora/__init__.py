@@ -15,7 +15,7 @@ from awq_jax.convert.source import Source
 from awq_jax.lora.beside import add
 from awq_jax.lora.error_init import Original
 from awq_jax.lora.export import adapter, factors
-from awq_jax.lora.merging import merge
+from awq_jax.lora.merging import Requantized, merge, requantize
 from awq_jax.lora.recovery import Recovered, recover
 
 __all__ = [
@@ -23,12 +23,14 @@ __all__ = [
     "Factors",
     "Original",
     "Recovered",
+    "Requantized",
     "adapter",
     "add",
     "factors",
     "load",
     "merge",
     "recover",
+    "requantize",
     "save",
 ]
 

@@ -11,15 +11,20 @@ from awq_jax.adapters import attach, files
 from awq_jax.adapters import base as bases
 from awq_jax.adapters.files import Adapter, Factors
 from awq_jax.errors import ConfigError
-from awq_jax.lora.beside import Adapters, by_path, nested
+from awq_jax.lora.beside import Adapters, by_path, nested, scaled, unscaled
 from awq_jax.models.weights import modules
+from awq_jax.report import FoldedScale
 from awq_jax.serve.model import Model
+
+UNSCALED = FoldedScale(None, None)
 
 
 def adapter(
     model: Model, adapters: Adapters, *, rank: int, alpha: float | None = None, rslora: bool = False, base: str = ""
 ) -> Adapter:
     """What `awq_jax.lora.add` made for ``model``, as PEFT and vLLM read it; `awq_jax.lora.save` writes it.
+
+    The factors are in the terms of the model's weights: multiplied by the scales that are folded into them.
 
     Args:
       model: that the adapters were trained on; the scales that are folded into it are named in the adapter's config.
@@ -30,7 +35,7 @@ def adapter(
     Raises:
       ConfigError: a factor is of a parameter that no module of the checkpoint holds alone.
     """
-    found = by_path(adapters)
+    found, folded = by_path(adapters), model.folded_scales()
     scale = _scale(rank, alpha, rslora)
     every = list(modules.linears(model.config))
     factors: dict[str, Factors] = {}
@@ -44,6 +49,7 @@ def adapter(
                 "module; choose other targets"
             )
         a, b = (np.asarray(own[name], np.float32) for name in ("lora_a", "lora_b"))
+        a, b = scaled(a, b, folded.get(linear.path, UNSCALED))
         if linear.expert is not None:
             a, b = a[linear.expert], b[linear.expert]
         factors[linear.module] = Factors(np.ascontiguousarray(a.T), np.ascontiguousarray(b.T), scale)
@@ -63,8 +69,9 @@ def factors(model: Model, adapter: Adapter, *, rank: int, alpha: float | None = 
     if any(f.rank != rank for f in adapter.factors.values()):
         raise ConfigError(f"{adapter.name} has rank {adapter.rank}, not {rank}")
     scale = _scale(rank, alpha, rslora)
-    pairs = attach.placed(adapter, model.config).pairs
-    return nested({path: {"lora_a": jnp.asarray(a) / scale, "lora_b": b} for path, (a, b) in pairs.items()})
+    pairs, folded = attach.placed(adapter, model.config).pairs, model.folded_scales()
+    found = {path: unscaled(*pair, folded.get(path, UNSCALED)) for path, pair in pairs.items()}
+    return nested({path: {"lora_a": jnp.asarray(a) / scale, "lora_b": b} for path, (a, b) in found.items()})
 
 
 def _scale(rank: int, alpha: float | None, rslora: bool) -> float:

@@ -59,6 +59,12 @@ def read(path: Path, tokenizer: TokenizerLike | None, length: int) -> tuple[list
     return rows, cut
 
 
+def parted(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """Rows to train on, and the last 5% of them, at most 64, to measure the loss on."""
+    count = len(rows) - min(64, len(rows) // 20)
+    return list(rows[:count]), list(rows[count:])
+
+
 def _row(given: Mapping[str, Any], tokenizer: TokenizerLike) -> Row:
     talk = given.get("messages") or given.get("conversations")
     if talk:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -23,7 +24,7 @@ from awq_jax.adapters import files
 from awq_jax.adapters.files import Adapter
 from awq_jax.convert.files.shards import write_json
 from awq_jax.errors import CheckpointError, ConfigError, WeightError
-from awq_jax.lora import beside, export, rows
+from awq_jax.lora import beside, export, loss, rows
 from awq_jax.lora.rows import Row
 from awq_jax.progress import Progress, bar
 from awq_jax.serve.model import Model
@@ -146,17 +147,17 @@ def finetune(
     @jax.jit
     def step(adapters: Any, moments: Any, frozen: Any, batch: dict[str, jax.Array]) -> tuple[Any, Any, jax.Array]:
         def part(total: tuple[Any, jax.Array], one: dict[str, jax.Array]) -> tuple[tuple[Any, jax.Array], None]:
-            loss, grads = jax.value_and_grad(lambda a: _summed(apply, a, frozen, one))(adapters)
-            return (jax.tree.map(jnp.add, total[0], grads), total[1] + loss), None
+            value, grads = jax.value_and_grad(lambda a: loss.summed(apply, one, a, frozen))(adapters)
+            return (jax.tree.map(jnp.add, total[0], grads), total[1] + value), None
 
         none = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), adapters), jnp.zeros(())
-        (grads, loss), _ = jax.lax.scan(part, none, batch)
+        (grads, value), _ = jax.lax.scan(part, none, batch)
         tokens = jnp.maximum(batch["counts"].sum(), 1)
         grads = jax.tree.map(lambda g, a: (g / tokens).astype(a.dtype), grads, adapters)
         updates, moments = optimizer.update(grads, moments, adapters)
-        return optax.apply_updates(adapters, updates), moments, loss / tokens
+        return optax.apply_updates(adapters, updates), moments, value / tokens
 
-    summed = jax.jit(lambda adapters, frozen, batch: _summed(apply, adapters, frozen, batch))
+    summed = jax.jit(functools.partial(loss.summed, apply))
     losses: list[jax.Array] = []
     adapters, moments = state["adapters"], state["moments"]
     tokens, started = 0, time.perf_counter()
@@ -165,8 +166,8 @@ def finetune(
         shown.update(first)
         for number in range(first + 1, t.steps + 1):
             batch = next(feed)
-            adapters, moments, loss = step(adapters, moments, frozen, batch)
-            losses.append(loss)
+            adapters, moments, value = step(adapters, moments, frozen, batch)
+            losses.append(value)
             tokens += int(batch["counts"].sum())
             shown.update()
             if number % t.every and number != t.steps:
@@ -176,7 +177,7 @@ def finetune(
                 raise WeightError(f"the loss is not finite at step {number}: lower learning_rate, or train in float32")
             point = {"step": number, "loss": mean, "learning_rate": float(t.schedule()(number))}
             if held_out:
-                point["held_out"] = _mean(summed, adapters, frozen, held_out, t.batch_size)
+                point["held_out"] = loss.mean(summed, held_out, t.batch_size, adapters, frozen)
             point["tokens_per_second"] = tokens / (time.perf_counter() - started)
             log.info("%s", "  ".join(f"{k} {v:.4g}" for k, v in point.items()))
             curve.append(point)
@@ -184,24 +185,6 @@ def finetune(
             if work is not None:
                 _keep(work, {"step": number, "adapters": adapters, "moments": moments, "curve": json.dumps(curve)})
     return Trained(export.adapter(model, adapters, base=base, **settings), curve, first)
-
-
-def _summed(apply: Callable[..., Any], adapters: Any, frozen: Any, batch: dict[str, jax.Array]) -> jax.Array:
-    """The negative log likelihood of the tokens that count, summed."""
-    ids = batch["ids"]
-    logits = apply(adapters, frozen, ids[:, :-1])
-    return jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:]) * batch["counts"][:, 1:])
-
-
-def _mean(summed: Callable[..., Any], adapters: Any, frozen: Any, data: Sequence[Row], size: int) -> float:
-    total = count = 0.0
-    for i in range(0, len(data), size):
-        whole = rows.collated([data[min(j, len(data) - 1)] for j in range(i, i + size)])
-        batch = {name: a[0] for name, a in whole.items()}
-        batch["counts"][len(data) - i :] = 0  # the last batch is filled up
-        total += float(summed(adapters, frozen, batch))
-        count += float(batch["counts"].sum())
-    return total / max(count, 1.0)
 
 
 def _fingerprint(t: Training, data: Sequence[Row], held_out: Sequence[Row], model: Model) -> dict[str, Any]:

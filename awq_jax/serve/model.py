@@ -241,12 +241,19 @@ class Model(Answering, saving.Pushed):
         """Take the adapters away."""
         self._adapters = self._always = None
 
-    def folded_digest(self) -> str:
-        """What tells the scales that are folded into these weights from others; "" for none (see
+    def folded_scales(self) -> dict[str, FoldedScale]:
+        """The scales that are folded into these weights, by path, as far as the checkpoint kept them (see
         `awq_jax.convert.folded_scales`)."""
+        return modules.by_path(self._folded(), self.config)
+
+    def folded_digest(self) -> str:
+        """What tells them from others; "" for none."""
+        return folded_scales.digest(both) if (both := self._folded()) else ""
+
+    def _folded(self) -> dict[str, FoldedScale]:
+        """By module."""
         kept = folded_scales.of(self.source) or {}
-        now = modules.folded_scales(self._scales or {}, self.config)
-        return folded_scales.digest(both) if (both := folded_scales.composed(kept, now)) else ""
+        return folded_scales.composed(kept, modules.folded_scales(self._scales or {}, self.config))
 
     @property
     def adapters(self) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from awq_jax.adapters import base as bases
 from awq_jax.adapters import files
 from awq_jax.cli import main
 from awq_jax.convert import folded_scales
+from awq_jax.models.hf.registry import config_from_hf
 from awq_jax.models.weights import modules
 
 TOKENS = np.random.default_rng(0).integers(0, 256, (2, 12)).astype(np.int32)
@@ -33,8 +34,8 @@ SETTINGS = {
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
-    """A float checkpoint whose channels differ in size, and the same quantized block by block."""
+def adapter(tmp_path_factory):
+    """A float checkpoint whose channels differ in size, and an adapter as PEFT writes one that was trained on it."""
     root = tmp_path_factory.mktemp("folded")
     tiny_checkpoints.checkpoint(root / "plain", "llama", seed=3, **SIZES)
     model = awq_jax.load(root / "plain")
@@ -47,25 +48,27 @@ def checkpoints(tmp_path_factory):
 
     model.params = paths.map_with_path(salient, model.params)
     model.save(root / "float")
-    calib = rng.integers(0, 256, (8, 16)).astype(np.int32)
-    outcome = awq_jax.quantize_checkpoint(root / "float", root / "packed", calib, **SETTINGS)
-    return root, outcome.report, calib
-
-
-@pytest.fixture(scope="module")
-def adapter(checkpoints, tmp_path_factory):
-    """Written as PEFT writes one that was trained on the float model."""
-    config = awq_jax.load(checkpoints[0] / "float").config
     rng, factors = np.random.default_rng(1), {}
-    for linear in modules.linears(config):
+    for linear in modules.linears(model.config):
         if linear.module != "lm_head":
             k, n = linear.shape
             a, b = rng.normal(size=(4, k)) / k**0.5, rng.normal(size=(n, 4)) / 2
             factors[linear.module] = files.Factors(a.astype(np.float32), b.astype(np.float32), 0.5)
-    where = tmp_path_factory.mktemp("adapter") / "sql"
-    every = [linear.module for linear in modules.linears(config)]
-    files.write(files.Adapter(factors, files.config_of(factors, every, "owner/float")), where)
-    return where, factors
+    every = [linear.module for linear in modules.linears(model.config)]
+    files.write(files.Adapter(factors, files.config_of(factors, every, "owner/float")), root / "sql")
+    return root / "sql", factors
+
+
+@pytest.fixture(scope="module")
+def checkpoints(adapter):
+    """The same quantized block by block, with the adapter."""
+    root = adapter[0].parent
+    calib = np.random.default_rng(6).integers(0, 256, (8, 16)).astype(np.int32)
+    np.save(root / "calib.npy", calib)
+    given = ["--bits", "8", "--group-size", "32", "--method", "awq", "--no-clip", "--symmetric", "--quiet"]
+    given += ["--calib", str(root / "calib.npy"), "--samples", "8", "--seq-len", "16", "--adapter", str(adapter[0])]
+    assert main(["quantize", str(root / "float"), str(root / "packed"), *given]) == 0
+    return root, calib
 
 
 def float_with_adapter(root, factors):
@@ -86,7 +89,7 @@ def off(got, want):
 
 
 def test_scales_are_what_the_weights_were_multiplied_by(checkpoints):
-    root, report, _ = checkpoints
+    root = checkpoints[0]
     kept = folded_scales.of(root / "packed")
     assert {m.rpartition(".")[2] for m, s in kept.items() if s.input is not None} >= {"q_proj", "up_proj", "down_proj"}
     assert {m.rpartition(".")[2] for m, s in kept.items() if s.output is not None} >= {"up_proj"}
@@ -97,12 +100,10 @@ def test_scales_are_what_the_weights_were_multiplied_by(checkpoints):
             w = np.asarray(before[linear.path], np.float64)
             w = w * (1 if s.input is None else s.input[:, None]) / (1 if s.output is None else s.output)
             assert off(after[linear.path].dequantize(), w) < 0.02
-            assert report.scales[linear.path].input.shape == s.input.shape
-    assert "scales" not in report.to_dict()
 
 
 def test_in_memory_the_same_scales_are_saved(checkpoints, tmp_path):
-    root, _, calib = checkpoints
+    root, calib = checkpoints
     model = awq_jax.load(root / "float")
     report = model.quantize(calib, **SETTINGS)
     model.save(tmp_path / "saved", "awq-jax")
@@ -110,6 +111,9 @@ def test_in_memory_the_same_scales_are_saved(checkpoints, tmp_path):
         folded_scales.of(root / "packed")
     )
     assert report.scales["layers/0/mlp/down_proj/kernel"].input.shape == (96,)
+    assert "scales" not in report.to_dict()
+    for path, s in model.folded_scales().items():
+        jax.tree.map(np.testing.assert_array_equal, s, report.scales[path])
 
 
 @pytest.mark.parametrize("to", ["compressed-tensors", "awq-jax", "float", "orbax", "gguf-q8_0"])
@@ -156,14 +160,13 @@ def test_rows_of_a_batch_have_adapters_of_their_own(checkpoints, adapter, tmp_pa
     prompts = [[5, 9, 17], [40, 3], [5, 9, 17], [5, 9, 17]]
     model = awq_jax.load(root / "packed", adapter={"sql": where, "chat": tmp_path / "other"})
     assert model.adapters == ("sql", "chat")
-    for count in (4, 20):
-        together = model.answers(prompts, max_new_tokens=count, adapter=["sql", "chat", None, "chat"])
-        alone = [
-            model.answers([p], max_new_tokens=count, adapter=a)[0].ids
-            for p, a in zip(prompts, ["sql", "chat", None, "chat"], strict=True)
-        ]
-        assert [t.ids for t in together] == alone
-        assert len(set(alone)) > 2
+    names = ["sql", "chat", None, "chat"]
+    together = model.answers(prompts, max_new_tokens=4, adapter=names)
+    alone = [model.answers([p], max_new_tokens=4, adapter=a)[0].ids for p, a in zip(prompts, names, strict=True)]
+    assert [t.ids for t in together] == alone
+    assert len(set(alone)) > 2
+    longer = model.answers(prompts, max_new_tokens=20, adapter=names)  # with linears merged
+    assert [t.ids[:4] for t in longer] == alone
     assert model.answers(prompts[:1], max_new_tokens=4)[0].ids == alone[2][:4]  # named ones are not used unasked
     with pytest.raises(errors.ConfigError, match=r"no adapter 'sq'.*'sql', 'chat'"):
         model.generate([[5]], adapter="sq")
@@ -239,23 +242,61 @@ def test_the_command_rescales(checkpoints, adapter, tmp_path, capsys):
 
 
 def test_quantize_writes_adapters_in_its_terms(checkpoints, adapter, tmp_path, capsys):
-    """What it writes and the float model's, which is rescaled when it is loaded, are one."""
-    where, packed = adapter[0], tmp_path / "w8"
-    given = ["--bits", "8", "--group-size", "32", "--samples", "2", "--seq-len", "16", "--quiet"]
-    assert main(["quantize", str(checkpoints[0] / "float"), str(packed), *given, "--adapter", str(where)]) == 0
-    written, want = files.read(tmp_path / "w8-sql"), bases.fitted(files.read(where), bases.of(packed), "float")
+    """What it writes and the float model's, which is rescaled when it is loaded, are one, to every command."""
+    root, where = checkpoints[0], adapter[0]
+    written, want = files.read(root / "packed-sql"), bases.fitted(files.read(where), bases.of(root / "packed"), "float")
     assert written.factors.keys() == want.factors.keys()
     for module, f in want.factors.items():
         np.testing.assert_array_equal(written.factors[module].a, f.a)
         np.testing.assert_array_equal(written.factors[module].b, f.b)
-    said = []
-    for one in (where, tmp_path / "w8-sql"):
+    (tmp_path / "text.txt").write_text("abcdefgh" * 4)
+    scored = ["eval", str(root / "packed"), "--text", str(tmp_path / "text.txt"), "--context", "16", "--json"]
+    said = {}
+    for name, given in (("plain", []), ("float", [str(where)]), ("own", [str(root / "packed-sql")])):
         capsys.readouterr()
-        assert main(["generate", str(packed), "abc", "--max-new-tokens", "4", "--adapter", str(one)]) == 0
-        said.append(capsys.readouterr())
-    assert said[0].out == said[1].out
-    assert "rescaled by the scales folded into" in said[0].err
-    assert "rescaled" not in said[1].err
+        assert main([*scored, *(["--adapter", *given] if given else [])]) == 0
+        out, err = capsys.readouterr()
+        said[name] = json.loads(out)
+        assert ("rescaled by the scales folded into" in err) == (name == "float")
+    assert said["float"]["ppl"] == said["own"]["ppl"] != said["plain"]["ppl"]
+    assert main(["generate", str(root / "packed"), "abc", "--max-new-tokens", "1", "--adapter", str(where)]) == 0
+    assert "rescaled by the scales folded into" in capsys.readouterr().err
+
+
+def test_trained_beside_packed_weights_the_factors_are_the_float_models(checkpoints, adapter, tmp_path):
+    """What is trained is saved in the base's terms, read again as it was, and computes the same when it is served."""
+    root, factors = checkpoints[0], adapter[1]
+    model, original = awq_jax.load(root / "packed"), awq_jax.load(root / "float")
+    given = {"rank": 4, "alpha": 2.0}
+    there = awq_jax.lora.factors(model, bases.fitted(files.read(adapter[0]), bases.of(root / "packed")), **given)
+    names = {linear.path: linear.module for linear in modules.linears(model.config)}
+    for path, f in paths.flatten(there).items():
+        module = factors[names[path.rpartition("/")[0]]]
+        np.testing.assert_allclose(f, module.a.T if path.endswith("lora_a") else module.b.T, rtol=1e-5)
+    apply, _, frozen = awq_jax.lora.add(model, **given)
+    got = jax.jit(apply)(there, frozen, TOKENS)
+    apply, drawn, frozen = awq_jax.lora.add(original, **given)
+    assert jax.tree.structure(drawn) == jax.tree.structure(there)
+    assert off(got, float_with_adapter(root, factors)) < 0.03
+    made = awq_jax.lora.adapter(model, there, **given)
+    assert made.scales == folded_scales.digest(folded_scales.of(root / "packed"))
+    awq_jax.lora.save(made, tmp_path / "trained")
+    assert off(awq_jax.load(root / "packed", adapter=tmp_path / "trained")(TOKENS), np.asarray(got)) < 1e-4
+
+
+@pytest.mark.parametrize("family", ["phi3", "mixtral"])
+def test_scales_by_path_are_the_inverse_of_those_by_module(family):
+    """Also where a module holds several of our parameters, or one of ours holds experts."""
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    config = config_from_hf(tiny_checkpoints.SIZES | {"model_type": family} | experts)
+    rng, inputs, scales = np.random.default_rng(0), {}, {}
+    for linear in modules.linears(config):
+        *batch, k, n = linear.shape
+        own = inputs.setdefault(linear.module, np.exp(rng.normal(size=(*batch, k))).astype(np.float32))
+        past = np.exp(rng.normal(size=(*batch, n))).astype(np.float32)
+        scales.setdefault(linear.path, awq_jax.report.FoldedScale(own, past))
+    again = modules.by_path(modules.folded_scales(scales, config), config)
+    jax.tree.map(np.testing.assert_array_equal, again, scales)
 
 
 def test_merged_it_computes_the_same(checkpoints, adapter, tmp_path, capsys):

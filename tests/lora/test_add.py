@@ -11,6 +11,8 @@ from flax import nnx
 import awq_jax
 from awq_jax import errors, lora, paths, trainable
 from awq_jax.lora.error_init import weighted
+from awq_jax.plan import fold
+from awq_jax.plan.folded import channel_scales
 from awq_jax.qtensor import QuantizedTensor
 
 K, N, ROWS = 32, 48, 96
@@ -112,6 +114,26 @@ def test_of_an_nnx_model_with_a_regular_expression_and_rslora():
     adapters = drawn(adapters)
     want = apply_fn(merged(params, adapters, 3.0), X)
     np.testing.assert_allclose(apply(adapters, frozen, X), want, atol=1e-4)
+
+
+def test_where_scales_are_folded_the_same_factors_do_the_same(scanned):
+    """Values and gradients of the model without them: trained on either, an adapter takes the same steps."""
+    apply_fn, params, calib, _, _ = scanned
+    rng = np.random.default_rng(2)
+    scales = {g.name: np.exp(rng.normal(size=(*g.scan, g.channels))) for g in calib.plan.groups if g.absorbers}
+    there, folded = fold.apply(calib.plan, params, scales), channel_scales(calib.plan, scales)
+    assert folded["params/layers/up/kernel"].input.shape == (2, K)
+    got = []
+    for own, known in ((params, None), (there, folded)):
+        apply, adapters, frozen = lora.add(apply_fn, own, rank=4, calib=calib, scales=known)
+        adapters = drawn(adapters)
+        run = jax.jit(jax.value_and_grad(lambda a, p, apply=apply: jnp.sum(apply(a, p, X) ** 2)))
+        got.append(jax.tree.leaves(run(adapters, frozen)))
+    for a, b in zip(*got, strict=True):
+        np.testing.assert_allclose(b, a, atol=2e-3 * np.abs(a).max())
+    wrong = {"params/layers/up/kernel": awq_jax.report.FoldedScale(np.ones(K + 1, np.float32), None)}
+    with pytest.raises(errors.ShapeError, match=r"up/kernel is 32 x 48, and has scales of shape \(33,\)"):
+        lora.add(apply_fn, params, calib=calib, scales=wrong)
 
 
 def test_the_correction_is_the_best_by_the_gram():

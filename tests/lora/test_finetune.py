@@ -77,6 +77,30 @@ def test_an_interrupted_training_ends_with_the_same_bytes(packed, tmp_path, monk
     assert not (tmp_path / ".again.finetuning").exists()
     for name in (files.TENSORS, files.CONFIG):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
-    served = awq_jax.load(packed / "packed", adapter=tmp_path / "whole")
-    tokens = np.arange(8)[None]
-    assert np.abs(np.asarray(served(tokens) - awq_jax.load(packed / "packed")(tokens))).max() > 1e-3
+    merged_and_quantized(packed, tmp_path, capsys)
+
+
+def merged_and_quantized(packed, tmp_path, capsys):
+    """The loss that is printed is that of the checkpoint, which in 8 bits is that of the adapter beside the weights."""
+    asked = ["merge", str(packed / "packed"), str(tmp_path / "whole"), str(tmp_path / "merged"), "--json", "--quiet"]
+    assert main([*asked, "--bits", "8"]) == 2
+    assert "--bits needs --data" in capsys.readouterr().err
+    data = ["--data", str(packed / "data.jsonl"), "--held-out", str(packed / "data.jsonl")]
+    assert main([*asked, *data, "--bits", "8", "--group-size", "32", "--method", "rtn", "--seq-len", "16"]) == 0
+    said = json.loads(capsys.readouterr().out)
+
+    def loss(model):
+        total = count = 0.0
+        for row in rows.read(packed / "data.jsonl", model.tokenizer, 64)[0][:3]:
+            logits = np.asarray(model(row.ids[None]), np.float64)[0, :-1]
+            logits -= logits.max(-1, keepdims=True)
+            logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
+            counts = row.counts[1:]
+            total -= logits[np.arange(len(logits)), row.ids[1:]][counts].sum()
+            count += counts.sum()
+        return total / count
+
+    merged = loss(awq_jax.load(tmp_path / "merged"))
+    beside = loss(awq_jax.load(packed / "packed", adapter=tmp_path / "whole"))
+    np.testing.assert_allclose([said["loss_beside"], said["loss_merged"]], [beside, merged], atol=2e-3)
+    assert abs(merged - beside) < 0.05 < loss(awq_jax.load(packed / "packed")) - beside

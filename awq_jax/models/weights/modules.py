@@ -66,6 +66,37 @@ def folded_scales(scales: Mapping[str, FoldedScale], config: ModelConfig) -> dic
     return out
 
 
+def by_path(scales: Mapping[str, FoldedScale], config: ModelConfig) -> dict[str, FoldedScale]:
+    """The inverse of `folded_scales`; of experts ``[E, K]`` and ``[E, N]``."""
+    if not scales:
+        return {}
+    out: dict[str, FoldedScale] = {}
+    for linear in linears(config):
+        found = next((scales[n] for n in config.names.spellings(linear.module) if n in scales), None)
+        if found is None:
+            continue
+        past = found.output
+        if past is not None and linear.part is not None:
+            past = np.asarray(linear.part.of(jnp.asarray(past)))
+        if linear.expert is None:
+            out[linear.path] = FoldedScale(found.input, past)
+            continue
+        each = out.get(linear.path, FoldedScale(None, None))
+        out[linear.path] = FoldedScale(
+            *(_with(s, linear.expert, own, (linear.shape[0], size))
+              for s, own, size in zip(each, (found.input, past), linear.shape[1:], strict=True))
+        )  # fmt: skip
+    return out
+
+
+def _with(s: np.ndarray | None, expert: int, own: np.ndarray | None, shape: tuple[int, int]) -> np.ndarray | None:
+    """Scales ``[E, ...]`` with those of one expert put in; 1 where none are known."""
+    if own is not None:
+        s = np.ones(shape, np.float32) if s is None else s
+        s[expert] = own
+    return s
+
+
 def _each(s: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """``s`` of each expert: those that read one activation have one for it, and the outputs of all side by side."""
     return np.broadcast_to(s if len(shape) == 1 else s.reshape(-1, shape[-1]), shape)
