@@ -22,7 +22,10 @@ Text = str | Sequence[int] | np.ndarray
 
 
 class Scorable(Protocol):
-    """What evaluation needs of a model; `awq_jax.serve.model.Model` has it."""
+    """What evaluation needs of a model; `awq_jax.serve.model.Model` has it.
+
+    A model may have ``forward``, the same function as ``apply``, to be called as it is: of several compiled programs.
+    """
 
     @property
     def params(self) -> Any:
@@ -145,11 +148,10 @@ def scorer(
     """
     work = _Windows(model, text, context, stride, max_tokens, batch_size, bos)
 
-    @jax.jit
-    def score(params: object, tokens: jax.Array, following: jax.Array) -> tuple[jax.Array]:
-        logits = model.apply(params, tokens).astype(jnp.float32)
-        gold = jnp.take_along_axis(logits, following[..., None], axis=-1)[..., 0]
-        return (jax.nn.logsumexp(logits, axis=-1) - gold,)
+    forward = _forward(model)
+
+    def score(params: object, tokens: np.ndarray, following: np.ndarray) -> tuple[jax.Array]:
+        return (_nll(forward(params, tokens), following),)
 
     def measure(params: object, progress: Progress) -> Perplexity:
         (window_nll,), window_tokens = work.sums("perplexity", progress, functools.partial(score, params))
@@ -189,20 +191,38 @@ def kl(
     if other != work.vocabulary:
         raise ConfigError(f"the models have {work.vocabulary} and {other} tokens; KL needs the same vocabulary")
 
-    @jax.jit
-    def compare(
-        params: object, reference_params: object, tokens: jax.Array, _: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        q = jax.nn.log_softmax(model.apply(params, tokens).astype(jnp.float32))
-        p = jax.nn.log_softmax(reference.apply(reference_params, tokens).astype(jnp.float32))
-        terms = jnp.where(p > -jnp.inf, jnp.exp(p) * (p - q), 0.0)  # masked tokens: 0 log 0 = 0
-        return terms.sum(axis=-1), p.argmax(-1) == q.argmax(-1)
+    ours, theirs = _forward(model), _forward(reference)
+    params, reference_params = model.params, reference.params
 
-    per_token = functools.partial(compare, model.params, reference.params)
+    def per_token(tokens: np.ndarray, _: np.ndarray) -> tuple[jax.Array, jax.Array]:
+        return _divergence(theirs(reference_params, tokens), ours(params, tokens))
+
     (window_kl, same), window_tokens = work.sums("KL", progress, per_token)
     mean, error = _mean(window_kl, window_tokens)
     total = int(window_tokens.sum())
     return Divergence(mean, error, float(same.sum()) / total, total)
+
+
+def _forward(model: Scorable) -> Callable[..., jax.Array]:
+    """Logits of tokens, compiled."""
+    forward: Callable[..., jax.Array] = getattr(model, "forward", None) or jax.jit(model.apply)
+    return forward
+
+
+@jax.jit
+def _nll(logits: jax.Array, following: jax.Array) -> jax.Array:
+    """Negative log likelihood ``[B, T]`` of tokens ``following [B, T]``."""
+    logits = logits.astype(jnp.float32)
+    gold = jnp.take_along_axis(logits, following[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - gold
+
+
+@jax.jit
+def _divergence(reference: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """``KL(reference || logits)`` of every token, and whether both rank the same one first."""
+    p, q = (jax.nn.log_softmax(a.astype(jnp.float32)) for a in (reference, logits))
+    terms = jnp.where(p > -jnp.inf, jnp.exp(p) * (p - q), 0.0)  # masked tokens: 0 log 0 = 0
+    return terms.sum(axis=-1), p.argmax(-1) == q.argmax(-1)
 
 
 def difference(a: Perplexity, b: Perplexity) -> tuple[float, float | None]:

@@ -41,7 +41,7 @@ def add(subparsers: common.Commands) -> None:
     p.add_argument("--model", metavar="DIR", help="use this float checkpoint instead")
     p.add_argument("--samples", type=common.positive, default=4, metavar="N",
                    help="calibration sequences of 512 tokens (default: %(default)s)")  # fmt: skip
-    p.add_argument("--eval-tokens", type=common.positive, default=2048, metavar="N", help="default: %(default)s")
+    p.add_argument("--eval-tokens", type=common.positive, default=1024, metavar="N", help="default: %(default)s")
     p.add_argument("--group-size", type=int, default=64, metavar="N", help="rows per scale (default: %(default)s)")
     p.add_argument("--method", default="awq+gptq", choices=METHOD_NAMES[1:],
                    help="default: %(default)s")  # fmt: skip

@@ -5,13 +5,22 @@ module transform is used: split the state, call under `jax.jit`.
 """
 
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from awq_jax import nnx as nnx_layers
-from awq_jax.models.config import AttentionConfig, DeltaConfig, LatentConfig, LayerConfig, ModelConfig, MoEConfig
+from awq_jax.models.config import (
+    AttentionConfig,
+    DeltaConfig,
+    LatentConfig,
+    LayerConfig,
+    ModelConfig,
+    MoEConfig,
+    RopeConfig,
+)
 from awq_jax.models.layers import rope
 from awq_jax.models.layers.attention import Attention, Step
 from awq_jax.models.layers.cache import Cache, LayerCache
@@ -78,6 +87,31 @@ class Layer(nnx.Module):
 
 
 Call = Callable[[Layer, jax.Array, Step, LayerCache | None], tuple[jax.Array, LayerCache]]
+
+
+def ropes(config: ModelConfig) -> dict[RopeConfig, int]:
+    """The rotations that layers ask for, each with the size of a head."""
+    return {layer.rope: layer.attention.head_dim for layer in config.layers if layer.rope is not None}
+
+
+class Begun(NamedTuple):
+    """What the layers read.
+
+    Attributes:
+      embedded: ``[B, T, hidden]``: what the first one reads.
+      angles: cosines and sines for each of `ropes`.
+      blocks, deep, shift: see `awq_jax.models.vision.towers.Seen`.
+    """
+
+    embedded: jax.Array
+    angles: tuple[tuple[jax.Array, jax.Array], ...]
+    blocks: jax.Array | None
+    deep: tuple[jax.Array, ...]
+    shift: jax.Array | None
+
+    def step(self, config: ModelConfig, positions: jax.Array, decoding: bool) -> Step:
+        """What the layers share."""
+        return Step(positions, dict(zip(ropes(config), self.angles, strict=True)), decoding, self.blocks)
 
 
 class Embedding(nnx.Module):
@@ -155,22 +189,34 @@ class Decoder(nnx.Module):
         Returns:
           ``[B, T, hidden]`` and the new cache.
         """
-        seen = self.look(tokens, positions, images)
-        x, shift = seen.embedded, seen.shift if cache is None or cache.shift is None else cache.shift
-        turns = seen.turns
-        if turns is None:
-            turns = positions if shift is None else positions + shift[:, None]
-        ropes = {layer.rope: layer.attention.head_dim for layer in self.config.layers if layer.rope is not None}
-        angles = {turn: rope.cos_sin(turn, dim, turns) for turn, dim in ropes.items()}
-        step = Step(positions, angles, cache is not None and tokens.shape[1] == 1, seen.blocks)
+        begun = self.begin(tokens, positions, None if cache is None else cache.shift, images)
+        x, step = begun.embedded, begun.step(self.config, positions, cache is not None and tokens.shape[1] == 1)
         kept = []
         for i, layer in enumerate(self.layers):
             x, own = call(layer, x, step, None if cache is None else cache.layers[i])
-            x = x + seen.deep[i] if i < len(seen.deep) else x
+            x = x + begun.deep[i] if i < len(begun.deep) else x
             kept.append(own)
-        if self.config.final_norm:
-            x = self.norm(x)
-        return x, Cache(tuple(kept), shift)
+        return self.end(x), Cache(tuple(kept), begun.shift)
+
+    def begin(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        shift: jax.Array | None,
+        images: Mapping[str, jax.Array] | None = None,
+    ) -> Begun:
+        """What the layers read, for `hidden`; ``shift``: that of the cache, if there is one."""
+        seen = self.look(tokens, positions, images)
+        shift = seen.shift if shift is None else shift
+        turns = seen.turns
+        if turns is None:
+            turns = positions if shift is None else positions + shift[:, None]
+        angles = tuple(rope.cos_sin(turn, dim, turns) for turn, dim in ropes(self.config).items())
+        return Begun(seen.embedded, angles, seen.blocks, seen.deep, shift)
+
+    def end(self, x: jax.Array) -> jax.Array:
+        """What the last layer left, normalised."""
+        return self.norm(x) if self.config.final_norm else x
 
     def look(self, tokens: jax.Array, positions: jax.Array, images: Mapping[str, jax.Array] | None) -> towers.Seen:
         """What the first layer reads, and what else images change."""

@@ -19,9 +19,26 @@ Angles = tuple[jax.Array, jax.Array]
 
 def call(layer: Layer, x: jax.Array, step: Step, past: LayerCache | None) -> tuple[jax.Array, LayerCache]:
     """``layer(x, step, past)``, within a trace."""
-    graphdef, state = nnx.split(layer)
+    return call_split(*nnx.split(layer), x, step, past)
+
+
+def call_split(
+    graphdef: nnx.GraphDef, state: nnx.State, x: jax.Array, step: Step, past: LayerCache | None
+) -> tuple[jax.Array, LayerCache]:
+    """`call` of a layer that is split already; outside of a trace it is a program of its own."""
+    return _layer(*_arguments(graphdef, state, x, step, past))
+
+
+def lower(graphdef: nnx.GraphDef, state: nnx.State, x: jax.Array, step: Step) -> jax.stages.Lowered:
+    """The program of `call_split` for a prompt, of arrays or of their shapes."""
+    return _layer.lower(*_arguments(graphdef, state, x, step, None))
+
+
+def _arguments(
+    graphdef: nnx.GraphDef, state: nnx.State, x: jax.Array, step: Step, past: LayerCache | None
+) -> tuple[object, ...]:
     ropes, angles = tuple(step.angles), tuple(step.angles.values())
-    return _layer(graphdef, ropes, step.decoding, state, x, step.positions, angles, step.blocks, past)
+    return graphdef, ropes, step.decoding, state, x, step.positions, angles, step.blocks, past
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

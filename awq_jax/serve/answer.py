@@ -43,13 +43,14 @@ class Scored:
 
     Attributes:
       params: with the adapter's factors beside the weights.
-      apply: logits of tokens.
+      apply, forward: logits of tokens; see `awq_jax.serve.model.Model`.
       config: architecture.
       tokenizer: the model's.
     """
 
     params: nnx.State
     apply: Callable[..., jax.Array]
+    forward: Callable[..., jax.Array]
     config: ModelConfig
     tokenizer: TokenizerLike | None
 

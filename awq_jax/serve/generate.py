@@ -15,13 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
+from jax.typing import ArrayLike
 
 from awq_jax.errors import ConfigError, ShapeError
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.layers.cache import Cache, KeyValues
 from awq_jax.models.vision.inputs import of_images
 from awq_jax.placement import Placement
-from awq_jax.serve import alike_layers
+from awq_jax.serve import alike_layers, layer_programs
 from awq_jax.serve.sampling import Drawn, Draws, Sampling, begin, draw
 
 log = logging.getLogger(__name__)
@@ -97,11 +98,24 @@ class Generator:
     ):
         self.graphdef, self.config, self.place = graphdef, config, place
         self.options = xla = dict(options) if options else None
-        self.forward = jax.jit(lambda params, input_ids, **images: nnx.merge(graphdef, params)(input_ids, **images))
+        self.by_layer = layer_programs.LayerPrograms(graphdef, config)
+        self._whole = jax.jit(lambda params, input_ids, **images: nnx.merge(graphdef, params)(input_ids, **images))
         self.prefill = jax.jit(self._prefill, static_argnames=("slots",), compiler_options=xla)
         self.extend = jax.jit(self._extend, donate_argnames=("cache",), compiler_options=xla)
         self.step = jax.jit(self._step, donate_argnames=("cache", "draws"), compiler_options=xla)
         self.programs: dict[Any, jax.stages.Compiled] = {}
+
+    @property
+    def reads_by_layer(self) -> bool:
+        """Whether prompts are read by `awq_jax.serve.layer_programs`: on a CPU, whose products take far longer than
+        calling them."""
+        return self.place is None and jax.default_backend() == "cpu"
+
+    def forward(self, params: nnx.State, input_ids: ArrayLike, **images: ArrayLike) -> jax.Array:
+        """Logits float32 ``[B, T, vocab]`` of every position; see `awq_jax.models.decoder.Decoder`."""
+        if not self.reads_by_layer:
+            return self._whole(params, input_ids, **images)
+        return self.by_layer.logits(params, np.asarray(input_ids), images)
 
     def _prefill(
         self,
@@ -152,9 +166,7 @@ class Generator:
 
     def compiled(self, function: Any, *arguments: Any, **static: Any) -> jax.stages.Compiled:
         """The program of one of the functions above for arguments of these shapes, compiled before it is timed."""
-        leaves, tree = jax.tree.flatten(arguments)
-        shapes = tuple((a.shape, a.dtype, getattr(a, "sharding", None)) for a in leaves)
-        key = function, tree, shapes, tuple(static.items())
+        key = layer_programs.key(function, arguments, static)
         if key not in self.programs:
             self.programs[key] = function.lower(*arguments, **static).compile()
         return self.programs[key]
@@ -284,6 +296,9 @@ class Generator:
         tokens = np.zeros((len(prompts), width), np.int32)
         for line, prompt in zip(tokens, prompts, strict=True):
             line[: len(prompt) - seen] = prompt[seen:]
+        if cache is None and self.reads_by_layer:
+            read, took = self.by_layer.prompt(params, tokens, lengths, draws, images, slots)
+            return jax.block_until_ready(read()), took
         start = time.perf_counter()
         if cache is None:
             program = self.compiled(self.prefill, params, tokens, lengths, draws, images, slots=slots)

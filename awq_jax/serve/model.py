@@ -127,6 +127,7 @@ class Model(Answering, saving.Pushed):
       apply: ``apply(params, input_ids [B, T] int32) -> logits [B, T, vocab] float32``: pure, without a
         cache; what calibration and evaluation trace. A model that looks at images takes them as further
         keyword arguments (see `inputs`).
+      forward: as ``apply``, of compiled programs: what evaluation calls.
       generator: `awq_jax.serve.generate.Generator` of this model, for token ids without text.
     """
 
@@ -156,6 +157,7 @@ class Model(Answering, saving.Pushed):
 
         self.apply: Callable[..., jax.Array] = apply
         self.generator = self._weights.as_held()[0]
+        self.forward: Callable[..., jax.Array] = self.generator.forward
 
     def __repr__(self) -> str:
         leaves = paths.flatten(self._weights.as_held()[1]).values()
@@ -268,7 +270,7 @@ class Model(Answering, saving.Pushed):
         """
         name = adapter or self._always or next(iter(self.adapters), None)
         params = self.take_params() if self._adapters is None else self._adapters.one(self.take_params(), name)
-        return Scored(params, self.apply, self.config, self.tokenizer)
+        return Scored(params, self.apply, self.forward, self.config, self.tokenizer)
 
     @property
     def nbytes(self) -> int:

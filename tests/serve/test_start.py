@@ -22,6 +22,8 @@ from awq_jax.kernels import native
 from awq_jax.models.decoder import Decoder
 from awq_jax.models.weights import params
 from awq_jax.serve import alike_layers
+from awq_jax.serve.generate import Generator
+from awq_jax.serve.sampling import Draws
 
 # In a process of its own: what is imported and compiled by loading a model and generating its first token.
 FIRST_TOKEN = """
@@ -127,3 +129,27 @@ def test_all_finite(dtype: str, bad: float) -> None:
     assert dtypes.all_finite(array)
     array[2, -1] = bad
     assert not dtypes.all_finite(array)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])  # layers of one kind, and of two
+def test_a_prompt_read_layer_by_layer_is_that_of_the_whole_program(family: str) -> None:
+    config = models.config_from_hf({"model_type": family} | tiny_checkpoints.SIZES | {"num_hidden_layers": 4})
+    decoder = Decoder(config, rngs=nnx.Rngs(1))
+    graphdef, state = nnx.split(decoder)
+    generator = Generator(graphdef, config)
+    assert generator.reads_by_layer
+    tokens, lengths = np.arange(12).reshape(2, 6) % config.vocab_size, np.array([6, 4], np.int32)
+    np.testing.assert_allclose(generator.forward(state, tokens), generator._whole(state, tokens), rtol=0, atol=1e-5)
+    run, _ = generator.by_layer.prompt(state, tokens, lengths, Draws(), slots=9)
+    found, want = run(), generator.prefill(state, tokens, lengths, Draws(), slots=9)
+    assert jax.tree.structure(found) == jax.tree.structure(want)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+
+
+def test_reading_layer_by_layer_compiles_one_program_for_each_kind_of_layer() -> None:
+    config = models.config_from_hf({"model_type": "gemma2"} | tiny_checkpoints.SIZES | {"num_hidden_layers": 6})
+    graphdef, state = nnx.split(Decoder(config, rngs=nnx.Rngs(1)))
+    before = alike_layers._layer._cache_size()
+    Generator(graphdef, config).forward(state, np.zeros((1, 5), np.int32))
+    assert alike_layers._layer._cache_size() - before == 2  # gemma2: with a window and without
