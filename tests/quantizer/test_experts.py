@@ -95,3 +95,45 @@ def test_a_kernel_known_by_name_is_a_site():
     p = {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in shapes.items()}
     plan = discover(fn, p, jax.ShapeDtypeStruct((256, 128), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.int32))
     assert {s.path: s.axes for _, s in plan.sites()} == {"up": "bkn", "square": "bnk", "down": "bkn", "head": "kn"}
+
+
+def test_megablox_is_quantized_and_served():
+    """Interpreted on a CPU for the float model; NumPy multiplies each row by the packed weight of its expert."""
+    gmm = pytest.importorskip("jax.experimental.pallas.ops.tpu.megablox").gmm
+    rng = np.random.default_rng(0)
+    shapes = {"up": (2, 32, 64), "down": (2, 32, 64), "router": (32, 2), "head": (32, 32)}
+    p = {k: jnp.asarray(rng.normal(size=s) / 6, jnp.float32) for k, s in shapes.items()}
+    x = jnp.asarray(rng.normal(size=(128, 32)) * np.exp(rng.normal(size=32)), jnp.float32)
+    p["norm"] = jnp.ones(32)
+    asked = (jnp.float32, (128, 32, 32), None, None)
+
+    def fn(p, x):
+        x = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-6) * p["norm"]
+        expert = jnp.argmax(x @ p["router"], -1)
+        order, sizes = jnp.argsort(expert), jnp.bincount(expert, length=2).astype(jnp.int32)
+        up = jnp.tanh(gmm(x[order], p["up"], sizes, *asked, False, True))
+        return gmm(up, p["down"], sizes, *asked, True, True)[jnp.argsort(order)] @ p["head"]
+
+    calib = awq_jax.calibrate(fn, p, [x], progress=False)
+    assert {s.path: s.axes for _, s in calib.plan.sites() if "b" in s.axes} == {"up": "bkn", "down": "bnk"}
+    q = awq_jax.quantize(p, calib, group_size=32, method="awq", n_grid=4, progress=False)
+    assert {k for k, v in q.items() if isinstance(v, awq_jax.QuantizedTensor)} == {"up", "down"}
+    d = {k: np.asarray(v, np.float64) for k, v in dense(q).items()}
+    h = rms(np.asarray(x, np.float64), d["norm"])
+    expert = (h @ d["router"]).argmax(-1)
+    want = np.stack([np.tanh(row @ d["up"][e]) @ d["down"][e].T for row, e in zip(h, expert, strict=True)]) @ d["head"]
+    np.testing.assert_allclose(awq_jax.bind(fn)(q, x), want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_known_kernel_with_more_operands_is_none():
+    """Of megablox: a product that is added to what is there."""
+    gmm = pytest.importorskip("jax.experimental.pallas.ops.tpu.megablox").gmm
+
+    def fn(p, x, sizes):
+        return gmm(x, p["w"], sizes, jnp.float32, (128, 32, 32), None, jnp.ones((128, 32)), False, True) @ p["head"]
+
+    p = {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in {"w": (2, 32, 32), "head": (32, 32)}.items()}
+    x = jax.ShapeDtypeStruct((128, 32), jnp.float32)
+    plan = discover(fn, p, x, jax.ShapeDtypeStruct((2,), jnp.int32))
+    assert {s.path for _, s in plan.sites()} == {"head"}
+    assert plan.skipped["w"] == "it is read by pallas_call"
