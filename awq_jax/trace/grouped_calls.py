@@ -1,12 +1,13 @@
 """Matmuls whose rows each meet the weight of an expert: `jax.lax.ragged_dot`, and kernels that are known by name.
 
 Such a kernel is not looked into. Its operands are told by their shapes: rows [M, K], weights [E, K, N] or
-[E, N, K], and how many rows each expert has, [E]. With more operands than these it computes something else: a part of
-the experts, or a product that is added to what is there.
+[E, N, K], and how many rows each expert has, [E]. Another array is one that the product is added to, so it is none
+of these. Only a number may stand beside them, of the first expert there is: 0, as every expert has a size.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -45,7 +46,7 @@ def grouped(op: Op) -> Grouped | None:
     vals = [(i, v) for i, v in enumerate(op.ins) if isinstance(v, Val)]
     lhs_at = next((i for i, v in vals if len(v.shape) == 2 and v.is_float), None)
     weight = next((i for i, v in vals if len(v.shape) == 3 and v.is_float), None)
-    if lhs_at is None or weight is None or len(vals) != 3:
+    if lhs_at is None or weight is None or sum(math.prod(v.shape) > 1 or v.is_float for _, v in vals) != 3:
         return None
     (m, k), (e, a, b), out = op.ins[lhs_at].shape, op.ins[weight].shape, op.outs[0].shape
     sizes = next(
