@@ -1,11 +1,12 @@
 """What a quantized model of somebody else's package loses: run in that package's environment.
 
-``python measure.py MODEL ...`` prints one JSON object of `Measured` for each name of `MODELS`.
+``python measure.py FILE MODEL ...`` prints one JSON object for each of the models that FILE enters into `MODELS`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import os
 import sys
@@ -23,6 +24,7 @@ import awq_jax
 
 GROUP = 32
 VOCAB = 256
+STEPS = 6  # that are decoded one by one
 MODELS: dict[str, Callable[[], Model]] = {}
 
 
@@ -36,12 +38,15 @@ class Model:
       batch: of a seed.
       folds: a weight -> what absorbs the scale of its input, by parts of their paths; written down before a plan was
         looked at.
+      decode: ``decode(bind, params, ids)`` that returns the logits of `ids` by the model's own function for one token
+        after another, each with what it keeps of those before; ``bind`` is to be put around that function.
     """
 
     fn: Callable[..., Any]
     params: Any
     batch: Callable[[int], tuple[Any, ...]]
     folds: dict[str, set[str]] = dataclasses.field(default_factory=dict)
+    decode: Callable[[Callable[..., Any], Any, jax.Array], jax.Array] | None = None
 
 
 def model(build: Callable[[], Model]) -> Callable[[], Model]:
@@ -50,10 +55,10 @@ def model(build: Callable[[], Model]) -> Callable[[], Model]:
     return build
 
 
-def tokens(seed: int, shape: tuple[int, int] = (8, 48)) -> jax.Array:
-    """Token ids with correlations: each is near the one before it."""
+def tokens(seed: int, shape: tuple[int, int] = (8, 48), low: int = 0) -> jax.Array:
+    """Token ids of at least ``low`` with correlations: each is near the one before it."""
     rng = np.random.default_rng(seed)
-    return jnp.asarray(np.abs(rng.integers(-20, 21, shape).cumsum(axis=1)) % VOCAB, jnp.int32)
+    return jnp.asarray(np.maximum(np.abs(rng.integers(-20, 21, shape).cumsum(axis=1)) % VOCAB, low), jnp.int32)
 
 
 def uneven(params: Any, seed: int = 0) -> Any:
@@ -86,6 +91,12 @@ def measure(name: str) -> dict[str, Any]:
             want, got = (np.asarray(f(p, *batch), np.float64) for f, p in ((made.fn, params), (bound, q)))
             moved, size = moved + float(((want - got) ** 2).sum()), size + float((want**2).sum())
         errors[method] = (moved / size) ** 0.5
+    served = None
+    if made.decode is not None:
+        ids = made.batch(200)[0][:1, :STEPS]
+        one_by_one = np.asarray(made.decode(awq_jax.bind, q, ids), np.float64)
+        whole = np.asarray(bound(q, ids), np.float64)
+        served = float(np.abs(one_by_one - whole).max() / np.abs(whole).max())
     share = report.share
     assert share is not None
     divisible = {s.path for g, s in plan.sites() if g.channels % GROUP == 0}
@@ -105,6 +116,7 @@ def measure(name: str) -> dict[str, Any]:
         "unlike": wrong_folds(made.folds, folded),
         "rounded": errors["rtn"],
         "error": errors["awq+gptq"],
+        "decoded": served,
         "seconds": time.perf_counter() - started,
     }
 
@@ -123,10 +135,10 @@ def wrong_folds(expected: dict[str, set[str]], found: dict[str, list[str]]) -> l
 
 
 if __name__ == "__main__":
-    import measure as entered  # this file under its name, as `models` knows it
-    import models  # noqa: F401, which enters them
+    import measure as entered  # this file under its name, as those that enter models know it
 
-    for chosen in sys.argv[1:]:
+    importlib.import_module(sys.argv[1])
+    for chosen in sys.argv[2:]:
         try:
             print(json.dumps(entered.measure(chosen)), flush=True)
         except Exception as e:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import importlib.util
 import sys
 import types
@@ -23,7 +25,18 @@ def _of_transformers(name: str, config: Any) -> Model:
     def fn(params: Any, ids: jax.Array) -> Any:
         return made(ids, params=params, train=False, return_dict=False)[0]
 
-    return Model(fn, made.params, lambda seed: (tokens(seed),))
+    def decode(bind: Any, params: Any, ids: jax.Array) -> jax.Array:
+        def one(params: Any, token: jax.Array, cache: Any, at: jax.Array) -> Any:
+            known = {"past_key_values": cache, "attention_mask": jnp.ones_like(ids), "position_ids": at}
+            return made(token, params=params, train=False, return_dict=False, **known)[:2]
+
+        step, cache, logits = bind(one), made.init_cache(*ids.shape), []
+        for at in range(ids.shape[1]):
+            found, cache = step(params, ids[:, at : at + 1], cache, jnp.full((len(ids), 1), at))
+            logits.append(found)
+        return jnp.concatenate(logits, 1)
+
+    return Model(fn, made.params, lambda seed: (tokens(seed),), decode=decode)
 
 
 @model
@@ -38,7 +51,7 @@ def hf_llama() -> Model:
         "mlp/gate_proj": {"post_attention_layernorm"},
         "mlp/down_proj": {"up_proj"},
     }
-    return Model(made.fn, made.params, made.batch, folds)
+    return dataclasses.replace(made, folds=folds)
 
 
 @model
@@ -47,7 +60,7 @@ def hf_gpt2() -> Model:
 
     config = GPT2Config(vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=4, n_positions=64)
     made = _of_transformers("FlaxGPT2LMHeadModel", config)
-    return Model(made.fn, made.params, made.batch, {"attn/c_attn": {"ln_1/bias", "ln_1/scale"}})
+    return dataclasses.replace(made, folds={"attn/c_attn": {"ln_1/bias", "ln_1/scale"}})
 
 
 @model
@@ -156,7 +169,19 @@ def _of_tunix(module: str, cls: str, config: Any) -> Model:
         places = jnp.broadcast_to(jnp.arange(t), (b, t))
         return fn(params, ids, places, None, jnp.broadcast_to(jnp.tril(jnp.ones((t, t), bool)), (b, t, t)))[0]
 
-    return Model(call, params, lambda seed: (tokens(seed),))
+    def decode(bind: Any, params: Any, ids: jax.Array) -> jax.Array:
+        b, t = ids.shape
+        keys = jnp.zeros((b, t, made.config.num_kv_heads, made.config.head_dim))
+        layer = {"k": keys, "v": keys, "end_index": jnp.zeros((b,), jnp.int32)}  # as tunix's sampler makes them
+        cache: Any = {f"layer_{i}": layer for i in range(made.config.num_layers)}
+        step, logits = bind(fn), []
+        for at in range(t):
+            mask = jnp.broadcast_to(jnp.arange(t) <= at, (b, 1, t))
+            one, cache = step(params, ids[:, at : at + 1], jnp.full((b, 1), at), cache, mask)
+            logits.append(one)
+        return jnp.concatenate(logits, 1)
+
+    return Model(call, params, lambda seed: (tokens(seed),), decode=decode)
 
 
 @model
@@ -170,7 +195,7 @@ def tunix_llama3() -> Model:
         ),
     )  # fmt: skip
     folds = {"attn/q_proj": {"input_layernorm"}, "mlp/down_proj": {"up_proj"}, "attn/o_proj": {"v_proj"}}
-    return Model(made.fn, made.params, made.batch, folds)
+    return dataclasses.replace(made, folds=folds)
 
 
 @model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -11,19 +12,39 @@ import pytest
 
 HERE = Path(__file__).parent
 ENVS = os.environ.get("AWQ_JAX_ZOO_ENVS", "")
-MODELS = [line[4:].split("(")[0] for line in (HERE / "models.py").read_text().splitlines() if line.endswith("> Model:")]
-MODELS = [name for name in MODELS if not name.startswith("_")]
+FILES = {"models": "flax", "flax_examples": "flax", "maxtext_models": "maxtext"}  # -> environment
+MODELS = [
+    (file, name)
+    for file in FILES
+    for name in re.findall(r"^@model\ndef (\w+)", (HERE / f"{file}.py").read_text(), re.MULTILINE)
+]
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not ENVS, reason="AWQ_JAX_ZOO_ENVS names the directory of make_envs.sh"),
+]
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not ENVS, reason="AWQ_JAX_ZOO_ENVS names the directory of make_envs.sh")
-@pytest.mark.parametrize("name", MODELS)
-def test_a_model_of_another_package(name: str) -> None:
-    command = [str(Path(ENVS) / "flax" / "bin" / "python"), str(HERE / "measure.py"), name]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
-    assert run.returncode == 0, run.stderr[-3000:]
-    got = json.loads(run.stdout.splitlines()[-1])
+def run(env: str, program: str, *arguments: str) -> dict:
+    """The last line that a program of this folder prints in an environment."""
+    command = [str(Path(ENVS) / env / "bin" / "python"), str(HERE / program), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(("file", "name"), MODELS)
+def test_a_model_of_another_package(file: str, name: str) -> None:
+    got = run(FILES[file], "measure.py", file, name)
     assert "crash" not in got, got
     assert got["packed"] >= 0.95, got["left"]
     assert got["unlike"] == []
     assert got["error"] < got["rounded"]
+    assert got["decoded"] is None or got["decoded"] < 1e-3
+
+
+def test_a_checkpoint_of_maxtext_through_orbax_and_back(tmp_path: Path) -> None:
+    """What is decoded with the model's cache is what the whole model makes of all tokens at once."""
+    got = run("maxtext", "maxtext_checkpoint.py", str(tmp_path))
+    assert got["packed"] == 7
+    assert got["decoded"] == got["whole"]
