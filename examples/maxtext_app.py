@@ -27,7 +27,8 @@ def main(out: Path, arguments: Sequence[str], batches: Sequence[np.ndarray] = ()
     config: Any = pyconfig.initialize(["maxtext_app", *arguments])
     jax.set_mesh(mesh := maxtext_utils.get_mesh_from_config(config))
     model = model_creation_utils.from_pretrained(config, mesh=mesh, model_mode=MODEL_MODE_AUTOREGRESSIVE)
-    graph, params, cache, rest = nnx.split(model, nnx.Param, nnx.Cache, ...)
+    graph, params, *others = nnx.split(model, nnx.Param, nnx.Cache, ...)
+    cache, rest = others
 
     def forward(params: Any, ids: jax.Array) -> jax.Array:
         """All tokens at once, as in training; here the plan is found, and calibrated."""
