@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
-from awq_jax.cli import common
+from awq_jax.cli import bench_serve, common
 from awq_jax.errors import ConfigError
 
 _EXAMPLES = """
 awq-jax bench kernels --shapes 4096x14336 8192x8192 --rows 1 16 64
 awq-jax bench decode --model llama-3-8b
 awq-jax bench prefill --model llama-2-7b --context 2048 --json
+awq-jax bench serve --dir ./model-awq --requests 100 --concurrency 16
+awq-jax bench serve --against http://127.0.0.1:8000/v1 --rate 2 --prompt-tokens 512 --output-tokens 128
 awq-jax bench tune --out nvidia-h200.json      # entries that are there stay, unless measured again
 """
 
@@ -26,10 +29,10 @@ def add(subparsers: common.Commands) -> None:
         "measure kernels and models on this device",
         "Measure against the device's own ceilings and against XLA in bfloat16, on random weights. kernels: products "
         "of packed weights, also those of torch, gemlite and Marlin where installed; decode, prefill: whole models; "
-        "tune: the kernels' tile sizes, to be kept as a table.",
+        "serve: a server under load; tune: the kernels' tile sizes, to be kept as a table.",
         _EXAMPLES,
     )
-    p.add_argument("what", choices=("kernels", "decode", "prefill", "tune"))
+    p.add_argument("what", choices=("kernels", "decode", "prefill", "serve", "tune"))
     p.add_argument("--shapes", nargs="+", type=_shape, metavar="KxN", help="inputs x outputs of the products")
     p.add_argument("--rows", nargs="+", type=common.positive, metavar="M", help="activation rows of the products")
     p.add_argument("--bits", type=int, choices=(4, 8), default=4, help="default: %(default)s")
@@ -45,6 +48,7 @@ def add(subparsers: common.Commands) -> None:
     p.add_argument(
         "--steps", type=common.positive, default=64, metavar="S", help="tokens decoded (default: %(default)s)"
     )
+    bench_serve.add(p)
     p.add_argument("--out", type=Path, metavar="FILE", help="write the JSON there as well")
 
 
@@ -56,10 +60,16 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError(f"--seconds must be a positive number; got {args.seconds}")
     if args.what in ("kernels", "tune"):
         _check_shapes(args)
+    if args.what == "serve":
+        bench_serve.check(args)
+        return _told(bench_serve.measure(args), args)
     from awq_jax.cli import measure  # imports JAX, for which --help must not wait
 
     work = {"kernels": measure.kernels, "decode": measure.model, "prefill": measure.model, "tune": measure.tune}
-    result = work[args.what](args)
+    _told(work[args.what](args), args)
+
+
+def _told(result: Mapping[str, object], args: argparse.Namespace) -> None:
     text = common.to_json(result)
     if args.out:
         args.out.write_text(text + "\n")

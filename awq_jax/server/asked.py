@@ -48,6 +48,7 @@ class Asked:
       choices: for each prompt.
       stream: send what comes as it comes.
       usage: end a stream with the counts.
+      ignore_eos: go on where the model would end.
     """
 
     sampling: Sampling
@@ -55,6 +56,7 @@ class Asked:
     choices: int
     stream: bool
     usage: bool
+    ignore_eos: bool
 
     def of_choice(self, number: int) -> Sampling:
         """How the tokens of a choice are picked."""
@@ -99,7 +101,7 @@ def read(f: Fields, defaults: Defaults, most: int | None, logprobs: int | None) 
     if options is not None and not stream:
         raise Problem("stream_options is for stream: true", param="stream_options")
     usage = options is not None and options.flag("include_usage")
-    return Asked(sampling, tokens, f.whole("n", 1, 1, MOST_CHOICES), stream, usage)
+    return Asked(sampling, tokens, f.whole("n", 1, 1, MOST_CHOICES), stream, usage, f.flag("ignore_eos"))
 
 
 def _biases(f: Fields) -> tuple[tuple[int, float], ...]:

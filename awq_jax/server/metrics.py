@@ -21,6 +21,8 @@ class Metrics(Watch):
         self.prompt_tokens = Counter("awq_jax_prompt_tokens", "Tokens of prompts that were read", registry=own)
         self.reused_tokens = Counter("awq_jax_prompt_tokens_reused", "Tokens found in the cache", registry=own)
         self.new_tokens = Counter("awq_jax_generation_tokens", "Tokens that were made", registry=own)
+        self.reading = Counter("awq_jax_prefill_seconds", "Spent reading prompts", registry=own)
+        self.stepping = Counter("awq_jax_decode_seconds", "Spent on steps of answers", registry=own)
         told = "From a request's arrival to its first token"
         self.first_token = Histogram("awq_jax_time_to_first_token_seconds", told, registry=own, buckets=LONG)
         told = "Between two tokens of an answer"
@@ -53,8 +55,12 @@ class Metrics(Watch):
         self.queued.observe(request.times.started - request.times.submitted)
         self.reused_tokens.inc(request.reused)
 
-    def read(self, tokens: int) -> None:
+    def read(self, tokens: int, seconds: float) -> None:
         self.prompt_tokens.inc(tokens)
+        self.reading.inc(seconds)
+
+    def stepped(self, seconds: float) -> None:
+        self.stepping.inc(seconds)
 
     def wrote(self, request: Request) -> None:
         self.new_tokens.inc()

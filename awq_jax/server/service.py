@@ -92,6 +92,7 @@ class Service:
                 for choice in range(asked.choices):
                     own = constraints[len(streams)] if constraints else None
                     given = {"max_new_tokens": asked.most, "scored": scored, "constraint": own}
+                    given["ignore_eos"] = asked.ignore_eos
                     streams.append(self.engine.submit(prompt, asked.of_choice(choice), **given))  # type: ignore[arg-type]
         except Exception:
             for stream in streams:

@@ -7,10 +7,13 @@ import threading
 import time
 
 import httpx
+import numpy as np
 import pytest
 import served
 import uvicorn
 
+from awq_jax.bench import load
+from awq_jax.errors import BackendError
 from awq_jax.serve import Engine, Sampling
 from awq_jax.server.app import app
 from awq_jax.server.metrics import Metrics
@@ -107,6 +110,33 @@ def test_at_the_end_answers_are_finished_or_said_to_be_cut(model):
         assert last == "data: [DONE]" if whole else "unavailable" in last
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{running.address}/health")
+
+
+def test_a_load_is_counted_as_it_was_put(model):
+    running = Running(engine_of(model))
+    given = {"prompt": 9, "output": 6, "vocabulary": 250, "shared": 3, "seed": 4}
+    for kind in ({"concurrency": 3}, {"concurrency": None, "rate": 500.0}):
+        put = load.Load(7, **kind, **given)
+        assert {tuple(p[:3]) for p in put.prompts()} == {tuple(put.prompts()[0][:3])}
+        result = asyncio.run(load.run(f"{running.address}/v1/", put))
+        assert (result["answered"], result["failed"], result["model"]) == (7, 0, "tiny")
+        assert result["output_tokens_per_second"] * result["seconds"] == pytest.approx(42)
+        assert result["prompt_tokens_per_second"] * result["seconds"] == pytest.approx(63)
+        assert 0 < result["time_to_first_token"]["p50"] <= result["request_latency"]["p50"] <= result["seconds"]
+    with pytest.raises(BackendError, match="context_length_exceeded"):
+        asyncio.run(load.run(f"{running.address}/v1/", load.Load(2, prompt=400, vocabulary=250)))
+    running.end()
+    with pytest.raises(BackendError, match="no OpenAI-compatible server"):
+        asyncio.run(load.run(f"{running.address}/v1/", load.Load(1)))
+
+
+def test_percentiles_are_those_of_the_definition():
+    assert load.percentiles(range(1, 101)) == {"mean": 50.5, "p50": 50, "p95": 95, "p99": 99}
+    assert load.percentiles([3.0]) == {"mean": 3.0, "p50": 3.0, "p95": 3.0, "p99": 3.0}
+    assert load.percentiles([]) is None
+    rate = np.diff(load.Load(4000, concurrency=None, rate=8.0).arrivals())
+    assert rate.mean() == pytest.approx(1 / 8, rel=0.05)
+    assert rate.std() == pytest.approx(1 / 8, rel=0.1)  # of an exponential the two are equal
 
 
 @pytest.mark.slow

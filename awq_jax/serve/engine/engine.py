@@ -123,6 +123,7 @@ class Engine:
         chat: bool = False,
         scored: bool = False,
         constraint: Constraint | None = None,
+        ignore_eos: bool = False,
     ) -> Stream:
         """Continue one prompt. To be called in a running event loop.
 
@@ -133,6 +134,7 @@ class Engine:
           chat: wrap the prompt in the tokenizer's chat template.
           scored: report log probabilities of the prompt's tokens.
           constraint: what the answer may say.
+          ignore_eos: do not end where the model would.
 
         Returns:
           An async iterator of `Piece`. One that is dropped, or closed, gives its slot back.
@@ -149,7 +151,8 @@ class Engine:
 
         def request(tell: Tell) -> Request:
             chosen = sampling or Sampling()
-            return Request(ids, chosen, most, self.ends, self.model.tokenizer, tell, scored, constraint)
+            ends = () if ignore_eos else self.ends
+            return Request(ids, chosen, most, ends, self.model.tokenizer, tell, scored, constraint)
 
         return Stream(request, self.put, self.cancel)
 

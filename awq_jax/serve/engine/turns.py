@@ -77,6 +77,7 @@ class Turns:
         tokens = np.zeros(width, np.int32)
         tokens[:length] = request.prompt[start : start + length]
         read = sizes.fitting(self.sizes.reads, start + width)
+        begun = time.perf_counter()
         hidden, self.cache = self.programs(
             "read", self.programs.params, self.cache, number, tokens, np.int32(start), np.int32(length), read=read
         )
@@ -84,7 +85,8 @@ class Turns:
         slot.ids = request.prompt[: slot.read]
         if request.scored:
             self._score(request, hidden, start, length)
-        self.watch.read(length)
+        hidden.block_until_ready()  # so that the time that is counted is that of this work
+        self.watch.read(length, time.perf_counter() - begun)
         if slot.read == len(request.prompt):
             self.scheduler.reading.remove(slot)
             self._first(slot, request, hidden, length - 1)
@@ -126,6 +128,7 @@ class Turns:
 
     def step(self) -> None:
         """The next token of every answer."""
+        begun = time.perf_counter()
         writing = self.scheduler.writing
         first, rows = self.sizes.window([s.number for s in writing])
         positions = np.full(self.sizes.slots, self.sizes.allocated, np.int32)
@@ -140,6 +143,7 @@ class Turns:
         for slot in writing:
             slot.ids.append(int(self._tokens[slot.number]))
         self._draw(logits, first, rows, list(writing))
+        self.watch.stepped(time.perf_counter() - begun)
 
     def _kind(self, requests: Sequence[Request]) -> drawing.Kind:
         kinds = {drawing.kind_of(r.sampling, r.constraint is not None) for r in requests}

@@ -11,8 +11,11 @@ class Watch:
     def started(self, request: Request) -> None:
         """The reading of a prompt begins."""
 
-    def read(self, tokens: int) -> None:
-        """Tokens of a prompt were read."""
+    def read(self, tokens: int, seconds: float) -> None:
+        """Tokens of a prompt were read, in so many seconds."""
+
+    def stepped(self, seconds: float) -> None:
+        """A step has made the next token of every answer, in so many seconds."""
 
     def wrote(self, request: Request) -> None:
         """A token of an answer was made."""
