@@ -34,32 +34,39 @@ class GramFactor(NamedTuple):
 
     Attributes:
       order: int32 ``[K]``: channels in order of falling ``diag(gram)``.
-      inverse: float32 ``[K, K]``: `inverse_factor` of the Gram in that order.
+      inverse: float32 ``[K, K]``: `inverse_factor` of the damped Gram in that order.
+      damping: float32 ``[K]``: what was added to the diagonal of the Gram, by channel.
     """
 
     order: jax.Array
     inverse: jax.Array
+    damping: jax.Array
 
 
 def factorize(gram: jax.Array, damping: float) -> GramFactor:
     """The factor of a Gram ``[K, K]``, whose columns may then be compensated in any pieces."""
+    added = damping_of(gram, damping)
     order = jnp.argsort(-jnp.diagonal(gram), stable=True)
-    return GramFactor(order, inverse_factor(gram[order][:, order], damping))
+    return GramFactor(order, inverse_factor((gram + jnp.diag(added))[order][:, order]), added)
 
 
-def inverse_factor(gram: jax.Array, damping: float) -> jax.Array:
-    """Upper-triangular ``U`` with ``U^T U = (gram + damping)^-1``.
+def damping_of(gram: jax.Array, damping: float) -> jax.Array:
+    """What is added to the diagonal of a Gram ``[K, K]`` before it is factored, ``[K]``.
 
-    The damping is relative to each channel's own energy plus a small share of the mean, so that
+    It is relative to each channel's own energy plus a small share of the mean, so that
     one channel a thousand times larger than the rest does not drown the others. Channels that were
     never active get the mean: they are rounded to nearest.
     """
-    # With J the reversal of rows: J H J = L L^T (Cholesky), so H = R R^T for the upper triangular R = J L J, and
-    # U = R^-1 = J L^-1 J.
     diag = jnp.diagonal(gram)
     mean = jnp.maximum(diag.mean(), 1e-30)
-    add = jnp.where(diag > 0, damping * (diag + 0.1 * mean), mean)
-    return inverse_cholesky((gram + jnp.diag(add))[::-1, ::-1])[::-1, ::-1]
+    return jnp.where(diag > 0, damping * (diag + 0.1 * mean), mean)
+
+
+def inverse_factor(gram: jax.Array) -> jax.Array:
+    """Upper-triangular ``U`` with ``U^T U = gram^-1``, of a positive definite ``gram``."""
+    # With J the reversal of rows: J H J = L L^T (Cholesky), so H = R R^T for the upper triangular R = J L J, and
+    # U = R^-1 = J L^-1 J.
+    return inverse_cholesky(gram[::-1, ::-1])[::-1, ::-1]
 
 
 def conditional_energy(gram: jax.Array, factor: GramFactor) -> jax.Array:
@@ -78,7 +85,7 @@ def conditional_energy(gram: jax.Array, factor: GramFactor) -> jax.Array:
     return jnp.where(jnp.diagonal(gram) > 0, energy, 0.0)
 
 
-def compensate(w: jax.Array, factor: GramFactor, grid: Grid, bits: int) -> jax.Array:
+def compensate(w: jax.Array, factor: GramFactor, grid: Grid, bits: int) -> tuple[jax.Array, jax.Array]:
     """Round row by row, each error spread over the rows not yet rounded (arXiv 2210.17323).
 
     The grid is fixed beforehand, so the order of rows leaves no trace in the stored format.
@@ -89,11 +96,12 @@ def compensate(w: jax.Array, factor: GramFactor, grid: Grid, bits: int) -> jax.A
       grid: parameters per (group, column).
 
     Returns:
-      codes float32 ``[K, N]``.
+      codes float32 ``[K, N]``, and the expected squared output error of each column ``[N]`` by the Gram with its
+      damping: it comes with the codes, without a product with the Gram (see above).
     """
     k, n = w.shape
     group = k // grid.scale.shape[0]
-    order, u = factor
+    order, u, _ = factor
     pad = -k % OUTER
     if pad:
         u = jnp.pad(u, ((0, pad), (0, pad))) + jnp.diag((jnp.arange(k + pad) >= k).astype(u.dtype))
@@ -134,8 +142,8 @@ def compensate(w: jax.Array, factor: GramFactor, grid: Grid, bits: int) -> jax.A
         return put(steps, e, (start, 0)), put(codes, q, (start, 0))
 
     nothing = jnp.zeros_like(rest)
-    _, codes = jax.lax.fori_loop(0, (k + pad) // OUTER, outer, (nothing, nothing))
-    return jnp.zeros((k, n), jnp.float32).at[order].set(codes[:k])
+    steps, codes = jax.lax.fori_loop(0, (k + pad) // OUTER, outer, (nothing, nothing))
+    return jnp.zeros((k, n), jnp.float32).at[order].set(codes[:k]), jnp.square(steps).sum(axis=0)
 
 
 def _row_by_row(
@@ -168,7 +176,7 @@ class Refitted(NamedTuple):
     change: jax.Array
 
 
-def refit(spread: jax.Array, gram: jax.Array, codes: jax.Array, grid: Grid, dtype: str) -> Refitted:
+def refit(meets: jax.Array, gram: jax.Array, codes: jax.Array, grid: Grid, dtype: str) -> Refitted:
     """Least-squares scales for codes that are already chosen.
 
     For column n, ``dequantized = sum_G scale_G * (codes - zero)_G``: a G-dimensional quadratic in the
@@ -176,18 +184,17 @@ def refit(spread: jax.Array, gram: jax.Array, codes: jax.Array, grid: Grid, dtyp
     keep the old one.
 
     Args:
-      spread: ``gram @ (dequantized - w)`` ``[K, N]``, with the scales of ``grid``.
+      meets: ``gram @ w`` ``[K, N]``.
     """
-    # dequantized = B s, column G of B [K, G] being codes - zero in the rows of group G and 0 elsewhere. Of the loss
-    # (B s - w)^T H (B s - w) the gradient is 2 B^T spread, and the second derivative 2 a with a = B^T H B [G, G]: s
-    # moves by -a^-1 B^T spread.
+    # dequantized = B s, column G of B [K, G] being codes - zero in the rows of group G and 0 elsewhere. With
+    # a = B^T H B [G, G] the loss (B s - w)^T H (B s - w) has the gradient 2 (a s - B^T H w) and the second derivative
+    # 2 a: s moves by -a^-1 (a s - B^T H w).
     k, n = codes.shape
     groups = len(grid.scale)
     size = k // groups
     base = codes.reshape(groups, size, n) - grid.zero[:, None]
-    slope = (base * spread.reshape(base.shape)).sum(axis=1)  # [G, N]
-
     a = _products_of_groups(base, gram)
+    slope = (a * grid.scale).sum(axis=1) - (base * meets.reshape(base.shape)).sum(axis=1)  # [G, N]
     # A little of |s - old|^2 is added: a group with no say in the error (a singular a) keeps its scale.
     floor = 1e-4 * jnp.einsum("GGn->Gn", a).mean(axis=0) + 1e-30
     solved = grid.scale - solve_each(a + jnp.eye(groups, dtype=a.dtype)[:, :, None] * floor, slope)

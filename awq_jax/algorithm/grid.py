@@ -58,6 +58,11 @@ def decode(codes: jax.Array, grid: Grid) -> jax.Array:
     return (codes - grid.zero[:, None]) * grid.scale[:, None]
 
 
+def error_of(codes: jax.Array, grid: Grid, w: jax.Array) -> jax.Array:
+    """``decode(codes) - w``, all ``[K, N]``."""
+    return decode(codes.reshape(len(grid.scale), -1, w.shape[-1]), grid).reshape(w.shape) - w
+
+
 def nearest_error(w: jax.Array, grid: Grid, bits: int) -> jax.Array:
     """``decode(encode(w)) - w``, ``[G, g, N]``, by a product with the reciprocal of the scale.
 

@@ -5,10 +5,11 @@ from collections.abc import Callable
 from typing import Protocol
 
 import jax
+import jax.numpy as jnp
 
 from awq_jax.algorithm.clipping import diagonal_blocks
 from awq_jax.algorithm.compensation import GramFactor, compensate, conditional_energy, factorize
-from awq_jax.algorithm.grid import Grid, encode
+from awq_jax.algorithm.grid import Grid, column_loss, encode, error_of
 from awq_jax.config import MethodName
 
 
@@ -21,8 +22,10 @@ class Rounder(Protocol):
     def clip_metric(self, gram: jax.Array, factor: GramFactor | None, group: int) -> jax.Array:
         """What an error costs in the search for clipped ranges; see `awq_jax.algorithm.clipping.clip_search`."""
 
-    def codes(self, w: jax.Array, factor: GramFactor | None, grid: Grid, bits: int) -> jax.Array:
-        """Codes float32 ``[K, N]``."""
+    def codes(
+        self, w: jax.Array, gram: jax.Array, factor: GramFactor | None, grid: Grid, bits: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """Codes float32 ``[K, N]``, and the expected squared output error of each column ``[N]``."""
 
 
 class Nearest:
@@ -34,8 +37,11 @@ class Nearest:
     def clip_metric(self, gram: jax.Array, factor: GramFactor | None, group: int) -> jax.Array:
         return diagonal_blocks(gram, group)
 
-    def codes(self, w: jax.Array, factor: GramFactor | None, grid: Grid, bits: int) -> jax.Array:
-        return encode(w.reshape(len(grid.scale), -1, w.shape[-1]), grid, bits).reshape(w.shape)
+    def codes(
+        self, w: jax.Array, gram: jax.Array, factor: GramFactor | None, grid: Grid, bits: int
+    ) -> tuple[jax.Array, jax.Array]:
+        codes = encode(w.reshape(len(grid.scale), -1, w.shape[-1]), grid, bits).reshape(w.shape)
+        return codes, column_loss(error_of(codes, grid, w), gram)
 
 
 class Compensated:
@@ -47,9 +53,12 @@ class Compensated:
     def clip_metric(self, gram: jax.Array, factor: GramFactor | None, group: int) -> jax.Array:
         return energy_left_by_compensation(gram, factor).reshape(-1, group)
 
-    def codes(self, w: jax.Array, factor: GramFactor | None, grid: Grid, bits: int) -> jax.Array:
+    def codes(
+        self, w: jax.Array, gram: jax.Array, factor: GramFactor | None, grid: Grid, bits: int
+    ) -> tuple[jax.Array, jax.Array]:
         assert factor is not None
-        return compensate(w, factor, grid, bits)
+        codes, damped = compensate(w, factor, grid, bits)
+        return codes, jnp.maximum(damped - column_loss(error_of(codes, grid, w), factor.damping), 0.0)
 
 
 def energy_left_by_compensation(gram: jax.Array, factor: GramFactor | None) -> jax.Array:

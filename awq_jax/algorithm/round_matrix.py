@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from awq_jax.algorithm.clipping import clip_search
 from awq_jax.algorithm.compensation import GramFactor, refit
-from awq_jax.algorithm.grid import Grid, column_loss, decode, encode, make_grid, range_of
+from awq_jax.algorithm.grid import Grid, column_loss, decode, encode, error_of, make_grid, range_of
 from awq_jax.algorithm.methods import Rounder
 from awq_jax.config import LeafConfig
 
@@ -22,6 +22,7 @@ class Rounded(NamedTuple):
       scale: float32 ``[G, N]``, exactly representable in the stored dtype, never 0.
       zero: uint8 ``[G, N]``.
       loss: float32 ``[N]``: expected squared output error of each column.
+      energy: float32 ``[N]``: expected squared output of each column; 0 without a Gram.
       clipped: float32 ``[N]``: share of each column's groups with a range smaller than the weights'.
     """
 
@@ -29,6 +30,7 @@ class Rounded(NamedTuple):
     scale: jax.Array
     zero: jax.Array
     loss: jax.Array
+    energy: jax.Array
     clipped: jax.Array
 
     def decode(self, group: int) -> jax.Array:
@@ -74,20 +76,24 @@ def round_matrix(
     if gram is None:
         codes = encode(wg, full, bits).reshape(w.shape)
         best = _Candidate(codes, full, jnp.zeros(w.shape[-1], jnp.float32))
+        energy = best.loss
     else:
-        best = _best(w, wg, gram, factor, full, rounder, leaf, clip, dtype)
+        meets = gram @ w
+        energy = jnp.maximum((w * meets).sum(axis=0), 0.0)
+        best = _best(w, wg, gram, meets, factor, full, rounder, leaf, clip, dtype)
     used = best.grid
     # A stored scale of 0 would be legal but divides by zero elsewhere; an all-zero group may have any.
     scale = jnp.where(used.scale > 0, used.scale, 1.0)
     codes = jnp.where(jnp.repeat(used.scale > 0, g, axis=0), best.codes, jnp.repeat(used.zero, g, axis=0))
     clipped = (used.scale < 0.98 * full.scale).mean(axis=0)
-    return Rounded(codes.astype(jnp.uint8), scale, used.zero.astype(jnp.uint8), best.loss, clipped)
+    return Rounded(codes.astype(jnp.uint8), scale, used.zero.astype(jnp.uint8), best.loss, energy, clipped)
 
 
 def _best(
     w: jax.Array,
     wg: jax.Array,
     gram: jax.Array,
+    meets: jax.Array,
     factor: GramFactor | None,
     full: Grid,
     rounder: Rounder,
@@ -96,12 +102,8 @@ def _best(
     dtype: str,
 ) -> _Candidate:
     bits = leaf.bits
-
-    def error(codes: jax.Array, grid: Grid) -> jax.Array:
-        return decode(codes.reshape(wg.shape), grid).reshape(w.shape) - w
-
     nearest = encode(wg, full, bits).reshape(w.shape)
-    best = _Candidate(nearest, full, column_loss(error(nearest, full), gram))
+    best = _Candidate(nearest, full, column_loss(error_of(nearest, full, w), gram))
     start = full
     if clip:
         metric = rounder.clip_metric(gram, factor, leaf.group_size)
@@ -109,11 +111,8 @@ def _best(
 
     def step(carry: tuple[_Candidate, Grid], _: None) -> tuple[tuple[_Candidate, Grid], None]:
         best, grid = carry
-        codes = rounder.codes(w, factor, grid, bits)
-        delta = error(codes, grid)
-        spread = gram @ delta  # the gradient of the loss, halved: the loss and a better scale come of one product
-        loss = jnp.maximum((delta * spread).sum(axis=0), 0.0)
-        refitted = refit(spread, gram, codes, grid, dtype)
+        codes, loss = rounder.codes(w, gram, factor, grid, bits)
+        refitted = refit(meets, gram, codes, grid, dtype)
         best = _better(best, _Candidate(codes, grid, loss))
         best = _better(best, _Candidate(codes, refitted.grid, jnp.maximum(loss + refitted.change, 0.0)))
         return (best, refitted.grid), None

@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import jax
@@ -14,6 +16,7 @@ from awq_jax.errors import ConfigError
 
 T = TypeVar("T")  # any tree of arrays
 AXIS = "devices"
+MOST_THREADS = 16  # each needs the memory of a piece
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +74,15 @@ class Pool:
         """``run(0), ..., run(pieces - 1)``, each dispatching work on the device of its piece.
 
         Waits for as many as there are devices, which bounds the memory of what is under way. With several
-        processes each runs its own pieces, all have all results, and those are NumPy arrays.
+        processes each runs its own pieces, all have all results, and those are NumPy arrays. A CPU works on as many
+        pieces at a time as it has cores, up to `MOST_THREADS`, in threads that call ``run``: a piece alone, of many
+        short products, keeps one core busy and the others waiting.
 
         Raises:
           ProcessError: another process has ended.
         """
+        if not self.devices and pieces > 1 and (threads := _threads()) is not None:
+            return list(threads.map(lambda piece: jax.block_until_ready(run(piece)), range(pieces)))
         out: list[T] = []
         for start in range(0, pieces, self.size):
             numbers = range(start, min(start + self.size, pieces))
@@ -140,6 +147,15 @@ def pool_of(mesh: Mesh | None, team: Team | None) -> Pool:
     if team is not None and (idle := set(range(team.size)) - there):
         raise ConfigError(f"the mesh has no device of process {min(idle)}: every process needs one")
     return Pool(devices, team)
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor | None:
+    """Those that work on a CPU; None: it has one core, or there is an accelerator."""
+    cores = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, MOST_THREADS)
+    if cores == 1 or jax.default_backend() != "cpu":
+        return None
+    return ThreadPoolExecutor(cores, "awq_jax")
 
 
 @functools.cache

@@ -7,10 +7,12 @@ same bits however many devices share them.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import TypeVar, cast
 
@@ -200,6 +202,13 @@ class Columns:
         return max(p.largest() for p in self.weights)
 
 
+@contextlib.contextmanager
+def settings() -> Iterator[None]:
+    """JAX's settings under which everything is searched and rounded, whatever the user's are."""
+    with jax.default_matmul_precision("highest"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
 def sweep(
     pool: Pool,
     experts: int,
@@ -224,13 +233,16 @@ def sweep(
         """Results of experts ``low ... high - 1``."""
         fetched = [fetch(e) for e in range(low, high)]
         ready: dict[tuple[int, int], Prepared] = {}
+        alone = threading.Lock()
 
         def one(number: int) -> Result:
             e, i = divmod(number, pieces)
             key = e, number % pool.size
-            if key not in ready:
-                ready[key] = prepare(pool.place(number, fetched[e]))
-            return run(functools.partial(pool.place, number), low + e, i, ready[key])
+            with settings():  # a thread has settings of its own
+                with alone:
+                    if key not in ready:
+                        ready[key] = prepare(pool.place(number, fetched[e]))
+                return run(functools.partial(pool.place, number), low + e, i, ready[key])
 
         done = jax.device_get(pool.map(len(fetched) * pieces, one))
         return [done[i * pieces : (i + 1) * pieces] for i in range(len(fetched))]

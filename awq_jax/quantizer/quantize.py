@@ -25,6 +25,7 @@ from awq_jax.plan.validate import validate
 from awq_jax.progress import Progress, bar
 from awq_jax.qtensor import QuantizedTensor, Weight
 from awq_jax.quantizer import adapters, parts
+from awq_jax.quantizer.column_pieces import settings
 from awq_jax.quantizer.following import Aim, Follower
 from awq_jax.quantizer.scale_groups import GroupScale, find_scale, round_group
 from awq_jax.quantizer.targets import Target, select, share
@@ -220,7 +221,7 @@ def quantize_groups(
     scales: dict[str, GroupScale] = {}
     packed: dict[str, QuantizedTensor] = {}
     rows: list[report.LayerReport] = []
-    with jax.default_matmul_precision("highest"), jax.numpy_rank_promotion("allow"):
+    with settings():
         for group, mine in work:
             scales[group.name] = find_scale(group, mine, leaves, fetch(group.name), config, pool)
             progress()

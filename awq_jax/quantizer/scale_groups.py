@@ -267,8 +267,9 @@ def _round_piece(w: jax.Array, given: _Given, *, leaf: LeafConfig, method: Metho
     energy = rtn = loss = r.loss
     if gram is not None:
         plain = w / s[:, None]
-        error = quantize_dequantize(plain, leaf.group_size, leaf.bits, leaf.symmetric, dtype) - plain
-        rtn, energy = (_as_seen(column_loss(d, gram), d, gram, shrunk) for d in (error * s[:, None], w))
+        error = (quantize_dequantize(plain, leaf.group_size, leaf.bits, leaf.symmetric, dtype) - plain) * s[:, None]
+        rtn = _as_seen(column_loss(error, gram), error, gram, shrunk)
+        energy = _as_seen(column_loss(w, gram) if judge is None else r.energy, w, gram, shrunk)
         loss = _as_seen(r.loss, r.decode(leaf.group_size) - w, gram, shrunk) if method.needs_statistics else rtn
     share = jnp.broadcast_to(shrunk, loss.shape)
     return _Packed(pack.pack(r.codes, leaf.bits), r.scale.astype(dtype), r.zero, loss, r.clipped, energy, rtn, share)

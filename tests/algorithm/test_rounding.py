@@ -71,9 +71,9 @@ def test_clip_search_is_as_good_as_a_trial_of_all_pairs() -> None:
 
 def test_inverse_factor_is_the_cholesky_factor_of_the_inverse() -> None:
     h = gram_of(correlated())
-    u = np.asarray(compensation.inverse_factor(jnp.asarray(h, jnp.float32), 0.01), np.float64)
-    assert np.allclose(u, np.triu(u))
     damped = h + np.diag(0.01 * (np.diag(h) + 0.1 * np.diag(h).mean()))
+    u = np.asarray(compensation.inverse_factor(jnp.asarray(damped, jnp.float32)), np.float64)
+    assert np.allclose(u, np.triu(u))
     np.testing.assert_allclose(u.T @ u @ damped, np.eye(K), atol=1e-3)
 
 
@@ -82,7 +82,8 @@ def test_compensation_matches_a_plain_float64_loop(k: int) -> None:
     w = np.random.default_rng(3).normal(size=(k, N)).astype(np.float32)
     h = gram_of(correlated(k))
     grid = rounding.make_grid(*rounding.range_of(jnp.asarray(w).reshape(-1, G, N)), 3, False, "float16")
-    got = compensation.compensate(jnp.asarray(w), compensation.factorize(jnp.asarray(h, jnp.float32), 0.01), grid, 3)
+    factor = compensation.factorize(jnp.asarray(h, jnp.float32), 0.01)
+    got, loss = compensation.compensate(jnp.asarray(w), factor, grid, 3)
 
     order = np.argsort(-np.diag(h), kind="stable")
     damped = h + np.diag(0.01 * (np.diag(h) + 0.1 * np.diag(h).mean()))
@@ -98,6 +99,8 @@ def test_compensation_matches_a_plain_float64_loop(k: int) -> None:
     want = np.zeros((k, N))
     want[order] = codes
     assert (np.asarray(got) == want).mean() > 0.995  # float32 may fall on the other side of a half
+    delta = np.asarray(rounding.error_of(got, grid, jnp.asarray(w)), np.float64)
+    np.testing.assert_allclose(loss, np.einsum("kn,kj,jn->n", delta, damped, delta), rtol=1e-3)
 
 
 def test_conditional_energy_predicts_the_error_that_compensation_leaves() -> None:
@@ -120,7 +123,7 @@ def test_conditional_energy_predicts_the_error_that_compensation_leaves() -> Non
     w = np.random.default_rng(3).normal(size=(K, 400)).astype(np.float32)
     low, high = rounding.range_of(jnp.asarray(w).reshape(-1, G, 400))
     grid = rounding.make_grid(1.4 * low, 1.4 * high, 4, False, "float16")  # wide: nothing is clamped
-    codes = compensation.compensate(jnp.asarray(w), factor, grid, 4)
+    codes, _ = compensation.compensate(jnp.asarray(w), factor, grid, 4)
     delta = rounding.decode(codes.reshape(-1, G, 400), grid).reshape(K, 400) - w
     left = float(rounding.column_loss(delta, jnp.asarray(damped, jnp.float32)).mean())
     step = np.square(np.repeat(np.asarray(grid.scale), G, 0)).mean(axis=1) / 12
@@ -132,9 +135,8 @@ def test_refit_is_the_least_squares_optimum() -> None:
     h = gram_of(correlated())
     grid = rounding.make_grid(*rounding.range_of(jnp.asarray(w).reshape(-1, G, N)), 3, False, "float32")
     codes = rounding.encode(jnp.asarray(w).reshape(-1, G, N), grid, 3).reshape(K, N)
-    delta = rounding.decode(codes.reshape(-1, G, N), grid).reshape(K, N) - w
     gram = jnp.asarray(h, jnp.float32)
-    got, change = compensation.refit(gram @ delta, gram, codes, grid, "float32")
+    got, change = compensation.refit(gram @ w, gram, codes, grid, "float32")
     root = np.linalg.cholesky(h).T
     for n in range(N):
         base = (np.asarray(codes)[:, n] - np.repeat(np.asarray(grid.zero)[:, n], G)).astype(np.float64)
@@ -183,6 +185,7 @@ def test_hard_inputs_are_finite_and_no_column_is_worse_than_nearest(
     zero = np.repeat(np.asarray(r.zero, np.float64), G, 0)
     back = (np.asarray(r.codes, np.float64) - zero) * np.repeat(np.asarray(r.scale, np.float64), G, 0)
     loss = np.einsum("kn,kj,jn->n", back - w, h, back - w)
+    np.testing.assert_allclose(r.energy, np.einsum("kn,kj,jn->n", w, h, w.astype(np.float64)), rtol=1e-4)
     nearest = plain(w, G, bits, symmetric) - w
     rtn = np.einsum("kn,kj,jn->n", nearest, h, nearest)
     assert (loss <= rtn * (1 + 1e-3) + 1e-9).all()
