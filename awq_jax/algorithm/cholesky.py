@@ -32,7 +32,7 @@ def inverse_cholesky(a: jax.Array) -> jax.Array:
     # number other than 0. Above the blocks on the diagonal nothing is kept up to date.
     def eliminate(j: jax.Array, m: jax.Array) -> jax.Array:
         start = j * block
-        inverse = _inverse_of_block(jax.lax.dynamic_slice(m, (start, start), (block, block)))
+        inverse = inverse_of_block(jax.lax.dynamic_slice(m, (start, start), (block, block)))
         below = jax.lax.dynamic_slice(m, (0, start), (n, block)) @ inverse.T
         below = jnp.where(every[:, None] >= start + block, below, 0)  # of L
         before = inverse @ jnp.where(every < start, jax.lax.dynamic_slice(m, (start, 0), (block, n)), 0)  # of L^-1
@@ -55,14 +55,14 @@ def inverse_cholesky(a: jax.Array) -> jax.Array:
     return jax.lax.fori_loop(0, n // block, eliminate, a)[:k, :k]
 
 
-def _inverse_of_block(a: jax.Array) -> jax.Array:
+def inverse_of_block(a: jax.Array) -> jax.Array:
     """As `inverse_cholesky`, in halves, and those one row after another."""
     k = len(a)
     if k > ROWS:
         half = k // 2
-        first = _inverse_of_block(a[:half, :half])
+        first = inverse_of_block(a[:half, :half])
         below = a[half:, :half] @ first.T
-        second = _inverse_of_block(a[half:, half:] - below @ below.T)
+        second = inverse_of_block(a[half:, half:] - below @ below.T)
         return jnp.block([[first, jnp.zeros_like(below.T)], [-second @ (below @ first), second]])
     rows = jnp.arange(k)[:, None]
 

@@ -11,8 +11,9 @@ per channel and each term is taken in part only,
 
     W* = W + (H + lam)^-1 (alpha E[a^T (b - a)] W + rho E[a^T d]),
 
-and alpha, rho (0 to 1) and lam are those that predict best on sequences that the regression has not seen, by
-cross-validation over folds of whole sequences. Where nothing carries over to them, alpha and rho are 0.
+and alpha and rho (0 to 1) are those that predict best on sequences that the regression has not seen, by
+cross-validation over folds of whole sequences; lam is the one that does so for the first of them. Where nothing
+carries over, alpha and rho are 0.
 
 Quantizing layer by layer on the quantized stream goes back to GPTQ (arXiv 2210.17323, section 4); the correction
 of the target for its drift is Qronos' (arXiv 2505.11695) and GPTAQ's (arXiv 2504.02692), both with a fixed strength.
@@ -26,7 +27,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from awq_jax.algorithm.cholesky import inverse_cholesky
+from awq_jax.algorithm import solve
+from awq_jax.algorithm.solve import Blocks
 from awq_jax.pack import Array
 
 LAMS = (0.03, 0.3, 3.0)  # tried, as a share of each channel's energy and of a tenth of the mean
@@ -58,26 +60,41 @@ class Strength(NamedTuple):
 NONE = Strength(0.0, 0.0, LAMS[-1])
 
 
-def strengths(folds: Sequence[Moments], w: Array, streamed: Array) -> Strength:
+def strengths(total: Moments, folds: Sequence[Moments], w: Array, streamed: Array, width: int) -> Strength:
     """Choose the strength of the correction by cross-validation.
 
     Args:
-      folds: sums over disjoint sets of sequences, two at least.
+      total: sums over all.
+      folds: over disjoint sets of sequences, two at least.
       w: float32 ``[K, C]``: some columns of the weights (see `some_columns`).
       streamed: int32 ``[C]``: which column of `Moments.stream` belongs to each; -1 for none.
+      width: columns, at least as many as both right sides have, for which `corrected` is called as well: then both use
+        one program.
     """
-    total = functools.reduce(_add, folds)
-    best, chosen = 0.0, NONE
-    for lam in LAMS:
+    sides = 2 if folds[0].stream.shape[1] else 1
+    # On the host: additions of every shape would be programs.
+    rights = [np.asarray(_right_sides(fold, w, streamed, sides=sides, width=width)) for fold in folds]
+    right = sum(rights[1:], start=rights[0])
+
+    def carried_over(number: int, lam: float) -> tuple[np.ndarray, np.ndarray]:
+        fold, own = folds[number], rights[number]
+        moves = _solve(_factor(total.gram, fold.gram, np.float32(1), np.float32(lam)), right - own)
+        found = _carried_over(fold.gram, moves, own, sides=sides, columns=w.shape[1])
         m, v = np.zeros((2, 2)), np.zeros(2)
-        for fold in folds:
-            quadratic, linear = _carried_over(total, fold, w, streamed, np.float32(lam))
-            m, v = m + np.asarray(quadratic, np.float64), v + np.asarray(linear, np.float64)
-        c = _within_bounds(m, v)
-        gain = float(2 * c @ v - c @ m @ c)
-        if gain > best:
-            best, chosen = gain, Strength(float(c[0]), float(c[1]), lam)
-    return chosen
+        m[:sides, :sides], v[:sides] = (np.asarray(x, np.float64) for x in found)
+        return m, v
+
+    first = {lam: carried_over(0, lam) for lam in LAMS}
+    lam = max(LAMS, key=lambda lam: _gain(*first[lam], _within_bounds(*first[lam])))
+    every = [first[lam], *(carried_over(number, lam) for number in range(1, len(folds)))]
+    m, v = (np.sum(x, axis=0) for x in zip(*every, strict=True))
+    c = _within_bounds(m, v)
+    return Strength(float(c[0]), float(c[1]), lam) if _gain(m, v, c) > 0 else NONE
+
+
+def _gain(m: np.ndarray, v: np.ndarray, c: np.ndarray) -> float:
+    """By how much ``c`` of two corrections makes the squared error smaller; see `_carried_over`."""
+    return float(2 * c @ v - c @ m @ c)
 
 
 def _within_bounds(m: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -98,22 +115,44 @@ def _within_bounds(m: np.ndarray, v: np.ndarray) -> np.ndarray:
     return np.where(np.diag(m) > 0, found, 0.0)
 
 
-@jax.jit
-def _add(a: Moments, b: Moments) -> Moments:
-    return jax.tree.map(jnp.add, a, b)
+def _sides(moments: Moments, w: Array, streamed: Array) -> list[jax.Array]:
+    """Of each column, what its correction for the drift, and for the stream if there is one, is solved for."""
+    drift = moments.drift @ w
+    return [drift, some_of(moments.stream, streamed)] if moments.stream.shape[1] else [drift]
+
+
+@functools.partial(jax.jit, static_argnames=("sides", "width"))
+def _right_sides(moments: Moments, w: Array, streamed: Array, *, sides: int, width: int) -> jax.Array:
+    """`_sides` side by side, filled up to ``width``."""
+    every = jnp.concatenate(_sides(moments, w, streamed), axis=1)
+    return jnp.pad(every, ((0, 0), (0, max(0, width - every.shape[1]))))
 
 
 @jax.jit
-def _carried_over(total: Moments, fold: Moments, w: Array, streamed: Array, lam: Array) -> tuple[jax.Array, jax.Array]:
-    """Of the corrections fitted without ``fold``: on its tokens, their products with each other and with the aim."""
-    drift, stream = fold.drift @ w, some_of(fold.stream, streamed)
-    all_drift, all_stream = total.drift @ w, some_of(total.stream, streamed)
-    inverse = _inverse(total.gram - fold.gram, lam)
-    moves = [inverse.T @ (inverse @ right) for right in (all_drift - drift, all_stream - stream)]
-    aim = drift + stream
-    spread = [fold.gram @ move for move in moves]
-    quadratic = jnp.stack([jnp.stack([_dot(a, b) for b in spread]) for a in moves])
-    return (quadratic + quadratic.T) / 2, jnp.stack([_dot(a, aim) for a in moves])
+def _factor(gram: jax.Array, without: jax.Array, share: Array, lam: Array) -> Blocks:
+    """Of ``gram - share without``, damped."""
+    gram = gram - share * without
+    diagonal = jnp.diagonal(gram)
+    mean = jnp.maximum(diagonal.mean(), 1e-30)
+    return solve.factor(gram + jnp.diag(jnp.where(diagonal > 0, lam * (diagonal + 0.1 * mean), mean)))
+
+
+_solve = jax.jit(solve.solve)
+
+
+@functools.partial(jax.jit, static_argnames=("sides", "columns"))
+def _carried_over(
+    gram: jax.Array, moves: jax.Array, right: jax.Array, *, sides: int, columns: int
+) -> tuple[jax.Array, jax.Array]:
+    """Of ``moves`` that were fitted elsewhere: on a fold, their products with each other and with the aim."""
+
+    def split(a: jax.Array) -> list[jax.Array]:
+        return [a[:, i * columns : (i + 1) * columns] for i in range(sides)]
+
+    aim = sum(split(right)[1:], start=split(right)[0])
+    each, spread = split(moves), split(gram @ moves[:, : sides * columns])
+    quadratic = jnp.stack([jnp.stack([_dot(a, b) for b in spread]) for a in each])
+    return (quadratic + quadratic.T) / 2, jnp.stack([_dot(a, aim) for a in each])
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -128,35 +167,32 @@ def some_of(stream: jax.Array, streamed: Array) -> jax.Array:
     return jnp.where(streamed >= 0, stream[:, jnp.maximum(streamed, 0)], 0.0)
 
 
-def _inverse(gram: jax.Array, lam: Array | np.float32) -> jax.Array:
-    """The inverse ``X`` of a Cholesky factor: ``X^T X = (gram + lam)^-1``."""
-    diagonal = jnp.diagonal(gram)
-    mean = jnp.maximum(diagonal.mean(), 1e-30)
-    return inverse_cholesky(gram + jnp.diag(jnp.where(diagonal > 0, lam * (diagonal + 0.1 * mean), mean)))
+def some_columns(n: int, most: int = COLUMNS) -> np.ndarray:
+    """int32: at most ``most`` of n columns, spread evenly."""
+    return np.unique(np.linspace(0, n - 1, min(most, n)).astype(np.int32))
 
 
-def some_columns(n: int) -> np.ndarray:
-    """int32: at most `COLUMNS` of n columns, spread evenly."""
-    return np.unique(np.linspace(0, n - 1, min(COLUMNS, n)).astype(np.int32))
+def prepare(moments: Moments, lam: float) -> Blocks:
+    """What `corrected` needs for all columns: the factor of the damped Gram."""
+    return _factor(moments.gram, moments.gram, np.float32(0), np.float32(lam))
 
 
-@jax.jit
-def prepare(moments: Moments, alpha: np.float32, rho: np.float32, lam: np.float32) -> Moments:
-    """What `corrected` needs for all columns: the inverse factor, and both right sides as far as they are taken."""
-    return Moments(_inverse(moments.gram, lam), jnp.asarray(alpha) * moments.drift, jnp.asarray(rho) * moments.stream)
-
-
-@jax.jit
-def corrected(w: Array, prepared: Moments, streamed: Array) -> jax.Array:
+def corrected(w: Array, moments: Moments, prepared: Blocks, strength: Strength, streamed: Array) -> jax.Array:
     """``W*`` of some columns ``w [K, C]``; see the module.
 
     Args:
+      moments: over all that is fitted.
       prepared: from `prepare`.
       streamed: see `strengths`.
     """
-    inverse, drift, stream = prepared
-    right = drift @ w + some_of(stream, streamed)
-    return jnp.asarray(w) + inverse.T @ (inverse @ right)
+    taken = np.asarray(strength[:2], np.float32)
+    return jnp.asarray(w) + _solve(prepared, _right_side(moments, w, streamed, taken))
+
+
+@jax.jit
+def _right_side(moments: Moments, w: Array, streamed: Array, taken: Array) -> jax.Array:
+    sides = [taken[i] * side for i, side in enumerate(_sides(moments, w, streamed))]
+    return sum(sides[1:], start=sides[0])
 
 
 @jax.jit

@@ -18,7 +18,7 @@ from awq_jax.plan.plan import ScaleGroup
 from awq_jax.qtensor import Weight
 from awq_jax.stream.decoder_blocks import Apply, Leaves
 from awq_jax.trace import interpret
-from awq_jax.trace.segments import Key, Segments
+from awq_jax.trace.segments import Given, Key, Segments
 
 
 class Programs:
@@ -38,7 +38,6 @@ class Programs:
         self.groups = {g.name: i for i, g in enumerate(groups)}
         self._of = list(groups)
         self._go = [self._segment(i) for i in range(len(keys) + 1)]
-        self._sums = [jax.jit(functools.partial(self._pair, i)) for i in range(len(keys))]
         self._taps = {
             (i, n): jax.jit(functools.partial(self._tap, Wanted(g, n)))
             for i, g in enumerate(groups)
@@ -58,18 +57,34 @@ class Programs:
     def pair(
         self,
         number: int,
-        f: Sequence[Array],
-        q: Sequence[Array],
-        scale: Array,
-        w: Array,
-        streamed: Array,
+        f: Sequence[np.ndarray],
+        q: Sequence[np.ndarray],
+        place: Callable[[Any], Any],
+        *given: Array,
         span: tuple[int, int],
+        judged: bool,
     ) -> PairSums:
         """Sums over tokens of a batch, see `awq_jax.calibration.two_streams.pair_sums`.
 
-        ``f``, ``q``: what is alive in both streams; ``scale`` divides the input in the latter.
+        Args:
+          f, q: what is alive in both streams.
+          place: brings arrays to the device that is to do it.
+          given: what divides the input in the quantized stream; weights and their numbers, see there.
+          span, judged: see there.
         """
-        return self._sums[number](list(f), list(q), scale, w, streamed, np.asarray(span, np.int32))
+        s = self.segments
+        both = [(s.input_of(number, x), s.streams_of(number, x)) for x in (q, f)]
+        return _pair(*place((both, given)), np.asarray(span, np.int32), np.asarray(judged))
+
+    def group(self, number: int) -> ScaleGroup:
+        """With names within the block."""
+        return self._of[number]
+
+    def stats(
+        self, number: int, alive: Sequence[np.ndarray], place: Callable[[Any], Any], span: tuple[int, int]
+    ) -> Stats:
+        """The statistics of one stream at a group whose inputs can be compared; ``span``: the tokens that count."""
+        return _alone(place(self.segments.input_of(number, alive)), np.asarray(span, np.int32))
 
     def tap(
         self,
@@ -107,12 +122,6 @@ class Programs:
         _, wanted = self.segments.segment(number)
         return jax.jit(lambda params, before: self.segments.run(number, params, before)), wanted
 
-    def _pair(self, number: int, f: list[jax.Array], q: list[jax.Array], scale: jax.Array, *how: jax.Array) -> PairSums:
-        s = self.segments
-        a, b = s.input_of(number, q).astype(jnp.float32) * scale, s.input_of(number, f)
-        errors = [s.stream_of(number, k, f) - s.stream_of(number, k, q) for k in s.cuts[number].streams]
-        return pair_sums(a, b, jnp.concatenate([jnp.zeros((len(a), 0), jnp.float32), *errors], axis=1), *how)
-
     def _tap(
         self, wanted: Wanted, params: dict[str, jax.Array], alive: list[jax.Array], scale: jax.Array, start: jax.Array
     ) -> Stats:
@@ -140,6 +149,28 @@ class Programs:
         return Stats(
             stats.gram * scale[..., :, None] * scale[..., None, :], stats.abs * scale, stats.count, stats.dropped
         )
+
+
+# Of the shapes alone, not of the block: groups of as many channels share them.
+@jax.jit
+def _alone(x: jax.Array, span: jax.Array) -> Stats:
+    counts = (jnp.arange(len(x)) >= span[0]) & (jnp.arange(len(x)) < span[1])
+    return batch_sums(jnp.where(counts[:, None], x, 0))
+
+
+@jax.jit
+def _pair(
+    both: list[tuple[jax.Array, list[Given]]],
+    given: tuple[jax.Array, jax.Array, jax.Array],
+    span: jax.Array,
+    judged: jax.Array,
+) -> PairSums:
+    (a, after), (b, before) = both
+    scale, w, streamed = given
+    a = a.astype(jnp.float32) * scale
+    errors = [f.in_units() - q.in_units() for q, f in zip(after, before, strict=True)]
+    d = jnp.concatenate([jnp.zeros((len(a), 0), jnp.float32), *errors], axis=1)
+    return pair_sums(a, b, d, w, streamed, span, judged)
 
 
 def _shapes(tree: Any) -> Any:

@@ -1,12 +1,15 @@
 """Whole sequences in folds, for cross-validation, and some that are kept from all fitting: which batch is in which."""
 
 import bisect
+import itertools
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
 FOLDS = 4
 KEPT_OUT = -1  # the fold of sequences by which the result is judged
+ALIKE = 4  # of the rows that a batch might have, one in so many is enough
 SHARE = 8  # one sequence of so many is kept out, one at least
 
 
@@ -30,6 +33,11 @@ def apart(batches: Sequence[np.ndarray]) -> list[np.ndarray]:
     if len({b.shape[1] for b in batches}) != 1:
         return list(batches)
     whole, most = np.concatenate(batches), max(map(len, batches))
+    starts = [*_starts(len(whole)), len(whole)]
+    # If that makes them not much smaller, all are alike: a batch of another shape is another set of programs.
+    common = math.gcd(*(b - a for a, b in itertools.pairwise(starts)))
+    alike = max(n for n in range(1, most + 1) if common % n == 0)
+    most = alike if ALIKE * alike >= most else most
     return [
         part
         for fold in np.split(whole, _starts(len(whole))[1:])

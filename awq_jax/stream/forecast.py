@@ -106,7 +106,7 @@ def _moment(job: Job, number: int, hidden: int) -> dict[str, int]:
     """What is in memory while a block is rounded (or carried through)."""
     blocks = job.session.blocks
     block = blocks[number]
-    grams, rounding, pairs, kept = 0, 0, 0, 0
+    grams, rounding, pairs, left, alive = 0, 0, 0, 0, 0
     tokens = sum(b.size for b in job.batches)
     limit = PIECE.get(jax.default_backend(), PIECE_ELSEWHERE)
     for group, targets in job.session.work(block):
@@ -118,13 +118,15 @@ def _moment(job: Job, number: int, hidden: int) -> dict[str, int]:
         if job.session.sequential and instances == 1:
             # Of every fold, of those kept out and of all fitted: Gram, drift and, at most, as much of the stream.
             pairs = max(pairs, 4 * 3 * (folds.FOLDS + 2) * group.channels**2)
-            kept = max(kept, 4 * tokens * (group.channels + 2 * job.session.chain.config.hidden_size))
+        if job.session.sequential:
+            here = 4 * tokens * (group.channels + 2 * job.session.chain.config.hidden_size)
+            left, alive = left + here, max(alive, here)
         rounding = max(rounding, 4 * (COPIES * piece + SQUARES * group.channels**2))
     return {
         "block": job.float_bytes(block),
         "next block": job.float_bytes(blocks[number + 1]) if number + 1 < len(blocks) else 0,
         "packed blocks": sum(job.packed_bytes(b) for b in blocks[max(0, number - 1) : number + 1]),
-        "hidden states": hidden + 2 * kept,  # of the group at work, of both streams
+        "hidden states": hidden + left + alive,  # at all groups in the float stream, at one in the other
         "statistics": grams + pairs,
         "rounding": rounding,
     }

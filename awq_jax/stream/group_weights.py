@@ -4,12 +4,12 @@ import functools
 from collections.abc import Mapping, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from awq_jax.algorithm import correction
 from awq_jax.algorithm.correction import Moments, Strength
 from awq_jax.algorithm.grid import quantize_dequantize
+from awq_jax.algorithm.solve import Blocks
 from awq_jax.devices.pool import Pool
 from awq_jax.plan import fold
 from awq_jax.plan.fold import Folder
@@ -19,6 +19,7 @@ from awq_jax.quantizer.column_pieces import CanonicalWeight, Columns, Place, bat
 from awq_jax.quantizer.targets import Target
 from awq_jax.trace.segments import Key
 
+FEWEST = 64  # columns that are picked, if there are so many
 _nearest = jax.jit(quantize_dequantize, static_argnums=(1, 2, 3, 4))
 
 
@@ -35,6 +36,7 @@ class GroupWeights:
     Attributes:
       picked: float32 ``[K, C]``: some columns.
       streamed: int32 ``[C]``: which column of the streams, side by side, belongs to each of those; -1 for none.
+      width: see `awq_jax.algorithm.correction.strengths`.
     """
 
     def __init__(
@@ -58,7 +60,10 @@ class GroupWeights:
             streamed.append(offsets[key] + np.arange(w.columns) if fits else np.full(w.columns, -1))
         which = np.concatenate(streamed).astype(np.int32)
         self._which = np.pad(which, (0, columns.pieces * columns.size - columns.total), constant_values=-1)
-        self._some = correction.some_columns(columns.total)
+        sides = 2 if widths else 1
+        most = min(correction.COLUMNS, max(columns.size // sides, FEWEST))
+        self._some = correction.some_columns(columns.total, most)
+        self.width = max(columns.size, sides * len(self._some))
         self.picked, self.streamed = self._take(columns), which[self._some]
         owners = np.repeat(np.arange(len(targets)), [w.columns for w in self._weights])
         self._owners = owners[self._some]
@@ -66,14 +71,14 @@ class GroupWeights:
     def corrected(self, pool: Pool, total: Moments, strength: Strength) -> dict[str, Weight]:
         """The leaves to be rounded, float32, by path."""
         columns = self._columns
-        chosen = tuple(np.float32(x) for x in strength)
 
-        def prepare(moments: Moments) -> Moments:
-            return correction.prepare(moments, *chosen)
+        def prepare(moments: Moments) -> tuple[Moments, Blocks]:
+            return moments, correction.prepare(moments, strength.lam)
 
-        def run(place: Place, e: int, piece: int, prepared: Moments) -> jax.Array:
+        def run(place: Place, e: int, piece: int, given: tuple[Moments, Blocks]) -> jax.Array:
             span = slice(piece * columns.size, (piece + 1) * columns.size)
-            return correction.corrected(place(columns.piece(0, 0, piece)), prepared, place(self._which[span]))
+            w, which = place(columns.piece(0, 0, piece)), place(self._which[span])
+            return correction.corrected(w, *given, strength, which)
 
         (pieces,) = sweep(pool, 1, columns.pieces, lambda e: total, prepare, run)
         whole = np.concatenate(pieces, axis=1)
@@ -90,7 +95,7 @@ class GroupWeights:
         weights = []
         for t in self._targets:
             q = packed[t.site.name]
-            value = np.asarray(q.dequantize(jnp.float32))
+            value = np.asarray(dequantized(q, "float32"))
             steps = folded.steps(t.site.path)
             for step in reversed(fold.steps_within(steps, t.site.part) if t.site.part else steps):
                 by = np.asarray(step.values)
@@ -128,14 +133,10 @@ class GroupWeights:
         return np.concatenate([np.asarray(w) for w in every], axis=1)[:, self._some]
 
 
-def total_of(folds: Sequence[Moments]) -> Moments:
-    """Their sum."""
-    return functools.reduce(_add, folds)
-
-
-@jax.jit
-def _add(a: Moments, b: Moments) -> Moments:
-    return jax.tree.map(jnp.add, a, b)
+@functools.partial(jax.jit, static_argnames="dtype")
+def dequantized(q: QuantizedTensor, dtype: str | None = None) -> jax.Array:
+    """`QuantizedTensor.dequantize`, compiled."""
+    return q.dequantize(dtype)
 
 
 def _to_leaf(w: np.ndarray, t: Target, leaf: Weight) -> np.ndarray:

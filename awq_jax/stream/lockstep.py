@@ -1,8 +1,9 @@
 """The float and the quantized stream of a block: each group is rounded before the next one's input is made.
 
-At the input of a group (see `awq_jax.trace.segments`) all batches of both streams stand still. What the group reads
-there in the quantized model is what it is rounded for, and how that differs from what it reads in the float model is
-what its weights are corrected by (`awq_jax.algorithm.correction`). Then both go on to the next group.
+The float stream goes first (`Lockstep.calibrate`), and leaves at the input of every group (see
+`awq_jax.trace.segments`) what is alive there. Then all batches of the quantized stream go from group to group. What a
+group reads there is what it is rounded for, and how that differs from what it reads in the float model is what its
+weights are corrected by (`awq_jax.algorithm.correction`).
 """
 
 import dataclasses
@@ -18,11 +19,10 @@ import numpy as np
 from awq_jax.algorithm import correction
 from awq_jax.algorithm.correction import Moments
 from awq_jax.calibration import expert_grams
-from awq_jax.calibration.calibration import Stats
+from awq_jax.calibration.calibration import Fetch, Stats
 from awq_jax.calibration.expert_grams import ExpertGrams, ExpertStats
 from awq_jax.calibration.two_streams import PairSums
 from awq_jax.devices.pool import Pool
-from awq_jax.pack import Array
 from awq_jax.plan.fold import Folder
 from awq_jax.plan.plan import ScaleGroup
 from awq_jax.qtensor import QuantizedTensor, Weight
@@ -33,7 +33,7 @@ from awq_jax.report import LayerReport
 from awq_jax.stream import folds
 from awq_jax.stream.cut_blocks import Programs
 from awq_jax.stream.decoder_blocks import Leaves
-from awq_jax.stream.group_weights import GroupWeights, total_of
+from awq_jax.stream.group_weights import GroupWeights, dequantized
 
 Alive = list[np.ndarray]
 
@@ -74,10 +74,20 @@ class Lockstep:
         self._served: dict[str, Weight] = dict(leaves)  # the quantized model's parameters, as far as they are known
         self._tokens = [rows * length for rows, length in shapes]
         self._reached = 0
+        self._left: list[dict[int, Alive]] = []  # of the float stream, by number of the group
         self._kept: PairSums | None = None
         self._weights: GroupWeights
         self.seconds = 0.0
         self.strengths: dict[str, correction.Strength] = {}
+
+    def calibrate(self) -> Fetch:
+        """Send the float stream through the block; the statistics of its groups, of all tokens but those kept out."""
+        floats, first = self._pool.spread(self._leaves), self._programs[0]
+        found = {}
+        for name, number in first.groups.items():
+            group = first.group(number)
+            found[self._prefix + name] = self._of_float(number, group, floats)
+        return found.get
 
     def begin(self, absorbed: Folder, targets: Collection[str]) -> None:
         """All scales are known; ``absorbed``: folds those that upstream parameters absorb."""
@@ -97,15 +107,18 @@ class Lockstep:
         if first.paired(number):
             leaves = {self._prefix + p: w for p, w in self._leaves.items()}
             self._weights = GroupWeights(group, targets, leaves, first.widths(number), self._prefix)
-            stats, fitted = self._to_pair(number, scale)
+            total, fitted = self._to_pair(number, scale)
+            stats = total.stats
             strength = correction.NONE
             if len(fitted) > 1:
-                strength = correction.strengths(fitted, self._weights.picked, self._weights.streamed)
+                chosen = self._weights.picked, self._weights.streamed, self._weights.width
+                strength = correction.strengths(total.moments, fitted, *chosen)
             self.strengths[group.name] = strength
             if strength.alpha or strength.rho:
-                aims = self._weights.corrected(self._pool, total_of(fitted), strength)
+                aims = self._weights.corrected(self._pool, total.moments, strength)
         else:
             stats = self._to_tap(number, group, scale)
+        self._left[number] = {}
         self._reached = number + 1
         self.seconds += time.perf_counter() - start
         return Aim(stats, aims)
@@ -140,7 +153,7 @@ class Lockstep:
         """The group's weights are packed: the quantized stream goes on with them."""
         for t in targets:
             path = t.site.path.removeprefix(self._prefix)
-            value = packed[t.site.name].dequantize()
+            value = dequantized(packed[t.site.name])
             if t.site.part:
                 value = jnp.asarray(self._served[path]).at[t.site.window].set(value)
             self._served[path] = value
@@ -148,23 +161,26 @@ class Lockstep:
     def skip(self, served: Leaves) -> None:
         """Go to the last group with the parameters that the quantized model has: ``served``."""
         self._served |= served
-        copies = self._pool.spread(self._served)
-        for number in range(self._reached, len(self._programs[0].groups)):
+        floats, copies = self._pool.spread(self._leaves), self._pool.spread(self._served)
+        for number in range(len(self._programs[0].groups)):
             for i in self._quantized:
+                self._forward(number, floats, self._float, i)
                 self._forward(number, copies, self._quantized, i)
-            self._reached = number + 1
+        self._reached = len(self._programs[0].groups)
 
     def apart(self, seconds: dict[str, float]) -> dict[str, float]:
         """Seconds by phase, with those on the way to the groups as one of their own."""
         return seconds | {"round": seconds["round"] - self.seconds, "follow": self.seconds}
 
-    def finish(self) -> dict[int, np.ndarray]:
-        """What comes out of the block in the quantized stream, by batch."""
-        copies = self._pool.spread(self._served)
-        for i in self._quantized:
-            assert len(self._programs[i].groups) == self._reached, "a group has not been rounded"
-            self._forward(self._reached, copies, self._quantized, i)
-        return {i: alive[0] for i, alive in self._quantized.items()}
+    def finish(self) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
+        """What comes out of the block in the float and in the quantized stream, by batch."""
+        assert len(self._programs[0].groups) == self._reached, "a group has not been rounded"
+        for leaves, stream in ((self._leaves, self._float), (self._served, self._quantized)):
+            copies = self._pool.spread(leaves)
+            for i in stream:
+                self._forward(self._reached, copies, stream, i)
+        floats, quantized = ({i: alive[0] for i, alive in x.items()} for x in (self._float, self._quantized))
+        return floats, quantized
 
     def _number(self, group: ScaleGroup) -> int:
         name = group.name.removeprefix(self._prefix)
@@ -176,22 +192,26 @@ class Lockstep:
         streams[i] = [np.asarray(x) for x in alive]
         return alive
 
-    def _to_pair(self, number: int, scale: np.ndarray) -> tuple[Stats, list[Moments]]:
-        """The statistics of the quantized stream, and the moments of each fold; those kept out are put aside."""
-        floats, served = self._pool.spread(self._leaves), self._pool.spread(self._served)
+    def _to_pair(self, number: int, scale: np.ndarray) -> tuple[PairSums, list[Moments]]:
+        """Sums of all that is fitted, and the moments of each fold; those kept out are put aside."""
+        served, left = self._pool.spread(self._served), self._left[number]
         weights = self._weights
 
         def run(i: int) -> list[PairSums]:
-            if i not in self._float:
-                return [self._programs[i].no_pair(number, len(weights.streamed)) for _ in self._spans(i)]
-            f = self._forward(number, floats, self._float, i)
-            q = self._forward(number, served, self._quantized, i)
-            given = self._pool.place(i, (scale, weights.picked, weights.streamed))
-            return [self._programs[i].pair(number, f, q, *given, span) for _, span in self._spans(i)]
+            program = self._programs[i]
+            if i not in left:
+                return [program.no_pair(number, len(weights.streamed)) for _ in self._spans(i)]
+            self._forward(number, served, self._quantized, i)
+            streams = left[i], self._quantized[i], functools.partial(self._pool.place, i)
+            given = scale, weights.picked, weights.streamed
+            return [
+                program.pair(number, *streams, *given, span=span, judged=fold == folds.KEPT_OUT)
+                for fold, span in self._spans(i)
+            ]
 
         sums: dict[int, PairSums] = self._sum(run)
         self._kept = sums.pop(folds.KEPT_OUT, None)
-        return functools.reduce(_add, (s.stats for s in sums.values())), [s.moments for s in sums.values()]
+        return _total(list(sums.values())), [s.moments for s in sums.values()]
 
     def _spans(self, batch: int) -> list[tuple[int, tuple[int, int]]]:
         """Folds that tokens of a batch are in, and the first token of each and the first after: two of a sequence that
@@ -202,38 +222,56 @@ class Lockstep:
         half = -(-tokens // 2)
         return [(0, (0, half)), (folds.KEPT_OUT, (half, tokens))]
 
-    def _to_tap(self, number: int, group: ScaleGroup, scale: np.ndarray) -> Stats:
-        """The statistics of the quantized stream; experts' Grams some at a time where memory wants it."""
-        floats, served = self._pool.spread(self._leaves), self._pool.spread(self._served)
-        size = expert_grams.at_a_time(group)
+    def _of_float(self, number: int, group: ScaleGroup, floats: Callable[[int], Any]) -> Stats:
+        """The float stream goes on to a group: its statistics there; what is alive is left for `reach`."""
+        for i in self._float:
+            self._forward(number, floats, self._float, i)
+        left = dict(self._float)
+        self._left.append(left)
+        if not self._programs[0].paired(number):
+            ones = np.ones((*group.scan, *group.batch, group.channels), np.float32)
+            return self._tapped(number, group, ones, floats, left)
 
         def run(i: int) -> list[Stats]:
-            if i not in self._float:
-                return [self._programs[i].no_tap(number, None if size is None else 0)]
-            self._forward(number, floats, self._float, i)
-            q = self._forward(number, served, self._quantized, i)
-            given = served(i), q, self._pool.place(i, scale)
-            return [self._programs[i].tap(number, *given, experts=None if size is None else 0)]
+            if i not in left:
+                return [self._programs[i].no_tap(number, None) for _ in self._spans(i)]
+            place = functools.partial(self._pool.place, i)
+            return [self._programs[i].stats(number, left[i], place, span) for _, span in self._spans(i)]
 
-        stats = self._fitted(self._sum(run))
+        return self._fitted(self._sum(run))
+
+    def _to_tap(self, number: int, group: ScaleGroup, scale: np.ndarray) -> Stats:
+        """The statistics of the quantized stream."""
+        served = self._pool.spread(self._served)
+        for i in self._quantized:
+            self._forward(number, served, self._quantized, i)
+        return self._tapped(number, group, scale, served, self._quantized)
+
+    def _tapped(
+        self, number: int, group: ScaleGroup, scale: np.ndarray, params: Callable[[int], Any], alive: dict[int, Alive]
+    ) -> Stats:
+        """The statistics of one stream at a group; experts' Grams some at a time where memory wants it."""
+        size = expert_grams.at_a_time(group)
+
+        def of(start: int, experts: int | None) -> Stats:
+            def run(i: int) -> list[Stats]:
+                if i not in alive:
+                    return [self._programs[i].no_tap(number, experts)]
+                given = params(i), self._pool.place(i, jax.device_put(alive[i])), self._pool.place(i, scale)
+                return [self._programs[i].tap(number, *given, start, experts=experts)]
+
+            return self._fitted(self._sum(run))
+
         if size is None:
-            return stats
-
-        def collect(start: int) -> Array:
-            def again(i: int) -> list[Stats]:
-                if i not in self._float:
-                    return [self._programs[i].no_tap(number, size)]
-                alive = self._pool.place(i, jax.device_put(self._quantized[i]))
-                given = served(i), alive, self._pool.place(i, scale)
-                return [self._programs[i].tap(number, *given, start, experts=size)]
-
-            return self._fitted(self._sum(again)).gram
-
-        return ExpertStats(**vars(stats), expert_grams=ExpertGrams(stats.gram, size, collect))
+            return of(0, None)
+        stats = of(0, 0)
+        return ExpertStats(
+            **vars(stats), expert_grams=ExpertGrams(stats.gram, size, lambda start: of(start, size).gram)
+        )
 
     def _fitted(self, sums: dict[int, Stats]) -> Stats:
         """The sum of all that is not kept out."""
-        stats: Stats = functools.reduce(_add, (s for fold, s in sums.items() if fold != folds.KEPT_OUT))
+        stats: Stats = _total([s for fold, s in sums.items() if fold != folds.KEPT_OUT])
         return stats
 
     def _sum(self, run: Callable[[int], Any]) -> dict[int, Any]:
@@ -250,7 +288,7 @@ class Lockstep:
                 of = [fold for fold, _ in self._spans(i)] if len(every) > 1 else [self._folds[i]]
                 for fold, one in zip(of, every, strict=True):
                     one = jax.device_put(one, pool.local[0]) if pool.devices else one
-                    sums[fold] = _add(sums[fold], one) if fold in sums else one
+                    sums[fold] = _add_to(sums[fold], one) if fold in sums else one
         return sums
 
 
@@ -266,6 +304,14 @@ def _noted(row: LayerReport, why: str) -> LayerReport:
     return dataclasses.replace(row, reason="; ".join(filter(None, (row.reason, why))))
 
 
-@jax.jit
-def _add(a: Any, b: Any) -> Any:
-    return jax.tree.map(jnp.add, a, b)
+def _total(sums: Sequence[Any]) -> Any:
+    """Of trees of arrays that are kept."""
+    if len(sums) == 1:
+        return sums[0]
+    # A copy, so that it may be added to.
+    first = jax.tree.map(lambda a: jax.device_put(np.array(a), getattr(a, "sharding", None)), sums[0])
+    return functools.reduce(_add_to, sums[1:], first)
+
+
+# In the memory of the former.
+_add_to = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0)

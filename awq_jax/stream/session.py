@@ -145,20 +145,19 @@ class Session:
           hidden: what goes into the first of ``blocks``.
           quantized: what does in the quantized model, if the session is `sequential`.
         """
+        clock = time.perf_counter
         for block in blocks:
-            start = time.perf_counter()
-            leaves = read(block)
-            loaded = time.perf_counter()
+            start, leaves, loaded = clock(), read(block), clock()
             steps = None if quantized is None else self._enter(block, leaves, hidden, quantized)
-            fetch = self.calibrate(block, leaves, hidden)
-            calibrated = time.perf_counter() - loaded
+            fetch = self.calibrate(block, leaves, hidden) if steps is None else steps.calibrate()
+            calibrated = clock() - loaded
             done = self.quantize(block, leaves, fetch, steps)
-            rounded = time.perf_counter()
-            if hidden.batches and self.experts_at_a_time(block):
+            rounded = clock()
+            if steps is None and hidden.batches and self.experts_at_a_time(block):
                 self.pass_on(block, leaves, hidden)
             if quantized is not None:
-                self._streams.leave(block, steps, hidden, quantized)
-            calibrated += time.perf_counter() - rounded
+                self._see(self._streams.leave(block, steps, hidden, quantized))
+            calibrated += clock() - rounded
             del leaves, fetch, steps
             seconds = {"load": loaded - start, **done.seconds, "calibrate": calibrated + done.seconds["calibrate"]}
             yield dataclasses.replace(done, seconds=seconds)
@@ -271,14 +270,18 @@ class Session:
           served: what became of a block's parameters, packed ones as floats.
         """
         steps = self._enter(block, leaves, hidden, quantized) if quantized is not None else None
-        if self.experts_at_a_time(block):
+        if steps is not None:
+            assert served is not None
+            steps.skip(served(block))
+        elif self.experts_at_a_time(block):
             self._pass(block, leaves, hidden, [], keep=True)
         else:
             self.calibrate(block, leaves, hidden)
         if quantized is not None:
-            if steps is not None and served is not None:
-                steps.skip(served(block))
-            self._streams.leave(block, steps, hidden, quantized)
+            self._see(self._streams.leave(block, steps, hidden, quantized))
+
+    def _see(self, dtype: str) -> None:  # a process without a batch learns it from the others
+        self.activations = next(filter(None, self.pool.meet(dtype)), self.activations)
 
     def _enter(self, block: DecoderBlock, leaves: Leaves, hidden: Hidden, quantized: Hidden) -> Lockstep | None:
         groups = [within(g, block) for g, _ in self.work(block)]
@@ -332,8 +335,7 @@ class Session:
                 hidden.put(i, np.asarray(y))
         if keep:
             hidden.advance()
-        # A process without a batch learns it from the others.
-        self.activations = next(filter(None, pool.meet(seen)), self.activations)
+        self._see(seen)
         return sums
 
     def quantize(self, block: DecoderBlock, leaves: Leaves, fetch: Fetch, steps: Lockstep | None = None) -> Done:

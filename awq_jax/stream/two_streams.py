@@ -68,14 +68,24 @@ class TwoStreams:
         both = entering(hidden), entering(quantized)
         return Lockstep(every, block.prefix, leaves, *both, hidden.shapes, fold_of, self._pool)
 
-    def leave(self, block: DecoderBlock, steps: Lockstep | None, hidden: Hidden, quantized: Hidden) -> None:
-        """Keep what comes out of the block in the quantized stream; ``hidden``: what came out in the float one."""
+    def leave(self, block: DecoderBlock, steps: Lockstep | None, hidden: Hidden, quantized: Hidden) -> str:
+        """Keep what comes out of the block in both streams; without ``steps`` the same, which is in ``hidden``.
+
+        Returns:
+          The dtype of what came out, "" if nothing did.
+        """
         if block.kind in (REST, HEAD) or not hidden.batches:
-            return
+            return ""
         if steps is None:
             out = {i: hidden.get(i) for i in range(hidden.batches) if self._pool.mine(i)}
         else:
-            out = steps.finish()
-        for i, y in out.items():
-            quantized.put(i, y)
-        quantized.advance()
+            floats, out = steps.finish()
+            _keep(hidden, floats)
+        _keep(quantized, out)
+        return next((y.dtype.name for y in out.values()), "")
+
+
+def _keep(stream: Hidden, out: dict[int, np.ndarray]) -> None:
+    for i, y in out.items():
+        stream.put(i, y)
+    stream.advance()

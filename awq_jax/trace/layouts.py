@@ -1,6 +1,8 @@
 """Activations and results of matmuls as ``[*batch, T, K]`` and ``[*batch, T, N]``, axes in the order of the leaf."""
 
 import math
+from types import ModuleType
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -32,18 +34,19 @@ def _lead(op: Op) -> tuple[views.AxisFactor, ...]:
 
 
 def flatten_activation(op: Op, x: ArrayLike) -> jax.Array:
-    """The activation as ``[*b, T, K]``, axes in the order of the leaf."""
+    """The activation as ``[*b, T, K]``, axes in the order of the leaf; in host memory if it is there."""
     assert op.roles is not None
     b, free, c = _other_axes(op)
     lead, k = _lead(op), op.roles.k
-    x = jnp.transpose(x, (*b, *free, *c)).reshape(*views.sizes(lead), -1, *views.sizes(k))
+    xp: ModuleType = np if isinstance(x, np.ndarray) else jnp
+    x = xp.transpose(x, (*b, *free, *c)).reshape(*views.sizes(lead), -1, *views.sizes(k))
     nb = len(lead)
-    x = jnp.transpose(x, [*views.leaf_order(lead), nb, *(nb + 1 + i for i in views.leaf_order(k))])
+    x = xp.transpose(x, [*views.leaf_order(lead), nb, *(nb + 1 + i for i in views.leaf_order(k))])
     sizes: dict[int, int] = {}
     for f in lead:
         sizes[f.axis] = sizes.get(f.axis, 1) * f.size
     t = math.prod(np.shape(op.ins[op.x])[d] for d in free)
-    return x.reshape(*(sizes[a] for a in sorted(sizes)), t, math.prod(views.sizes(k)))
+    return cast(jax.Array, x).reshape(*(sizes[a] for a in sorted(sizes)), t, math.prod(views.sizes(k)))
 
 
 def restore_output(op: Op, y: jax.Array) -> jax.Array:

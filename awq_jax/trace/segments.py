@@ -29,6 +29,20 @@ class Stream(NamedTuple):
     factor: tuple[Operand, ...]
 
 
+class Given(NamedTuple):
+    """A `Stream` as it is for some tokens: ``value [T, N]``, and by how much results are multiplied before."""
+
+    value: ArrayLike
+    factor: tuple[Operand, ...]
+
+    def in_units(self) -> jax.Array:
+        """The value in units of the result, float32."""
+        value = jax.numpy.asarray(self.value).astype(jax.numpy.float32)
+        for factor in self.factor:
+            value = value / jax.numpy.asarray(factor).astype(jax.numpy.float32)
+        return value
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Cut:
     """The place in a program before the first matmul of some weights, which read one input.
@@ -99,18 +113,20 @@ class Segments:
         return interpret.run_graph(self._program, graph, [*(params[p] for p in wanted), *before])[0]
 
     def input_of(self, number: int, alive: Sequence[ArrayLike]) -> jax.Array:
-        """What the weights of a direct cut read, ``[*b, T, K]``, of what is alive there."""
+        """What the weights of a direct cut read, ``[*b, T, K]``, of what is alive there; in host memory if that is."""
         op = self.cuts[number].op
         return layouts.flatten_activation(op, self._value(op.ins[op.x], number, alive))
 
-    def stream_of(self, number: int, key: Key, alive: Sequence[ArrayLike]) -> jax.Array:
-        """What the result ``[T, N]`` of a weight is added to, in units of the result, float32."""
-        stream = self.cuts[number].streams[key]
-        value = jax.numpy.asarray(self._value(stream.value, number, alive))
-        value = value.reshape(-1, value.shape[-1]).astype(jax.numpy.float32)
-        for factor in stream.factor:
-            value = value / jax.numpy.asarray(factor).astype(jax.numpy.float32)
-        return value
+    def streams_of(self, number: int, alive: Sequence[ArrayLike]) -> list[Given]:
+        """What results of the weights of a direct cut are added to, in the order of `Cut.streams`."""
+        out = []
+        for stream in self.cuts[number].streams.values():
+            value = self._value(stream.value, number, alive)
+            flat = (value if isinstance(value, np.ndarray) else jax.numpy.asarray(value)).reshape(
+                -1, np.shape(value)[-1]
+            )
+            out.append(Given(flat, stream.factor))
+        return out
 
     def tapped(
         self, number: int, params: Mapping[str, ArrayLike], alive: Sequence[ArrayLike], tap: interpret.Tap

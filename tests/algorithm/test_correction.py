@@ -41,8 +41,9 @@ def test_the_corrected_weight_solves_the_regression():
     w, columns = rng.standard_normal((K, 5)), np.asarray([2, -1, 0, 1, 2])
     move, push = solved(sequences, w, 0.3, columns)
     total = Moments(*(sum(x) for x in zip(*moments(sequences), strict=True)))
-    prepared = correction.prepare(total, np.float32(0.75), np.float32(0.5), np.float32(0.3))
-    got = correction.corrected(jnp.asarray(w, jnp.float32), prepared, columns.astype(np.int32))
+    taken = correction.Strength(0.75, 0.5, 0.3)
+    prepared = correction.prepare(total, taken.lam)
+    got = correction.corrected(jnp.asarray(w, jnp.float32), total, prepared, taken, columns.astype(np.int32))
     np.testing.assert_allclose(got, w + 0.75 * move + 0.5 * push, rtol=2e-4, atol=2e-4)
 
 
@@ -50,21 +51,26 @@ def test_the_corrected_weight_solves_the_regression():
 def test_strengths_are_those_that_predict_sequences_left_out(drift):
     sequences, rng = data(2, drift), np.random.default_rng(3)
     w, columns = rng.standard_normal((K, 4)), np.asarray([0, 1, 2, -1])
-    got = correction.strengths(moments(sequences), jnp.asarray(w, jnp.float32), columns.astype(np.int32))
+    every = moments(sequences)
+    total = Moments(*(sum(x) for x in zip(*every, strict=True)))
+    got = correction.strengths(total, every, jnp.asarray(w, jnp.float32), columns.astype(np.int32), 9)
 
-    def left_out(alpha: float, rho: float, lam: float) -> float:
-        """The squared error on each sequence of what the others gave, less that of no correction."""
-        total = 0.0
-        for i, (a, b, d) in enumerate(sequences):
+    def left_out(alpha: float, rho: float, lam: float, some=(0, 1, 2, 3)) -> float:
+        """The squared error on some sequences of what all others gave, less that of no correction."""
+        found = 0.0
+        for i in some:
+            a, b, d = sequences[i]
             move, push = solved(sequences[:i] + sequences[i + 1 :], w, lam, columns)
             aim = (b - a) @ w + d[:, columns] * (columns >= 0)
-            total += np.square(aim - a @ (alpha * move + rho * push)).sum() - np.square(aim).sum()
-        return total
+            found += np.square(aim - a @ (alpha * move + rho * push)).sum() - np.square(aim).sum()
+        return found
 
     grid = np.linspace(0, 1, 21)
-    best = min(left_out(x, y, lam) for lam in correction.LAMS for x in grid for y in grid)
+    first = {lam: min(left_out(x, y, lam, [0]) for x in grid for y in grid) for lam in correction.LAMS}
+    best = min(left_out(x, y, got.lam) for x in grid for y in grid)
     found = left_out(*got)
     assert found <= best + 1e-3 * abs(best)
+    assert not drift or first[got.lam] == min(first.values())
     if drift:
         assert got.alpha > 0.5
         assert got.rho > 0.5
@@ -74,7 +80,10 @@ def test_strengths_are_those_that_predict_sequences_left_out(drift):
 def test_without_a_stream_and_without_any_drift_nothing_is_corrected():
     a = np.random.default_rng(4).standard_normal((TOKENS, K))
     still = [Moments(jnp.asarray(a.T @ a, jnp.float32), jnp.zeros((K, K)), jnp.zeros((K, 0)))] * 2
-    assert correction.strengths(still, jnp.ones((K, 2)), np.full(2, -1, np.int32)) == correction.NONE
+    assert (
+        correction.strengths(Moments(*(2 * x for x in still[0])), still, jnp.ones((K, 2)), np.full(2, -1, np.int32), 2)
+        == correction.NONE
+    )
 
 
 def test_columns_are_spread_evenly_and_once_each():
