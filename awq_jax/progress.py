@@ -27,6 +27,9 @@ class Bar(Protocol):
     def update(self, n: int = 1) -> object:
         """``n`` more are done."""
 
+    def set_postfix_str(self, s: str = "", refresh: bool = True) -> object:
+        """What is shown after the time that is left."""
+
     def __enter__(self) -> Bar: ...
 
     def __exit__(self, *exc: object) -> object: ...
@@ -42,6 +45,9 @@ class _Silent:
         """``n`` more are done."""
         self.n += n
         self._told(self.n, self.total)
+
+    def set_postfix_str(self, s: str = "", refresh: bool = True) -> None:
+        """Nobody sees it."""
 
     def __enter__(self) -> _Silent:
         return self

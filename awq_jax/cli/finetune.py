@@ -56,6 +56,10 @@ def add(subparsers: common.Commands) -> None:
     p.add_argument("--every", type=common.positive, default=20, metavar="N",
                    help="steps between held-out losses, and states on the disk (default: %(default)s)")  # fmt: skip
     p.add_argument("--seed", type=int, default=0, help="of factors and order (default: %(default)s)")
+    p.add_argument("--devices", type=common.devices, default=1, metavar="N",
+                   help="use the first N devices, or all (default: %(default)s)")  # fmt: skip
+    p.add_argument("--parallel", choices=("data", "tensor"), default="data",
+                   help="what they share: the rows of a batch, or the weights (default: %(default)s)")  # fmt: skip
     p.add_argument("--restart", action="store_true", help="discard an unfinished run")
     p.add_argument("--overwrite", action="store_true", help="replace DIR if it is an adapter")
     common.add_dtype(p)
@@ -67,11 +71,15 @@ def run(args: argparse.Namespace) -> None:
     work = dst.parent / f".{dst.name}.finetuning"
     if dst.exists() and not (args.overwrite and (dst / "adapter_config.json").is_file()):
         raise CheckpointError(f"{dst} exists; choose another target or pass --overwrite")
-    from awq_jax import models  # JAX, for which --help must not wait
+    import jax  # for which --help must not wait
+
+    from awq_jax import models
     from awq_jax.convert import registry
     from awq_jax.lora import rows, training
     from awq_jax.serve import model
 
+    devices = args.devices or jax.device_count()
+    spread = args.parallel == "tensor" and devices > 1
     source = registry.open_source(args.dir)
     config, tokenizer = models.config_of(source), source.tokenizer()
     length = min(args.seq_len, config.max_length)
@@ -90,10 +98,11 @@ def run(args: argparse.Namespace) -> None:
         steps=args.steps or -(-len(data) // each), batch_size=args.batch_size, accumulate=args.accumulate,
         learning_rate=args.learning_rate, warmup=args.warmup, weight_decay=args.weight_decay, clip=args.clip,
         dtype=args.adapter_dtype, remat=None if args.no_remat else "block", seed=args.seed, every=args.every,
+        devices=1 if spread else devices,
     )  # fmt: skip
     if args.restart:
         shutil.rmtree(work, ignore_errors=True)
-    loaded = model.load(args.dir, args.dtype)
+    loaded = model.load(args.dir, args.dtype, mesh=devices if spread else None)
     if loaded.config.vision is not None:
         raise ConfigError("models that look at images are not trained; quantize and serve them")
     done = training.finetune(loaded, settings, data, held, work=work, base=args.dir, progress=not args.quiet)

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from awq_jax.adapters import files
 from awq_jax.adapters.files import Adapter
@@ -29,6 +30,8 @@ from awq_jax.lora.rows import Row
 from awq_jax.progress import Progress, bar
 from awq_jax.serve.model import Model
 
+ROWS = "rows"  # the axis of the mesh over whose devices rows are split
+Batch = dict[str, jax.Array]
 STATE, SETTINGS, REPORT = "state.msgpack", "settings.json", "training.json"
 log = logging.getLogger(__name__)
 
@@ -50,6 +53,7 @@ class Training:
       remat: ``"block"`` or None.
       seed: of the factors and of the order of rows.
       every: steps between held-out losses, and between states on the disk.
+      devices: that share the rows of a batch, each with a copy of the weights. Sums are in another order than on one.
     """
 
     rank: int = 16
@@ -67,14 +71,17 @@ class Training:
     remat: str | None = "block"
     seed: int = 0
     every: int = 20
+    devices: int = 1
 
     def __post_init__(self) -> None:
         beside.check(self.rank, self.alpha, "zero", self.remat)
-        for name in ("steps", "batch_size", "accumulate", "every"):
+        for name in ("steps", "batch_size", "accumulate", "every", "devices"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}")
         if not self.learning_rate > 0 or not 0 <= self.warmup < 1 or not self.clip > 0:
             raise ConfigError("learning_rate and clip must be positive, and warmup a share from 0 to below 1")
+        if self.batch_size % self.devices:
+            raise ConfigError(f"batch_size {self.batch_size} must be a multiple of the {self.devices} devices")
         if self.dtype not in ("float32", "bfloat16"):
             raise ConfigError(f"dtype of adapters must be float32 or bfloat16; got {self.dtype!r}")
 
@@ -118,7 +125,7 @@ def finetune(
     """Train adapters of ``model`` on rows.
 
     Args:
-      model: a model of `awq_jax.load`, packed or float.
+      model: a model of `awq_jax.load`, packed or float; with ``mesh=`` its devices share the weights.
       training: how.
       data, held_out: from `awq_jax.lora.rows.read`.
       work: a directory where the state is kept while it runs; one that is there is continued, to the same bytes.
@@ -126,17 +133,20 @@ def finetune(
       progress: show a progress bar on stderr, or a function (see `awq_jax.progress`).
 
     Raises:
-      ConfigError: there are no rows, or a setting does not fit the model.
+      ConfigError: there are no rows, or a setting does not fit the model or the machine.
       CheckpointError: ``work`` is of another training, or the disk refuses.
       WeightError: the loss is not finite.
     """
     if not data:
         raise ConfigError("there are no rows to train on")
     t = training
+    mesh = _mesh(t.devices, model)
     settings: dict[str, Any] = {"rank": t.rank, "alpha": t.alpha, "rslora": t.rslora}
     apply, adapters, frozen = beside.add(
         model, targets=t.targets, dtype=t.dtype, seed=t.seed, remat=t.remat, **settings
     )
+    if mesh is not None:
+        frozen = jax.device_put(frozen, NamedSharding(mesh, PartitionSpec()))
     optimizer = t.optimizer()
     state: dict[str, Any] = {"step": 0, "adapters": adapters, "moments": optimizer.init(adapters), "curve": "[]"}
     if work is not None:
@@ -144,14 +154,11 @@ def finetune(
     curve: list[dict[str, float]] = json.loads(state["curve"])
     first = int(state["step"])
 
-    @jax.jit
-    def step(adapters: Any, moments: Any, frozen: Any, batch: dict[str, jax.Array]) -> tuple[Any, Any, jax.Array]:
-        def part(total: tuple[Any, jax.Array], one: dict[str, jax.Array]) -> tuple[tuple[Any, jax.Array], None]:
-            value, grads = jax.value_and_grad(lambda a: loss.summed(apply, one, a, frozen))(adapters)
-            return (jax.tree.map(jnp.add, total[0], grads), total[1] + value), None
+    gradients = _gradients(apply, mesh)
 
-        none = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), adapters), jnp.zeros(())
-        (grads, value), _ = jax.lax.scan(part, none, batch)
+    @jax.jit
+    def step(adapters: Any, moments: Any, frozen: Any, batch: Batch) -> tuple[Any, Any, jax.Array]:
+        grads, value = gradients(adapters, frozen, batch)
         tokens = jnp.maximum(batch["counts"].sum(), 1)
         grads = jax.tree.map(lambda g, a: (g / tokens).astype(a.dtype), grads, adapters)
         updates, moments = optimizer.update(grads, moments, adapters)
@@ -167,8 +174,12 @@ def finetune(
         for number in range(first + 1, t.steps + 1):
             batch = next(feed)
             adapters, moments, value = step(adapters, moments, frozen, batch)
+            if losses:
+                losses[-1].block_until_ready()  # so that the speed shown is that of the device
             losses.append(value)
             tokens += int(batch["counts"].sum())
+            speed = tokens / (time.perf_counter() - started)
+            shown.set_postfix_str(f"{speed:.0f} tokens/s", refresh=False)
             shown.update()
             if number % t.every and number != t.steps:
                 continue
@@ -185,6 +196,36 @@ def finetune(
             if work is not None:
                 _keep(work, {"step": number, "adapters": adapters, "moments": moments, "curve": json.dumps(curve)})
     return Trained(export.adapter(model, adapters, base=base, **settings), curve, first)
+
+
+def _mesh(devices: int, model: Model) -> Mesh | None:
+    """The devices that share the rows; None for one."""
+    if devices == 1:
+        return None
+    if devices > jax.device_count():
+        raise ConfigError(f"{devices} devices are asked for, and JAX has {jax.device_count()}")
+    if model.mesh is not None:
+        raise ConfigError("the model's weights are spread over devices by mesh=; they cannot share its rows, too")
+    return Mesh(np.asarray(jax.devices()[:devices]), (ROWS,))
+
+
+def _gradients(apply: Callable[..., Any], mesh: Mesh | None) -> Callable[[Any, Any, Batch], tuple[Any, jax.Array]]:
+    """Gradients and loss of all rows of a batch ``[accumulate, size, T]``, summed."""
+
+    def own(adapters: Any, frozen: Any, batch: Batch) -> tuple[Any, jax.Array]:
+        def part(total: tuple[Any, jax.Array], one: Batch) -> tuple[tuple[Any, jax.Array], None]:
+            value, grads = jax.value_and_grad(lambda a: loss.summed(apply, one, a, frozen))(adapters)
+            return (jax.tree.map(jnp.add, total[0], grads), total[1] + value), None
+
+        none = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), adapters), jnp.zeros(())
+        found: tuple[Any, jax.Array] = jax.lax.scan(part, none, batch)[0]
+        return found if mesh is None else jax.lax.psum(found, ROWS)
+
+    if mesh is None:
+        return own
+    everywhere = PartitionSpec()
+    split = (everywhere, everywhere, PartitionSpec(None, ROWS))
+    return jax.shard_map(own, mesh=mesh, in_specs=split, out_specs=everywhere, check_vma=False)
 
 
 def _fingerprint(t: Training, data: Sequence[Row], held_out: Sequence[Row], model: Model) -> dict[str, Any]:

@@ -258,6 +258,11 @@ class Model(Answering, saving.Pushed):
         return folded_scales.composed(kept, modules.folded_scales(self._scales or {}, self.config))
 
     @property
+    def mesh(self) -> Mesh | None:
+        """The devices that the weights are spread over."""
+        return None if self._weights.place is None else self._weights.place.mesh
+
+    @property
     def adapters(self) -> tuple[str, ...]:
         """The names of the adapters beside the weights."""
         return () if self._adapters is None else self._adapters.names

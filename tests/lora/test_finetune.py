@@ -1,9 +1,15 @@
 """`awq-jax finetune` on packed weights: what counts in a row, a falling loss, the same bytes after an interruption."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+import simulated_devices
 import tiny_checkpoints
 
 import awq_jax
@@ -12,6 +18,7 @@ from awq_jax.adapters import files
 from awq_jax.cli import main
 from awq_jax.lora import rows, training
 
+DEVICES = str(Path(simulated_devices.__file__).with_name("finetune_on_devices.py"))
 SIZES = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16, "num_hidden_layers": 1}
 
 
@@ -78,6 +85,43 @@ def test_an_interrupted_training_ends_with_the_same_bytes(packed, tmp_path, monk
     for name in (files.TENSORS, files.CONFIG):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
     merged_and_quantized(packed, tmp_path, capsys)
+
+
+@pytest.mark.slow
+def test_ten_kills(packed, tmp_path):
+    """Killed at any time, also while a state is written, it ends with the bytes of a run that was let be."""
+    asked = [sys.executable, "-m", "awq_jax", "finetune", str(packed / "packed"), "--data", str(packed / "data.jsonl")]
+    asked += ["--rank", "4", "--steps", "60", "--every", "1", "--batch-size", "2", "--quiet", "--out"]
+    subprocess.run([*asked, str(tmp_path / "whole")], check=True, capture_output=True)
+    state, rng, resumed = tmp_path / ".again.finetuning" / training.STATE, np.random.default_rng(0), []
+    for _ in range(10):
+        before = state.stat().st_mtime_ns if state.exists() else 0
+        process = subprocess.Popen([*asked, str(tmp_path / "again")], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        while process.poll() is None and not (state.exists() and state.stat().st_mtime_ns > before):
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.05))
+        process.kill()
+        _, err = process.communicate()
+        assert process.returncode == -signal.SIGKILL, err
+        resumed.append(state.stat().st_mtime_ns)
+    assert len(set(resumed)) == 10  # each got further
+    last = subprocess.run([*asked, str(tmp_path / "again"), "--json"], check=True, capture_output=True)
+    assert json.loads(last.stdout)["resumed"] >= 10
+    for name in (files.TENSORS, files.CONFIG):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_devices_share_rows_or_weights(packed):
+    """In a process with two simulated ones."""
+    command = [sys.executable, DEVICES, str(packed / "packed"), str(packed / "data.jsonl")]
+    done = subprocess.run(command, capture_output=True, text=True, env=simulated_devices.environment(2))
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert max(told["data"], told["tensor"]) < 1e-3 < told["moved"]
+    assert told["None 2 held out"] == pytest.approx(told["None 1 held out"], abs=1e-3)
+    assert "cannot share its rows, too" in told["(2, 2)"]
+    assert "4 devices are asked for, and JAX has 2" in told["(None, 4)"]
 
 
 def merged_and_quantized(packed, tmp_path, capsys):
