@@ -33,14 +33,19 @@ def place(checkpoint: Path) -> Path:
 
 
 def of(source: Source | Path) -> dict[str, FoldedScale] | None:
-    """The scales kept with a checkpoint; None if there are none.
+    """The scales kept with a checkpoint, and those folded as it is read (``source.folded``, of search results).
+
+    Returns:
+      By module; None if there are none.
 
     Raises:
-      CheckpointError: the file is damaged.
+      CheckpointError: the file is damaged, or the two do not fit each other.
     """
     where = source if isinstance(source, Path) else path_of(source)
     path = None if where is None else place(where)
-    return None if path is None or not path.is_file() else read(path)
+    kept = None if path is None or not path.is_file() else read(path)
+    folded: FoldedScales | None = getattr(source, "folded", None)
+    return kept if folded is None else composed(kept or {}, folded)
 
 
 def read(path: Path) -> dict[str, FoldedScale]:

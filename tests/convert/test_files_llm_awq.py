@@ -24,7 +24,8 @@ from transformers import AwqConfig as TransformersConfig
 
 import awq_jax
 from awq_jax import convert
-from awq_jax.convert import pipeline, registry
+from awq_jax.cli import main
+from awq_jax.convert import folded_scales, pipeline, registry
 from awq_jax.convert.arrays import codes
 from awq_jax.convert.files import manifest, torch_zip
 from awq_jax.convert.formats.awq import search_results
@@ -231,6 +232,27 @@ def test_folding_leaves_the_function_as_it_is(tmp_path: Path) -> None:
 
     names = ["norm.weight", "norm.bias", "gate.weight", "gate.bias", "up.weight", "down.weight"]
     np.testing.assert_allclose(run(source.read), run(source.source.read), rtol=1e-5, atol=1e-6)
+
+
+def test_scales_are_kept_for_adapters(tmp_path: Path) -> None:
+    """As llm-awq's files have them; what they say is what became of the weights."""
+    directory = float_checkpoint(tmp_path / "float", Tiny(torch.float32))
+    torch.save({**random_search(torch.float32), "clip": []}, tmp_path / "search.pt")
+    given = ["convert", str(directory), str(tmp_path / "out"), "--to", "float", "--search", str(tmp_path / "search.pt")]
+    assert main(given) == 0
+    kept, before, after = (
+        folded_scales.of(tmp_path / "out"),
+        *(load_file(tmp_path / name / "model.safetensors") for name in ("float", "out")),
+    )
+    modules = {f"model.layers.{i}.{name}" for i in range(2) for name in ("gate", "up", "down", "qkv", "out")}
+    assert kept is not None
+    assert kept.keys() == modules
+    for module, (s, t) in kept.items():
+        want = before[f"{module}.weight"].astype(np.float64) * (1 if s is None else s)
+        want = want / (1 if t is None else t[:, None])
+        np.testing.assert_allclose(after[f"{module}.weight"], want, rtol=1e-6)
+    assert kept["model.layers.0.up"].input is not None
+    assert kept["model.layers.0.up"].output is not None
 
 
 def test_norms_that_add_one(tmp_path: Path) -> None:

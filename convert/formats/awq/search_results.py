@@ -22,6 +22,7 @@ from awq_jax.convert.source import Info, Source
 from awq_jax.dtypes import FLOATS
 from awq_jax.errors import FormatError, WeightError
 from awq_jax.qtensor import QuantizedTensor
+from awq_jax.report import FoldedScale
 
 if TYPE_CHECKING:
     from awq_jax.convert.text import TokenizerLike
@@ -102,7 +103,11 @@ def apply_search(source: Source, path: str | Path) -> SearchedSource:
 
 
 class SearchedSource:
-    """See `apply_search`; a `Source`."""
+    """See `apply_search`; a `Source`.
+
+    Attributes:
+      folded: the scales by module, for `awq_jax.convert.folded_scales`.
+    """
 
     format = "float"
 
@@ -115,6 +120,7 @@ class SearchedSource:
         self._offset = float(model_type in PLUS_ONE)
         self._known = set(source.names())
         self._changes: dict[str, list[Change]] = {}
+        self.folded: dict[str, FoldedScale] = {}
         result = read_search(path)
         for before, layers, s in result.scale:
             self._divide(before, s)
@@ -123,6 +129,7 @@ class SearchedSource:
                 if shape[1] != s.size:
                     raise self._misfit(f"{name} {shape}", f"{s.size} scales")
                 self._add(name, functools.partial(_multiplied, s=s))
+                self._note(name, "input", s)
         for layer, bounds in result.clip:
             name, (n, k) = self._linear(layer)
             if bounds.shape[0] != n or not bounds.shape[1] or k % bounds.shape[1]:
@@ -169,6 +176,13 @@ class SearchedSource:
     def _add(self, name: str, change: Change) -> None:
         self._changes.setdefault(name, []).append(change)
 
+    def _note(self, name: str, kind: str, s: np.ndarray) -> None:
+        """Scales of a linear's inputs or outputs, after those that it has."""
+        module, s = name.removesuffix(".weight"), _rounded(s, np.dtype(self.source.info(name).dtype))
+        found = self.folded.get(module, FoldedScale(None, None))
+        before = getattr(found, kind)
+        self.folded[module] = found._replace(**{kind: s if before is None else before * s})
+
     def _divide(self, before: str, s: np.ndarray) -> None:
         """Divide the norm's weight, or the last rows of the linear's, and the bias, by the scales."""
         name = self._find(before)
@@ -177,6 +191,7 @@ class SearchedSource:
             raise self._misfit(f"{name} {shape}", f"{s.size} scales")
         if len(shape) == 2:
             self._add(name, functools.partial(_divided, s=s[:, None]))
+            self._note(name, "output", np.concatenate([np.ones(shape[0] - s.size), s]))
         else:
             self._add(name, functools.partial(_divided, s=s, offset=self._offset))
         bias = f"{name.removesuffix('.weight')}.bias"
