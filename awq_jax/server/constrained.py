@@ -54,7 +54,8 @@ def constraints(service: Service, schema: str | None, count: int) -> list[Constr
         raise ConfigError("JSON schemas need the model's own tokenizer.json")
     vocabulary = service.engine.programs.vocabulary
     read = _tokenizer(tokenizer.backend_tokenizer.to_str(), vocabulary, service.engine.ends)
-    grammar = llguidance.LLMatcher.grammar_from_json_schema(schema)
+    # As `json.dumps` writes it: else a small model may go on with white space for ever.
+    grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_flexible": False})
     failed, says = llguidance.LLMatcher.validate_grammar_with_warnings(grammar, read)
     if failed:
         raise Problem(f"the JSON schema cannot be followed: {' '.join(says)[:500]}", param="response_format")

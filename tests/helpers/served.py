@@ -8,6 +8,7 @@ from typing import Any
 import random_decoders
 import tiny_checkpoints
 
+from awq_jax.convert.text import Tokenizer
 from awq_jax.serve import Sampling
 from awq_jax.serve.engine.engine import Engine
 from awq_jax.serve.engine.request import Piece
@@ -24,7 +25,9 @@ class Nowhere:
 def model(family: str = "llama", packed: bool = True, **changes: Any) -> Model:
     """A random model with a byte tokenizer."""
     config, graphdef, params = random_decoders.decoder(family, packed, **changes)
-    return Model(config, {}, graphdef, params, tiny_checkpoints.tokenizer(), Nowhere())  # type: ignore[arg-type]
+    fast = tiny_checkpoints.tokenizer()
+    tokenizer = Tokenizer(fast.backend_tokenizer, fast.special_tokens_map, fast.chat_template)
+    return Model(config, {}, graphdef, params, tokenizer, Nowhere())  # type: ignore[arg-type]
 
 
 async def pieces(engine: Engine, prompt: Any, sampling: Sampling | None = None, **settings: Any) -> list[Piece]:

@@ -134,6 +134,28 @@ def value(text, name):
     return next(float(line.split()[-1]) for line in text.splitlines() if line.startswith(f"awq_jax_{name} "))
 
 
+SCHEMA = {
+    "type": "object",
+    "properties": {"sure": {"type": "boolean"}, "why": {"enum": ["a", "b"]}},
+    "required": ["sure", "why"],
+    "additionalProperties": False,
+}
+
+
+def test_answers_fit_a_schema_whatever_the_model_would_say(client):
+    pytest.importorskip("llguidance")
+    asked = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
+    got = chat(client, response_format=asked, n=2, temperature=1.5, seed=1, max_tokens=50).json()
+    for choice in got["choices"]:
+        assert choice["finish_reason"] == "stop"
+        found = json.loads(choice["message"]["content"])
+        assert set(found) == {"sure", "why"}
+        assert found["why"] in ("a", "b")
+    assert client.engine.programs.late == 0
+    wrong = {"type": "json_schema", "json_schema": {"schema": {"type": "nothing"}}}
+    assert chat(client, response_format=wrong).json()["error"]["param"] == "response_format"
+
+
 @pytest.mark.parametrize(
     ("body", "status", "param"),
     [

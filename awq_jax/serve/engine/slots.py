@@ -1,6 +1,6 @@
 """The cache of all slots, and the window of it that one call reads and writes.
 
-Heads come before tokens in memory, so that attention reads each head's in one stretch; the step is half as long on CPUs.
+Heads come before tokens in memory, so that attention reads those of each head in one stretch.
 
 The arrays of all slots stay where they are: a call is given the first slot and how many, and how many tokens of each it
 may read. Layers see a window as any cache (`awq_jax.models.layers.cache`).
