@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 
 from awq_jax.calibration import by_expert
 from awq_jax.calibration.grams import ArrayGrams, Grams
+from awq_jax.calibration.in_turn import in_turn
 from awq_jax.errors import CalibrationError
 from awq_jax.pack import Array
 from awq_jax.plan.discover import discover
@@ -33,6 +34,7 @@ T = TypeVar("T")
 
 SLAB, SLAB_CHANNELS = 128, 512  # see `_in_slabs`
 PROVEN = 64  # tokens that a plan is proven on
+KEPT_OUT = "kept_out."  # before the names of fields in a file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,13 +74,15 @@ class Calibration:
 
     Attributes:
       plan: scale groups the statistics belong to.
-      stats: group name -> `Stats`.
-      tokens: tokens seen.
+      stats: group name -> `Stats`, of what is fitted to.
+      tokens: tokens seen, those kept out included.
+      kept_out: the same of tokens that nothing is fitted to, by which the result is judged; empty if there are none.
     """
 
     plan: Plan
     stats: Mapping[str, Stats]
     tokens: int
+    kept_out: Mapping[str, Stats] = dataclasses.field(default_factory=dict)
 
     def __add__(self, other: Calibration) -> Calibration:
         """Statistics over the tokens of both.
@@ -90,15 +94,16 @@ class Calibration:
             raise CalibrationError("cannot add calibrations of different plans: recalibrate both with the same plan")
         if uneven := sorted(self.stats.keys() ^ other.stats.keys()):
             raise CalibrationError(f"only one of two calibrations has statistics of {uneven[0]}: use one include_head")
-        stats = {k: jax.tree.map(lambda a, b: a + b, v, other.stats[k]) for k, v in self.stats.items()}
-        return Calibration(self.plan, stats, self.tokens + other.tokens)
+        stats, kept = (_sum(a, b) for a, b in ((self.stats, other.stats), (self.kept_out, other.kept_out)))
+        return Calibration(self.plan, stats, self.tokens + other.tokens, kept)
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file (statistics as float32, the plan as JSON in its metadata)."""
         path = Path(path)
         tensors = {
-            f"{name}:{f.name}": np.asarray(getattr(s, f.name), order="C")
-            for name, s in self.stats.items()
+            f"{name}:{before}{f.name}": np.asarray(getattr(s, f.name), order="C")
+            for before, stats in (("", self.stats), (KEPT_OUT, self.kept_out))
+            for name, s in stats.items()
             for f in dataclasses.fields(Stats)
         }
         header = {"awq_jax": json.dumps({"plan": self.plan.to_dict(), "tokens": self.tokens})}
@@ -119,12 +124,15 @@ class Calibration:
                 plan = Plan.from_dict(header["plan"])
                 names = set(f.keys())
                 fields = [x.name for x in dataclasses.fields(Stats)]
-                stats = {
-                    g.name: Stats(*(f.get_tensor(f"{g.name}:{x}") for x in fields))
-                    for g in plan.groups
-                    if f"{g.name}:gram" in names
-                }
-                return cls(plan, stats, int(header["tokens"]))
+                stats, kept = (
+                    {
+                        g.name: Stats(*(f.get_tensor(f"{g.name}:{before}{x}") for x in fields))
+                        for g in plan.groups
+                        if f"{g.name}:{before}gram" in names
+                    }
+                    for before in ("", KEPT_OUT)
+                )
+                return cls(plan, stats, int(header["tokens"]), kept)
         except (SafetensorError, KeyError, TypeError, ValueError, OSError) as e:
             raise CalibrationError(f"{path} is not a complete calibration file ({e}): calibrate again") from None
 
@@ -138,12 +146,16 @@ def calibrate(
     verified: bool = False,
     include_head: bool = False,
     check: Callable[[Plan], object] | None = None,
+    keep_out: bool = True,
     progress: Progress = True,
 ) -> Calibration:
     """Stream ``batches`` through the model once and keep `Stats` of every scale group.
 
-    Memory: the parameters, one batch, and one ``[K, K]`` float32 matrix per distinct matmul input;
-    it does not depend on the number of batches.
+    Of four batches or more, one in eight is kept from all fitting: by its sums `awq_jax.quantize` judges each group
+    (not those of experts with an input of their own). So pass many small batches rather than a few large ones.
+
+    Memory: the parameters, two batches, and one ``[K, K]`` float32 matrix per distinct matmul input, two once a batch
+    is kept out; it does not depend on the number of batches.
 
     Args:
       apply_fn: ``apply_fn(params, *args, **kwargs)``, e.g. ``model.apply`` of a Linen module, or the
@@ -157,6 +169,7 @@ def calibrate(
       verified: ``plan`` has been proven already.
       include_head: also keep statistics for the matmul that makes the model's output.
       check: called with the plan before any batch is run; what it raises stops the calibration.
+      keep_out: keep batches out; False: fit to all.
       progress: show a progress bar on stderr; or call this function with what is done of how much (see
         `awq_jax.progress`).
 
@@ -173,10 +186,10 @@ def calibrate(
         )
     if not isinstance(batches, Iterable) or (isinstance(batches, list) and batches and np.isscalar(batches[0])):
         raise CalibrationError(f"batches is {str(batches)[:60]}: pass a list of arrays, each of them a batch")
-    stats: dict[str, Stats] = {}
+    sums: dict[bool, dict[str, Stats]] = {}  # of batches that are kept out, and of others
     step: Callable[[dict[str, Stats], object, list[object], Form], dict[str, Stats]] | None = None
     tokens = 0
-    for batch in through(batches, progress, "calibrate", "batch"):
+    for batch, aside in in_turn(through(batches, progress, "calibrate", "batch")):
         args, kwargs = _arguments(batch)
         if step is None:
             plan = plan or discover(apply_fn, params, *args, **kwargs)
@@ -188,13 +201,20 @@ def calibrate(
                 plan = verify(plan, apply_fn, params, *few, **named)
             wanted = [Wanted(group) for group in _without_head(plan, include_head)]
             step = _adder(collector(apply_fn, wanted), params)
-            stats = plain_zeros({w.group.name: w.shapes() for w in wanted})
+            shapes = {w.group.name: w.shapes() for w in wanted}
+        before = sums.pop(aside := aside and keep_out, None) or plain_zeros(shapes)
         # Waiting here bounds what is in flight to one batch.
-        stats = jax.block_until_ready(step(stats, params, *split(args, kwargs)))
+        sums[aside] = jax.block_until_ready(step(before, params, *split(args, kwargs)))
         tokens += _tokens(args, kwargs)
     if plan is None or tokens == 0:
         raise CalibrationError("the calibration set is empty: pass at least one batch of tokens")
-    return Calibration(plan, stats, tokens)
+    kept = {g.name: sums[True][g.name] for g in plan.groups if not g.batch and g.name in sums.get(True, ())}
+    return Calibration(plan, sums[False], tokens, kept)
+
+
+def _sum(a: Mapping[str, Stats], b: Mapping[str, Stats]) -> dict[str, Stats]:
+    both = {k: jax.tree.map(lambda x, y: x + y, a[k], b[k]) for k in a if k in b}
+    return {**a, **b, **both}
 
 
 def _adder(

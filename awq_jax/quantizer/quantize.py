@@ -24,7 +24,7 @@ from awq_jax.plan.plan import Plan, ScaleGroup, Site
 from awq_jax.plan.validate import validate
 from awq_jax.progress import Progress, bar
 from awq_jax.qtensor import QuantizedTensor, Weight
-from awq_jax.quantizer import adapters, parts
+from awq_jax.quantizer import adapters, advice, kept_out, parts
 from awq_jax.quantizer.column_pieces import settings
 from awq_jax.quantizer.following import Aim, Follower
 from awq_jax.quantizer.scale_groups import GroupScale, find_scale, round_group
@@ -129,13 +129,13 @@ def quantize(
         )
     checked = time.perf_counter()
     with bar(progress, "quantize", "group", 2 * len(work)) as shown:
-        done = quantize_groups(plan, work, parameters, calib.stats.get, config, shown.update)
+        judge = kept_out.Judge(parameters, calib.stats.get, calib.kept_out.get)
+        follower = judge if calib.kept_out and METHODS[config.method].needs_statistics else None
+        done = quantize_groups(plan, work, parameters, calib.stats.get, config, shown.update, follower=follower)
     out = paths.map_with_path(lambda path, leaf: _placed(done.leaves[path], leaf), params)
     packed = share(plan, config, targets, skipped) if plan.sizes else None
     if packed is not None:
         _tell(packed, progress)
-    if not return_report:
-        return out
     seconds = {"calibrate": calibrated - started, **done.seconds}
     seconds["search"] += checked - calibrated
     summary = report.Report(
@@ -149,7 +149,8 @@ def quantize(
         share=packed,
     )
     summary.scales = folded.channel_scales(plan, done.scales)
-    return out, summary
+    advice.warn(summary)
+    return (out, summary) if return_report else out
 
 
 def _placed(new: Weight, leaf: Weight) -> Weight:

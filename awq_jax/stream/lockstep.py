@@ -6,7 +6,6 @@ group reads there is what it is rounded for, and how that differs from what it r
 weights are corrected by (`awq_jax.algorithm.correction`).
 """
 
-import dataclasses
 import functools
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -26,14 +25,14 @@ from awq_jax.devices.pool import Pool
 from awq_jax.plan.fold import Folder
 from awq_jax.plan.plan import ScaleGroup
 from awq_jax.qtensor import QuantizedTensor, Weight
+from awq_jax.quantizer import kept_out
 from awq_jax.quantizer.following import Aim, Made
+from awq_jax.quantizer.group_weights import GroupWeights, dequantized
 from awq_jax.quantizer.scale_groups import GroupScale
 from awq_jax.quantizer.targets import Target
-from awq_jax.report import LayerReport
 from awq_jax.stream import folds
 from awq_jax.stream.cut_blocks import Programs
 from awq_jax.stream.decoder_blocks import Leaves
-from awq_jax.stream.group_weights import GroupWeights, dequantized
 
 Alive = list[np.ndarray]
 
@@ -130,24 +129,8 @@ class Lockstep:
         """
         if self._kept is None:
             return made
-        moments, gap = self._kept.moments, self._kept.gap
-        weights = self._weights
-
-        def left(stored: np.ndarray) -> dict[str, tuple[float, float]]:
-            return weights.remaining(moments, gap, stored)
-
-        def told(made: Made, found: dict[str, tuple[float, float]]) -> Made:
-            return {n: (q, dataclasses.replace(row, kept_out=_share(*found[n]))) for n, (q, row) in made.items()}
-
-        plain, found = left(weights.nearest()), left(weights.unfolded({n: q for n, (q, _) in made.items()}, folded))
-        if _sum(found) > _sum(plain):
-            other = nearest()
-            rounded = left(weights.unfolded({n: q for n, (q, _) in other.items()}, folded))
-            if _sum(rounded) < _sum(found):
-                why = f"worse than plain rounding on {float(self._kept.stats.count):.0f} tokens kept out: rounded so"
-                made, found = {n: (q, _noted(row, why)) for n, (q, row) in other.items()}, rounded
-        made = told(made, found)
-        return {n: (q, dataclasses.replace(row, kept_out_rtn=_share(*plain[n]))) for n, (q, row) in made.items()}
+        moments, gap, tokens = self._kept.moments, self._kept.gap, float(self._kept.stats.count)
+        return kept_out.better(made, self._weights, [(moments, gap)], tokens, folded, nearest)
 
     def put(self, group: ScaleGroup, packed: Mapping[str, QuantizedTensor], targets: list[Target]) -> None:
         """The group's weights are packed: the quantized stream goes on with them."""
@@ -290,18 +273,6 @@ class Lockstep:
                     one = jax.device_put(one, pool.local[0]) if pool.devices else one
                     sums[fold] = _add_to(sums[fold], one) if fold in sums else one
         return sums
-
-
-def _share(lost: float, own: float) -> float | None:
-    return lost / own if own > 0 else None
-
-
-def _sum(errors: Mapping[str, tuple[float, float]]) -> float:
-    return sum(lost for lost, _ in errors.values())
-
-
-def _noted(row: LayerReport, why: str) -> LayerReport:
-    return dataclasses.replace(row, reason="; ".join(filter(None, (row.reason, why))))
 
 
 def _total(sums: Sequence[Any]) -> Any:

@@ -34,8 +34,9 @@ from awq_jax.models.weights import naming
 from awq_jax.models.weights import params as model_params
 from awq_jax.progress import Bar, Progress, bar
 from awq_jax.qtensor import QuantizedTensor
+from awq_jax.quantizer import advice
 from awq_jax.report import Report
-from awq_jax.stream import advice, parts
+from awq_jax.stream import parts
 from awq_jax.stream.decoder_blocks import DecoderBlock, Leaves
 from awq_jax.stream.job import Job, Options, prepare
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import TypeAlias
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -28,13 +27,13 @@ from awq_jax.models.config import ModelConfig
 from awq_jax.pack import Array
 from awq_jax.plan import folded
 from awq_jax.plan.plan import Plan, ScaleGroup
-from awq_jax.plan.verify import verify
 from awq_jax.progress import Progress, through
 from awq_jax.qtensor import Weight
+from awq_jax.quantizer import advice
 from awq_jax.quantizer import quantize as quantizer
 from awq_jax.quantizer.targets import select
 from awq_jax.report import LayerReport, Report
-from awq_jax.stream import advice, folds
+from awq_jax.stream import folds, proof
 from awq_jax.stream.decoder_blocks import (
     EMBED,
     HEAD,
@@ -49,8 +48,6 @@ from awq_jax.stream.decoder_blocks import (
 from awq_jax.stream.hidden_states import Hidden, InMemory
 from awq_jax.stream.lockstep import Lockstep
 from awq_jax.stream.two_streams import TwoStreams
-
-PROBE = 64  # tokens on which a plan is proven
 
 Note: TypeAlias = JsonObject  # of a block: kept in the manifest of an unfinished run
 # (parameters, what goes in, the first expert wanted) -> what comes out if it is kept, and statistics by group
@@ -383,18 +380,6 @@ class Session:
         """See on the first block of each kind that its plan keeps the output what it is."""
         if block.kind in self.refused or not self.work(block):
             return
-        plan = Plan(tuple(within(g, block) for g in self._groups[block.name]))
-        config = self.chain.config
-        rng = np.random.default_rng(0)
-        length = min(PROBE, config.max_length)
-        probe: np.ndarray | jax.Array = rng.integers(0, config.vocab_size, (1, length)).astype(np.int32)
-        if block.kind != EMBED:
-            # Normal numbers rather than real hidden states: a few of those can be so large that they hide the rest.
-            probe = jnp.asarray(rng.standard_normal((1, length, config.hidden_size)), self.activations or jnp.float32)
-        proven = verify(plan, self.chain.apply(block), dict(leaves), probe)
-        refused = {
-            new.name: new.reason
-            for old, new in zip(plan.groups, proven.groups, strict=True)
-            if old.absorbers and not new.absorbers
-        }
+        groups = [within(g, block) for g in self._groups[block.name]]
+        refused = proof.refused(self.chain, block, groups, leaves, self.activations)
         self.refused[block.kind] = json.loads(self.pool.meet(json.dumps(refused))[0])

@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 import awq_jax
 from awq_jax import Calibration, calibrate
+from awq_jax.calibration.in_turn import in_turn
 from awq_jax.errors import CalibrationError, PlanError
 
 K, F, N, L, E = 6, 8, 5, 3, 3
@@ -65,6 +66,31 @@ def pick(stats, *index: int):
 @pytest.fixture(scope="module")
 def calibration() -> Calibration:
     return whole(mlp, weights(), [draw(4, 5, K, seed=5)])
+
+
+@pytest.mark.parametrize(("count", "aside"), [(1, []), (3, []), (4, [3]), (7, [6]), (8, [7]), (12, [7]), (16, [7, 15])])
+def test_one_batch_in_eight_is_kept_out_and_one_of_four(count, aside):
+    turns = list(in_turn(iter(range(count))))
+    assert [n for n, _ in turns] == list(range(count))
+    assert [n for n, kept in turns if kept] == aside
+
+
+def test_batches_kept_out_have_sums_of_their_own_that_are_added_and_saved(tmp_path):
+    p, batches = weights(), [draw(2 + i, K, seed=i) for i in range(5)]
+    calib = whole(mlp, p, batches)
+    fitted, kept = (mlp_inputs(p, np.concatenate(x)) for x in (batches[:4], batches[4:]))
+    assert calib.tokens == sum(map(len, batches))
+    for name in ("up", "down"):
+        assert_sums(calib.stats[name], fitted[name])
+        assert_sums(calib.kept_out[name], kept[name])
+    every = whole(mlp, p, batches, keep_out=False)
+    assert not every.kept_out
+    assert_sums(every.stats["up"], mlp_inputs(p, np.concatenate(batches))["up"])
+    assert (calib + every).kept_out["up"].count == 6
+    assert (calib + calib).kept_out["up"].count == 12
+    calib.save(tmp_path / "c.safetensors")
+    again = Calibration.load(tmp_path / "c.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, dict(again.kept_out), jax.device_get(dict(calib.kept_out)))
 
 
 @pytest.mark.parametrize("shapes", [[(7, K)], [(2, 5, K), (3, 1, 4, K), (2, 5, K)]], ids=["2d", "mixed"])

@@ -18,10 +18,11 @@ from awq_jax import paths
 from awq_jax.algorithm.grid import quantize_dequantize
 from awq_jax.config import AwqConfig
 from awq_jax.qtensor import QuantizedTensor
+from awq_jax.quantizer import advice
 from awq_jax.quantizer.following import Aim
 from awq_jax.quantizer.scale_groups import GroupScale
 from awq_jax.report import LayerReport, Report
-from awq_jax.stream import advice, folds, lockstep, parts
+from awq_jax.stream import folds, lockstep, parts
 from awq_jax.trace import interpret
 
 TOKENS = np.random.default_rng(1).integers(3, 64, (6, 16)).astype(np.int32)

@@ -1,6 +1,8 @@
 """The weights of a group as columns side by side: corrected, and compared with what is stored."""
 
+import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -11,11 +13,12 @@ from awq_jax.algorithm.correction import Moments, Strength
 from awq_jax.algorithm.grid import quantize_dequantize
 from awq_jax.algorithm.solve import Blocks
 from awq_jax.devices.pool import Pool
+from awq_jax.pack import Array
 from awq_jax.plan import fold
 from awq_jax.plan.fold import Folder
 from awq_jax.plan.plan import ScaleGroup
 from awq_jax.qtensor import QuantizedTensor, Weight
-from awq_jax.quantizer.column_pieces import CanonicalWeight, Columns, Place, batch_order, sweep
+from awq_jax.quantizer.column_pieces import CanonicalWeight, Columns, Place, sweep
 from awq_jax.quantizer.targets import Target
 from awq_jax.trace.segments import Key
 
@@ -34,7 +37,7 @@ class GroupWeights:
       prefix: what paths begin with.
 
     Attributes:
-      picked: float32 ``[K, C]``: some columns.
+      picked: float32 ``[K, C]``: some columns, of the first of scanned layers.
       streamed: int32 ``[C]``: which column of the streams, side by side, belongs to each of those; -1 for none.
       width: see `awq_jax.algorithm.correction.strengths`.
     """
@@ -64,7 +67,8 @@ class GroupWeights:
         most = min(correction.COLUMNS, max(columns.size // sides, FEWEST))
         self._some = correction.some_columns(columns.total, most)
         self.width = max(columns.size, sides * len(self._some))
-        self.picked, self.streamed = self._take(columns), which[self._some]
+        self._picked = [self._take(columns, layer) for layer in range(math.prod(group.scan))]
+        self.picked, self.streamed = self._picked[0], which[self._some]
         owners = np.repeat(np.arange(len(targets)), [w.columns for w in self._weights])
         self._owners = owners[self._some]
 
@@ -90,10 +94,10 @@ class GroupWeights:
             start += w.columns
         return out
 
-    def unfolded(self, packed: Mapping[str, QuantizedTensor], folded: Folder) -> np.ndarray:
-        """What packed weights stand for where ``picked`` stands, without any scale that is folded into them."""
+    def unfolded(self, packed: Mapping[str, QuantizedTensor], folded: Folder) -> list[np.ndarray]:
+        """What packed weights stand for where ``picked`` stands, without any scale that is folded in; of each layer."""
         weights = []
-        for t in self._targets:
+        for t, like in zip(self._targets, self._weights, strict=True):
             q = packed[t.site.name]
             value = np.asarray(dequantized(q, "float32"))
             steps = folded.steps(t.site.path)
@@ -103,33 +107,42 @@ class GroupWeights:
                     value = (value + step.offset) * by - step.offset
                 elif q.inv_scale is None:
                     value = value / by
-            weights.append(CanonicalWeight(jax.device_put(value), t.site.canonical_axes, order=batch_order(t)))
-        return self._take(Columns(weights, self._columns.rows))
+            weights.append(dataclasses.replace(like, leaf=jax.device_put(value), axes=t.site.canonical_axes))
+        columns = Columns(weights, self._columns.rows)
+        return [self._take(columns, layer) for layer in range(len(self._picked))]
 
-    def nearest(self) -> np.ndarray:
-        """What plain rounding makes of ``picked``."""
-        out = np.empty_like(self.picked)
+    def nearest(self) -> list[np.ndarray]:
+        """What plain rounding makes of ``picked``; of each layer."""
+        return [self._nearest(w) for w in self._picked]
+
+    def _nearest(self, picked: np.ndarray) -> np.ndarray:
+        out = np.empty_like(picked)
         for i, t in enumerate(self._targets):
             mine = self._owners == i
-            w = np.pad(self.picked[:, mine], ((0, t.rows - len(self.picked)), (0, 0)))
+            w = np.pad(picked[:, mine], ((0, t.rows - len(picked)), (0, 0)))
             if mine.any():
                 leaf = t.leaf
                 found = _nearest(w, leaf.group_size, leaf.bits, leaf.symmetric, "float32")
                 out[:, mine] = np.asarray(found)[: len(out)]
         return out
 
-    def remaining(self, moments: Moments, gap: jax.Array, stored: np.ndarray) -> dict[str, tuple[float, float]]:
-        """By name of the weight: squared error of its results and their squares, of the picked columns."""
-        lost, own = correction.remaining(moments, gap, self.picked, self.streamed, stored)
-        lost, own = (np.asarray(x, np.float64) for x in (lost, own))
-        return {
-            t.site.name: (float(lost[mine].sum()), float(own[mine].sum()))
-            for i, t in enumerate(self._targets)
-            for mine in (self._owners == i,)
-        }
+    def remaining(
+        self, sums: Sequence[tuple[Moments, Array]], stored: Sequence[np.ndarray]
+    ) -> dict[str, tuple[float, float]]:
+        """By name of the weight: squared error of its results and their squares, of the picked columns of all layers.
 
-    def _take(self, columns: Columns) -> np.ndarray:
-        every = [columns.piece(0, 0, i) for i in range(columns.pieces)]
+        Args:
+          sums: of each layer: `correction.remaining`'s moments and gap.
+          stored: what stands for the picked columns, of each layer.
+        """
+        found = np.zeros((2, len(self._some)))
+        for (moments, gap), w, value in zip(sums, self._picked, stored, strict=True):
+            found += [np.asarray(x) for x in correction.remaining(moments, gap, w, self.streamed, value)]
+        every = [found[:, self._owners == i].sum(axis=1) for i in range(len(self._targets))]
+        return {t.site.name: (float(x[0]), float(x[1])) for t, x in zip(self._targets, every, strict=True)}
+
+    def _take(self, columns: Columns, layer: int) -> np.ndarray:
+        every = [columns.piece(layer, 0, i) for i in range(columns.pieces)]
         return np.concatenate([np.asarray(w) for w in every], axis=1)[:, self._some]
 
 
