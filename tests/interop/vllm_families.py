@@ -53,7 +53,8 @@ OWN_KERNELS = ("llama", "mixtral")  # also tried with the engine's own kernels f
 
 
 # In the config.json that these are published with, and not in what transformers 5 writes of them.
-PUBLISHED = {f: {"topk_method": "noaux_tc"} for f in ("deepseek_v3", "kimi_k2", "glm4_moe_lite", "solar_open")}
+ROUTERS = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+PUBLISHED: dict[str, dict[str, Any]] = dict.fromkeys(("deepseek_v3", "kimi_k2", "glm4_moe_lite", "solar_open"), ROUTERS)
 ONE_HEAD_EACH = ("gpt_neox", "bloom")  # the tiny models' config has an entry that these do not have
 
 

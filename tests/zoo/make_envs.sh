@@ -27,7 +27,7 @@ for name in "${wanted[@]}"; do
   "${pip[@]}" jax==0.12.0.1 flax==0.12.12 numpy==2.5.5
   case $name in
     flax)
-      "${pip[@]}" transformers==4.57.6 keras==3.15.1 keras-hub==0.32.0
+      "${pip[@]}" transformers==4.57.6 keras==3.15.1 keras-hub==0.32.0 pillow==13.0.0
       # tunix asks for packages of clouds and data pipelines that its models do not import.
       "${pip[@]}" --no-deps google-tunix==0.1.7 qwix==0.1.8 jaxtyping==0.3.11 wadler-lindig==0.1.8 einops==0.8.2
       # Flax's own examples are in its sources, not in its wheel.

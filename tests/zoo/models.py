@@ -151,15 +151,20 @@ def keras_hub_llama() -> Model:
     return Model(fn, params, batch)
 
 
+def tunix_package() -> None:
+    """Enter tunix without its own ``__init__``, which imports trainers, and with them packages that no model needs."""
+    if "tunix" not in sys.modules:
+        package = types.ModuleType("tunix")
+        package.__path__ = importlib.util.find_spec("tunix").submodule_search_locations  # type: ignore[union-attr]
+        sys.modules["tunix"] = package
+
+
 def _of_tunix(module: str, cls: str, config: Any) -> Model:
     from flax import nnx
 
     import awq_jax
 
-    # Its own __init__ imports trainers, and with them packages that no model needs.
-    package = types.ModuleType("tunix")
-    package.__path__ = importlib.util.find_spec("tunix").submodule_search_locations  # type: ignore[union-attr]
-    sys.modules.setdefault("tunix", package)
+    tunix_package()
     found = importlib.import_module(module)
     made = getattr(found, cls)(config(found), rngs=nnx.Rngs(0))
     fn, params = awq_jax.nnx.functional(made)

@@ -48,3 +48,9 @@ def test_a_checkpoint_of_maxtext_through_orbax_and_back(tmp_path: Path) -> None:
     got = run("maxtext", "maxtext_checkpoint.py", str(tmp_path))
     assert got["packed"] == 7
     assert got["decoded"] == got["whole"]
+
+
+def test_the_sampler_of_tunix_takes_a_packed_model() -> None:
+    got = run("flax", "tunix_sampler.py")
+    assert got["packed"] == got["dense"]
+    assert got["difference"] < 1e-5
