@@ -154,8 +154,7 @@ def calibrate(
     Of four batches or more, one in eight is kept from all fitting: by its sums `awq_jax.quantize` judges each group
     (not those of experts with an input of their own). So pass many small batches rather than a few large ones.
 
-    Memory: the parameters, two batches, and one ``[K, K]`` float32 matrix per distinct matmul input, two once a batch
-    is kept out; it does not depend on the number of batches.
+    Memory: the parameters, two batches, and one float32 ``[K, K]`` per distinct matmul input (two with ``keep_out``).
 
     Args:
       apply_fn: ``apply_fn(params, *args, **kwargs)``, e.g. ``model.apply`` of a Linen module, or the
@@ -190,14 +189,14 @@ def calibrate(
     step: Callable[[dict[str, Stats], object, list[object], Form], dict[str, Stats]] | None = None
     tokens = 0
     for batch, aside in in_turn(through(batches, progress, "calibrate", "batch")):
-        args, kwargs = _arguments(batch)
+        args, kwargs = arguments(batch)
         if step is None:
             plan = plan or discover(apply_fn, params, *args, **kwargs)
             validate(plan, params)
             if check is not None:
                 check(plan)
             if not verified:
-                few, named = _few_tokens(apply_fn, params, args, kwargs)
+                few, named = few_tokens(apply_fn, params, args, kwargs)
                 plan = verify(plan, apply_fn, params, *few, **named)
             wanted = [Wanted(group) for group in _without_head(plan, include_head)]
             step = _adder(collector(apply_fn, wanted), params)
@@ -205,7 +204,7 @@ def calibrate(
         before = sums.pop(aside := aside and keep_out, None) or plain_zeros(shapes)
         # Waiting here bounds what is in flight to one batch.
         sums[aside] = jax.block_until_ready(step(before, params, *split(args, kwargs)))
-        tokens += _tokens(args, kwargs)
+        tokens += count_tokens(args, kwargs)
     if plan is None or tokens == 0:
         raise CalibrationError("the calibration set is empty: pass at least one batch of tokens")
     kept = {g.name: sums[True][g.name] for g in plan.groups if not g.batch and g.name in sums.get(True, ())}
@@ -239,13 +238,14 @@ def _adder(
     return lambda sums, p, arrays, form: plus(sums, alone(p, arrays, form))
 
 
-def _arguments(batch: object) -> tuple[Args, Kwargs]:
+def arguments(batch: object) -> tuple[Args, Kwargs]:
+    """What a model is called with for one batch."""
     if isinstance(batch, Mapping):
         return (), dict(batch)
     return (tuple(batch), {}) if isinstance(batch, tuple) else ((batch,), {})
 
 
-def _few_tokens(apply_fn: Callable[..., object], params: object, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+def few_tokens(apply_fn: Callable[..., object], params: object, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
     """The first `PROVEN` tokens of the first row of a batch, or the batch if that is not of token ids ``[B, T]``.
 
     What else goes by row, or by row and token, is cut likewise. A model that does not take fewer gets the batch.
@@ -269,7 +269,7 @@ def _few_tokens(apply_fn: Callable[..., object], params: object, args: Args, kwa
     return few, named
 
 
-def _tokens(args: Args, kwargs: Kwargs) -> int:
+def count_tokens(args: Args, kwargs: Kwargs) -> int:
     """Rows of the first array: ``[B, T]`` integer tokens, or ``[..., K]`` float features."""
     for x in jax.tree.leaves([*args, *kwargs.values()]):
         if hasattr(x, "shape") and len(x.shape):

@@ -1,5 +1,7 @@
 """`quantize`: parameters and calibration in, the same tree with packed leaves out."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import logging
@@ -110,15 +112,15 @@ def quantize(
             params,
             calib,
             include_head=config.quantize_head,
-            check=lambda plan: check_finite(_changed(plan, select(plan, config, parameters, factors)[0], parameters)),
+            check=lambda plan: check_finite(changed(plan, select(plan, config, parameters, factors)[0], parameters)),
             progress=progress,
         )
     calibrated = time.perf_counter()
     plan = calib.plan
     validate(plan, params)
     check_float(parameters)
-    targets, skipped = select(plan, config, parameters, factors)
-    check_finite(_changed(plan, targets, parameters))
+    targets, _ = select(plan, config, parameters, factors)
+    check_finite(changed(plan, targets, parameters))
 
     work = with_targets(plan, targets)
     absent = [g.name for g, _ in work if g.name not in calib.stats]
@@ -132,25 +134,38 @@ def quantize(
         judge = kept_out.Judge(parameters, calib.stats.get, calib.kept_out.get)
         follower = judge if calib.kept_out and METHODS[config.method].needs_statistics else None
         done = quantize_groups(plan, work, parameters, calib.stats.get, config, shown.update, follower=follower)
+    seconds = {"calibrate": calibrated - started, **done.seconds}
+    seconds["search"] += checked - calibrated
+    out, summary = conclude(params, plan, config, done, seconds, calib.tokens, progress)
+    return (out, summary) if return_report else out
+
+
+def conclude(
+    params: T,
+    plan: Plan,
+    config: AwqConfig,
+    done: Quantized,
+    seconds: dict[str, float],
+    tokens: int,
+    progress: Progress,
+) -> tuple[T, report.Report]:
+    """``params`` with what became of them, and the report; what a user should know is told.
+
+    Args:
+      seconds: by phase.
+      tokens: calibrated on.
+    """
+    targets, skipped = select(plan, config, paths.flatten(params), adapters.factors(params))
     out = paths.map_with_path(lambda path, leaf: _placed(done.leaves[path], leaf), params)
     packed = share(plan, config, targets, skipped) if plan.sizes else None
     if packed is not None:
         _tell(packed, progress)
-    seconds = {"calibrate": calibrated - started, **done.seconds}
-    seconds["search"] += checked - calibrated
     summary = report.Report(
-        config.to_dict(),
-        done.rows,
-        skipped,
-        calib.tokens,
-        seconds,
-        paths.nbytes(params),
-        paths.nbytes(out),
-        share=packed,
+        config.to_dict(), done.rows, skipped, tokens, seconds, paths.nbytes(params), paths.nbytes(out), share=packed
     )
     summary.scales = folded.channel_scales(plan, done.scales)
     advice.warn(summary)
-    return (out, summary) if return_report else out
+    return out, summary
 
 
 def _placed(new: Weight, leaf: Weight) -> Weight:
@@ -261,7 +276,7 @@ def quantize_groups(
     return Quantized(out, rows, {"search": searched - started, "round": time.perf_counter() - searched}, kept)
 
 
-def _changed(plan: Plan, targets: Mapping[str, Target], leaves: Mapping[str, Weight]) -> dict[str, Weight]:
+def changed(plan: Plan, targets: Mapping[str, Target], leaves: Mapping[str, Weight]) -> dict[str, Weight]:
     """The leaves that are packed or that scales fold into. Others, such as bounds of a clip, may be infinite."""
     groups = [g for g, _ in with_targets(plan, targets)]
     names = {s.path for g in groups for s in g.sites} | {a.path for g in groups for a in g.absorbers}

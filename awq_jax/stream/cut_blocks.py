@@ -16,7 +16,7 @@ from awq_jax.calibration.two_streams import PairSums, pair_sums
 from awq_jax.pack import Array
 from awq_jax.plan.plan import ScaleGroup
 from awq_jax.qtensor import Weight
-from awq_jax.stream.decoder_blocks import Apply, Leaves
+from awq_jax.stream.decoder_blocks import Leaves
 from awq_jax.trace import interpret
 from awq_jax.trace.segments import Given, Key, Segments
 
@@ -25,13 +25,13 @@ class Programs:
     """The compiled segments of blocks of one kind, for one shape of batches.
 
     Args:
-      apply: the block's function.
+      apply: the block's function, of its parameters and what goes in.
       leaves: its parameters, for their shapes and dtypes.
       x: what goes in, likewise.
       groups: with names within the block.
     """
 
-    def __init__(self, apply: Apply, leaves: Leaves, x: jax.ShapeDtypeStruct, groups: Sequence[ScaleGroup]) -> None:
+    def __init__(self, apply: Callable[..., object], leaves: Leaves, x: object, groups: Sequence[ScaleGroup]) -> None:
         program = interpret.trace(apply, _shapes(dict(leaves)), _shapes(x))
         keys = [tuple((s.path, s.part) for s in g.sites) for g in groups]
         self.segments = Segments(program, keys)

@@ -35,6 +35,7 @@ from awq_jax.stream.cut_blocks import Programs
 from awq_jax.stream.decoder_blocks import Leaves
 
 Alive = list[np.ndarray]
+ALL = 2**31 - 1  # more than there are tokens in a batch
 
 
 class Lockstep:
@@ -45,7 +46,7 @@ class Lockstep:
       prefix: of the block's parameters.
       leaves: the block's float parameters, by path within it.
       float_in, quantized_in: what goes in, by the number of the batch; only those of this process.
-      shapes: ``[B, T]`` of each batch.
+      alone: tokens of the only batch, half of which are kept out; 0 if there are several.
       fold_of: each batch; see `awq_jax.stream.folds`.
       pool: devices that share the work.
 
@@ -59,19 +60,18 @@ class Lockstep:
         programs: Sequence[Programs],
         prefix: str,
         leaves: Leaves,
-        float_in: dict[int, np.ndarray],
-        quantized_in: dict[int, np.ndarray],
-        shapes: Sequence[tuple[int, int]],
+        float_in: Mapping[int, Alive],
+        quantized_in: Mapping[int, Alive],
+        alone: int,
         fold_of: Sequence[int],
         pool: Pool,
     ) -> None:
         self._programs = programs
         self._prefix, self._leaves = prefix, dict(leaves)
-        self._float = {i: [x] for i, x in float_in.items()}
-        self._quantized = {i: [x] for i, x in quantized_in.items()}
+        self._float, self._quantized = dict(float_in), dict(quantized_in)
         self._folds, self._pool = fold_of, pool
         self._served: dict[str, Weight] = dict(leaves)  # the quantized model's parameters, as far as they are known
-        self._tokens = [rows * length for rows, length in shapes]
+        self._alone = alone
         self._reached = 0
         self._left: list[dict[int, Alive]] = []  # of the float stream, by number of the group
         self._kept: PairSums | None = None
@@ -199,11 +199,10 @@ class Lockstep:
     def _spans(self, batch: int) -> list[tuple[int, tuple[int, int]]]:
         """Folds that tokens of a batch are in, and the first token of each and the first after: two of a sequence that
         is alone, else one."""
-        tokens = self._tokens[batch]
-        if len(self._folds) > 1 or tokens < 2:
-            return [(self._folds[batch], (0, tokens))]
-        half = -(-tokens // 2)
-        return [(0, (0, half)), (folds.KEPT_OUT, (half, tokens))]
+        if self._alone < 2:
+            return [(self._folds[batch], (0, ALL))]
+        half = -(-self._alone // 2)
+        return [(0, (0, half)), (folds.KEPT_OUT, (half, ALL))]
 
     def _of_float(self, number: int, group: ScaleGroup, floats: Callable[[int], Any]) -> Stats:
         """The float stream goes on to a group: its statistics there; what is alive is left for `reach`."""

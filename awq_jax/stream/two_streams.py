@@ -1,5 +1,6 @@
 """Blocks entered and left in two streams: that of the float model, and that of the model as it is quantized so far."""
 
+import math
 from collections.abc import Hashable, Sequence
 
 import jax
@@ -47,11 +48,11 @@ class TwoStreams:
         if block.kind == REST or not hidden.batches or (not groups and block.kind in (EMBED, HEAD)):
             return None
 
-        def entering(stream: Hidden) -> dict[int, np.ndarray]:
+        def entering(stream: Hidden) -> dict[int, list[np.ndarray]]:
             given = {i: stream.get(i) for i in range(hidden.batches) if self._pool.mine(i)}
-            if block.kind == EMBED:
-                return given
-            return {i: x.astype(activations or x.dtype, copy=False) for i, x in given.items()}
+            if block.kind != EMBED:
+                given = {i: x.astype(activations or x.dtype, copy=False) for i, x in given.items()}
+            return {i: [x] for i, x in given.items()}
 
         def programs(shape: tuple[int, int]) -> Programs:
             x = jax.ShapeDtypeStruct(shape, np.dtype(np.int32))
@@ -66,7 +67,8 @@ class TwoStreams:
         every = list(map(programs, hidden.shapes))
         fold_of = folds.of_batches([rows for rows, _ in hidden.shapes])
         both = entering(hidden), entering(quantized)
-        return Lockstep(every, block.prefix, leaves, *both, hidden.shapes, fold_of, self._pool)
+        alone = math.prod(hidden.shapes[0]) if hidden.batches == 1 else 0
+        return Lockstep(every, block.prefix, leaves, *both, alone, fold_of, self._pool)
 
     def leave(self, block: DecoderBlock, steps: Lockstep | None, hidden: Hidden, quantized: Hidden) -> str:
         """Keep what comes out of the block in both streams; without ``steps`` the same, which is in ``hidden``.
