@@ -7,6 +7,7 @@ With `pytest -m slow` everything is compiled as users do it, but the user's own 
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import re
@@ -23,6 +24,7 @@ HELPERS = [ROOT / folder for folder in ("tests/helpers", "tests/convert/fuzz", "
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    gc.set_threshold(200_000, 50, 100)  # traces make millions of small objects, few of them garbage: 6 % of the time
     # Torch's threads would wait for one another on the cores that the other worker needs.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if config.getoption("markexpr") == "slow":

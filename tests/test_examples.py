@@ -27,6 +27,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_linen_app() -> None:
     before, after = example("linen_app").main()
     assert before < 2.0  # it learned: guessing costs log(64) = 4.2

@@ -155,18 +155,19 @@ class Decoder(nnx.Module):
         if c.vision is not None:
             self.vision = towers.TOWERS[type(c.vision)](c.vision, size, rngs)
 
-    def __call__(self, tokens: jax.Array, **images: jax.Array) -> jax.Array:
+    def __call__(self, tokens: jax.Array, *, call: Call = Layer.__call__, **images: jax.Array) -> jax.Array:
         """Logits of every position, without a cache.
 
         Args:
           tokens: int32 ``[B, T]``; rows may be padded on the right (causality keeps padding out).
+          call: calls a layer.
           **images: what else a processor returned (see `awq_jax.models.vision.towers.pictures`).
 
         Returns:
           float32 ``[B, T, vocab]``.
         """
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        return self.head(self.hidden(tokens, positions, None, towers.pictures(self.config.vision, images))[0])
+        return self.head(self.hidden(tokens, positions, None, towers.pictures(self.config.vision, images), call)[0])
 
     def hidden(
         self,

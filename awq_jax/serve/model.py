@@ -33,7 +33,7 @@ from awq_jax.placement import Placement
 from awq_jax.progress import Progress
 from awq_jax.qtensor import is_quantized
 from awq_jax.report import FoldedScale, Report, size
-from awq_jax.serve import saving
+from awq_jax.serve import alike_layers, saving
 from awq_jax.serve.answer import DEFAULT, Answering, Scored
 from awq_jax.serve.generate import check_tokens
 from awq_jax.serve.served_weights import ServedWeights
@@ -153,7 +153,7 @@ class Model(Answering, saving.Pushed):
         self._always: str | None = None
 
         def apply(params: nnx.State, input_ids: jax.Array, **images: jax.Array) -> jax.Array:
-            return nnx.merge(graphdef, params)(input_ids, **images)
+            return nnx.merge(graphdef, params)(input_ids, call=alike_layers.call, **images)
 
         self.apply: Callable[..., jax.Array] = apply
         self.generator = self._weights.as_held()[0]

@@ -55,6 +55,7 @@ def entries(caches: Path) -> list[Path]:
     return sorted((caches / "awq_jax" / "programs").glob("*/*-cache"))
 
 
+@pytest.mark.slow
 def test_the_second_command_compiles_nothing_and_damage_is_compiled_anew(tmp_path: Path) -> None:
     model, caches = tmp_path / "model", tmp_path / "caches"
     tiny_checkpoints.checkpoint(model)

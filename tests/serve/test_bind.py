@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import sys
 import weakref
 
 import jax
@@ -17,7 +18,7 @@ from quant_helpers import assert_bitwise, dense, random_like
 from awq_jax import paths
 from awq_jax.errors import BackendError, ShapeError
 from awq_jax.nnx import functional
-from awq_jax.trace.bind import KEPT, bind
+from awq_jax.trace.bind import bind
 from awq_jax.trainable import merge, split
 
 D = 32
@@ -342,13 +343,15 @@ def test_unhashable_arguments_work():
         close(run(params, data(2, D), flag=Options()), data(2, D) @ dense(params)["kernel"])
 
 
-def test_the_cache_is_bounded_and_dies_with_the_function():
+def test_the_cache_is_bounded_and_dies_with_the_function(monkeypatch):
+    monkeypatch.setattr(sys.modules[bind.__module__], "KEPT", 4)
+
     class Big:
         pass
 
     params, x = packed({"kernel": data(D, 8)}), data(1, D)
     run = bind(lambda p, x, flag: x @ p["kernel"])
-    objects = [Big() for _ in range(KEPT + 2)]
+    objects = [Big() for _ in range(6)]
     alive = [weakref.ref(o) for o in objects]
     for o in objects[:2]:
         run(params, x, flag=o)
@@ -358,7 +361,7 @@ def test_the_cache_is_bounded_and_dies_with_the_function():
     words = weakref.ref(params["kernel"].qweight)
     del o, objects
     gc.collect()
-    assert sum(a() is not None for a in alive) <= KEPT
+    assert sum(a() is not None for a in alive) <= 4
     del params
     gc.collect()
     assert words() is None, "the parameters are not kept"
