@@ -1,6 +1,6 @@
 """A float-trained adapter on the AWQ checkpoint of its model: as it is, and rescaled by the folded scales.
 
-    python benchmarks/lora.py MODEL --text wiki.txt --bits 4 --group-size 32 --out results/lora.json
+    python benchmarks/lora.py lora_on_awq MODEL --text wiki.txt --bits 4 --group-size 32 --out results/lora.json
 
 The model is first quantized (calibrated on the text's beginning). Adapters of all linears are trained on the text after
 that, on the float model and on the packed one, from the same draws (``--seeds``) and on the same batches; all are
@@ -29,7 +29,10 @@ import awq_jax
 from awq_jax import lora, paths
 from awq_jax.adapters import base as bases
 from awq_jax.adapters import files
-from awq_jax.lora import error_init
+from awq_jax.lora import error_init, training
+from awq_jax.models.hf.registry import config_from_hf
+from awq_jax.models.weights import params as model_params
+from awq_jax.qtensor import QuantizedTensor
 from awq_jax.serve.model import Model
 
 Apply = Callable[..., jax.Array]
@@ -201,15 +204,132 @@ def lora_on_awq(
     return out
 
 
+def cost(
+    *,
+    layers: int = 8,
+    hidden: int = 1024,
+    inner: int = 2816,
+    vocab: int = 4096,
+    rank: int = 16,
+    rows: int = 2,
+    length: int = 128,
+    steps: int = 3,
+) -> running.Row:
+    """What a step of `awq-jax finetune` with rematerialized layers costs on packed, float32 and bfloat16 weights.
+
+    Bytes are those of the compiled program; seconds are of this process's processor time, the least of ``steps``.
+    """
+    out: dict[str, Any] = {"layers": layers, "hidden": hidden, "rank": rank, "tokens": rows * length}
+    how = training.Training(rank=rank, batch_size=rows)
+    ids = np.random.default_rng(0).integers(0, vocab, (1, rows, length)).astype(np.int32)
+    batch = {"ids": jnp.asarray(ids), "counts": jnp.ones(ids.shape)}
+    with tempfile.TemporaryDirectory() as work:
+        checkpoints.make(Path(work, "m"), layers=layers, hidden=hidden, inner=inner, vocab=vocab, dtype="float32")
+        for name, dtype in (("float32", "float32"), ("bfloat16", "bfloat16"), ("packed", "float32")):
+            model = awq_jax.load(Path(work, "m"), dtype)
+            if name == "packed":
+                model.quantize(bits=4, group_size=min(128, hidden), method="rtn", progress=False)
+            apply, adapters, frozen = lora.add(model, rank=rank, remat="block")
+            optimizer = how.optimizer()
+            moments = optimizer.init(adapters)
+            plain: Any = training.stepping(apply, optimizer)
+            step = plain.lower(adapters, moments, frozen, batch).compile()
+            used, seconds = step.memory_analysis(), []
+            for _ in range(steps):
+                start = time.process_time()
+                jax.block_until_ready(step(adapters, moments, frozen, batch))
+                seconds.append(time.process_time() - start)
+            size = [sum(a.nbytes for a in jax.tree.leaves(tree) if a.ndim) for tree in (adapters, moments)]
+            out[name] = {
+                "argument_bytes": used.argument_size_in_bytes, "temporary_bytes": used.temp_size_in_bytes,
+                "bytes": used.argument_size_in_bytes + used.temp_size_in_bytes, "cpu_seconds": min(seconds),
+                "adapter_bytes": size[0], "moment_bytes": size[1],
+            }  # fmt: skip
+    out["bytes_of_bfloat16"] = out["packed"]["bytes"] / out["bfloat16"]["bytes"]
+    out["seconds_of_float32"] = out["packed"]["cpu_seconds"] / out["float32"]["cpu_seconds"]
+    return out
+
+
+def forecast(
+    *,
+    layers: int = 32,
+    hidden: int = 4096,
+    inner: int = 11008,
+    vocab: int = 32000,
+    heads: int = 32,
+    rank: int = 16,
+    rows: int = 1,
+    length: int = 512,
+    group_size: int = 128,
+) -> running.Row:
+    """Bytes of a step on packed weights and bfloat16 activations, from programs compiled here for one and two layers.
+
+    Nothing is allocated but the factors. What a layer adds is taken to be the same for each.
+    """
+
+    def compiled(count: int) -> tuple[int, int]:
+        hf = {**checkpoints.config(count, hidden, inner, vocab, heads=heads), "max_position_embeddings": length}
+        config = config_from_hf(hf)
+        graphdef, state = model_params.abstract(config)
+
+        def leaf(path: str, a: Any) -> Any:
+            if path.startswith("layers") and path.endswith("/kernel"):
+                return unmade(a.shape[0], a.shape[1], group_size)
+            return jax.ShapeDtypeStruct(a.shape, jnp.bfloat16)
+
+        nowhere: Any = None
+        model = Model(config, dict(hf), graphdef, paths.map_with_path(leaf, state), None, nowhere)
+        apply, adapters, frozen = lora.add(model, rank=rank, remat="block")
+        optimizer = training.Training(rank=rank).optimizer()
+        moments = jax.eval_shape(optimizer.init, adapters)
+        shape = (1, rows, length)
+        batch = {"ids": jax.ShapeDtypeStruct(shape, jnp.int32), "counts": jax.ShapeDtypeStruct(shape, jnp.float32)}
+        step: Any = training.stepping(apply, optimizer)
+        used = step.lower(adapters, moments, frozen, batch).compile().memory_analysis()
+        return used.argument_size_in_bytes, used.temp_size_in_bytes
+
+    one, two = compiled(1), compiled(2)
+    arguments, temporaries = (a + (layers - 1) * (b - a) for a, b in zip(one, two, strict=True))
+    return {
+        "layers": layers, "hidden": hidden, "inner": inner, "vocab": vocab, "rank": rank, "tokens": rows * length,
+        "one_layer": one, "two_layers": two, "argument_bytes": arguments, "temporary_bytes": temporaries,
+        "gib": (arguments + temporaries) / 2**30,
+    }  # fmt: skip
+
+
+def unmade(k: int, n: int, group_size: int) -> QuantizedTensor:
+    """A packed weight of 4 bits without its numbers."""
+    of = jax.ShapeDtypeStruct
+    table = (k // group_size, n)
+    tables: dict[str, Any] = {
+        "qweight": of((k // 8, n), jnp.uint32), "scales": of(table, jnp.float16), "zeros": of(table, jnp.uint8),
+    }  # fmt: skip
+    return QuantizedTensor(
+        **tables, inv_scale=None, bits=4, group_size=group_size, axes="kn", k_dims=(k,), n_dims=(n,), dtype="bfloat16"
+    )
+
+
 def smoke(directory: Path) -> Iterator[list[str]]:
     model, _ = checkpoints.tiny(directory)
     text = checkpoints.token_file(directory / "model", directory, 16, 16)
     quick = ["--rank", "2", "--steps", "2", "--rows", "2", "--length", "8", "--held-rows", "8", "--samples", "4"]
     more = ["--seeds", "1", "--outliers", "4", "--corrections", "--merge", "--base-terms"]
-    yield [model, "--text", str(text), "--group-size", "32", *quick, *more, "--out", str(directory / "r.json")]
+    yield ["cost", "--layers", "1", "--hidden", "64", "--inner", "64", "--vocab", "64", "--length", "8", "--steps", "1"]
+    yield [
+        "lora_on_awq",
+        model,
+        "--text",
+        str(text),
+        "--group-size",
+        "32",
+        *quick,
+        *more,
+        "--out",
+        str(directory / "r.json"),
+    ]
 
 
-main = functools.partial(running.run, (lora_on_awq,), smoke)
+main = functools.partial(running.run, (lora_on_awq, cost, forecast), smoke)
 
 if __name__ == "__main__":
     main()

@@ -154,16 +154,7 @@ def finetune(
     curve: list[dict[str, float]] = json.loads(state["curve"])
     first = int(state["step"])
 
-    gradients = _gradients(apply, mesh)
-
-    @jax.jit
-    def step(adapters: Any, moments: Any, frozen: Any, batch: Batch) -> tuple[Any, Any, jax.Array]:
-        grads, value = gradients(adapters, frozen, batch)
-        tokens = jnp.maximum(batch["counts"].sum(), 1)
-        grads = jax.tree.map(lambda g, a: (g / tokens).astype(a.dtype), grads, adapters)
-        updates, moments = optimizer.update(grads, moments, adapters)
-        return optax.apply_updates(adapters, updates), moments, value / tokens
-
+    step = stepping(apply, optimizer, mesh)
     summed = jax.jit(functools.partial(loss.summed, apply))
     losses: list[jax.Array] = []
     adapters, moments = state["adapters"], state["moments"]
@@ -173,7 +164,7 @@ def finetune(
         shown.update(first)
         for number in range(first + 1, t.steps + 1):
             batch = next(feed)
-            adapters, moments, value = step(adapters, moments, frozen, batch)
+            adapters, moments, value = step(adapters, moments, frozen, jax.tree.map(jnp.asarray, batch))
             if losses:
                 losses[-1].block_until_ready()  # so that the speed shown is that of the device
             losses.append(value)
@@ -196,6 +187,29 @@ def finetune(
             if work is not None:
                 _keep(work, {"step": number, "adapters": adapters, "moments": moments, "curve": json.dumps(curve)})
     return Trained(export.adapter(model, adapters, base=base, **settings), curve, first)
+
+
+def stepping(
+    apply: Callable[..., Any], optimizer: optax.GradientTransformation, mesh: Mesh | None = None
+) -> Callable[[Any, Any, Any, Batch], tuple[Any, Any, jax.Array]]:
+    """The compiled step: ``(adapters, moments, frozen, batch) -> (adapters, moments, loss)``.
+
+    Args:
+      apply: of `awq_jax.lora.add`.
+      optimizer: of which ``moments`` are.
+      mesh: whose devices share the rows of a batch.
+    """
+    gradients = _gradients(apply, mesh)
+
+    @jax.jit
+    def step(adapters: Any, moments: Any, frozen: Any, batch: Batch) -> tuple[Any, Any, jax.Array]:
+        grads, value = gradients(adapters, frozen, batch)
+        tokens = jnp.maximum(batch["counts"].sum(), 1)
+        grads = jax.tree.map(lambda g, a: (g / tokens).astype(a.dtype), grads, adapters)
+        updates, moments = optimizer.update(grads, moments, adapters)
+        return optax.apply_updates(adapters, updates), moments, value / tokens
+
+    return step
 
 
 def _mesh(devices: int, model: Model) -> Mesh | None:
