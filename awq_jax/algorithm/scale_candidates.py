@@ -12,6 +12,7 @@ of the largest weight of the group; and, as the paper has it, ``s = a^r``. Which
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from awq_jax.algorithm.grid import column_loss, make_grid, nearest_error, range_of
 from awq_jax.config import LeafConfig
@@ -19,14 +20,14 @@ from awq_jax.config import LeafConfig
 LIMIT = 1e4  # largest ratio between a scale and the group's geometric centre
 
 
-def shared_mean(log_scale: jax.Array, shared: jax.Array | None) -> jax.Array:
+def shared_mean(log_scale: np.ndarray, shared: np.ndarray | None) -> np.ndarray:
     """Average ``log_scale [E, K]`` over channels with equal numbers in ``shared [E*K]``: their geometric mean."""
     if shared is None:
         return log_scale
     flat = log_scale.reshape(-1)
-    total = jnp.zeros_like(flat).at[shared].add(flat)
-    count = jnp.zeros_like(flat).at[shared].add(1.0)
-    return (total / jnp.maximum(count, 1.0))[shared].reshape(log_scale.shape)
+    total = np.bincount(shared, flat, len(flat))
+    count = np.bincount(shared, minlength=len(flat))
+    return (total / np.maximum(count, 1))[shared].reshape(log_scale.shape)
 
 
 def weight_share(w: jax.Array, group_size: int) -> jax.Array:
@@ -38,30 +39,31 @@ def weight_share(w: jax.Array, group_size: int) -> jax.Array:
 
 
 def candidate(
-    magnitude: jax.Array, share: jax.Array, ratio: jax.Array, with_weights: jax.Array, shared: jax.Array | None
-) -> jax.Array:
-    """One candidate scale ``[E, K]``: ``a^r / p^(1-r)`` (``with_weights = 1``) or ``a^r`` (``with_weights = 0``).
+    magnitude: np.ndarray, share: np.ndarray, ratio: float, with_weights: bool, shared: np.ndarray | None
+) -> np.ndarray:
+    """One candidate scale, float32 ``[E, K]``: ``a^r / p^(1-r)``, or ``a^r`` without the weights.
 
-    Normalised to ``sqrt(max * min) = 1``; channels that were never active get 1.
+    Normalised to ``sqrt(max * min) = 1``; channels that were never active get 1. By NumPy in float64: a few numbers,
+    for which XLA would compile a program for each size.
     """
     live = magnitude > 0
-    log_a = jnp.log(jnp.where(live, magnitude, 1.0))
-    log_s = ratio * log_a - with_weights * (1.0 - ratio) * jnp.log(share + 1e-4)
-    log_s = shared_mean(jnp.where(live, log_s, 0.0), shared)
-    high = jnp.where(live, log_s, -jnp.inf).max(axis=-1, keepdims=True)
-    low = jnp.where(live, log_s, jnp.inf).min(axis=-1, keepdims=True)
-    centre = jnp.where(jnp.isfinite(high + low), (high + low) / 2, 0.0)
-    log_s = shared_mean(jnp.where(live, log_s - centre, 0.0), shared)
-    bound = jnp.log(LIMIT)
-    return jnp.exp(jnp.clip(log_s, -bound, bound))
+    log_s = ratio * np.log(np.where(live, magnitude, 1.0), dtype=np.float64)
+    if with_weights:
+        log_s = log_s - (1.0 - ratio) * np.log(share + 1e-4, dtype=np.float64)
+    log_s = shared_mean(np.where(live, log_s, 0.0), shared)
+    some = live.any(axis=-1, keepdims=True)
+    high = np.where(some, np.where(live, log_s, -np.inf).max(axis=-1, keepdims=True), 0.0)
+    low = np.where(some, np.where(live, log_s, np.inf).min(axis=-1, keepdims=True), 0.0)
+    centre = (high + low) / 2
+    log_s = shared_mean(np.where(live, log_s - centre, 0.0), shared)
+    bound = np.log(LIMIT)
+    return np.exp(np.clip(log_s, -bound, bound)).astype(np.float32)
 
 
-def candidates(magnitude: jax.Array, share: jax.Array, shared: jax.Array | None, n_grid: int) -> jax.Array:
+def candidates(magnitude: np.ndarray, share: np.ndarray, shared: np.ndarray | None, n_grid: int) -> np.ndarray:
     """Scale 1, then those to be tried, ratios rising, with the weights and without: ``[1 + 2 * n_grid, E, K]``."""
-    weighted = jnp.repeat(jnp.array([1.0, 0.0], jnp.float32), n_grid)
-    trials = jnp.tile(jnp.arange(n_grid, dtype=jnp.float32) / n_grid, 2), weighted
-    made = jax.lax.map(lambda t: candidate(magnitude, share, t[0], t[1], shared), trials)
-    return jnp.concatenate([jnp.ones_like(magnitude)[None], made])
+    tried = [(n / n_grid, with_weights) for with_weights in (True, False) for n in range(n_grid)]
+    return np.stack([np.ones_like(magnitude), *(candidate(magnitude, share, *one, shared) for one in tried)])
 
 
 def scaled_losses(w: jax.Array, metric: jax.Array, scales: jax.Array, leaf: LeafConfig, dtype: str) -> jax.Array:

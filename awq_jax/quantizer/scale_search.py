@@ -36,7 +36,6 @@ class BestScale(NamedTuple):
 
 
 _share = jax.jit(weight_share, static_argnames=("group_size",))
-_candidates = jax.jit(candidates, static_argnames=("n_grid",))
 _losses = jax.jit(scaled_losses, static_argnames=("leaf", "dtype"))
 
 
@@ -44,7 +43,7 @@ def search(
     weights: Sequence[tuple[LeafConfig, Columns]],
     metric: Callable[[int], Array],
     magnitude: np.ndarray,
-    shared: Array | None,
+    shared: np.ndarray | None,
     *,
     layer: int = 0,
     n_grid: int,
@@ -76,7 +75,7 @@ def search(
     shares = sweep(pool, experts, len(work), lambda e: None, lambda x: x, share)
     total = sum(columns.total for _, columns in weights)
     mean = np.stack([sum(parts[1:], start=parts[0]) for parts in shares]) / np.float32(total)
-    scales = np.asarray(_candidates(magnitude, mean, shared, n_grid=n_grid))
+    scales = candidates(magnitude, mean, shared, n_grid)
 
     def loss(place: Place, e: int, piece: int, given: tuple[Array, Array]) -> jax.Array:
         leaf, columns, i = work[piece]
