@@ -178,7 +178,8 @@ def compare(
     scores, sizes = {"float": score("float")}, {"float": model.nbytes}
     start = clock()
     floats = model.take_params()
-    stats = calibration.calibrate(model.apply, floats, text.batches(), progress=stages.next())
+    # No batch is kept out to judge by: other text is scored below.
+    stats = calibration.calibrate(model.apply, floats, text.batches(), keep_out=False, progress=stages.next())
     seconds["calibrate"] = clock() - start
     for name, how in (("round to nearest", "rtn"), ("AWQ", method)):
         start = clock()
