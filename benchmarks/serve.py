@@ -4,10 +4,10 @@
     python benchmarks/serve.py MODEL --against llama.cpp=http://127.0.0.1:8080/v1
 
 Each row is a server in a process of its own: `awq-jax serve --max-slots N` for each of ``--slots``, in turns, under the
-same closed load: as many clients as the largest number of slots, prompts of random tokens. Decoding is counted apart from
-the reading of prompts by the server's own metrics (`awq_jax_decode_seconds`, `awq_jax_prefill_seconds`); times to the
-first token are what clients see, waiting included. ``cpu`` is processor time of the server's process, which says more on
-a busy machine. ``--against`` puts the load on a server that runs already, in each round.
+same closed load: as many clients as the largest number of slots, prompts of random tokens. Decoding is counted apart
+from the reading of prompts by the server's own metrics (`awq_jax_decode_seconds`, `awq_jax_prefill_seconds`); times to
+the first token are what clients see, waiting included. ``cpu_seconds`` are of the server's process, and say more on a
+busy machine. ``--against`` puts the load on a server that runs already, in each round.
 """
 
 from __future__ import annotations

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 
+import numpy as np
 import pytest
 import served
+import tiny_checkpoints
 import uvicorn
 
 from awq_jax.serve import Engine
@@ -75,15 +77,21 @@ def test_langchain(address, want):
 
 
 @pytest.mark.slow
-def test_lm_eval(address, model, monkeypatch):
+def test_lm_eval(address, model, monkeypatch, tmp_path):
     api = pytest.importorskip("lm_eval.models.openai_completions")
     pytest.importorskip("tenacity")
     from lm_eval.api.instance import Instance
 
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    lm = api.LocalCompletionsAPI(
-        base_url=f"{address}/completions", model="tiny", tokenizer_backend=None, num_concurrent=1, max_length=200
-    )
+    tiny_checkpoints.tokenizer().save_pretrained(tmp_path)
+    given = {"model": "tiny", "tokenizer": str(tmp_path), "max_length": 200}
+    lm = api.LocalCompletionsAPI(base_url=f"{address}/completions", **given)
     request = Instance("generate_until", {}, ("Once", {"until": ["zzz"], "max_gen_toks": 6}), 0)
     [text] = lm.generate_until([request])
     assert text == model.generate("Once", max_new_tokens=6)[0]
+    [(logprob, greedy)] = lm.loglikelihood([Instance("loglikelihood", {}, ("Once", " upon"), 0)])
+    ids = model.tokenizer("Once upon")["input_ids"]
+    logits = np.asarray(model(np.array([ids])), np.float64)[0]
+    logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    assert logprob == pytest.approx(sum(logprobs[i - 1, ids[i]] for i in range(4, 9)), abs=1e-3)
+    assert greedy == all(logprobs[i - 1].argmax() == ids[i] for i in range(4, 9))
