@@ -1,29 +1,34 @@
 """Continuous batching against one request at a time, of the same build; and against other servers.
 
     python benchmarks/serve.py MODEL --requests 32 --rounds 2 --out benchmarks/results/serve_cpu_135m.json
-    python benchmarks/serve.py MODEL --against llama.cpp=http://127.0.0.1:8080/v1
+    python benchmarks/serve.py MODEL --peer http://127.0.0.1:8080/v1      # llama-server -np 16, for one
 
 Each row is a server in a process of its own: `awq-jax serve --max-slots N` for each of ``--slots``, in turns, under the
 same closed load: as many clients as the largest number of slots, prompts of random tokens. Decoding is counted apart
 from the reading of prompts by the server's own metrics (`awq_jax_decode_seconds`, `awq_jax_prefill_seconds`); times to
 the first token are what clients see, waiting included. ``cpu_seconds`` are of the server's process, and say more on a
-busy machine. ``--against`` puts the load on a server that runs already, in each round.
+busy machine. ``--peer`` puts the load on a server that runs already, in each round.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
+import functools
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
+import tokenizers
+from shared import checkpoints, running
+
 from awq_jax.bench import load
+
+Row = dict[str, object]
 
 
 def metrics(address: str) -> dict[str, float]:
@@ -49,7 +54,7 @@ class Server:
         assert self.process.stdout is not None
         self.address: str = json.loads(self.process.stdout.readline())["address"]
 
-    def measured(self, put: load.Load) -> dict[str, object]:
+    def measured(self, put: load.Load) -> Row:
         """One load, and what the server counted of it."""
         before, cpu = metrics(self.address), processor_seconds(self.process.pid)
         seen = asyncio.run(load.run(f"{self.address}/v1/", put))
@@ -70,49 +75,53 @@ class Server:
         self.process.wait()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--slots", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--requests", type=int, default=32)
-    parser.add_argument("--prompt-tokens", type=int, default=128)
-    parser.add_argument("--output-tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--serve-args", default="", help="further options of awq-jax serve, in one string")
-    parser.add_argument("--against", action="append", default=[], metavar="NAME=URL")
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    most = max(args.slots)
-    put = load.Load(args.requests, most, None, args.prompt_tokens, args.output_tokens)
-    length = args.prompt_tokens + args.output_tokens
-    rows: dict[str, list[dict[str, object]]] = {}
-    for _ in range(args.rounds):
-        for slots in args.slots:
-            server = Server(args.model, slots, length, args.serve_args.split())
+def serve(
+    model: str,
+    *,
+    slots: tuple[int, ...] = (1, 16),
+    requests: int = 32,
+    prompt_tokens: int = 128,
+    output_tokens: int = 64,
+    rounds: int = 1,
+    serve_args: str = "",
+    peer: str | None = None,
+) -> dict[str, object]:
+    """Servers of MODEL under one load.
+
+    Args:
+      slots: of each server.
+      requests: in all, from as many clients as there are slots at most.
+      prompt_tokens: of each.
+      output_tokens: of each.
+      rounds: of all servers.
+      serve_args: further options of awq-jax serve.
+      peer: the URL of another server's API.
+    """
+    most = max(slots)
+    put = load.Load(requests, most, None, prompt_tokens, output_tokens, vocabulary=100)
+    rows: dict[str, list[Row]] = {}
+    for _ in range(rounds):
+        for number in slots:
+            server = Server(model, number, prompt_tokens + output_tokens, serve_args.split())
             try:
-                rows.setdefault(f"{slots} slots", []).append(server.measured(put))
+                rows.setdefault(f"{number} slots", []).append(server.measured(put))
             finally:
                 server.end()
-            print(f"{slots} slots\n{load.table(rows[f'{slots} slots'][-1])}", flush=True)
-        for peer in args.against:
-            name, _, url = peer.partition("=")
-            rows.setdefault(name, []).append(asyncio.run(load.run(url.rstrip("/") + "/", put)))
-            print(f"{name}\n{load.table(rows[name][-1])}", flush=True)
-    result = {"machine": platform.processor() or platform.machine(), "cpus": os.cpu_count(), "rows": rows}
-    result |= {"ratios": ratios(rows, most, min(args.slots))}
-    print(json.dumps(result["ratios"], indent=2))
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+            print(f"{number} slots\n{load.table(rows[f'{number} slots'][-1])}", file=sys.stderr, flush=True)
+        if peer is not None:
+            rows.setdefault("peer", []).append(asyncio.run(load.run(peer.rstrip("/") + "/", put)))
+            print(f"peer\n{load.table(rows['peer'][-1])}", file=sys.stderr, flush=True)
+    return {"cpus": os.cpu_count(), "ratios": ratios(rows, most, min(slots)), "rows": rows}
 
 
-def ratios(rows: dict[str, list[dict[str, object]]], most: int, least: int) -> dict[str, float]:
-    """Medians over rounds of what the most slots are to the least, and to peers, in the same round."""
+def ratios(rows: dict[str, list[Row]], most: int, least: int) -> dict[str, float]:
+    """Medians over rounds of what the most slots are to the least, and to a peer, in the same round."""
 
     def of(name: str, other: str) -> float:
         pairs = zip(rows[f"{most} slots"], rows[other], strict=True)
         return statistics.median(at(a, name) / at(b, name) for a, b in pairs)
 
-    def at(row: dict[str, object], name: str) -> float:
+    def at(row: Row, name: str) -> float:
         value: object = row
         for part in name.split("."):
             assert isinstance(value, dict)
@@ -127,11 +136,19 @@ def ratios(rows: dict[str, list[dict[str, object]]], most: int, least: int) -> d
         "cpu_seconds": of("cpu_seconds", one),
         "time_to_first_token_p95": of("time_to_first_token.p95", one),
     }
-    for peer in rows:
-        if not peer.endswith(" slots"):
-            found[f"output_tokens_per_second, to {peer}"] = of("output_tokens_per_second", peer)
+    if "peer" in rows:
+        found["output_tokens_per_second_to_peer"] = of("output_tokens_per_second", "peer")
     return found
 
+
+def smoke(directory: Path) -> Iterator[list[str]]:
+    model, _ = checkpoints.tiny(directory)
+    words = {f"w{i}": i for i in range(128)}
+    tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0")).save(f"{model}/tokenizer.json")
+    yield [model, "--slots", "1", "2", "--requests", "3", "--prompt-tokens", "5", "--output-tokens", "4"]
+
+
+main = functools.partial(running.run, (serve,), smoke)
 
 if __name__ == "__main__":
     main()

@@ -34,7 +34,7 @@ def state(directory: Path) -> dict[str, int]:
     return {p.name: p.stat().st_mtime_ns for p in directory.iterdir()}
 
 
-LONG = ("lora", "speed", "stream")
+LONG = ("lora", "serve", "speed", "stream")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in LONG else n for n in NAMES])
@@ -100,4 +100,4 @@ def test_no_private_name_of_the_library() -> None:
 
 
 def test_entry_points() -> None:
-    assert NAMES == ["convert", "gpu", "lora", "quality", "scale", "speed", "stream", "vs_peers"]
+    assert NAMES == ["convert", "gpu", "lora", "quality", "scale", "serve", "speed", "stream", "vs_keras", "vs_peers"]

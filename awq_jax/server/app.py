@@ -18,6 +18,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from awq_jax.serve.engine.engine import Engine
+from awq_jax.serve.prompts import needed
 from awq_jax.server import chat, completions, fields
 from awq_jax.server.metrics import Metrics
 from awq_jax.server.problems import Problem
@@ -34,8 +35,12 @@ def app(engine: Engine, settings: Settings, metrics: Metrics) -> Starlette:
       engine: is stopped when the application ends; ``metrics`` watches it.
       settings: see there.
       metrics: what ``/metrics`` shows.
+
+    Raises:
+      ConfigError: the model has no tokenizer.
     """
     service = Service(engine, settings)
+    needed(engine.model.tokenizer)
     metrics.attach(engine)
     started = int(time.time())
 
