@@ -36,19 +36,21 @@ def find_absorbers(program: Program, scope: Scope, sites: Sequence[Node]) -> Abs
     """Absorbers for the activation that ``sites`` (all of one scope) read.
 
     A product carries the scale in one factor. Factors made of parameters are taken first; where two
-    others are possible, each is tried until one leads to an exact answer.
+    others are possible, each is tried until one leads to an exact answer. What nobody reads, such as the rows that a
+    kernel pads to its tiles, is left as it is at first, and if that is in the way scaled with the rest.
     """
     reasons: list[str] = []
-    stack: list[tuple[int, ...]] = [()]
-    while stack:
-        walk = _Walk(program, scope, sites, stack.pop())
-        try:
-            return walk.run()
-        except Blocked as e:
-            if len(walk.choices) < walk.asked <= CHOICES:
-                stack += [(*walk.choices, 1), (*walk.choices, 0)]
-            elif str(e) not in reasons:
-                reasons.append(str(e))
+    for unread_too in (False, True):
+        stack: list[tuple[int, ...]] = [()]
+        while stack:
+            walk = _Walk(program, scope, sites, stack.pop(), unread_too)
+            try:
+                return walk.run()
+            except Blocked as e:
+                if len(walk.choices) < walk.asked <= CHOICES:
+                    stack += [(*walk.choices, 1), (*walk.choices, 0)]
+                elif str(e) not in reasons:
+                    reasons.append(str(e))
     return Absorbers(reason="; or ".join(reasons[:2]))
 
 
@@ -76,8 +78,11 @@ def site_labels(node: Node) -> np.ndarray:
 class _Walk:
     """One walk upstream from the sites, for one sequence of choices of factors."""
 
-    def __init__(self, program: Program, scope: Scope, sites: Sequence[Node], choices: tuple[int, ...]):
+    def __init__(
+        self, program: Program, scope: Scope, sites: Sequence[Node], choices: tuple[int, ...], unread_too: bool
+    ):
         self.program, self.scope, self.sites, self.choices = program, scope, sites, choices
+        self.unread_too = unread_too
         self.asked = 0
         self.pending: dict[Val, np.ndarray] = {}
         self.offsets: dict[Val, float] = {}
@@ -106,6 +111,8 @@ class _Walk:
         while self.heap:
             v = heapq.heappop(self.heap)[-1]
             lab = self.pending.pop(v)
+            if self.unread_too and self.passed.issuperset(self.scope.readers.get(v, ())):
+                lab = channel_labels.with_unread(lab)
             lab = np.where(lab == UNREAD, UNIT, lab)
             if (lab >= 0).any():
                 self.touched[v] = lab
@@ -163,7 +170,7 @@ class _Walk:
             raise Blocked("an offset is added to a value that is not a plain parameter")
         if node.bodies:
             raise Blocked(f"it is the result of a {node.name}, not of one matmul")
-        if self.root is not None and node.name in ("gather", "dynamic_slice", "concatenate", "pad", "rev"):
+        if self.root is not None and _moves(node, k, lab):
             self.moved = True
         if node.op.grouped is not None:
             self.through_grouped(node, lab)
@@ -353,6 +360,17 @@ def merged(a: Absorber, b: Absorber) -> Absorber:
     if a.offset != b.offset or a.scanned != b.scanned or ((x >= 0) & (y >= 0) & (x != y)).any():
         raise Blocked(f"{a.path} would be divided by two scales")
     return dataclasses.replace(a, index=np.maximum(x, y))
+
+
+def _moves(node: Node, k: int, lab: np.ndarray) -> bool:
+    """Whether an element of result ``k`` is, along an axis that is not of channels, elsewhere in the operand."""
+    if node.name == "pad":
+        return any(low or inner for low, _, inner in node.params["padding_config"])
+    if node.name in ("slice", "split"):
+        where = channel_labels.window_of(node, k)
+        assert where is not None
+        return any(n == 1 and (w.start or w.step not in (None, 1)) for n, w in zip(lab.shape, where, strict=True))
+    return node.name in ("gather", "dynamic_slice", "concatenate", "rev")
 
 
 def _reader(node: Node) -> str:

@@ -113,6 +113,15 @@ def _window(lab: np.ndarray, shape: tuple[int, ...], where: tuple[slice, ...]) -
     return out
 
 
+def with_unread(lab: np.ndarray) -> np.ndarray:
+    """Labels of what is read along the whole of each axis, where they are the same along it."""
+    for d in range(lab.ndim):
+        one = lab.max(axis=d, keepdims=True)
+        if ((lab == one) | (lab == UNREAD)).all():
+            lab = one
+    return lab
+
+
 def window_of(node: Node, k: int) -> tuple[slice, ...] | None:
     """What result ``k`` of a slice, split or unstack reads of its operand; None for other operations."""
     p = node.params

@@ -194,6 +194,7 @@ def _activation(scope: Scope, node: Node) -> tuple[Val, bytes]:
             made, k = scope.made_by[v]
             _, lab = next(iter(channel_labels.back(made, k, lab, shared)))
             v = source
+    v = _first_padded(scope, v)
     for axis in range(lab.ndim):
         if (lab == lab.take([0], axis=axis)).all():
             lab = lab.take([0], axis=axis)
@@ -206,6 +207,20 @@ def _source(scope: Scope, v: Val) -> Val | None:
     if node is None or node.name not in VIEWS or len(node.vals()) != 1 or len(node.outs) != 1:
         return None
     return node.vals()[0]
+
+
+def _first_padded(scope: Scope, v: Val) -> Val:
+    """Of values that are padded alike the first: a kernel of experts pads its rows anew for every weight."""
+    node, _ = scope.made_by.get(v, (None, 0))
+    if node is None or node.name != "pad" or isinstance(node.ins[1], Val):
+        return v
+    for index, pos in scope.readers[node.ins[0]]:
+        other = scope.nodes[index]
+        if index == OUTPUT or pos != 0 or other.name != "pad" or isinstance(other.ins[1], Val):
+            continue
+        if other.params == node.params and np.array_equal(other.ins[1], node.ins[1]):
+            return other.outs[0]
+    return v
 
 
 def _one_hot(scope: Scope, x: Val) -> bool:

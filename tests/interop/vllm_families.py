@@ -55,6 +55,12 @@ OWN_KERNELS = ("llama", "mixtral")  # also tried with the engine's own kernels f
 # In the config.json that these are published with, and not in what transformers 5 writes of them.
 ROUTERS = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 PUBLISHED: dict[str, dict[str, Any]] = dict.fromkeys(("deepseek_v3", "kimi_k2", "glm4_moe_lite", "solar_open"), ROUTERS)
+# What it computes otherwise than transformers does, in float too.
+THEIRS = {
+    "apertus": "the parameters of its activation are bfloat16 in a model of any dtype (read in its source, not tried).",
+    "cohere2": "its sliding window is one token wider (`sliding_window + 1`); given one less, the difference is 6e-07.",
+    "ernie4_5": "it reads no biases (`use_bias`), which the tiny model has; without them the difference is 3e-06.",
+}
 ONE_HEAD_EACH = ("gpt_neox", "bloom")  # the tiny models' config has an entry that these do not have
 
 
@@ -165,7 +171,11 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
         "engine's configuration, loader, models, attention and experts are its own. Its kernels for 4 bits need "
         "AVX-512, and AMX for experts: here they are replaced by the product with the dequantized weight, of what its "
         f"loader had made of the file. In three formats or more, {len(served)} of {len({f for f, _ in plain})} "
-        "families agree.\n\n" + "\n".join(table) + "\n\n## With its own kernels for 4 bits\n\n"
+        "families agree.\n\n"
+        + "\n".join(table)
+        + "\n\nWhere it differs from transformers in float too:\n\n"
+        + "".join(f"- {f}: {why}\n" for f, why in THEIRS.items())
+        + "\n## With its own kernels for 4 bits\n\n"
         "On this processor, which has no AVX-512:\n\n" + "\n".join(own) + "\n"
     )
 

@@ -137,3 +137,38 @@ def test_a_known_kernel_with_more_operands_is_none():
     plan = discover(fn, p, x, jax.ShapeDtypeStruct((2,), jnp.int32))
     assert {s.path for _, s in plan.sites()} == {"head"}
     assert plan.skipped["w"] == "it is read by pallas_call"
+
+
+@pytest.mark.parametrize(("before", "first"), [(0, 0), (2, 2), (2, 0)])
+def test_rows_padded_to_tiles_and_cut_again_are_scaled_as_without(before, first):
+    """As MaxText's kernels have it, which pad anew for each weight; not where rows then meet another expert."""
+
+    def padded(x, w, sizes):
+        x = jax.lax.pad(x, jnp.array(0.0, x.dtype), [(before, 16 - before, 0), (0, 0, 0)])
+        return jax.lax.ragged_dot(x, w, sizes)[first : first + 48]
+
+    def fn(p, x, dot):
+        x = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-6) * p["norm"]
+        e = jnp.argmax(x @ p["router"], -1)
+        order, sizes = jnp.argsort(e), jnp.bincount(e, length=4).astype(jnp.int32)
+        h = x[order]
+        y = jax.nn.silu(dot(h, p["gate"], sizes)) * dot(h, p["up"], sizes)
+        return jnp.tanh(dot(y, p["down"], sizes)[jnp.argsort(order)]) @ p["head"]
+
+    rng = np.random.default_rng(0)
+    shapes = {"gate": (4, 16, 32), "up": (4, 16, 32), "down": (4, 32, 16), "router": (16, 4), "head": (16, 16)}
+    p = {k: jnp.asarray(rng.normal(size=s) / 4, jnp.float32) for k, s in shapes.items()} | {"norm": jnp.ones(16)}
+    x = jnp.asarray(rng.normal(size=(48, 16)), jnp.float32)
+    plain = discover(lambda p, x: fn(p, x, jax.lax.ragged_dot), p, x)
+    plan = discover(lambda p, x: fn(p, x, padded), p, x)
+
+    def sites(plan):
+        return {tuple(s.path for s in g.sites): [a.path for a in g.absorbers] for g in plan.groups}
+
+    moved = {"down": [], "head": []} if before or first else {}
+    expected = {k: moved.get(k[0], v) for k, v in sites(plain).items()}
+    assert sites(plan) == expected
+    assert sites(plain)["down",] == ["up"]
+    if not moved:
+        checked = awq_jax.calibrate(lambda p, x: fn(p, x, padded), p, [x], progress=False).plan
+        assert sites(checked) == expected, "a group that moves the output has no absorbers any more"
