@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import consumers  # first: it finds the tests' helpers
+import family_cases
 import numpy as np
 import peers
 
@@ -55,6 +56,11 @@ OWN_KERNELS = ("llama", "mixtral")  # also tried with the engine's own kernels f
 # In the config.json that these are published with, and not in what transformers 5 writes of them.
 ROUTERS = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 PUBLISHED: dict[str, dict[str, Any]] = dict.fromkeys(("deepseek_v3", "kimi_k2", "glm4_moe_lite", "solar_open"), ROUTERS)
+# It has tables of as many positions as YaRN reaches, and the growth of attention under another name.
+PUBLISHED["ministral3"] = {
+    "rope_parameters": family_cases.GROWTH | {"original_max_position_embeddings": 32},
+    "llama_4_scaling": {"beta": 0.1, "original_max_position_embeddings": 32},
+}
 # What it computes otherwise than transformers does, in float too.
 THEIRS = {
     "apertus": "the parameters of its activation are bfloat16 in a model of any dtype (read in its source, not tried).",
