@@ -41,13 +41,13 @@ def without_quantization(hf: HfConfig) -> JsonObject:
     }
 
 
-def flag(hf: HfConfig, key: str) -> bool:
-    """A switch of the config, off if it is absent or null.
+def flag(hf: HfConfig, key: str, absent: bool = False) -> bool:
+    """A switch of the config: ``absent`` where it is not there, off where it is null.
 
     Raises:
       ConfigError: naming the key.
     """
-    value = hf.get(key)
+    value = hf.get(key, absent)
     if value is not None and not isinstance(value, bool):
         raise ConfigError(f"config.json: {key} must be true or false; got {str(value)[:100]!r}")
     return bool(value)

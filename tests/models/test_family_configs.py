@@ -165,3 +165,18 @@ def test_the_epsilon_of_norms_that_a_config_leaves_out_is_transformers(kind):
         return  # a family that transformers has not, or whose defaults are no model
     spelled = ("norm_eps", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon")
     assert models.config_from_hf({k: v for k, v in full.items() if k not in spelled}).norm == said.norm
+
+
+@pytest.mark.parametrize(
+    ("model_type", "key"),
+    [
+        ("llama", "mlp_bias"),
+        ("granite", "attention_bias"),
+        ("stablelm", "qk_layernorm"),
+        ("smollm3", "use_sliding_window"),
+    ],
+)
+def test_a_switch_that_is_a_word_is_refused(model_type: str, key: str) -> None:
+    """``"false"`` is true in Python: it would turn on what it turns off."""
+    with pytest.raises(ConfigError, match=f"{key} must be true or false"):
+        models.config_from_hf(LLAMA | {"model_type": model_type, key: "false"})

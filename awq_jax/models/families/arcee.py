@@ -1,6 +1,6 @@
 """Arcee (AFM): Llama with an MLP that has no gate and a squared ReLU."""
 
-from awq_jax.convert.config_json import HfConfig
+from awq_jax.convert.config_json import HfConfig, flag
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.hf.config import base, biases, norm_config, plain_mlp
 
@@ -10,6 +10,6 @@ def config(hf: HfConfig) -> ModelConfig:
     return base(
         hf,
         attention=biases(hf),
-        mlp=plain_mlp(hf, "relu2", bias=bool(hf.get("mlp_bias", False))),
+        mlp=plain_mlp(hf, "relu2", bias=flag(hf, "mlp_bias")),
         norm=norm_config(hf, 1e-5),
     )

@@ -1,6 +1,6 @@
 """BLOOM: ALiBi, a normalised embedding, q, k, v fused by head."""
 
-from awq_jax.convert.config_json import HfConfig
+from awq_jax.convert.config_json import HfConfig, flag
 from awq_jax.errors import UnsupportedModelError
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.families.falcon import ENTRIES
@@ -17,7 +17,7 @@ def config(hf: HfConfig) -> ModelConfig:
     Raises:
       UnsupportedModelError: for a residual stream that starts after the norm.
     """
-    if hf.get("apply_residual_connection_post_layernorm", False):
+    if flag(hf, "apply_residual_connection_post_layernorm"):
         raise UnsupportedModelError("bloom with apply_residual_connection_post_layernorm")
     return base(
         {"max_position_embeddings": LENGTH} | dict(hf),

@@ -1,6 +1,6 @@
 """Command R: LayerNorm without bias, attention and MLP side by side, neighbouring channels rotated."""
 
-from awq_jax.convert.config_json import HfConfig
+from awq_jax.convert.config_json import HfConfig, flag
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.hf.config import base, biases, norm_config
 from awq_jax.models.hf.rope import rope_config
@@ -11,7 +11,7 @@ def config(hf: HfConfig) -> ModelConfig:
     norm = norm_config(hf, 1e-5, kind="layer")
     return base(
         hf,
-        attention=biases(hf) | {"norm": norm if hf.get("use_qk_norm", False) else None, "norm_over": "heads"},
+        attention=biases(hf) | {"norm": norm if flag(hf, "use_qk_norm") else None, "norm_over": "heads"},
         norm=norm,
         ropes=rope_config(hf, theta=500000.0, interleaved=True),
         parallel="one",

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from awq_jax.convert.config_json import HfConfig
+from awq_jax.convert.config_json import HfConfig, flag
 from awq_jax.errors import UnsupportedModelError
 from awq_jax.models.config import LatentConfig, ModelConfig
 from awq_jax.models.families.qwen2_moe import EXPERTS
@@ -24,7 +24,7 @@ def config(hf: HfConfig) -> ModelConfig:
     method = hf.get("topk_method") or "greedy"
     if method not in ("greedy", "group_limited_greedy") or hf.get("scoring_func", "softmax") != "softmax":
         raise UnsupportedModelError(f"deepseek_v2 with topk_method {method!r} or scoring_func other than 'softmax'")
-    if hf.get("norm_topk_prob"):
+    if flag(hf, "norm_topk_prob"):
         raise UnsupportedModelError("deepseek_v2 with norm_topk_prob: its releases disagree about what that does")
     grouped = method == "group_limited_greedy"
     moe = moe_config(
@@ -59,7 +59,7 @@ def latent_base(hf: HfConfig, interleaved: bool = True, **changes: Any) -> Model
         nope_dim=plain,
         rope_dim=rotated,
         value_dim=hf.get("v_head_dim") or required(hf, "hidden_size") // heads,
-        bias=bool(hf.get("attention_bias", False)),
+        bias=flag(hf, "attention_bias"),
         scale=(plain + rotated) ** -0.5 * temperature**2,
     )
     return base(hf, mixers=latent, ropes=rope_config(hf, dims=rotated, interleaved=interleaved), **changes)

@@ -1,6 +1,6 @@
 """DeepSeek-V3, V3.1 and R1: DeepSeek-V2 whose experts are chosen by sigmoids and a correction."""
 
-from awq_jax.convert.config_json import HfConfig
+from awq_jax.convert.config_json import HfConfig, flag
 from awq_jax.errors import UnsupportedModelError
 from awq_jax.models.config import ModelConfig, MoEConfig
 from awq_jax.models.families.deepseek_v2 import latent_base
@@ -29,7 +29,7 @@ def sigmoid_experts(hf: HfConfig) -> MoEConfig:
         groups=groups,
         top_groups=hf.get("topk_group") or 1,
         group_best=2 if groups > 1 else 1,
-        normalize=bool(hf.get("norm_topk_prob", True)),
+        normalize=flag(hf, "norm_topk_prob", True),
         scale=float(hf.get("routed_scaling_factor", 1.0)),
         **shared_experts(hf),
     )
@@ -37,6 +37,6 @@ def sigmoid_experts(hf: HfConfig) -> MoEConfig:
 
 def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "deepseek_v3"."""
-    interleaved = bool(hf.get("rope_interleave", True))
+    interleaved = flag(hf, "rope_interleave", True)
     mlps = after_dense(hf, sigmoid_experts(hf))
     return latent_base(hf, interleaved, mlps=mlps, names=names(NAMES, carried=predicting_layers(hf)))

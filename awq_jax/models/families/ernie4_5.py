@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from awq_jax.convert.config_json import HfConfig
+from awq_jax.convert.config_json import HfConfig, flag
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.hf.config import base, biases, norm_config
 from awq_jax.models.hf.rope import rope_config
@@ -21,4 +21,4 @@ def ernie_base(hf: HfConfig, **changes: Any) -> ModelConfig:
 
 def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "ernie4_5"."""
-    return ernie_base({"head_dim": 128} | dict(hf), mlp={"bias": bool(hf.get("use_bias", False))})
+    return ernie_base({"head_dim": 128} | dict(hf), mlp={"bias": flag(hf, "use_bias")})

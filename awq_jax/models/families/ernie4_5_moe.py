@@ -1,6 +1,6 @@
 """ERNIE 4.5 MoE: ERNIE 4.5 with experts that a correction helps to choose, and some that all tokens share."""
 
-from awq_jax.convert.config_json import HfConfig
+from awq_jax.convert.config_json import HfConfig, flag
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.families.ernie4_5 import ernie_base
 from awq_jax.models.families.qwen2_moe import EXPERTS
@@ -22,7 +22,7 @@ KEYS = {"num_experts": "moe_num_experts", "num_experts_per_tok": "moe_k", "n_sha
 def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "ernie4_5_moe"."""
     hf = {ours: hf[theirs] for ours, theirs in KEYS.items() if theirs in hf} | dict(hf)
-    bias = bool(hf.get("use_bias", False))
+    bias = flag(hf, "use_bias")
     count, every = required(hf, "num_hidden_layers"), hf.get("moe_layer_interval") or 1
     first, last = hf.get("moe_layer_start_index", 1), hf.get("moe_layer_end_index", -1)
     moe = moe_config(

@@ -1,6 +1,6 @@
 """Falcon: 7B (one key/value head, one norm), 40B (grouped heads, two norms), and RW (ALiBi)."""
 
-from awq_jax.convert.config_json import HfConfig
+from awq_jax.convert.config_json import HfConfig, flag
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.hf.config import base, biases, norm_config, plain_mlp, required
 from awq_jax.models.hf.rope import rope_config
@@ -22,12 +22,12 @@ TWO_NORMS = names(ENTRIES | {"input_layernorm": "ln_attn", "post_attention_layer
 def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "falcon"."""
     hf = {"max_position_embeddings": 2048} | dict(hf)
-    heads, new = required(hf, "num_attention_heads"), bool(hf.get("new_decoder_architecture", False))
-    several = new or not hf.get("multi_query", True)
+    heads, new = required(hf, "num_attention_heads"), flag(hf, "new_decoder_architecture")
+    several = new or not flag(hf, "multi_query", True)
     two = new and hf.get("num_ln_in_parallel_attn") in (None, 2)
     size = hf.get("ffn_hidden_size") or 4 * required(hf, "hidden_size")
-    parallel = ("two" if two else "one") if hf.get("parallel_attn", True) or new else None
-    alibi = bool(hf.get("alibi", False))
+    parallel = ("two" if two else "one") if flag(hf, "parallel_attn", True) or new else None
+    alibi = flag(hf, "alibi")
     return base(
         hf,
         attention=biases(hf, "bias")
@@ -37,7 +37,7 @@ def config(hf: HfConfig) -> ModelConfig:
             "alibi": "bfloat16" if alibi else None,
             "alibi_scaled": alibi,
         },
-        mlp=plain_mlp(hf, "gelu", bool(hf.get("bias", False)), size=size),
+        mlp=plain_mlp(hf, "gelu", flag(hf, "bias"), size=size),
         norm=norm_config(hf, 1e-5, kind="layer", bias=True),
         ropes=None if alibi else rope_config(hf),
         parallel=parallel,

@@ -1,6 +1,6 @@
 """Gemma 3 (text): five layers with a window and a short rope to one without, norms of queries and keys."""
 
-from awq_jax.convert.config_json import HfConfig
+from awq_jax.convert.config_json import HfConfig, flag
 from awq_jax.errors import UnsupportedModelError
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.families import gemma
@@ -15,7 +15,7 @@ def config(hf: HfConfig) -> ModelConfig:
     Raises:
       UnsupportedModelError: for embedding models, which attend in both directions.
     """
-    if hf.get("use_bidirectional_attention"):
+    if flag(hf, "use_bidirectional_attention"):
         raise UnsupportedModelError("a gemma3_text model with use_bidirectional_attention is not a decoder")
     period = hf.get("sliding_window_pattern") or 6
     types = layer_types(hf, lambda i: (i + 1) % period)

@@ -1,6 +1,6 @@
 """GLM-4.5 and 4.6: DeepSeek-V3's experts with grouped-query attention, half of a head rotated."""
 
-from awq_jax.convert.config_json import HfConfig
+from awq_jax.convert.config_json import HfConfig, flag
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.families.deepseek_v3 import NAMES, sigmoid_experts
 from awq_jax.models.hf.config import base, norm_config, predicting_layers
@@ -15,8 +15,8 @@ def config(hf: HfConfig) -> ModelConfig:
     return base(
         hf,
         attention={
-            "qkv_bias": bool(hf.get("attention_bias", False)),
-            "norm": norm if hf.get("use_qk_norm", False) else None,
+            "qkv_bias": flag(hf, "attention_bias"),
+            "norm": norm if flag(hf, "use_qk_norm") else None,
         },
         norm=norm,
         mlps=after_dense({"first_k_dense_replace": 1} | dict(hf), sigmoid_experts(hf)),

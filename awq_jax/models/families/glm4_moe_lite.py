@@ -1,6 +1,6 @@
 """GLM-4.7-Flash: DeepSeek-V3 with the experts in all layers but the first."""
 
-from awq_jax.convert.config_json import HfConfig
+from awq_jax.convert.config_json import HfConfig, flag
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.families.deepseek_v2 import latent_base
 from awq_jax.models.families.deepseek_v3 import NAMES, sigmoid_experts
@@ -20,7 +20,7 @@ def config(hf: HfConfig) -> ModelConfig:
     )
     return latent_base(
         hf,
-        bool(hf.get("rope_interleave", True)),
+        flag(hf, "rope_interleave", True),
         mlps=mlps,
         norm=norm_config(hf, 1e-5),
         names=names(NAMES, carried=predicting_layers(hf)),

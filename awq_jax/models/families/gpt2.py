@@ -1,6 +1,6 @@
 """GPT-2: LayerNorm, learned positions, fused q, k, v, and linears stored [in, out]."""
 
-from awq_jax.convert.config_json import HfConfig
+from awq_jax.convert.config_json import HfConfig, flag
 from awq_jax.errors import UnsupportedModelError
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.hf.config import base, norm_config, plain_mlp, required
@@ -29,7 +29,7 @@ def config(hf: HfConfig) -> ModelConfig:
     Raises:
       UnsupportedModelError: for scores scaled by the layer's number.
     """
-    if hf.get("scale_attn_by_inverse_layer_idx", False) or not hf.get("scale_attn_weights", True):
+    if flag(hf, "scale_attn_by_inverse_layer_idx") or not flag(hf, "scale_attn_weights", True):
         raise UnsupportedModelError("gpt2 with scale_attn_by_inverse_layer_idx or without scaled scores")
     return base(
         hf,

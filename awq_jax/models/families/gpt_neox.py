@@ -1,6 +1,6 @@
 """GPT-NeoX and Pythia: attention and MLP side by side after two norms, q, k, v fused by head."""
 
-from awq_jax.convert.config_json import HfConfig
+from awq_jax.convert.config_json import HfConfig, flag
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.hf.config import base, biases, norm_config, plain_mlp, required
 from awq_jax.models.hf.rope import rope_config
@@ -30,6 +30,6 @@ def config(hf: HfConfig) -> ModelConfig:
         mlp=plain_mlp(hf, "gelu"),
         norm=norm_config(hf, 1e-5, kind="layer", bias=True),
         ropes=rope,
-        parallel="two" if hf.get("use_parallel_residual", True) else None,
+        parallel="two" if flag(hf, "use_parallel_residual", True) else None,
         names=NAMES,
     )

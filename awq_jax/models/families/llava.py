@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from awq_jax.convert.config_json import HfConfig
+from awq_jax.convert.config_json import HfConfig, flag
 from awq_jax.errors import ConfigError, UnsupportedModelError
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.families import llama, mistral, qwen2
@@ -35,7 +35,7 @@ def config(hf: HfConfig, tiles: tuple[tuple[int, int], ...] = ()) -> ModelConfig
         features=features,
         drop_first=strategy == "default",
         activation=nested.activation(hf.get("projector_hidden_act", "gelu")),
-        bias=bool(hf.get("multimodal_projector_bias", True)),
+        bias=flag(hf, "multimodal_projector_bias", True),
         tiles=tiles,
     )
     places = nested.vit_places(tower.layers, OTHERS)

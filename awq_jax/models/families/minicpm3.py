@@ -2,7 +2,7 @@
 
 import math
 
-from awq_jax.convert.config_json import HfConfig
+from awq_jax.convert.config_json import HfConfig, flag
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.families.deepseek_v2 import latent_base
 from awq_jax.models.hf.config import norm_config, required
@@ -19,5 +19,5 @@ def config(hf: HfConfig) -> ModelConfig:
         embed_scale=float(hf.get("scale_emb", 12)),
         residual_scale=1.0 if depth is None else depth / math.sqrt(count),
         logit_scale=(hf.get("dim_model_base", 256) or size) / size,
-        mlp={"bias": bool(hf.get("mlp_bias", False))},
+        mlp={"bias": flag(hf, "mlp_bias")},
     )

@@ -1,6 +1,6 @@
 """OPT: LayerNorm, learned positions that begin at row 2, ReLU."""
 
-from awq_jax.convert.config_json import HfConfig
+from awq_jax.convert.config_json import HfConfig, flag
 from awq_jax.models.config import ModelConfig, NormConfig
 from awq_jax.models.hf.config import base, biases, plain_mlp, required
 from awq_jax.models.names import names
@@ -24,15 +24,15 @@ NAMES = names(
 
 def config(hf: HfConfig) -> ModelConfig:
     """``model_type`` "opt"."""
-    affine = bool(hf.get("layer_norm_elementwise_affine", True))
-    before = bool(hf.get("do_layer_norm_before", True))
+    affine = flag(hf, "layer_norm_elementwise_affine", True)
+    before = flag(hf, "do_layer_norm_before", True)
     return base(
         hf,
         attention={"kv_heads": required(hf, "num_attention_heads"), **biases(hf, "enable_bias", True)},
-        mlp=plain_mlp(hf, "relu", bool(hf.get("enable_bias", True)), size=required(hf, "ffn_dim")),
+        mlp=plain_mlp(hf, "relu", flag(hf, "enable_bias", True), size=required(hf, "ffn_dim")),
         norm=NormConfig("layer", 1e-5, scale=affine, bias=affine),
         norms="pre" if before else "residual",
-        final_norm=before and not hf.get("_remove_final_layer_norm", False),
+        final_norm=before and not flag(hf, "_remove_final_layer_norm"),
         ropes=None,
         positions=required(hf, "max_position_embeddings") + 2,
         position_offset=2,

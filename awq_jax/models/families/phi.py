@@ -1,6 +1,6 @@
 """Phi 1 and 2: LayerNorm, half of a head rotated, attention and MLP side by side after one norm."""
 
-from awq_jax.convert.config_json import HfConfig
+from awq_jax.convert.config_json import HfConfig, flag
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.hf.config import base, norm_config, plain_mlp
 from awq_jax.models.hf.rope import rope_config
@@ -23,7 +23,7 @@ def config(hf: HfConfig) -> ModelConfig:
     head_norm = norm_config(hf, 1e-5, kind="layer", bias=True)
     return base(
         hf,
-        attention={"qkv_bias": True, "o_bias": True, "norm": head_norm if hf.get("qk_layernorm", False) else None},
+        attention={"qkv_bias": True, "o_bias": True, "norm": head_norm if flag(hf, "qk_layernorm") else None},
         mlp=plain_mlp(hf, "gelu_new"),
         norm=norm_config(hf, 1e-5, kind="layer", bias=True),
         ropes=rope_config(hf, fraction=0.5),

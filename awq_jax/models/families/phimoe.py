@@ -1,6 +1,6 @@
 """Phi-3.5 MoE: Mixtral with LayerNorm, biases, SparseMixer routing and long-context rope."""
 
-from awq_jax.convert.config_json import HfConfig
+from awq_jax.convert.config_json import HfConfig, flag
 from awq_jax.errors import ConfigError, UnsupportedModelError
 from awq_jax.models.config import ModelConfig, RopeConfig
 from awq_jax.models.families.mixtral import NAMES
@@ -26,7 +26,7 @@ def config(hf: HfConfig) -> ModelConfig:
         norm=norm_config(hf, 1e-5, kind="layer", bias=True),
         ropes=_rope(hf),
         windows=hf.get("sliding_window"),
-        head_bias=bool(hf.get("lm_head_bias", False)),
+        head_bias=flag(hf, "lm_head_bias"),
         names=NAMES,
     )
 

@@ -1,6 +1,6 @@
 """Qwen 1: Llama with fused q, k, v that have biases, and names of its own."""
 
-from awq_jax.convert.config_json import HfConfig
+from awq_jax.convert.config_json import HfConfig, flag
 from awq_jax.errors import UnsupportedModelError
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.families.gpt2 import LAYERS
@@ -34,9 +34,9 @@ def config(hf: HfConfig) -> ModelConfig:
         if hf.get(key):
             raise UnsupportedModelError(f"qwen with {key}: only the language models are supported")
     longest = get(hf, "max_position_embeddings", 8192)
-    if hf.get("use_dynamic_ntk", True) or hf.get("use_logn_attn", True):
+    if flag(hf, "use_dynamic_ntk", True) or flag(hf, "use_logn_attn", True):
         longest = hf.get("seq_length", 2048)
-    bias = not hf.get("no_bias", True)
+    bias = not flag(hf, "no_bias", True)
     head_dim = hf.get("kv_channels", 128)
     return base(
         dict(hf) | {"max_position_embeddings": longest},
@@ -46,7 +46,7 @@ def config(hf: HfConfig) -> ModelConfig:
             "fused": "concatenated",
             "qkv_bias": True,
             "o_bias": bias,
-            "scale": None if hf.get("scale_attn_weights", True) else 1.0,
+            "scale": None if flag(hf, "scale_attn_weights", True) else 1.0,
         },
         mlp={"size": required(hf, "intermediate_size") // 2, "bias": bias, "activation": "silu"},
         ropes=rope_config(

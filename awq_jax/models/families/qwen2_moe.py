@@ -1,6 +1,6 @@
 """Qwen1.5 and Qwen2 MoE: Qwen2 with experts and one that all tokens share, with a gate."""
 
-from awq_jax.convert.config_json import HfConfig
+from awq_jax.convert.config_json import HfConfig, flag
 from awq_jax.models.config import MLPConfig, ModelConfig, MoEConfig
 from awq_jax.models.families.qwen2 import qwen_windows
 from awq_jax.models.hf.config import base, mlp_config, required
@@ -28,12 +28,12 @@ def config(hf: HfConfig) -> ModelConfig:
         mlp_config(hf, size=required(hf, "moe_intermediate_size")),
         shared=mlp_config(hf, size=required(hf, "shared_expert_intermediate_size")),
         shared_gate=True,
-        normalize=bool(hf.get("norm_topk_prob", False)),
+        normalize=flag(hf, "norm_topk_prob"),
     )
     return base(
         hf,
         mlps=qwen_mlps(hf, moe),
         windows=qwen_windows(hf),
-        attention={"qkv_bias": bool(hf.get("qkv_bias", True))},
+        attention={"qkv_bias": flag(hf, "qkv_bias", True)},
         names=NAMES,
     )

@@ -1,6 +1,6 @@
 """Qwen3-Next: three gated delta nets to one gated attention, experts, norms that store their scale less one."""
 
-from awq_jax.convert.config_json import HfConfig
+from awq_jax.convert.config_json import HfConfig, flag
 from awq_jax.errors import UnsupportedModelError
 from awq_jax.models.config import DeltaConfig, ModelConfig
 from awq_jax.models.families.qwen2_moe import EXPERTS, qwen_mlps
@@ -42,7 +42,7 @@ def config(hf: HfConfig) -> ModelConfig:
         eps=norm.eps,
     )
     shared = mlp_config(hf, size=required(hf, "shared_expert_intermediate_size"))
-    moe = moe_config(hf, normalize=bool(hf.get("norm_topk_prob", True)), shared=shared, shared_gate=True)
+    moe = moe_config(hf, normalize=flag(hf, "norm_topk_prob", True), shared=shared, shared_gate=True)
     rope = rope_config(hf, fraction=0.25)
     full = [t == "full_attention" for t in types[:count]]
     return base(

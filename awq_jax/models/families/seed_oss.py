@@ -1,6 +1,6 @@
 """Seed-OSS: Llama with biases on q, k and v."""
 
-from awq_jax.convert.config_json import HfConfig
+from awq_jax.convert.config_json import HfConfig, flag
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.hf.config import base
 
@@ -10,8 +10,8 @@ def config(hf: HfConfig) -> ModelConfig:
     return base(
         {"head_dim": 128} | dict(hf),
         attention={
-            "qkv_bias": bool(hf.get("attention_bias", True)),
-            "o_bias": bool(hf.get("attention_out_bias", False)),
+            "qkv_bias": flag(hf, "attention_bias", True),
+            "o_bias": flag(hf, "attention_out_bias"),
         },
-        mlp={"bias": bool(hf.get("mlp_bias", False))},
+        mlp={"bias": flag(hf, "mlp_bias")},
     )

@@ -1,6 +1,6 @@
 """SmolLM3: Llama where every fourth layer does not rotate queries and keys."""
 
-from awq_jax.convert.config_json import HfConfig
+from awq_jax.convert.config_json import HfConfig, flag
 from awq_jax.models.config import ModelConfig
 from awq_jax.models.hf.config import base, biases, layer_types, required, windows
 from awq_jax.models.hf.rope import rope_config
@@ -14,11 +14,11 @@ def config(hf: HfConfig) -> ModelConfig:
         interval = hf.get("no_rope_layer_interval", 4)
         rotates = [int((i + 1) % interval != 0) for i in range(count)]
     rope = rope_config(hf, theta=2000000.0)
-    window = hf.get("sliding_window") if hf.get("use_sliding_window", False) else None
+    window = hf.get("sliding_window") if flag(hf, "use_sliding_window") else None
     return base(
         hf,
         ropes=[rope if r else None for r in rotates[:count]],
         windows=windows(layer_types(hf, lambda i: not rotates[i]), window),
         attention=biases(hf),
-        mlp={"bias": bool(hf.get("mlp_bias", False))},
+        mlp={"bias": flag(hf, "mlp_bias")},
     )

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
-from awq_jax.convert.config_json import HfConfig, is_tied
+from awq_jax.convert.config_json import HfConfig, flag, is_tied
 from awq_jax.errors import ConfigError, UnsupportedModelError
 from awq_jax.models.config import (
     AttentionConfig,
@@ -119,7 +119,7 @@ def norm_config(hf: HfConfig, eps: float = 1e-6, **changes: object) -> NormConfi
 
 def biases(hf: HfConfig, key: str = "attention_bias", default: bool = False) -> dict[str, object]:
     """Fields of `AttentionConfig`: all its linears have biases, or none has."""
-    has = bool(hf.get(key, default))
+    has = flag(hf, key, default)
     return {"qkv_bias": has, "o_bias": has}
 
 

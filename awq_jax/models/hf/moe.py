@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from awq_jax.convert.config_json import HfConfig
+from awq_jax.convert.config_json import HfConfig, flag
 from awq_jax.errors import ConfigError
 from awq_jax.models.config import MLPConfig, MoEConfig
 from awq_jax.models.hf.config import mlp_config, required
@@ -22,7 +22,7 @@ def moe_config(hf: HfConfig, **changes: object) -> MoEConfig:
     known: dict[str, Any] = {
         "experts": required(hf, "num_experts"),
         "top_k": required(hf, "num_experts_per_tok"),
-        "normalize": bool(hf.get("norm_topk_prob", False)),
+        "normalize": flag(hf, "norm_topk_prob"),
     }
     if "expert" not in changes:
         size = "moe_intermediate_size" if hf.get("moe_intermediate_size") else "intermediate_size"
@@ -42,7 +42,7 @@ def moe_config(hf: HfConfig, **changes: object) -> MoEConfig:
 
 def after_dense(hf: HfConfig, moe: MoEConfig) -> list[MLPConfig | MoEConfig]:
     """Experts in all layers but the first ``first_k_dense_replace``."""
-    dense = mlp_config(hf, bias=bool(hf.get("mlp_bias", False)))
+    dense = mlp_config(hf, bias=flag(hf, "mlp_bias"))
     first = hf.get("first_k_dense_replace") or 0
     return [dense if i < first else moe for i in range(required(hf, "num_hidden_layers"))]
 
@@ -53,4 +53,4 @@ def shared_experts(hf: HfConfig) -> dict[str, MLPConfig]:
     if not count:
         return {}
     size = count * required(hf, "moe_intermediate_size")
-    return {"shared": mlp_config(hf, size=size, bias=bool(hf.get("mlp_bias", False)))}
+    return {"shared": mlp_config(hf, size=size, bias=flag(hf, "mlp_bias"))}

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from awq_jax.convert.config_json import HfConfig
+from awq_jax.convert.config_json import HfConfig, flag
 from awq_jax.errors import ConfigError, UnsupportedModelError
 from awq_jax.models.config import RopeConfig, RopeKind
 
@@ -98,7 +98,7 @@ def _scaling(hf: HfConfig, data: HfConfig, kind: str) -> dict[str, object]:
         extra |= {
             "beta_fast": float(data.get("beta_fast") or 32),
             "beta_slow": float(data.get("beta_slow") or 1),
-            "truncate": bool(data.get("truncate", True)),
+            "truncate": flag(data, "truncate", True),
             "attention_factor": _yarn_attention(data, factor),
         }
     if "attention_factor" in extra and data.get("attention_factor") is not None:
