@@ -5,7 +5,8 @@
 The text is tokenized once: the first ``samples x seq_len`` tokens calibrate, the last ``eval-tokens`` are scored.
 Without ``--text`` the model samples its own text (two seeds), which is the only text a model of children's stories can
 be judged on. The first of ``--methods`` is what the others are compared with; ``--settings KEY=VALUE ...`` are further
-fields of `AwqConfig`.
+fields of `AwqConfig`. ``--two-streams`` adds the last method in one pass and in two streams as `Model.quantize` does
+them, with the CPU seconds of all their work, and their difference in loss over the same windows.
 """
 
 import functools
@@ -51,6 +52,7 @@ def quality(
     eval_tokens: int = 20480,
     methods: tuple[str, ...] = METHOD_NAMES,
     settings: tuple[str, ...] = (),
+    two_streams: bool = False,
 ) -> running.Row:
     """All methods on one model."""
     loaded = awq_jax.load(model)
@@ -67,11 +69,19 @@ def quality(
     asked = {"bits": bits, "group_size": group_size}
     rows: list[running.Row] = []
     plain: tuple[float, float] | None = None
-    for method in methods:
+    once: evaluate.Perplexity | None = None
+    ways: list[tuple[str, bool | None]] = [(m, None) for m in methods]
+    ways += [(methods[-1], streams) for streams in (False, True) if two_streams]
+    for method, streams in ways:
         chosen = {**asked, "explicit_scale": False, "method": method, **running.settings(settings)}
-        start = time.perf_counter()
-        loaded.params, report = awq_jax.quantize(params, calibration, return_report=True, **chosen)
-        seconds = time.perf_counter() - start
+        start, began = time.perf_counter(), time.process_time()
+        if streams is None:
+            loaded.params, report = awq_jax.quantize(params, calibration, return_report=True, **chosen)
+        else:
+            loaded.params = params
+            how = {"samples": samples, "seq_len": length, "progress": False, "sequential": streams}
+            report = loaded.quantize(calib, **how, **chosen)
+        seconds, busy = time.perf_counter() - start, time.process_time() - began
         after = evaluate.perplexity(loaded, scored, context=length)
         lost, error = evaluate.difference(after, before)
         far = evaluate.kl(loaded, Reference(loaded.apply, params), scored, context=length)
@@ -81,6 +91,10 @@ def quality(
              "kl_error": far.standard_error, "seconds": round(seconds, 1), "vs_rtn": lost / plain[0],
              "kl_vs_rtn": far.kl / plain[1], "bits_per_weight": report.bits_per_weight}
         )  # fmt: skip
+        if streams is not None:
+            rows[-1] |= {"streams": 1 + streams, "cpu_seconds": round(busy, 1)}
+            once = once or after
+            rows[-1]["vs_one_pass"], rows[-1]["vs_one_pass_error"] = evaluate.difference(after, once)
         print(rows[-1], flush=True)
     return {
         "model": Path(model).name,
@@ -101,6 +115,7 @@ def smoke(directory: Path) -> Iterator[list[str]]:
     model, _ = checkpoints.tiny(directory)
     quick = ["--samples", "2", "--seq-len", "16", "--eval-tokens", "32", "--group-size", "32", "--methods", "rtn"]
     yield [model, *quick, "--settings", "clip=False", "--out", str(directory / "r.json")]
+    yield [model, *quick[:-1], "awq", "--two-streams", "--out", str(directory / "r.json")]
 
 
 main = functools.partial(running.run, (quality,), smoke)

@@ -77,7 +77,7 @@ class GroupWeights:
         columns = self._columns
 
         def prepare(moments: Moments) -> tuple[Moments, Blocks]:
-            return moments, correction.prepare(moments, strength.lam)
+            return moments, correction.prepare(moments)
 
         def run(place: Place, e: int, piece: int, given: tuple[Moments, Blocks]) -> jax.Array:
             span = slice(piece * columns.size, (piece + 1) * columns.size)
@@ -117,13 +117,13 @@ class GroupWeights:
 
     def _nearest(self, picked: np.ndarray) -> np.ndarray:
         out = np.empty_like(picked)
-        for i, t in enumerate(self._targets):
-            mine = self._owners == i
-            w = np.pad(picked[:, mine], ((0, t.rows - len(picked)), (0, 0)))
-            if mine.any():
-                leaf = t.leaf
-                found = _nearest(w, leaf.group_size, leaf.bits, leaf.symmetric, "float32")
-                out[:, mine] = np.asarray(found)[: len(out)]
+        for leaf in dict.fromkeys(t.leaf for t in self._targets):
+            alike = [i for i, t in enumerate(self._targets) if t.leaf == leaf]
+            # All columns, those of other weights too: a program for each number of columns would cost more.
+            w = np.pad(picked, ((0, self._targets[alike[0]].rows - len(picked)), (0, 0)))
+            found = np.asarray(_nearest(w, leaf.group_size, leaf.bits, leaf.symmetric, "float32"))
+            mine = np.isin(self._owners, alike)
+            out[:, mine] = found[: len(out), mine]
         return out
 
     def remaining(
@@ -147,7 +147,7 @@ class GroupWeights:
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
-def dequantized(q: QuantizedTensor, dtype: str | None = None) -> jax.Array:
+def dequantized(q: QuantizedTensor, dtype: str) -> jax.Array:
     """`QuantizedTensor.dequantize`, compiled."""
     return q.dequantize(dtype)
 

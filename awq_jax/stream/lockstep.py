@@ -136,7 +136,8 @@ class Lockstep:
         """The group's weights are packed: the quantized stream goes on with them."""
         for t in targets:
             path = t.site.path.removeprefix(self._prefix)
-            value = dequantized(packed[t.site.name])
+            q = packed[t.site.name]
+            value = dequantized(q, q.dtype)
             if t.site.part:
                 value = jnp.asarray(self._served[path]).at[t.site.window].set(value)
             self._served[path] = value
