@@ -79,7 +79,7 @@ def quality(
             loaded.params, report = awq_jax.quantize(params, calibration, return_report=True, **chosen)
         else:
             loaded.params = params
-            how = {"samples": samples, "seq_len": length, "progress": False, "sequential": streams}
+            how: dict[str, Any] = {"samples": samples, "seq_len": length, "progress": False, "sequential": streams}
             report = loaded.quantize(calib, **how, **chosen)
         seconds, busy = time.perf_counter() - start, time.process_time() - began
         after = evaluate.perplexity(loaded, scored, context=length)
