@@ -152,7 +152,7 @@ def compare(
       method: of the third row, see `AwqConfig`.
       samples: calibration sequences.
       eval_tokens: tokens scored.
-      seq_len: tokens of a calibration sequence and of an evaluation window.
+      seq_len: tokens of a calibration sequence; an evaluation window has half as many.
       stages: those of `STAGES`, of which this does all but the first two and the last.
       **settings: fields of `AwqConfig`, for both quantized versions.
 
@@ -167,7 +167,7 @@ def compare(
     clock = time.perf_counter
     seconds: dict[str, float] = {}
 
-    measure = evaluate.scorer(model, tokens, context=seq_len, max_tokens=eval_tokens)
+    measure = evaluate.scorer(model, tokens, context=seq_len // 2, max_tokens=eval_tokens)
 
     def score(name: str) -> evaluate.Perplexity:
         start = clock()
