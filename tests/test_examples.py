@@ -48,6 +48,7 @@ def test_checkpoint_chat(checkpoint: Path, tmp_path: Path) -> None:
     assert (tmp_path / "packed" / "config.json").is_file()
 
 
+@pytest.mark.slow
 def test_calibrate_once(checkpoint: Path) -> None:
     rows = example("calibrate_once").main(checkpoint, samples=4, eval_tokens=256, group_size=16)
     assert set(rows) == {"float", "4-bit", "3-bit", "mixed"}

@@ -21,7 +21,9 @@ from awq_jax.errors import ConfigError
 
 # Each line of the input: a token, and a command or a call. One process for all: it is JAX that takes time to import.
 DRIVER = """
-import contextlib, io, json, os, sys
+import contextlib, io, json, os, sys, time
+sleep = time.sleep
+time.sleep = lambda seconds: sleep(min(seconds, 0.01))  # huggingface_hub waits between attempts
 import awq_jax
 from awq_jax import cli
 results = []

@@ -61,6 +61,7 @@ def test_rows_that_are_none(packed, tmp_path, row, says):
         rows.read(tmp_path / "x.jsonl", awq_jax.load(packed / "packed").tokenizer, 64)
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_ends_with_the_same_bytes(packed, tmp_path, monkeypatch, capsys):
     asked = ["finetune", str(packed / "packed"), "--data", str(packed / "data.jsonl"), "--rank", "4", "--quiet"]
     asked += ["--steps", "8", "--every", "2", "--batch-size", "4", "--learning-rate", "0.01", "--no-remat"]

@@ -343,6 +343,7 @@ def test_unhashable_arguments_work():
         close(run(params, data(2, D), flag=Options()), data(2, D) @ dense(params)["kernel"])
 
 
+@pytest.mark.slow
 def test_the_cache_is_bounded_and_dies_with_the_function(monkeypatch):
     monkeypatch.setattr(sys.modules[bind.__module__], "KEPT", 4)
 
