@@ -5,7 +5,13 @@ from collections.abc import Iterable
 from types import ModuleType
 from typing import NamedTuple
 
-INSTALL = 'pip install "awq-jax[hf]", or pip install ".[hf]" in its sources'
+
+def install(extra: str) -> str:
+    """How to get the packages of an extra."""
+    return f'pip install "awq-jax[{extra}]", or pip install ".[{extra}]" in its sources'
+
+
+INSTALL = install("hf")
 
 
 class Setting(NamedTuple):

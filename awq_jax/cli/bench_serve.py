@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 
 from awq_jax.cli import common
-from awq_jax.errors import BackendError, ConfigError, MissingPackageError
+from awq_jax.errors import BackendError, ConfigError, MissingPackageError, install
 
 
 def add(p: argparse.ArgumentParser) -> None:
@@ -62,7 +62,7 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
     except ModuleNotFoundError as e:
         if e.name != "httpx":
             raise
-        raise MissingPackageError('bench serve needs the package httpx: pip install "awq-jax[serve]"') from None
+        raise MissingPackageError(f"bench serve needs the package httpx: {install('serve')}") from None
     concurrency = None if args.rate is not None else args.concurrency or 16
     given = load.Load(
         args.requests, concurrency, args.rate, args.prompt_tokens, args.output_tokens, args.vocabulary,

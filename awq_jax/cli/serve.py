@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from awq_jax.cli import common
-from awq_jax.errors import ConfigError, MissingPackageError
+from awq_jax.errors import ConfigError, MissingPackageError, install
 
 _EXAMPLES = """
 awq-jax serve ./model-awq
@@ -30,7 +30,8 @@ def add(subparsers: common.Commands) -> None:
         "serve a model over HTTP, as the OpenAI API has it",
         "Serve a model on this machine: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics, and a\n"
         "page to chat with at /. Many requests are answered at once: they share each step of the model. Needs\n"
-        'pip install "awq-jax[serve]". SIGTERM and Ctrl-C finish what is being answered, and end.',
+        'pip install "awq-jax[serve]", or ".[serve]" in its sources. SIGTERM and Ctrl-C finish what is being answered,\n'
+        "and end.",
         _EXAMPLES,
     )
     p.add_argument("dir", metavar="DIR", help="checkpoint directory, .gguf file or hub id")
@@ -80,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
     except ModuleNotFoundError as e:
         if e.name is None or e.name.split(".")[0] == "awq_jax":
             raise
-        text = f'serve needs the package {e.name}: pip install "awq-jax[serve]"'
+        text = f"serve needs the package {e.name}: {install('serve')}"
         raise MissingPackageError(text) from None
     import jax
     from tqdm.auto import tqdm
