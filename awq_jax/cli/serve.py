@@ -30,8 +30,8 @@ def add(subparsers: common.Commands) -> None:
         "serve a model over HTTP, as the OpenAI API has it",
         "Serve a model on this machine: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics, and a\n"
         "page to chat with at /. Many requests are answered at once: they share each step of the model. Needs\n"
-        'pip install "awq-jax[serve]", or ".[serve]" in its sources. SIGTERM and Ctrl-C finish what is being answered,\n'
-        "and end.",
+        'pip install "awq-jax[serve]", or ".[serve]" in its sources. SIGTERM and Ctrl-C finish what is being\n'
+        "answered, and end.",
         _EXAMPLES,
     )
     p.add_argument("dir", metavar="DIR", help="checkpoint directory, .gguf file or hub id")
