@@ -41,6 +41,11 @@ class Pool:
         return max(1, len(self.devices))
 
     @property
+    def at_once(self) -> int:
+        """How many pieces a device works on at a time; each takes memory."""
+        return 1 if self.devices else _cores()
+
+    @property
     def rank(self) -> int:
         """The number of this process."""
         return self.team.rank if self.team else 0
@@ -81,8 +86,8 @@ class Pool:
         Raises:
           ProcessError: another process has ended.
         """
-        if not self.devices and pieces > 1 and (threads := _threads()) is not None:
-            return list(threads.map(lambda piece: jax.block_until_ready(run(piece)), range(pieces)))
+        if min(self.at_once, pieces) > 1:
+            return list(_threads().map(lambda piece: jax.block_until_ready(run(piece)), range(pieces)))
         out: list[T] = []
         for start in range(0, pieces, self.size):
             numbers = range(start, min(start + self.size, pieces))
@@ -150,12 +155,16 @@ def pool_of(mesh: Mesh | None, team: Team | None) -> Pool:
 
 
 @functools.cache
-def _threads() -> ThreadPoolExecutor | None:
-    """Those that work on a CPU; None: it has one core, or there is an accelerator."""
-    cores = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, MOST_THREADS)
-    if cores == 1 or jax.default_backend() != "cpu":
-        return None
-    return ThreadPoolExecutor(cores, "awq_jax")
+def _cores() -> int:
+    """Pieces that the device at which JAX puts things works on at a time: 1 but for a CPU."""
+    if jax.default_backend() != "cpu":
+        return 1
+    return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, MOST_THREADS)
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_cores(), "awq_jax")
 
 
 @functools.cache

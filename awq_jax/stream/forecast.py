@@ -121,7 +121,8 @@ def _moment(job: Job, number: int, hidden: int) -> dict[str, int]:
         if job.session.sequential:
             here = 4 * tokens * (group.channels + 2 * job.session.chain.config.hidden_size)
             left, alive = left + here, max(alive, here)
-        rounding = max(rounding, 4 * (COPIES * piece + SQUARES * group.channels**2))
+        at_once = min(job.session.pool.at_once, -(-weights // piece))
+        rounding = max(rounding, 4 * (COPIES * at_once * piece + SQUARES * group.channels**2))
     return {
         "block": job.float_bytes(block),
         "next block": job.float_bytes(blocks[number + 1]) if number + 1 < len(blocks) else 0,
