@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from awq_jax.calibration import by_expert
+from awq_jax.calibration.batches import Args, Kwargs, arguments, check_batches, count_tokens, few_tokens
 from awq_jax.calibration.grams import ArrayGrams, Grams
 from awq_jax.calibration.in_turn import in_turn
 from awq_jax.errors import CalibrationError
@@ -28,12 +29,9 @@ from awq_jax.progress import Progress, through
 from awq_jax.trace import interpret
 from awq_jax.trace.arguments import Form, split
 
-Args = tuple[object, ...]
-Kwargs = dict[str, Any]
 T = TypeVar("T")
 
 SLAB, SLAB_CHANNELS = 128, 512  # see `_in_slabs`
-PROVEN = 64  # tokens that a plan is proven on
 KEPT_OUT = "kept_out."  # before the names of fields in a file
 
 
@@ -176,15 +174,7 @@ def calibrate(
       CalibrationError: no batches, every batch is empty, or ``batches`` is one array.
       PlanError: ``plan`` does not describe ``params``.
     """
-    if isinstance(batches, str | Mapping):
-        raise CalibrationError(f"batches is a {type(batches).__name__}: pass a list of batches, [batch] if it is one")
-    if hasattr(batches, "shape"):
-        raise CalibrationError(
-            f"batches is one array of shape {tuple(batches.shape)}, whose rows would be taken for batches: pass "
-            "[array] if it is one batch, list(array) if its first axis counts batches"
-        )
-    if not isinstance(batches, Iterable) or (isinstance(batches, list) and batches and np.isscalar(batches[0])):
-        raise CalibrationError(f"batches is {str(batches)[:60]}: pass a list of arrays, each of them a batch")
+    check_batches(batches)
     sums: dict[bool, dict[str, Stats]] = {}  # of batches that are kept out, and of others
     step: Callable[[dict[str, Stats], object, list[object], Form], dict[str, Stats]] | None = None
     tokens = 0
@@ -236,46 +226,6 @@ def _adder(
     # Where the compiler puts sums on a mesh is known after the first batch.
     alone, plus = jax.jit(of_batch, static_argnums=2), jax.jit(add, donate_argnums=0)
     return lambda sums, p, arrays, form: plus(sums, alone(p, arrays, form))
-
-
-def arguments(batch: object) -> tuple[Args, Kwargs]:
-    """What a model is called with for one batch."""
-    if isinstance(batch, Mapping):
-        return (), dict(batch)
-    return (tuple(batch), {}) if isinstance(batch, tuple) else ((batch,), {})
-
-
-def few_tokens(apply_fn: Callable[..., object], params: object, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-    """The first `PROVEN` tokens of the first row of a batch, or the batch if that is not of token ids ``[B, T]``.
-
-    What else goes by row, or by row and token, is cut likewise. A model that does not take fewer gets the batch.
-    """
-    arrays = [x for x in jax.tree.leaves((args, kwargs)) if hasattr(x, "shape")]
-    if not arrays or len(arrays[0].shape) != 2 or not np.issubdtype(arrays[0].dtype, np.integer):
-        return args, kwargs
-    rows, tokens = arrays[0].shape
-
-    def cut(x: Any) -> Any:
-        shape = getattr(x, "shape", ())
-        if shape[:2] == (rows, tokens):
-            return x[:1, :PROVEN]
-        return x[:1] if shape[:1] == (rows,) else x
-
-    few, named = jax.tree.map(cut, (args, kwargs))
-    try:
-        jax.eval_shape(lambda p: apply_fn(p, *few, **named), params)
-    except Exception:  # whatever a model raises that is made for one shape
-        return args, kwargs
-    return few, named
-
-
-def count_tokens(args: Args, kwargs: Kwargs) -> int:
-    """Rows of the first array: ``[B, T]`` integer tokens, or ``[..., K]`` float features."""
-    for x in jax.tree.leaves([*args, *kwargs.values()]):
-        if hasattr(x, "shape") and len(x.shape):
-            dims = x.shape if np.issubdtype(x.dtype, np.integer) else x.shape[:-1]
-            return int(np.prod(dims))
-    return 0
 
 
 def _without_head(plan: Plan, include_head: bool) -> tuple[ScaleGroup, ...]:

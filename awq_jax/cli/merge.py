@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from awq_jax.cli import common
-from awq_jax.config import METHOD_NAMES, SAMPLES, SEQ_LEN
+from awq_jax.config import METHOD_NAMES, SAMPLES, SEQ_LEN, AwqConfig
 from awq_jax.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -62,24 +62,31 @@ def run(args: argparse.Namespace) -> None:
     common.check_new_directory(args.dst.absolute(), args.overwrite)
     if (args.bits is None) != (args.data is None):
         raise ConfigError("--bits needs --data, the rows that the adapter was trained on, and --data needs --bits")
-    from awq_jax.lora import merging, rows  # JAX, for which --help must not wait
+    from awq_jax.convert import registry, writing  # JAX, for which --help must not wait
+    from awq_jax.lora import merging, rows
     from awq_jax.serve import model
+    from awq_jax.stream.session import Session
 
+    # What cannot be done is refused before the work.
+    if args.format != "auto":
+        writing.check_path(args.dst, registry.get(args.format), args.overwrite)
+    settings = {n: getattr(args, n) for n in ("bits", "group_size", "method", "symmetric")} | {"explicit_scale": False}
+    config = None if args.bits is None else AwqConfig.from_dict(settings)
     loaded = model.load(args.dir, args.dtype, adapter=args.lora, terms=args.terms)
-    if args.bits is None:
+    if config is None:
         merging.merge(loaded)
         loaded.save(args.dst, "float", overwrite=args.overwrite)
         told: dict[str, object] = {"format": "float"}
     else:
+        Session(loaded.config, config)
         data, _ = rows.read(args.data, loaded.tokenizer, loaded.config.max_length)
         if args.held_out is None:
             data, held = rows.parted(data)
         else:
             held, _ = rows.read(args.held_out, loaded.tokenizer, loaded.config.max_length)
         done = merging.requantize(
-            loaded, data, held, bits=args.bits, group_size=args.group_size, method=args.method,
-            symmetric=args.symmetric, samples=args.samples, seq_len=args.seq_len, progress=not args.quiet,
-        )  # fmt: skip
+            loaded, data, held, samples=args.samples, seq_len=args.seq_len, progress=not args.quiet, **settings
+        )
         told = {"format": loaded.save(args.dst, args.format, overwrite=args.overwrite)}
         told |= {"held_out_rows": len(held), "loss_beside": done.beside, "loss_merged": done.merged}
         if not args.json:

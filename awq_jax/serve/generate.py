@@ -256,7 +256,7 @@ class Generator:
                 else:
                     row.ids.append(new)
                     if row.logprobs is not None:
-                        row.logprobs.append(_logprobs(said, b, each[b].logprobs))
+                        row.logprobs.append(token_logprobs(said, b, each[b].logprobs))
                     if on_token is not None and on_token(b, new):
                         row.finish_reason = "stop"
                     elif row.made < limits[b]:
@@ -313,7 +313,7 @@ class Generator:
         return jax.block_until_ready(program(*arguments)), took
 
 
-def _logprobs(said: Drawn, row: int, most: int | None) -> TokenLogprobs:
+def token_logprobs(said: Drawn, row: int, most: int | None) -> TokenLogprobs:
     """Of one row, which may ask for fewer of the likely ones than the batch has."""
     assert said.logprobs is not None
     assert said.likely is not None

@@ -1,9 +1,9 @@
 """A prompt read layer by layer: one small program for each kind of layer in place of one for the whole model.
 
 Compiling takes as long as a program has instructions, and a decoder's layers are unrolled in one. Calling a layer costs
-the host some tens of microseconds, which a prompt does not notice where a layer takes milliseconds, and a token of a
-small model does: decoding keeps its one program. Results are those of the whole program but for the last bits, since
-XLA may join what adjoining layers do.
+the host half a millisecond (14 to 18 ms for the 30 of SmolLM2), which a prompt hardly notices where a layer takes
+milliseconds. A token of that model takes 23 to 41 ms in all, so decoding keeps its one program. Results are those of
+the whole program but for the last bits, since XLA may join what adjoining layers do.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import numpy as np
 
 from awq_jax import paths
 from awq_jax.algorithm.methods import METHODS
-from awq_jax.calibration.calibration import arguments, count_tokens, few_tokens
+from awq_jax.calibration.batches import arguments, check_batches, count_tokens, few_tokens
 from awq_jax.config import AwqConfig
 from awq_jax.devices.pool import HERE
 from awq_jax.errors import CalibrationError, ConfigError
@@ -86,7 +86,7 @@ def quantize_sequential(
 
     Raises:
       ConfigError: bad settings, or a method that needs no statistics.
-      CalibrationError: no batches.
+      CalibrationError: no batches, or ``batches`` is one array.
       PlanError: ``plan`` does not describe ``params``.
       WeightError: a weight that is packed or folded into holds NaN or inf, or one is packed already.
       ShapeError: the group size does not divide some weights; all are listed.
@@ -96,6 +96,7 @@ def quantize_sequential(
     config = dataclasses.replace(config or AwqConfig.from_dict(settings), sequential=True)
     if not METHODS[config.method].needs_statistics:
         raise ConfigError(f'method="{config.method}" needs no calibration: quantize(params, discover(...)) is enough')
+    check_batches(batches)
     inputs = [arguments(batch) for batch in batches]
     if not inputs:
         raise CalibrationError("the calibration set is empty: pass at least one batch of tokens")

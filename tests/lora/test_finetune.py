@@ -125,6 +125,18 @@ def test_devices_share_rows_or_weights(packed):
     assert "4 devices are asked for, and JAX has 2" in told["(None, 4)"]
 
 
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [(["--format", "gem"], "format must be one of"), (["--bits", "5"], "bits"), (["--method", "x"], "x")],
+)
+def test_merge_refuses_before_it_loads(tmp_path, capsys, given, told):
+    (tmp_path / "rows.jsonl").write_text("")
+    asked = ["merge", str(tmp_path / "no-base"), str(tmp_path / "no-adapter"), str(tmp_path / "out")]
+    assert main([*asked, "--data", str(tmp_path / "rows.jsonl"), "--bits", "4", *given]) == 2
+    assert told in (said := capsys.readouterr().err)
+    assert "no-base" not in said
+
+
 def merged_and_quantized(packed, tmp_path, capsys):
     """The loss that is printed is that of the checkpoint, which in 8 bits is that of the adapter beside the weights."""
     asked = ["merge", str(packed / "packed"), str(tmp_path / "whole"), str(tmp_path / "merged"), "--json", "--quiet"]

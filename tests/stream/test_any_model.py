@@ -102,3 +102,8 @@ def test_what_cannot_be_is_refused_before_any_work():
         awq_jax.quantize_sequential(apply, params(1), [], **FAST)
     with pytest.raises(ConfigError, match="needs no calibration"):
         awq_jax.quantize_sequential(apply, params(1), [np.ones((1, 4, K), np.float32)], **FAST, method="rtn")
+
+
+def test_one_array_is_not_taken_for_its_rows():
+    with pytest.raises(CalibrationError, match="batches is one array of shape"):
+        awq_jax.quantize_sequential(apply, params(0), np.zeros((4, 8, K), np.float32), **FAST)

@@ -23,11 +23,9 @@ from awq_jax.serve.engine import drawing, slots
 from awq_jax.serve.engine.sizes import Sizes, fitting
 from awq_jax.serve.generate import Generator
 
-LIKELY = 20  # log probabilities that are reported at most, as in the OpenAI API
-
 
 class Scores(NamedTuple):
-    """Of T tokens of a prompt: float32 ``[T]``; int32 and float32 ``[T, LIKELY]`` of the most likely ones."""
+    """Of T tokens of a prompt: float32 ``[T]``; int32 and float32 ``[T, drawing.LIKELY]`` of the most likely ones."""
 
     logprobs: jax.Array
     likely: jax.Array
@@ -125,7 +123,7 @@ class Programs:
         """Log probabilities of the tokens ``targets [T]`` that follow ``hidden [T, hidden]``."""
         logits = self._everywhere(nnx.merge(self.graphdef, params).head(hidden), True)
         logprobs = jax.nn.log_softmax(logits, axis=-1)
-        most, likely = jax.lax.top_k(logprobs, min(LIKELY, self.vocabulary))
+        most, likely = jax.lax.top_k(logprobs, min(drawing.LIKELY, self.vocabulary))
         return Scores(jnp.take_along_axis(logprobs, targets[:, None], axis=-1)[:, 0], likely, most)
 
     def __call__(self, name: str, *arguments: Any, **static: Any) -> Any:

@@ -15,8 +15,7 @@ from awq_jax.serve.engine.programs import Programs, Scores
 from awq_jax.serve.engine.request import Piece, Request
 from awq_jax.serve.engine.scheduler import Scheduler, Slot
 from awq_jax.serve.engine.watch import Watch
-from awq_jax.serve.generate import TokenLogprobs
-from awq_jax.serve.sampling import Drawn
+from awq_jax.serve.generate import TokenLogprobs, token_logprobs
 
 
 class Turns:
@@ -170,7 +169,8 @@ class Turns:
             self.settings.count(slot.number)
             if request.constraint is not None and token not in request.ends:
                 request.constraint.accept(token)
-            piece = request.push(token, _logprobs(said, row, request.sampling.logprobs))
+            most = request.sampling.logprobs
+            piece = request.push(token, None if most is None else token_logprobs(said, row, most))
             self.watch.wrote(request)
             if piece.finish_reason is not None:
                 self._finished(slot, request, piece)
@@ -205,13 +205,3 @@ class Turns:
         self.scheduler.release(slot)
         self.watch.finished(request)
         request.tell(last)
-
-
-def _logprobs(said: Drawn, row: int, most: int | None) -> TokenLogprobs | None:
-    if most is None:
-        return None
-    assert said.logprobs is not None
-    assert said.likely is not None
-    assert said.likely_logprobs is not None
-    likely = zip(said.likely[row, :most].tolist(), said.likely_logprobs[row, :most].tolist(), strict=True)
-    return TokenLogprobs(int(said.ids[row]), float(said.logprobs[row]), tuple(likely))
