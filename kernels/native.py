@@ -28,26 +28,14 @@ from awq_jax.qtensor import QuantizedTensor
 
 BITS = (2, 3, 4, 8)
 DTYPES = ("float32", "bfloat16", "float16")
-# Beyond so many rows of a matrix XLA's dense product, for which tiles of the weight are dequantized, costs less.
-MOST_ROWS = {"avx512-vnni": 64, "avx-vnni": 32, "neon-dotprod": 32, "avx2": 16, "portable": 4}
+# Beyond so many rows of a matrix XLA's dense product, for which tiles of the weight are dequantized, costs less, or
+# (amx-int8) what the activations become takes more than a weight of floats.
+MOST_ROWS = {"amx-int8": 2048, "avx512-vnni": 64, "avx-vnni": 32, "neon-dotprod": 32, "avx2": 16, "portable": 4}
 
 
-@functools.cache
 def target(name: str = "") -> tuple[str, str] | str:
     """The level that is used (of that name, or the best) and its name in XLA; or why there is none."""
-    reason = "no instructions that it knows"
-    for level in native_build.levels():
-        if name not in ("", level.name):
-            continue
-        try:
-            handler = getattr(native_build.library(level), native_build.SYMBOL)
-        except native_build.CannotBuild as e:
-            reason = str(e)
-            continue
-        own = f"{native_build.SYMBOL}_{level.name.replace('-', '_')}"
-        jax.ffi.register_ffi_target(own, jax.ffi.pycapsule(handler), platform="cpu")
-        return level.name, own
-    return f"its code cannot be compiled here: {reason}"
+    return native_build.target(native_build.SYMBOL, name)
 
 
 def obstacle(r: Request) -> str | None:
@@ -69,7 +57,7 @@ def describe(r: Request) -> str:
     """Which way a request would take, in words."""
     level = _level("")
     if r.m > MOST_ROWS[level]:
-        return f"dequantize: {r.m} rows are bound by arithmetic, and XLA's product costs less than {level}'s"
+        return f"dequantize: {r.m} rows are more than {level} is used for; they are bound by arithmetic"
     return f"{level}: activations in {8 * _digits(r.dtype)} bits by block, codes read as they lie"
 
 

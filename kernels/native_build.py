@@ -60,7 +60,9 @@ AVX2 = frozenset(("avx2", "fma", "f16c"))
 AVX512 = frozenset(("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"))
 WIDE = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mprefer-vector-width=512")
 BASE = ("-mavx2", "-mfma", "-mf16c")
+AMX = frozenset(("amx_tile", "amx_int8"))
 LEVELS = (  # the best first
+    Level("amx-int8", X86, AVX2 | AVX512 | AMX, (*BASE, *WIDE, "-mamx-tile", "-mamx-int8")),
     Level("avx512-vnni", X86, AVX2 | AVX512, (*BASE, *WIDE)),
     Level("avx-vnni", X86, AVX2 | {"avx_vnni"}, (*BASE, "-mavxvnni")),
     Level("avx2", X86, AVX2, BASE),
@@ -92,6 +94,27 @@ def levels() -> Iterator[Level]:
     for level in LEVELS:
         if platform.machine() in level.machines and level.needs <= features():
             yield level
+
+
+@functools.cache
+def target(symbol: str, name: str = "") -> tuple[str, str] | str:
+    """The level that is used (of that name, or the best) for a function, and its name in XLA; or why there is none."""
+    reason = "no instructions that it knows"
+    for level in levels():
+        if name not in ("", level.name):
+            continue
+        try:
+            code = library(level)
+            if not code.awq_allowed():
+                raise CannotBuild(f"the system does not let this process use {level.name}")
+            handler = getattr(code, symbol)
+        except CannotBuild as e:
+            reason = str(e)
+            continue
+        own = f"{symbol}_{level.name.replace('-', '_')}"
+        jax.ffi.register_ffi_target(own, jax.ffi.pycapsule(handler), platform="cpu")
+        return level.name, own
+    return f"its code cannot be compiled here: {reason}"
 
 
 def library(level: Level) -> ctypes.CDLL:
@@ -151,7 +174,8 @@ def _compile(compiler: str, flags: list[str], place: Path) -> None:
         made = Path(building) / "done"
         made.mkdir(mode=0o700)
         code = made / "kernel.so"
-        command = [compiler, *flags, str(SOURCES / "packed_matmul.cc"), "-o", str(code), "-lpthread"]
+        sources = [str(p) for p in _sources() if p.suffix == ".cc"]
+        command = [compiler, *flags, *sources, "-o", str(code), "-lpthread"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, timeout=600)
         except (OSError, subprocess.SubprocessError) as e:

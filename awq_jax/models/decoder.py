@@ -23,7 +23,7 @@ from awq_jax.models.config import (
 )
 from awq_jax.models.layers import rope
 from awq_jax.models.layers.attention import Attention, Step
-from awq_jax.models.layers.cache import Cache, LayerCache
+from awq_jax.models.layers.cache import Cache, Past
 from awq_jax.models.layers.delta_net import GatedDeltaNet
 from awq_jax.models.layers.latent_attention import LatentAttention
 from awq_jax.models.layers.linear import Linear
@@ -33,7 +33,7 @@ from awq_jax.models.layers.norm import Norm
 from awq_jax.models.vision import towers
 from awq_jax.qtensor import QuantizedTensor
 
-Mixer = Callable[..., tuple[jax.Array, LayerCache]]
+Mixer = Callable[..., tuple[jax.Array, Past]]
 MIXERS: dict[type, Callable[[int, LayerConfig, nnx.Rngs], Mixer]] = {
     AttentionConfig: Attention,
     LatentConfig: LatentAttention,
@@ -61,7 +61,7 @@ class Layer(nnx.Module):
         self.mlp = MoE(size, layer.mlp, rngs) if isinstance(layer.mlp, MoEConfig) else MLP(size, layer.mlp, rngs)
         self.config = config
 
-    def __call__(self, x: jax.Array, step: Step, past: LayerCache | None) -> tuple[jax.Array, LayerCache]:
+    def __call__(self, x: jax.Array, step: Step, past: Past | None) -> tuple[jax.Array, Past]:
         """``x [B, T, hidden]`` to the same shape, and what the layer keeps; ``past`` is what it kept, or None."""
         c = self.config
         pre, post = c.norms in ("pre", "sandwich"), c.norms in ("post", "sandwich")
@@ -86,7 +86,7 @@ class Layer(nnx.Module):
         return self.mlp(x, step.decoding) if isinstance(self.mlp, MoE) else self.mlp(x)
 
 
-Call = Callable[[Layer, jax.Array, Step, LayerCache | None], tuple[jax.Array, LayerCache]]
+Call = Callable[[Layer, jax.Array, Step, Past | None], tuple[jax.Array, Past]]
 
 
 def ropes(config: ModelConfig) -> dict[RopeConfig, int]:

@@ -5,10 +5,10 @@ from flax import nnx
 
 from awq_jax.models.decoder import Layer
 from awq_jax.models.layers.attention import Step
-from awq_jax.models.layers.cache import LayerCache
+from awq_jax.models.layers.cache import Past
 
 
-def call(layer: Layer, x: jax.Array, step: Step, past: LayerCache | None) -> tuple[jax.Array, LayerCache]:
+def call(layer: Layer, x: jax.Array, step: Step, past: Past | None) -> tuple[jax.Array, Past]:
     """``layer(x, step, past)`` of which only what goes in is kept for the gradient; for `Decoder.hidden`."""
     graphdef, state = nnx.split(layer)
     angles = step.angles
@@ -16,7 +16,7 @@ def call(layer: Layer, x: jax.Array, step: Step, past: LayerCache | None) -> tup
     @jax.checkpoint
     def run(
         state: nnx.State, x: jax.Array, positions: jax.Array, turns: list[tuple[jax.Array, jax.Array]]
-    ) -> tuple[jax.Array, LayerCache]:
+    ) -> tuple[jax.Array, Past]:
         own: Layer = nnx.merge(graphdef, state)
         inner = Step(positions, dict(zip(angles, turns, strict=True)), step.decoding, step.blocks)
         return own(x, inner, past)

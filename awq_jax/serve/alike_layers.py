@@ -12,19 +12,19 @@ from flax import nnx
 from awq_jax.models.config import RopeConfig
 from awq_jax.models.decoder import Layer
 from awq_jax.models.layers.attention import Step
-from awq_jax.models.layers.cache import LayerCache
+from awq_jax.models.layers.cache import Past
 
 Angles = tuple[jax.Array, jax.Array]
 
 
-def call(layer: Layer, x: jax.Array, step: Step, past: LayerCache | None) -> tuple[jax.Array, LayerCache]:
+def call(layer: Layer, x: jax.Array, step: Step, past: Past | None) -> tuple[jax.Array, Past]:
     """``layer(x, step, past)``, within a trace."""
     return call_split(*nnx.split(layer), x, step, past)
 
 
 def call_split(
-    graphdef: nnx.GraphDef, state: nnx.State, x: jax.Array, step: Step, past: LayerCache | None
-) -> tuple[jax.Array, LayerCache]:
+    graphdef: nnx.GraphDef, state: nnx.State, x: jax.Array, step: Step, past: Past | None
+) -> tuple[jax.Array, Past]:
     """`call` of a layer that is split already; outside of a trace it is a program of its own."""
     return _layer(*_arguments(graphdef, state, x, step, past))
 
@@ -35,7 +35,7 @@ def lower(graphdef: nnx.GraphDef, state: nnx.State, x: jax.Array, step: Step) ->
 
 
 def _arguments(
-    graphdef: nnx.GraphDef, state: nnx.State, x: jax.Array, step: Step, past: LayerCache | None
+    graphdef: nnx.GraphDef, state: nnx.State, x: jax.Array, step: Step, past: Past | None
 ) -> tuple[object, ...]:
     ropes, angles = tuple(step.angles), tuple(step.angles.values())
     return graphdef, ropes, step.decoding, state, x, step.positions, angles, step.blocks, past
@@ -51,8 +51,8 @@ def _layer(
     positions: jax.Array,
     angles: tuple[Angles, ...],
     blocks: jax.Array | None,
-    past: LayerCache | None,
-) -> tuple[jax.Array, LayerCache]:
+    past: Past | None,
+) -> tuple[jax.Array, Past]:
     step = Step(positions, dict(zip(ropes, angles, strict=True)), decoding, blocks)
     layer: Layer = nnx.merge(graphdef, state)
     return layer(x, step, past)

@@ -1,134 +1,82 @@
 // The packed matmul (product.h) as a handler for XLA's FFI, on as many threads of XLA's pool as help.
-#include <pthread.h>
-#include <stdlib.h>
-
 #include "product.h"
-#include "xla/ffi/api/c_api.h"
+#include "threads.h"
+#include "tiles.h"
 
 namespace {
 
-// One product on as many threads as help.
-struct Job {
-  const Problem* problem;
-  int64_t tasks, next, done, holders;
-  pthread_mutex_t lock;
-  pthread_cond_t finished;
-};
+void some_columns(const void* problem, int64_t task) {
+  const Problem& t = *(const Problem*)problem;
+  int64_t begin = task * t.width, end = begin + t.width;
+  t.columns(t, begin, end < t.n ? end : t.n);
+}
 
-void work(Job* job) {
-  for (;;) {
-    int64_t i = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED);
-    if (i >= job->tasks) return;  // from here on the problem may be gone
-    const Problem& t = *job->problem;
-    int64_t begin = i * t.width, end = begin + t.width;
-    t.columns(t, begin, end < t.n ? end : t.n);
-    if (__atomic_add_fetch(&job->done, 1, __ATOMIC_ACQ_REL) == job->tasks) {
-      pthread_mutex_lock(&job->lock);
-      pthread_cond_signal(&job->finished);
-      pthread_mutex_unlock(&job->lock);
+// The digits of some rows, and by which path they are multiplied.
+template <int BITS, int P> void some_digits(const void* problem, int64_t task) {
+  const Problem& t = *(const Problem*)problem;
+  const int64_t begin = task * t.height, end = begin + t.height < t.m ? begin + t.height : t.m;
+  for (const Block* b = t.blocks; b < t.blocks + t.count; b++)
+    for (int64_t r = begin; r < end; r++) {
+      Row<P>* row = (Row<P>*)t.rows + (b - t.blocks) * t.padded_m + r;
+#if defined(__AMX_INT8__)
+      if (t.depth) {
+        const int64_t step = 4 * TILE * b->padded, first = r / TILE * TILE;
+        int8_t* out = (int8_t*)t.digits + 4 * P * (b->vectors * t.padded_m + first * b->padded) + 4 * b->padded * (r - first);
+        digits_in_a_row<BITS, P>(t, *b, r, out, step, row);
+        continue;
+      }
+#endif
+      const int64_t before = r / MOST_ROWS * MOST_ROWS, step = t.m - before < MOST_ROWS ? t.m - before : MOST_ROWS;
+      int32_t* out = t.digits + P * (b->vectors * t.m + b->padded * before);
+      digits<BITS, P>(t, *b, r, out + (r - before), step, row);
     }
-  }
-}
-
-void release(Job* job) {
-  if (__atomic_sub_fetch(&job->holders, 1, __ATOMIC_ACQ_REL)) return;
-  pthread_mutex_destroy(&job->lock);
-  pthread_cond_destroy(&job->finished);
-  free(job);
-}
-
-void help(void* job) {
-  work((Job*)job);
-  release((Job*)job);
-}
-
-void discard(const XLA_FFI_Api* api, XLA_FFI_Error* error) {
-  XLA_FFI_Error_Destroy_Args a = {XLA_FFI_Error_Destroy_Args_STRUCT_SIZE, nullptr, error};
-  api->XLA_FFI_Error_Destroy(&a);
-}
-
-// The caller works too and waits only for tasks that are running, so that no thread of a full pool waits for another.
-bool spread(XLA_FFI_CallFrame* call, const Problem& t, int64_t threads) {
-  Job* job = (Job*)calloc(1, sizeof(Job));
-  if (!job) return false;
-  job->problem = &t, job->tasks = (t.n + t.width - 1) / t.width, job->holders = 1;
-  pthread_mutex_init(&job->lock, nullptr);
-  pthread_cond_init(&job->finished, nullptr);
-  for (int64_t i = 1; i < threads && i < job->tasks; i++) {
-    __atomic_add_fetch(&job->holders, 1, __ATOMIC_RELAXED);
-    XLA_FFI_ThreadPool_Schedule_Args a = {
-        XLA_FFI_ThreadPool_Schedule_Args_STRUCT_SIZE, nullptr, call->ctx, help, job};
-    if (XLA_FFI_Error* error = call->api->XLA_FFI_ThreadPool_Schedule(&a)) {
-      discard(call->api, error);
-      release(job);
-      break;
-    }
-  }
-  work(job);
-  pthread_mutex_lock(&job->lock);
-  while (__atomic_load_n(&job->done, __ATOMIC_ACQUIRE) < job->tasks) pthread_cond_wait(&job->finished, &job->lock);
-  pthread_mutex_unlock(&job->lock);
-  release(job);
-  return true;
-}
-
-int64_t pool_size(XLA_FFI_CallFrame* call) {
-  int64_t threads = 1;
-  XLA_FFI_ThreadPool_NumThreads_Args a = {
-      XLA_FFI_ThreadPool_NumThreads_Args_STRUCT_SIZE, nullptr, call->ctx, &threads};
-  if (XLA_FFI_Error* error = call->api->XLA_FFI_ThreadPool_NumThreads(&a)) discard(call->api, error);
-  return threads < 1 ? 1 : threads;
 }
 
 template <int BITS, int P> bool multiply(XLA_FFI_CallFrame* call, Problem t, int64_t group_size, int64_t batch) {
   using Codes = Period<BITS>;
   const int64_t most = t.groups * (group_size / BLOCK + 2);
   Block* blocks = (Block*)malloc(most * sizeof(Block));
-  int64_t count = 0, vectors = 0;
+  int64_t count = 0, vectors = 0, deepest = 0;
   for (int64_t g = 0; blocks && g < t.groups; g++)
     for (int64_t first = g * group_size; first < (g + 1) * group_size && first < t.k; first += BLOCK) {
       int64_t last = first + BLOCK < (g + 1) * group_size ? first + BLOCK : (g + 1) * group_size;
       last = last < t.k ? last : t.k;
       int64_t period = first / Codes::CODES, periods = (last + Codes::CODES - 1) / Codes::CODES - period;
-      blocks[count++] = {g, first, last, period * Codes::WORDS, periods, vectors};
-      vectors += periods * Codes::VECTORS;
+      blocks[count++] = {g, first, last, period * Codes::WORDS, periods, 0, periods * Codes::VECTORS};
+      deepest = periods * Codes::VECTORS > deepest ? periods * Codes::VECTORS : deepest;
     }
-  int32_t* digits_of = (int32_t*)malloc(vectors * P * t.m * 4 + 64);
-  Row<P>* rows = (Row<P>*)malloc(count * t.m * sizeof(Row<P>) + 64);
+  t.padded_m = t.m, t.columns = columns<BITS, P>;
+#if defined(__AMX_INT8__)
+  if (t.m >= LEAST_ROWS) {
+    t.depth = deepest <= 8 ? 8 : 16, t.padded_m = (t.m + TILE - 1) / TILE * TILE, t.columns = columns_by_tiles<BITS, P>;
+    for (int64_t b = 0; b < count; b++) blocks[b].padded = (blocks[b].padded + t.depth - 1) / t.depth * t.depth;
+  }
+#endif
+  for (int64_t b = 0; b < count; b++) blocks[b].vectors = vectors, vectors += blocks[b].padded;
+  t.digits = (int32_t*)calloc(vectors * P * t.padded_m * 4 + 64, 1);
+  t.rows = calloc(count * t.padded_m * sizeof(Row<P>) + 64, 1);
   float* sums = t.y_kind == Kind::F32 ? nullptr : (float*)malloc(t.m * t.n * 4 + 64);
-  bool done = blocks && digits_of && rows && (sums || t.y_kind == Kind::F32);
-  t.blocks = blocks, t.count = count, t.digits = digits_of, t.rows = rows, t.columns = columns<BITS, P>;
+  bool done = blocks && t.digits && t.rows && (sums || t.y_kind == Kind::F32);
+  t.blocks = blocks, t.count = count;
   const int64_t threads = t.m * t.k * t.n < SMALL ? 1 : pool_size(call);
   // A thread's sums and the digits of a block stay in its cache; its columns fill whole lines of it.
-  t.width = WIDTH / t.m / 64 * 64;
+  t.width = t.depth ? t.n : WIDTH / t.m / 64 * 64;
   if (threads > 1 && t.n / t.width < 2 * threads) t.width = t.n / (2 * threads) / 64 * 64;
   if (t.width < 64) t.width = 64;
+  t.height = t.m * t.k < FEW ? t.m : (t.m + 4 * threads - 1) / (4 * threads);
   const int64_t x_size = t.x_kind == Kind::F32 ? 4 : 2, s_size = t.scale_kind == Kind::F32 ? 4 : 2;
   const int64_t o_size = t.offset_kind == Kind::F32 ? 4 : 2, y_size = t.y_kind == Kind::F32 ? 4 : 2;
   for (int64_t i = 0; done && i < batch; i++) {
     t.sums = sums ? sums : (float*)t.y;
-    for (int64_t b = 0; b < count; b++)
-      for (int64_t r = 0; r < t.m; r++) {
-        const int64_t before = r / MOST_ROWS * MOST_ROWS, step = t.m - before < MOST_ROWS ? t.m - before : MOST_ROWS;
-        int32_t* out = digits_of + P * (blocks[b].vectors * t.m + blocks[b].periods * Codes::VECTORS * before);
-        digits<BITS, P>(t, blocks[b], r, out + (r - before), step, rows + b * t.m + r);
-      }
-    if (threads == 1)
-      for (int64_t j = 0; j < t.n; j += t.width) t.columns(t, j, j + t.width < t.n ? j + t.width : t.n);
-    else
-      done = spread(call, t, threads);
+    done = spread(call, some_digits<BITS, P>, &t, (t.m + t.height - 1) / t.height, threads) &&
+           spread(call, some_columns, &t, (t.n + t.width - 1) / t.width, threads);
     t.x = (const char*)t.x + t.m * t.k * x_size, t.y = (char*)t.y + t.m * t.n * y_size, t.q += t.words * t.n;
     t.scales = (const char*)t.scales + t.groups * t.n * s_size;
     if (t.zeros) t.zeros += t.groups * t.n;
     if (t.offsets) t.offsets = (const char*)t.offsets + t.groups * t.n * o_size;
   }
-  free(blocks), free(digits_of), free(rows), free(sums);
+  free(blocks), free(t.digits), free(t.rows), free(sums);
   return done;
-}
-
-XLA_FFI_Error* fail(const XLA_FFI_Api* api, const char* message, XLA_FFI_Error_Code code) {
-  XLA_FFI_Error_Create_Args a = {XLA_FFI_Error_Create_Args_STRUCT_SIZE, nullptr, message, code};
-  return api->XLA_FFI_Error_Create(&a);
 }
 
 bool kind_of(const XLA_FFI_Buffer* b, Kind* kind) {
@@ -145,13 +93,7 @@ template <int BITS> bool by_digits(XLA_FFI_CallFrame* call, const Problem& t, in
 
 // x [B, m, K], qweight [B, W, N], scales [B, G, N], then zeros uint8 or offsets, both [B, G, N], or neither -> [B, m, N].
 extern "C" __attribute__((visibility("default"))) XLA_FFI_Error* awq_packed_matmul(XLA_FFI_CallFrame* call) {
-  if (call->extension_start && call->extension_start->type == XLA_FFI_Extension_Metadata) {
-    XLA_FFI_Metadata* data = ((XLA_FFI_Metadata_Extension*)call->extension_start)->metadata;
-    data->api_version = {XLA_FFI_Api_Version_STRUCT_SIZE, nullptr, XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR};
-    data->traits = 0;
-    data->state_type_id = XLA_FFI_UNKNOWN_TYPE_ID;
-    return nullptr;
-  }
+  if (tells_version(call)) return nullptr;
   const XLA_FFI_Error_Code invalid = XLA_FFI_Error_Code_INVALID_ARGUMENT;
   int32_t bits = 0, group_size = 0, digit_count = 0;  // attributes come sorted by name
   if (call->attrs.size != 3 || call->args.size < 3 || call->args.size > 4 || call->rets.size != 1)
@@ -191,4 +133,13 @@ extern "C" __attribute__((visibility("default"))) XLA_FFI_Error* awq_packed_matm
     default: return fail(call->api, "packed matmul: bits", invalid);
   }
   return done ? nullptr : fail(call->api, "packed matmul: out of memory", XLA_FFI_Error_Code_RESOURCE_EXHAUSTED);
+}
+
+// Whether the system lets this process run what was compiled.
+extern "C" __attribute__((visibility("default"))) int awq_allowed() {
+#if defined(__AMX_INT8__)
+  return tiles_allowed();
+#else
+  return 1;
+#endif
 }

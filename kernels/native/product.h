@@ -12,13 +12,12 @@
 #pragma once
 #include "vectors.h"
 
-#define UNROLL _Pragma("GCC unroll 16")  // else sums are in memory
-
 namespace {
 
 constexpr int64_t AHEAD = 256;      // columns that are fetched before they are needed: each row of words is one stream
 constexpr int64_t WIDTH = 8192;     // columns times rows whose sums, with a block's codes, stay in a core's cache
 constexpr int64_t SMALL = 2000000;  // up to so many products other threads cost more than they help
+constexpr int64_t FEW = 20000;      // so many activations are made integers by one thread
 constexpr int BLOCK = 256;  // rows at most: sums of digits times zero points stay within 16 bits times two
 constexpr int MOST_WORDS = 80;  // of a block and column
 
@@ -31,6 +30,7 @@ struct Block {
   int64_t group, first, last;  // rows [first, last) of the activations
   int64_t word, periods;       // where its codes begin, and how much of them there is
   int64_t vectors;             // of all blocks before
+  int64_t padded;              // its own vectors, and more to fill tiles
 };
 
 template <int P> struct Row {  // of activations, in one block
@@ -54,11 +54,13 @@ struct Problem {
   int32_t* digits;
   void* rows;
   int64_t width;  // columns of a task
+  int64_t height;           // rows of a task of `digits`
+  int64_t padded_m, depth;  // rows of whole tiles, and vectors of codes in a tile
   void (*columns)(const Problem&, int64_t begin, int64_t end);
 };
 
-template <int BITS> inline void unpack(const uint32_t* q, size_t stride, Ints* codes) {
-  Ints w = load(q);
+template <int BITS> inline void unpack(const Ints* words, Ints* codes) {
+  Ints w = words[0];
   if constexpr (BITS == 8) {
     codes[0] = w;
   } else if constexpr (BITS == 4) {
@@ -69,7 +71,7 @@ template <int BITS> inline void unpack(const uint32_t* q, size_t stride, Ints* c
     codes[0] = both(w, mask), codes[1] = both(right<2>(w), mask);
     codes[2] = both(right<4>(w), mask), codes[3] = both(right<6>(w), mask);
   } else {  // twelve bits at a time, spread over four bytes
-    Ints v = load(q + stride), u = load(q + 2 * stride);
+    Ints v = words[1], u = words[2];
     Ints four[8] = {w, right<12>(w), either(right<24>(w), left<8>(v)), right<4>(v), right<16>(v),
                     either(right<28>(v), left<4>(u)), right<8>(u), right<20>(u)};
     for (int i = 0; i < 8; i++) {
@@ -104,8 +106,9 @@ __attribute__((noinline)) void product(const Part& t, int64_t periods, const int
     const uint32_t* q = t.q + j;
     const int32_t* x = digits;
     for (int64_t i = 0; i < periods; i++, q += W * t.stride, x += V * P * R) {
-      Ints codes[V];
-      unpack<BITS>(q, t.stride, codes);
+      Ints words[W], codes[V];
+      UNROLL for (int w = 0; w < W; w++) words[w] = load(q + w * t.stride);
+      unpack<BITS>(words, codes);
       UNROLL for (int w = 0; w < W; w++) __builtin_prefetch(q + w * t.stride + AHEAD);
       UNROLL for (int v = 0; v < V; v++)
         UNROLL for (int p = 0; p < P; p++)
@@ -135,6 +138,19 @@ template <int BITS, int P> void all_rows(Part t, int64_t m, int64_t periods, con
       case 4: product<BITS, P, MOST_ROWS < 4 ? 1 : 4>(t, periods, x, rows + r); break;
     }
     x += periods * Period<BITS>::VECTORS * P * count, t.y += t.y_stride * count;
+  }
+}
+
+// Sums of some columns as the result's floats.
+void rounded(const Problem& t, int64_t begin, int64_t end) {
+  if (t.y_kind == Kind::F32) return;
+  for (int64_t r = 0; r < t.m; r++) {
+    const float* from = t.sums + r * t.n;
+    uint16_t* to = (uint16_t*)t.y + r * t.n;
+    if (t.y_kind == Kind::BF16)
+      for (int64_t j = begin; j < end; j++) to[j] = to_bf16(from[j]);
+    else
+      for (int64_t j = begin; j < end; j++) to[j] = to_f16(from[j]);
   }
 }
 
@@ -176,15 +192,7 @@ template <int BITS, int P> void columns(const Problem& t, int64_t begin, int64_t
       }
     }
   }
-  if (t.y_kind == Kind::F32) return;
-  for (int64_t r = 0; r < t.m; r++) {
-    const float* from = t.sums + r * t.n;
-    uint16_t* to = (uint16_t*)t.y + r * t.n;
-    if (t.y_kind == Kind::BF16)
-      for (int64_t j = begin; j < end; j++) to[j] = to_bf16(from[j]);
-    else
-      for (int64_t j = begin; j < end; j++) to[j] = to_f16(from[j]);
-  }
+  rounded(t, begin, end);
 }
 
 // Digits of the activations of one block and row: `count` periods from row `base`, of which [first, last) count.

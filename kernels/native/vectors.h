@@ -1,6 +1,6 @@
 // What a level (one set of instructions) offers: integer vectors of LANES columns, products of bytes, floats.
 //
-// The compiler's flags pick the level (see build.py): AMX and AVX-512 VNNI, AVX-VNNI, AVX2, NEON with dot products, or,
+// The compiler's flags pick the level (see native_build.py): AMX and AVX-512 VNNI, AVX-VNNI, AVX2, NEON with dot products, or,
 // without any of these, plain C++ that compilers vectorize as they can.
 #pragma once
 #include <stddef.h>
@@ -12,6 +12,8 @@
 #elif defined(__ARM_FEATURE_DOTPROD)
 #include <arm_neon.h>
 #endif
+
+#define UNROLL _Pragma("GCC unroll 16")  // else sums are in memory
 
 enum class Kind { F32, BF16, F16 };
 
@@ -88,6 +90,7 @@ static inline void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
 static inline Floats fill(float v) { return _mm512_set1_ps(v); }
 static inline Floats times(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 static inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+static inline float total(Floats v) { return _mm512_reduce_add_ps(v); }
 static inline Floats load(const void* p, Kind kind, size_t i) {
   if (kind == Kind::F32) return _mm512_loadu_ps((const float*)p + i);
   __m256i v = _mm256_loadu_si256((const __m256i*)((const uint16_t*)p + i));
@@ -129,6 +132,11 @@ static inline void store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
 static inline Floats fill(float v) { return _mm256_set1_ps(v); }
 static inline Floats times(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
 static inline Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+static inline float total(Floats v) {
+  __m128 a = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  a = _mm_add_ps(a, _mm_movehl_ps(a, a));
+  return _mm_cvtss_f32(_mm_add_ss(a, _mm_movehdup_ps(a)));
+}
 static inline Floats load(const void* p, Kind kind, size_t i) {
   if (kind == Kind::F32) return _mm256_loadu_ps((const float*)p + i);
   __m128i v = _mm_loadu_si128((const __m128i*)((const uint16_t*)p + i));
@@ -169,6 +177,7 @@ static inline void store(float* p, Floats v) { vst1q_f32(p, v); }
 static inline Floats fill(float v) { return vdupq_n_f32(v); }
 static inline Floats times(Floats a, Floats b) { return vmulq_f32(a, b); }
 static inline Floats fma(Floats a, Floats b, Floats c) { return vfmaq_f32(c, a, b); }
+static inline float total(Floats v) { return vaddvq_f32(v); }
 static inline Floats load(const void* p, Kind kind, size_t i) {
   if (kind == Kind::F32) return vld1q_f32((const float*)p + i);
   uint16x4_t v = vld1_u16((const uint16_t*)p + i);
@@ -204,6 +213,7 @@ static inline void store(float* p, Floats v) { memcpy(p, v.v, 16); }
 static inline Floats fill(float v) { EACH(Floats, v); }
 static inline Floats times(Floats a, Floats b) { EACH(Floats, a.v[i] * b.v[i]); }
 static inline Floats fma(Floats a, Floats b, Floats c) { EACH(Floats, a.v[i] * b.v[i] + c.v[i]); }
+static inline float total(Floats a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
 static inline Floats load(const void* p, Kind kind, size_t j) { EACH(Floats, scalar(p, kind, j + i)); }
 #undef EACH
 #endif

@@ -77,6 +77,25 @@ def check(level, bits):
         assert error(y, want) < TOLERANCE[x.dtype.name], (q.k, q.n, q.group_size, x.shape, x.dtype)
 
 
+@pytest.mark.parametrize(("rows", "k", "group"), [(700, 520, 40), (6, 4200, 300), (33, 256, 128)])
+def test_many_rows_and_long_columns(rows, k, group):
+    """More than is held at once: of rows, of a column's codes, of a tile's codes."""
+    q, w = random_packed(k, 21, group_size=group)
+    x = activation(rows, k)
+    y = jax.jit(lambda x, q: native.matmul(x, q, jnp.float32, most=rows))(x, q)
+    assert error(y, np.asarray(x, np.float64) @ w) < 1e-6
+
+
+def test_a_row_is_the_same_with_others():
+    """To the bit, from as many rows as are multiplied alike."""
+    q, _ = random_packed(96, 40, group_size=32)
+    x = activation(40, 96)
+    run = jax.jit(lambda x, q: native.matmul(x, q, jnp.float32, most=40))
+    y = np.asarray(run(x, q))
+    assert np.array_equal(run(x[:16], q), y[:16])
+    assert np.array_equal(run(x[30:], q), y[30:])
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_results_are_rounded_to_nearest(dtype):
     q, _ = random_packed(64, 40, group_size=32)

@@ -9,7 +9,7 @@ from flax import nnx
 
 from awq_jax.models.config import AttentionConfig, LayerConfig, RopeConfig
 from awq_jax.models.layers import fused_columns, rope
-from awq_jax.models.layers.cache import KeyValues
+from awq_jax.models.layers.cache import KeyValues, Tokens
 from awq_jax.models.layers.linear import Linear
 from awq_jax.models.layers.norm import Norm
 
@@ -51,7 +51,7 @@ class Attention(nnx.Module):
             self.sinks = nnx.Param(jnp.zeros(c.heads))
         self.layer, self.config = layer, c
 
-    def __call__(self, x: jax.Array, step: Step, past: KeyValues | None) -> tuple[jax.Array, KeyValues]:
+    def __call__(self, x: jax.Array, step: Step, past: Tokens | None) -> tuple[jax.Array, Tokens]:
         """``x [B, T, hidden]`` -> the same shape, and this layer's keys and values."""
         c, turn = self.config, self.layer.rope
         q, k, v, gate = self.project(x)
@@ -64,9 +64,14 @@ class Attention(nnx.Module):
             beta, length = c.query_growth
             growth = 1 + beta * jnp.log1p((step.positions // length).astype(jnp.float32))
             q = q * growth[..., None, None].astype(q.dtype)
-        kept = KeyValues(k, v) if past is None else past.written(k, v, step.positions[:, 0])
-        sinks = self.sinks.get_value() if c.sinks else None
-        out = attend(q, kept.keys, kept.values, step.positions, c, self.layer.window, sinks, step.blocks)
+        kept: Tokens = KeyValues(k, v) if past is None else past.written(k, v, step.positions[:, 0])
+        out = None
+        if x.shape[1] == 1 and step.blocks is None and c.cap is None and c.alibi is None and not c.sinks:
+            out = kept.attended(q[:, 0], step.positions[:, 0], scale_of(c, q.shape[-1]), self.layer.window)
+        if out is None:
+            sinks = self.sinks.get_value() if c.sinks else None
+            out = attend(q, kept.keys, kept.values, step.positions, c, self.layer.window, sinks, step.blocks)
+        out = out.reshape(*x.shape[:-1], *out.shape[-2:])
         if gate is not None:
             out = out * jax.nn.sigmoid(gate)
         return self.o_proj(out.reshape(*x.shape[:-1], -1)), kept
@@ -106,6 +111,11 @@ def _clip(x: jax.Array, c: AttentionConfig) -> jax.Array:
     return x if c.clip is None else jnp.clip(x, -c.clip, c.clip)
 
 
+def scale_of(c: AttentionConfig, dim: int) -> float:
+    """Of scores of heads with ``dim`` channels."""
+    return dim**-0.5 if c.scale is None else c.scale
+
+
 def attend(
     q: jax.Array,
     k: jax.Array,
@@ -132,7 +142,7 @@ def attend(
     """
     batch, length, heads, dim = q.shape
     kv = k.shape[2]
-    scale = dim**-0.5 if c.scale is None else c.scale
+    scale = scale_of(c, dim)
     q = q.reshape(batch, length, kv, heads // kv, dim)
     scores = (jnp.einsum("btkgd,bskd->bkgts", q, k) * scale).astype(jnp.float32)
     if c.cap is not None:

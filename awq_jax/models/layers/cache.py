@@ -1,8 +1,9 @@
 """The KV cache: what each layer keeps of the tokens seen so far.
 
-What a layer keeps is a `LayerCache`, a class for each kind. Its mixer (`attention`, `latent_attention`, `delta_net`)
-makes it of a prompt, which comes without one, and reads and extends it for each token after. Whoever wants a cache
-before the first token, or its size, has `init_cache`, where `empty` makes of a layer's config what its mixer makes.
+What a layer keeps is a `LayerCache`, a class for each kind; what it is given may also be a part of something larger
+that reads alike, `Tokens`. Its mixer (`attention`, `latent_attention`, `delta_net`) makes it of a prompt, which comes
+without one, and reads and extends it for each token after. Whoever wants a cache before the first token, or its size,
+has `init_cache`, where `empty` makes of a layer's config what its mixer makes.
 Everything else goes through `Cache`.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Protocol, Self
+from typing import Protocol, Self, cast
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,28 @@ class LayerCache(Protocol):
 
     def bytes_per_token(self, devices: int) -> int:
         """By how much each device's part grows with a token of a row."""
+
+
+class Tokens(Protocol):
+    """What attention needs of a cache: `KeyValues`, or a part of a larger one."""
+
+    @property
+    def keys(self) -> jax.Array:
+        """``[B, S, KV, head_dim]``."""
+
+    @property
+    def values(self) -> jax.Array:
+        """``[B, S, KV, value_dim]``."""
+
+    def written(self, keys: jax.Array, values: jax.Array, start: jax.Array) -> Tokens:
+        """With those of T more tokens ``[B, T, KV, ...]`` in the slots from each row's ``start [B]``."""
+
+    def attended(self, q: jax.Array, positions: jax.Array, scale: float, window: int | None) -> jax.Array | None:
+        """Softmax attention of one query for each row, ``[B, H, head_dim]``, to what stands up to its position
+        ``[B]``, without anything added to the scores; None where reading `keys` and `values` does as well."""
+
+
+Past = LayerCache | Tokens  # what a layer is given and gives back
 
 
 @jax.tree_util.register_dataclass
@@ -62,6 +85,9 @@ class KeyValues:
             return jax.lax.dynamic_update_slice_in_dim(old, new, at, axis=0)
 
         return KeyValues(jax.vmap(row)(self.keys, keys, start), jax.vmap(row)(self.values, values, start))
+
+    def attended(self, q: jax.Array, positions: jax.Array, scale: float, window: int | None) -> None:
+        """None: there is no other way."""
 
     def grown(self, slots: int) -> KeyValues:
         return jax.tree.map(lambda a: jnp.pad(a, ((0, 0), (0, slots - a.shape[1]), (0, 0), (0, 0))), self)
@@ -129,17 +155,21 @@ class Cache:
         more or less room than it has tokens; None for nothing.
     """
 
-    layers: tuple[LayerCache, ...]
+    layers: tuple[Past, ...]
     shift: jax.Array | None = None
+
+    def whole(self) -> tuple[LayerCache, ...]:
+        """Layers of a cache that stands alone, as those of models do."""
+        return cast(tuple[LayerCache, ...], self.layers)
 
     def grown(self, slots: int) -> Cache:
         """The same with room for ``slots`` tokens in a row."""
-        return Cache(tuple(layer.grown(slots) for layer in self.layers), self.shift)
+        return Cache(tuple(layer.grown(slots) for layer in self.whole()), self.shift)
 
     def shardings(self, place: Placement) -> Cache:
         """A `NamedSharding` in place of each array: how the cache lies on a mesh."""
         shift = jax.tree.map(lambda _: place.sharding(PartitionSpec()), self.shift)
-        return Cache(tuple(layer.shardings(place) for layer in self.layers), shift)
+        return Cache(tuple(layer.shardings(place) for layer in self.whole()), shift)
 
 
 def init_cache(config: ModelConfig, batch: int, length: int, dtype: DTypeLike) -> Cache:
@@ -150,4 +180,4 @@ def init_cache(config: ModelConfig, batch: int, length: int, dtype: DTypeLike) -
 def bytes_per_token(config: ModelConfig, devices: int, dtype: DTypeLike = jnp.bfloat16) -> int:
     """Bytes that each device keeps of a token, of a row."""
     cache = jax.eval_shape(lambda: init_cache(config, 1, 1, dtype))
-    return sum(layer.bytes_per_token(devices) for layer in cache.layers)
+    return sum(layer.bytes_per_token(devices) for layer in cache.whole())

@@ -29,12 +29,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+NEAR_TIE = 2e-4  # in float32 an engine's token is the model's best, or less likely by fewer nats than these
+
 
 class Engine:
     """Continuous batching: requests enter and leave a fixed number of slots between the steps of a model.
 
     A request's answer does not depend on what runs beside it, but for the order in which a device sums: greedy answers
-    are those of `Model.generate` unless two tokens are as good as equally likely.
+    are those of `Model.generate` unless two tokens are nearly equally likely, in float32 to within `NEAR_TIE` nats.
 
     Args:
       model: what `awq_jax.load` returns; with an adapter, it is used for every request. While the engine runs, its

@@ -50,6 +50,8 @@ class Programs:
         self.generator, self.params, self.sizes, self.kv_bits = generator, params, sizes, kv_bits
         self.graphdef, self.config, self.place = generator.graphdef, generator.config, generator.place
         self.vocabulary = self.config.vocab_size
+        platforms = {device.platform for device in jax.tree.leaves(params)[0].devices()}
+        self._compiled = self.place is None and platforms == {"cpu"}
         self.shapes = jax.eval_shape(
             lambda: slots.empty(row_of(generator, params), sizes.slots, sizes.allocated, kv_bits)
         )
@@ -95,7 +97,7 @@ class Programs:
         ``positions [rows]``; a row that is not at work has the slot's whole length as its position, and leaves
         everything as it was."""
         decoder = nnx.merge(self.graphdef, params)
-        window = slots.opened(cache, first, rows, read)
+        window = slots.opened(cache, first, rows, read, compiled=self._compiled)
         hidden, seen = decoder.hidden(tokens[:, None], positions[:, None], window, None, alike_layers.call)
         logits = self._everywhere(decoder.head(hidden[:, 0]), True)
         logits = jnp.pad(logits, ((0, fitting(self.sizes.draws, rows) - rows), (0, 0)))

@@ -15,7 +15,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from awq_jax.models.layers.cache import Cache, KeyValues, LayerCache, Recurrent
+from awq_jax.kernels import native_attention
+from awq_jax.models.config import AttentionConfig
+from awq_jax.models.layers import attention
+from awq_jax.models.layers.cache import Cache, KeyValues, Past, Recurrent
 from awq_jax.placement import Placement
 
 T = TypeVar("T")
@@ -92,12 +95,14 @@ class Window:
       first: int32 scalar.
       rows: slots in the window.
       read: tokens of each that attention may see.
+      compiled: attention may be `awq_jax.kernels.native_attention`'s.
     """
 
     store: Store
     first: jax.Array
     rows: int = dataclasses.field(metadata={"static": True})
     read: int = dataclasses.field(metadata={"static": True})
+    compiled: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def written(self, keys: jax.Array, values: jax.Array, start: jax.Array) -> Window:
         """With those of T more tokens ``[B, T, KV, ...]`` from each row's ``start [B]``. One token that would stand
@@ -130,14 +135,24 @@ class Window:
         """``[B, read, KV, value_dim]``."""
         return jnp.swapaxes(self._floats().values, 1, 2)
 
-    def grown(self, slots: int) -> Window:
-        raise NotImplementedError("the slots of an engine have a fixed length")
+    def attended(self, q: jax.Array, positions: jax.Array, scale: float, window: int | None) -> jax.Array | None:
+        """By compiled code where there is some: each row reads as many tokens as it has."""
+        store = self.store
+        if not (self.compiled and isinstance(store, Floats)):
+            return None
+        if native_attention.obstacle(q, store.keys, store.values) is not None:
+            return None
 
-    def shardings(self, place: Placement) -> Window:
-        raise NotImplementedError("see `shardings`")
+        def otherwise(
+            q: jax.Array, keys: jax.Array, values: jax.Array, first: jax.Array, positions: jax.Array
+        ) -> jax.Array:
+            own = dataclasses.replace(self, store=Floats(keys, values), first=first)
+            c = AttentionConfig(q.shape[1], keys.shape[1], q.shape[2], scale=scale)
+            return attention.attend(q[:, None], own.keys, own.values, positions[:, None], c, window)[:, 0]
 
-    def bytes_per_token(self, devices: int) -> int:
-        raise NotImplementedError("a window has no size of its own")
+        return native_attention.attend(
+            q, store.keys, store.values, self.first, positions, scale=scale, window=window, otherwise=otherwise
+        )
 
 
 def empty(row: Cache, slots: int, length: int, kv_bits: int | None = None) -> Cache:
@@ -148,7 +163,7 @@ def empty(row: Cache, slots: int, length: int, kv_bits: int | None = None) -> Ca
       kv_bits: 8, or None for keys and values as the model makes them.
     """
 
-    def layer(one: LayerCache) -> LayerCache:
+    def layer(one: Past) -> Past:
         if not isinstance(one, KeyValues):
             return jax.tree.map(lambda a: jnp.zeros((slots, *a.shape[1:]), a.dtype), one)
         shapes = [(slots, a.shape[2], length, a.shape[3]) for a in (one.keys, one.values)]
@@ -157,7 +172,7 @@ def empty(row: Cache, slots: int, length: int, kv_bits: int | None = None) -> Ca
         else:
             (k, v), (ks, vs) = ([jnp.zeros(s, jnp.int8) for s in shapes], [jnp.zeros(s[:-1]) for s in shapes])
             store = Bytes(k, v, ks, vs, jnp.dtype(one.keys.dtype).name)
-        return cast(LayerCache, store)
+        return cast(Past, store)
 
     shift = None if row.shift is None else jnp.zeros(slots, row.shift.dtype)
     return Cache(tuple(map(layer, row.layers)), shift)
@@ -182,16 +197,19 @@ def is_store(layer: object) -> bool:
     return isinstance(layer, Floats | Bytes)
 
 
-def opened(cache: Cache, first: jax.Array, rows: int, read: int, fresh: jax.Array | None = None) -> Cache:
+def opened(
+    cache: Cache, first: jax.Array, rows: int, read: int, fresh: jax.Array | None = None, compiled: bool = False
+) -> Cache:
     """What the layers see of ``rows`` slots from ``first``.
 
     Args:
       fresh: bool scalar: the slot has a new owner, whose state is empty.
+      compiled: see `Window`.
     """
 
-    def layer(one: LayerCache) -> LayerCache:
+    def layer(one: Past) -> Past:
         if is_store(one):
-            return Window(cast(Store, one), first, rows, read)
+            return Window(cast(Store, one), first, rows, read, compiled)
         state = _cut(one, first, rows)
         return state if fresh is None else jax.tree.map(lambda a: jnp.where(fresh, jnp.zeros_like(a), a), state)
 
@@ -202,9 +220,9 @@ def opened(cache: Cache, first: jax.Array, rows: int, read: int, fresh: jax.Arra
 def closed(cache: Cache, seen: Cache, first: jax.Array, active: jax.Array) -> Cache:
     """The cache of all slots after a call that left ``seen`` of a window; ``active [B]``: rows that took part."""
 
-    def layer(all: LayerCache, window: LayerCache) -> LayerCache:
+    def layer(all: Past, window: Past) -> Past:
         if isinstance(window, Window):
-            return cast(LayerCache, window.store)
+            return cast(Past, window.store)
         assert isinstance(window, Recurrent)
 
         def put(a: jax.Array, new: jax.Array) -> jax.Array:

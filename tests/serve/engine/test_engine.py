@@ -12,7 +12,9 @@ import pytest
 import served
 
 from awq_jax.errors import BusyError, ConfigError, EngineError, ShapeError
+from awq_jax.kernels import native_attention
 from awq_jax.serve import Engine, Sampling
+from awq_jax.serve.engine.engine import NEAR_TIE
 
 RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(0, 256, n).tolist() for n in (1, 40, 3, 17, 16, 9, 33, 5, 12)]
@@ -84,6 +86,37 @@ def test_log_probabilities_are_those_of_the_model(model, engine):
         assert one.logprob == pytest.approx(oracle[at, one.token], abs=1e-4)
         assert [p for _, p in one.likely] == pytest.approx(np.sort(oracle[at])[::-1][:3], abs=1e-4)
     assert got[-1].finish_reason == "length"
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_two_answers_part_only_where_two_tokens_are_nearly_equal(packed):
+    """Sixteen at once, with compiled attention where there is some: log probabilities are the model's to half of
+    `NEAR_TIE`, so a token that is not the model's best is nearly as good."""
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    model = served.model(packed=packed, num_hidden_layers=2, **sizes)
+    made = Engine(model, slots=16, length=64, chunk=16)
+    step = next(c for (name, *_), c in made.programs._programs.items() if name == "step")
+    assert isinstance(native_attention.obstacle(*[np.zeros((1, 1, 1, 16), np.float32)] * 3), str) or (
+        native_attention.SYMBOL in step.as_text()
+    )
+    prompts = [RNG.integers(0, 256, n).tolist() for n in range(3, 35, 2)]
+    streams = []
+
+    async def one(prompt):
+        streams.append(made.submit(prompt, Sampling(logprobs=0), max_new_tokens=12, ignore_eos=True))
+        return [piece.logprobs.logprob async for piece in streams[-1]]
+
+    async def run():
+        return await asyncio.gather(*map(one, prompts))
+
+    for stream, said in zip(streams, asyncio.run(run()), strict=True):
+        whole = [*stream.request.prompt, *stream.request.ids]
+        logits = np.asarray(model(np.array([whole[:-1]])), np.float64)[0, len(stream.request.prompt) - 1 :]
+        logprobs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+        chosen = logprobs[np.arange(12), stream.request.ids]
+        assert np.abs(chosen - said).max() < NEAR_TIE / 2
+        assert (logprobs.max(axis=-1) - chosen).max() < NEAR_TIE
+    made.stop()
 
 
 def test_what_prompts_share_is_read_once(model, engine):
