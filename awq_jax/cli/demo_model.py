@@ -16,19 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from awq_jax import data, evaluate
-from awq_jax.calibration import calibration
 from awq_jax.data import sources
 from awq_jax.errors import CheckpointError, needed
 from awq_jax.progress import Stages
-from awq_jax.quantizer import quantize
 from awq_jax.serve.model import Model
 
 MODEL = "SmolLM2-135M-Instruct"
 SETTINGS = {"bits": 4, "group_size": 64, "explicit_scale": False}
 SOURCE = "a 4-bit GGUF file (Q4_1), dequantized, which is what float means here"
 STAGES = (
-    "fetching and loading the model", "answering with float weights", "scoring float weights", "calibrating",
-    "rounding to nearest", "scoring rounded weights", "quantizing with AWQ", "scoring AWQ's weights",
+    "fetching and loading the model", "answering with float weights", "scoring float weights", "rounding to nearest",
+    "scoring rounded weights", "calibrating and quantizing with AWQ", "scoring AWQ's weights",
     "answering with AWQ's weights",
 )  # fmt: skip
 QUESTION = "What is the capital of Japan? Answer in one sentence."
@@ -162,7 +160,6 @@ def compare(
     """
     learn, test = split_documents(sources.default_documents())
     seq_len = min(seq_len, model.config.max_length)
-    text = data.load(learn, model.tokenizer, samples=samples, seq_len=seq_len, vocab_size=model.config.vocab_size)
     tokens = data.encode("\n\n".join(test), model.tokenizer)
     clock = time.perf_counter
     seconds: dict[str, float] = {}
@@ -176,20 +173,16 @@ def compare(
         return result
 
     scores, sizes = {"float": score("float")}, {"float": model.nbytes}
-    start = clock()
-    floats = model.take_params()
-    # No batch is kept out to judge by: other text is scored below.
-    stats = calibration.calibrate(model.apply, floats, text.batches(), keep_out=False, progress=stages.next())
-    seconds["calibrate"] = clock() - start
+    floats, description = model.take_params(), ""
     for name, how in (("round to nearest", "rtn"), ("AWQ", method)):
         start = clock()
-        # Plain rounding asks nothing of the statistics, which would tell its error only.
-        given = stats.plan if how == "rtn" else stats
-        model.params = quantize.quantize(floats, given, progress=stages.next(), method=how, **settings)
-        seconds[name] = clock() - start
+        model.params = floats
+        given = None if how == "rtn" else learn
+        done = model.quantize(given, samples=samples, seq_len=seq_len, method=how, progress=stages.next(), **settings)
+        seconds[name], description = clock() - start, done.calibration
         scores[name], sizes[name] = score(name), model.nbytes
     rows_out = [
         Score(name, s.ppl, s.nll, *evaluate.difference(s, scores["float"]), sizes[name]) for name, s in scores.items()
     ]
-    used = {"calibration": text.description, "eval_tokens": scores["float"].tokens, "seconds": seconds}
+    used = {"calibration": description, "eval_tokens": scores["float"].tokens, "seconds": seconds}
     return rows_out, used
