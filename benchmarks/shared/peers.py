@@ -23,12 +23,14 @@ class Tool:
       environment: a folder that `make_envs.sh` makes.
       driver: a file in ``peers/``.
       packages: whose versions belong in a result.
+      options: of the driver.
     """
 
     name: str
     environment: str
     driver: str
     packages: tuple[str, ...]
+    options: tuple[str, ...] = ()
 
     def python(self, envs: Path) -> Path:
         """The interpreter of its environment."""
@@ -36,7 +38,7 @@ class Tool:
 
     def command(self, envs: Path, *arguments: str | Path) -> list[str]:
         """What runs the driver."""
-        return [str(part) for part in (self.python(envs), DRIVERS / self.driver, *arguments)]
+        return [str(part) for part in (self.python(envs), DRIVERS / self.driver, *arguments, *self.options)]
 
     def missing(self, envs: Path) -> str:
         """Why it cannot be run; "" if it can."""
@@ -51,4 +53,12 @@ class Tool:
 
 AUTOAWQ = Tool("autoawq", "autoawq", "autoawq_quantize.py", ("autoawq", "torch", "transformers"))
 COMPRESSED_TENSORS = Tool("compressed-tensors", "compressed", "compressed_tensors_convert.py", ("compressed-tensors",))
-QUANTIZERS = (AUTOAWQ,)
+_GPTQMODEL = "gptqmodel", "gptqmodel_quantize.py", ("gptqmodel", "torch", "transformers")
+_COMPRESSOR = "compressed", "llmcompressor_quantize.py", ("llmcompressor", "torch", "transformers")
+QUANTIZERS = (
+    Tool("GPTQModel GPTQ", *_GPTQMODEL, ("--method", "gptq")),
+    Tool("GPTQModel AWQ", *_GPTQMODEL, ("--method", "awq")),
+    Tool("llm-compressor AWQ", *_COMPRESSOR, ("--method", "awq")),
+    Tool("llm-compressor rounding", *_COMPRESSOR, ("--method", "rtn")),
+    AUTOAWQ,
+)
