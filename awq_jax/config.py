@@ -45,7 +45,8 @@ class AwqConfig:
         2306.00978); ``"awq+gptq"`` also compensates each rounding error in the weights not yet
         rounded (the update of arXiv 2210.17323 on the scaled weights).
       clip: search clipping thresholds (methods other than ``"rtn"``).
-      n_grid: exponents tried per scale group: 0, 1/n, ... (n-1)/n, each with and without regard to the weights.
+      n_grid: exponents to choose from for a scale group: 0, 1/n, ... (n-1)/n, each with and without regard to the
+        weights; of 9 or more every third is tried, then those beside the best.
       damping: before compensation the Gram's diagonal grows by this share of itself and of a tenth of its mean.
       shrinkage: share by which correlations of channels in the calibration text are shrunk, from 0 to below 1, where
         methods other than ``"rtn"`` weigh errors by them; None: chosen for every input by the number of tokens and

@@ -17,9 +17,10 @@ The counts, for a group of K channels whose weights have N columns together, T c
 
 - calibrate: the forward pass ``2 T (parameters of the linears) + 4 T S (heads x head size)`` (attention of S tokens),
   and the Gram ``2 T K^2``.
-- search: the Cholesky factor ``K^3 / 3`` and its inverse ``K^3``; then ``1 + 2 n_grid`` candidates, each rounding all
-  ``K N`` numbers (`OPS` operations a number).
-- round: the factor once more on every device that has a piece; and ``38 K^2 N`` in products:
+- search: the Cholesky factor ``K^3 / 3`` and its inverse ``K^3``; then the candidates of
+  `awq_jax.quantizer.scale_search`, each rounding all ``K N`` numbers (`OPS` operations a number).
+- round: the factor once more on every device that has a piece, unless search has kept it
+  (`awq_jax.quantizer.group_inputs`: of small groups, on one device); and ``38 K^2 N`` in products:
   in each of 3 rounds 2 of compensation, 4 of two losses, 4 of refitting scales; 4 of the losses of plain and clipped
   rounding; 4 of the energy and of plain rounding's loss. Besides, for each number: 100 clipping pairs, the
   compensation within blocks of 128 rows (``3 x 2 x 128``), ``3 x 2 G`` of refitting, and ``2/3 G^3`` a column
@@ -49,6 +50,7 @@ from awq_jax.data import BATCH_TOKENS_ELSEWHERE
 from awq_jax.models.weights import params as model_params
 from awq_jax.plan.plan import ScaleGroup
 from awq_jax.quantizer import column_pieces as columns
+from awq_jax.quantizer import group_inputs, scale_search
 from awq_jax.quantizer import quantize as quantizer
 from awq_jax.quantizer.targets import Target
 from awq_jax.stream import parts
@@ -100,7 +102,11 @@ def calibrating(groups: Iterable[Shape], tokens: int, length: int, heads_size: i
 
 def searching(g: Shape, config: AwqConfig, share: float = 1.0) -> np.ndarray:
     """Of one group on a device that does this share of it, with the elimination that makes the inverse factor."""
-    return operations(factors=2 / 3 * g.k**3, numbers=share * (1 + 2 * config.n_grid) * OPS * float(g.k) * g.n)
+    first = scale_search.coarse(config.n_grid)
+    tried = len(first)
+    if tried < 1 + 2 * config.n_grid:
+        tried += scale_search.neighbours(first[-1:], config.n_grid).size
+    return operations(factors=2 / 3 * g.k**3, numbers=share * tried * OPS * float(g.k) * g.n)
 
 
 def rounding(g: Shape, config: AwqConfig, share: float = 1.0) -> np.ndarray:
@@ -109,7 +115,8 @@ def rounding(g: Shape, config: AwqConfig, share: float = 1.0) -> np.ndarray:
     products = ((4.25 * ROUNDS + 6) * g.k + 2 * ROUNDS * OUTER) * kn
     numbers = kn * (PAIRS * OPS + ROUNDS * (2 * INNER + 2 * groups) + (ROUNDS + 3) * OPS)
     systems = 2 * ROUNDS * share * groups**3 * g.n
-    return operations(products, 2 / 3 * g.k**3, numbers + systems)
+    kept = share == 1 and 8 * g.k**2 <= group_inputs.KEPT
+    return operations(products, 0.0 if kept else 2 / 3 * g.k**3, numbers + systems)
 
 
 def named(work: np.ndarray) -> dict[str, float]:

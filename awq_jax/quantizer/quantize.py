@@ -29,6 +29,7 @@ from awq_jax.qtensor import QuantizedTensor, Weight
 from awq_jax.quantizer import adapters, advice, kept_out, parts
 from awq_jax.quantizer.column_pieces import settings
 from awq_jax.quantizer.following import Aim, Follower
+from awq_jax.quantizer.group_inputs import KeptInputs
 from awq_jax.quantizer.scale_groups import GroupScale, find_scale, round_group
 from awq_jax.quantizer.targets import Target, select, share
 from awq_jax.trace.shards import placed_as
@@ -237,9 +238,10 @@ def quantize_groups(
     scales: dict[str, GroupScale] = {}
     packed: dict[str, QuantizedTensor] = {}
     rows: list[report.LayerReport] = []
+    inputs = KeptInputs(pool.size == 1 and pool.team is None)
     with settings():
         for group, mine in work:
-            scales[group.name] = find_scale(group, mine, leaves, fetch(group.name), config, pool)
+            scales[group.name] = find_scale(group, mine, leaves, fetch(group.name), config, pool, inputs)
             progress()
         searched = time.perf_counter()
         found = {n: s.scale for n, s in scales.items() if s.scale is not None}
@@ -256,7 +258,8 @@ def quantize_groups(
             found_here = scales[group.name]
             aim = follower.reach(group, mine, found_here) if follower else Aim(fetch(group.name), {})
             rounding = functools.partial(round_group, group, mine, leaves, folded, found_here, aim.stats)
-            made = rounding(config, pool, consume, aim.weights)
+            made = rounding(config, pool, consume, aim.weights, inputs)
+            inputs.drop(group.name)
             if follower is not None:
                 made = follower.judge(made, folded, functools.partial(rounding, plain, pool))
             for name, (q, row) in made.items():

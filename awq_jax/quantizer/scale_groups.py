@@ -12,11 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from awq_jax import pack
-from awq_jax.algorithm.compensation import GramFactor
 from awq_jax.algorithm.grid import column_loss, quantize_dequantize
 from awq_jax.algorithm.methods import METHODS, Method
 from awq_jax.algorithm.round_matrix import round_matrix
-from awq_jax.calibration import shrinkage
 from awq_jax.calibration.calibration import Stats
 from awq_jax.calibration.grams import all_finite
 from awq_jax.calibration.means import Means, means_of
@@ -28,6 +26,17 @@ from awq_jax.plan.plan import Plan, ScaleGroup
 from awq_jax.qtensor import QuantizedTensor, Weight, split_shape
 from awq_jax.quantizer import parts
 from awq_jax.quantizer.column_pieces import CanonicalWeight, Columns, Place, scale_to_batched, sweep, to_batched
+from awq_jax.quantizer.group_inputs import (
+    How,
+    Input,
+    KeptInputs,
+    Sums,
+    mean_gram,
+    of_sums,
+    of_sums_in_place,
+    scaled,
+    scaled_in_place,
+)
 from awq_jax.quantizer.scale_search import search
 from awq_jax.quantizer.targets import Target, scale_dtype
 from awq_jax.report import LayerReport
@@ -58,6 +67,7 @@ def find_scale(
     stats: Stats | None,
     config: AwqConfig,
     pool: Pool = HERE,
+    kept: KeptInputs | None = None,
 ) -> GroupScale:
     """Search the scale of ``group``, or say why it stays 1.
 
@@ -66,6 +76,7 @@ def find_scale(
       leaves: all float parameters by path.
       stats: the group's calibration sums; None only where the method needs none.
       pool: devices that share the work.
+      kept: takes what rounding can use of the group's input.
     """
     method = METHODS[config.method]
     if not method.needs_statistics or stats is None:
@@ -82,15 +93,16 @@ def find_scale(
     every = [(t.leaf, CanonicalWeight.of(t, leaves[t.site.path])) for t in targets]
     weights = [(leaf, Columns([p for other, p in every if other == leaf], rows)) for leaf in dict.fromkeys(dict(every))]
     dtypes = {scale_dtype(p.largest(), leaf, config) for leaf, p in every}
+    how, keep = How.of(config, rows), KeptInputs(False) if kept is None else kept
     found = []
     for layer in range(math.prod(group.scan)):
         absmean = np.pad(means.absmean[layer], ((0, 0), (0, rows - group.channels)))
-        energies = _energies(pool, means, layer, len(absmean), rows, method, config)
+        energies = _energies(pool, means, layer, len(absmean), how, functools.partial(keep.put, group.name, stats))
 
         def metric(e: int, layer: int = layer, energies: np.ndarray | None = energies) -> Array:
             if energies is not None:
                 return energies[e]
-            return _mean(means.collect_gram(layer, e), rows=rows, shrink=_shrink(config))
+            return mean_gram(*means.collect_gram(layer, e), how)
 
         found.append(
             search(
@@ -125,6 +137,7 @@ def round_group(
     pool: Pool = HERE,
     consume: bool = False,
     aims: Mapping[str, Weight] = MappingProxyType({}),
+    kept: KeptInputs | None = None,
 ) -> dict[str, tuple[QuantizedTensor, LayerReport]]:
     """Round and pack the targets of one group; those stored alike are rounded as one matrix.
 
@@ -134,6 +147,7 @@ def round_group(
       pool: devices that share the work.
       consume: ``stats`` are not needed any more, and their memory may be used.
       aims: by path, what to round in place of a leaf.
+      kept: what the search made of the group's input.
     """
     means = means_of(group, stats) if stats is not None else None
     out: dict[str, tuple[QuantizedTensor, LayerReport]] = {}
@@ -148,8 +162,13 @@ def round_group(
         dtype = scale_dtype(columns.largest(), leaf, config)
         once = len(by_leaf) * math.prod(group.scan) * math.prod(group.batch) * pool.size == 1
         free = consume and once and columns.rows == group.channels >= IN_PLACE
-        prepare = _prepare_in_place if free else _prepare
-        rounded = _round(columns, means, group, found, leaf, config, dtype, pool, prepare)
+        how = How.of(config, columns.rows)
+
+        def known(instance: int, how: How = how) -> Input | None:
+            return None if kept is None else kept.get(group.name, stats, instance, how)
+
+        prepare = functools.partial(of_sums_in_place if free else of_sums, how=how)
+        rounded = _round(columns, means, group, found, leaf, config, dtype, pool, known, prepare)
         start = 0
         for t, p in zip(alike, weights, strict=True):
             mine = _Packed(*(a[..., start : start + p.columns] for a in rounded))
@@ -182,20 +201,6 @@ class _Packed(NamedTuple):
     shrunk: Array
 
 
-_Sums = tuple[jax.Array, np.float32]  # of `awq_jax.calibration.means.Means.collect_gram`
-
-
-class _Given(NamedTuple):
-    """What the columns of one instance have in common: the shrunk Gram of the scaled input, its factor, the scale,
-    by which share the Gram was shrunk, and `Method.channel_energy`, if the method has one."""
-
-    gram: jax.Array | None
-    factor: GramFactor | None
-    scale: jax.Array
-    shrunk: jax.Array
-    energy: jax.Array | None
-
-
 def _round(
     columns: Columns,
     means: Means | None,
@@ -205,63 +210,47 @@ def _round(
     config: AwqConfig,
     dtype: str,
     pool: Pool,
-    preparation: Callable[..., _Given],
+    known: Callable[[int], Input | None],
+    prepare: Callable[..., Input],
 ) -> _Packed:
     layers, experts = math.prod(group.scan), math.prod(group.batch)
     lead = (layers, experts, group.channels)
     scale = np.ones(lead, np.float32) if found.scale is None else np.asarray(found.scale).reshape(lead)
     method = METHODS[config.method]
+    nothing = Input(None, None, jnp.zeros((), jnp.float32), None)
     instances: list[_Packed] = []
     for layer in range(layers):
 
-        def fetch(e: int, layer: int = layer) -> tuple[_Sums | None, np.ndarray]:
-            return None if means is None else means.collect_gram(layer, e), scale[layer, e]
+        def fetch(e: int, layer: int = layer) -> tuple[Input | Sums | None, np.ndarray]:
+            made: Input | Sums | None = known(layer * experts + e)
+            if made is None and means is not None:
+                made = means.collect_gram(layer, e)
+            return made, scale[layer, e]
 
-        def prepare(given: tuple[_Sums | None, np.ndarray]) -> _Given:
-            sums, s = given
-            chosen = {"method": method, "damping": config.damping, "shrink": _shrink(config)}
-            return preparation(*(sums or (None, None)), s, rows=columns.rows, **chosen)
+        def of_scaled(given: tuple[Input | Sums | None, np.ndarray]) -> Input:
+            made, s = given
+            if made is None:
+                return nothing
+            return scaled(made, s) if isinstance(made, Input) else scaled_in_place(prepare(*made), s)
 
-        def run(place: Place, e: int, piece: int, given: _Given, layer: int = layer) -> _Packed:
+        def run(place: Place, e: int, piece: int, given: Input, layer: int = layer) -> _Packed:
             w = place(columns.piece(layer, e, piece))
-            return _round_piece(w, given, leaf=leaf, method=method, clip=config.clip, dtype=dtype)
+            s = np.pad(scale[layer, e], (0, columns.rows - group.channels), constant_values=1)
+            return _round_piece(w, given, s, leaf=leaf, method=method, clip=config.clip, dtype=dtype)
 
-        for pieces in sweep(pool, experts, columns.pieces, fetch, prepare, run):
+        for pieces in sweep(pool, experts, columns.pieces, fetch, of_scaled, run):
             instances.append(
                 _Packed(*(np.concatenate(a, axis=-1)[..., : columns.total] for a in zip(*pieces, strict=True)))
             )
     return _Packed(*(np.stack(a).reshape(layers, experts, *a[0].shape) for a in zip(*instances, strict=True)))
 
 
-def _given(
-    gram: jax.Array | None,
-    count: np.float32 | None,
-    scale: jax.Array,
-    *,
-    rows: int,
-    method: Method,
-    damping: float,
-    shrink: float | None,
-) -> _Given:
-    s = jnp.pad(scale, (0, rows - len(scale)), constant_values=1.0)
-    if gram is None or count is None:
-        return _Given(None, None, s, jnp.zeros((), jnp.float32), None)
-    mean, share = _square((gram, count), rows, shrink)
-    scaled = mean / (s[:, None] * s[None, :])
-    factor = method.rounder.prepare(scaled, damping)
-    energy = None if method.channel_energy is None else method.channel_energy(scaled, factor)
-    return _Given(scaled, factor, s, share, energy)
-
-
-_STATIC = ("rows", "method", "damping", "shrink")
-_prepare = jax.jit(_given, static_argnames=_STATIC)
-_prepare_in_place = jax.jit(_given, static_argnames=_STATIC, donate_argnames="gram")
-
-
 @functools.partial(jax.jit, static_argnames=("leaf", "method", "clip", "dtype"))
-def _round_piece(w: jax.Array, given: _Given, *, leaf: LeafConfig, method: Method, clip: bool, dtype: str) -> _Packed:
-    """Round ``w [K, C]``, which the scale is already multiplied into."""
-    gram, factor, s, shrunk, _ = given
+def _round_piece(
+    w: jax.Array, given: Input, s: jax.Array, *, leaf: LeafConfig, method: Method, clip: bool, dtype: str
+) -> _Packed:
+    """Round ``w [K, C]``, which the scale ``s [K]`` is already multiplied into; ``given`` is scaled, too."""
+    gram, factor, shrunk, _ = given
     judge = gram if method.needs_statistics else None
     r = round_matrix(w, judge, factor, rounder=method.rounder, leaf=leaf, clip=clip, dtype=dtype)
     energy = rtn = loss = r.loss
@@ -281,42 +270,25 @@ def _as_seen(loss: jax.Array, delta: jax.Array, gram: jax.Array, share: jax.Arra
     return jnp.maximum((loss - share * diagonal) / (1 - share), 0.0)
 
 
-def _shrink(config: AwqConfig) -> float | None:
-    """By which share Grams are shrunk; None: each by its own. Plain rounding weighs nothing: its errors are as seen."""
-    return config.shrinkage if METHODS[config.method].needs_statistics else 0.0
-
-
 def _energies(
-    pool: Pool, means: Means, layer: int, experts: int, rows: int, method: Method, config: AwqConfig
+    pool: Pool, means: Means, layer: int, experts: int, how: How, keep: Callable[[int, How, Input], None]
 ) -> np.ndarray | None:
-    """`Method.channel_energy` of every instance, float32 ``[E, rows]``; None if the method has none."""
-    if method.channel_energy is None:
+    """`Method.channel_energy` of every instance, float32 ``[E, rows]``; None if the method has none.
+
+    Args:
+      keep: takes the number of an instance, how its input was made, and that.
+    """
+    if how.method.channel_energy is None:
         return None
-    chosen = {"method": method, "damping": config.damping, "shrink": _shrink(config)}
-    ones = np.ones(means.absmean.shape[-1], np.float32)  # scales: then it is the program that rounding uses
-    made = sweep(
-        pool,
-        experts,
-        1,
-        lambda e: means.collect_gram(layer, e),
-        lambda sums: _prepare(*sums, ones, rows=rows, **chosen).energy,
-        lambda place, e, piece, energy: energy,
-    )
+
+    def energy(place: Place, e: int, piece: int, made: Input) -> jax.Array:
+        keep(layer * experts + e, how, made)
+        assert made.energy is not None
+        return made.energy
+
+    collect = functools.partial(means.collect_gram, layer)
+    made = sweep(pool, experts, 1, collect, lambda sums: of_sums(*sums, how), energy)
     return np.stack([energy for (energy,) in made])
-
-
-def _square(sums: _Sums, rows: int, shrink: float | None) -> tuple[jax.Array, jax.Array]:
-    """The mean Gram, shrunk, with channels of no energy up to ``rows``; and the share by which it was."""
-    gram, count = sums
-    share = shrinkage.share(gram, count) if shrink is None else jnp.float32(shrink)
-    mean = gram / count
-    mean = mean if shrink == 0 else shrinkage.shrunk(mean, share)
-    return jnp.pad(mean, (0, rows - len(gram))), share
-
-
-@functools.partial(jax.jit, static_argnames=("rows", "shrink"))
-def _mean(sums: _Sums, *, rows: int, shrink: float | None) -> jax.Array:
-    return _square(sums, rows, shrink)[0]
 
 
 def _assemble(t: Target, group: ScaleGroup, leaf: Weight, rounded: _Packed, found: GroupScale) -> QuantizedTensor:

@@ -35,6 +35,9 @@ class BestScale(NamedTuple):
     ratio: np.ndarray
 
 
+STEP = 3  # between the exponents that are tried first
+MANY = 9  # with fewer all are tried at once
+
 _share = jax.jit(weight_share, static_argnames=("group_size",))
 _losses = jax.jit(scaled_losses, static_argnames=("leaf", "dtype"))
 
@@ -51,11 +54,14 @@ def search(
     dtype: str,
     pool: Pool = HERE,
 ) -> BestScale:
-    """Best of ``1 + 2*n_grid`` scales for one group; scale 1 wins where losses are equal, then the earlier one.
+    """Best of ``1 + 2*n_grid`` scales for one group, coarse to fine (see `coarse`).
+
+    Where losses are equal scale 1 wins, then the earlier one.
 
     Args:
       weights: the sites to be quantized, those of the same storage side by side; E instances.
-      metric: the Gram of an instance, float32 ``[K, K]``, or ``[K]`` for a diagonal one. Called in order.
+      metric: the Gram of an instance, float32 ``[K, K]``, or ``[K]`` for a diagonal one. Called in order,
+        and once more.
       magnitude: float32 ``[E, K]``: typical size of each channel, ``E|x|`` in the paper; 0 if never active.
       shared: int32 ``[E*K]`` or None.
       layer: which of the scanned layers.
@@ -81,12 +87,42 @@ def search(
         leaf, columns, i = work[piece]
         return _losses(place(columns.piece(layer, e, i)), *given, leaf=leaf, dtype=dtype)
 
-    parts = sweep(pool, experts, len(work), lambda e: (metric(e), scales[:, e]), lambda x: x, loss)
-    # [E, T]. Here, as XLA adds all numbers of an array in an order that depends on its threads.
-    losses = np.stack([sum(np.asarray(piece, np.float64).sum(axis=1) for piece in pieces) for pieces in parts])
-    judged = np.broadcast_to(losses.sum(axis=0), losses.shape) if joint else losses
-    # A loss that is not a number beats nothing, and nothing beats it.
-    best = [0 if np.isnan(row[0]) else int(np.nanargmin(row)) for row in judged]
     every = np.arange(experts)
+    losses = np.full((experts, len(scales)), np.inf)
+
+    def lose(tried: np.ndarray) -> None:
+        """Find the losses of candidates ``tried [E, T]``."""
+        parts = sweep(pool, experts, len(work), lambda e: (metric(e), scales[tried[e], e]), lambda x: x, loss)
+        # [E, T]. Here, as XLA adds all numbers of an array in an order that depends on its threads.
+        found = np.stack([sum(np.asarray(piece, np.float64).sum(axis=1) for piece in pieces) for pieces in parts])
+        losses[every[:, None], tried] = found.sum(axis=0) if joint else found
+
+    first = coarse(n_grid)
+    lose(np.tile(first, (experts, 1)))
+    if len(first) < len(scales):
+        lose(neighbours(1 + _least(losses[:, 1:]), n_grid))
+    # A loss that is not a number beats nothing, and nothing beats it.
+    best = np.where(np.isnan(losses[:, 0]), 0, _least(losses))
     ratios = np.concatenate([[np.nan], np.tile(np.arange(n_grid) / n_grid, 2)])
     return BestScale(scales[best, every], ratios[best])
+
+
+def coarse(n_grid: int) -> np.ndarray:
+    """The numbers of the candidates that are tried first.
+
+    A loss changes slowly with the exponent: of many, every third one is tried, and then `neighbours` of the best.
+    """
+    ratios = np.arange(0, n_grid, STEP if n_grid >= MANY else 1)
+    return np.concatenate([[0], 1 + ratios, 1 + n_grid + ratios])
+
+
+def neighbours(best: np.ndarray, n_grid: int) -> np.ndarray:
+    """Candidates ``[E, T]`` between ``best [E]`` and the next ones tried before, of the same kind."""
+    lowest = np.where(best > n_grid, 1 + n_grid, 1)[:, None]
+    steps = np.array([n for n in range(1 - STEP, STEP) if n])
+    return np.clip(best[:, None] + steps, lowest, lowest + n_grid - 1)
+
+
+def _least(losses: np.ndarray) -> np.ndarray:
+    """Where the least of each row is; one that is not a number is none."""
+    return np.argmin(np.where(np.isnan(losses), np.inf, losses), axis=1)
