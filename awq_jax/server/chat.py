@@ -38,7 +38,7 @@ async def complete(service: Service, http: HttpRequest, body: fields.Json) -> Re
     streams = service.begin([ids], want, constraints=constraints)
     answers = [Answer(service, talk, i, logprobs is not None) for i in range(want.choices)]
     if want.stream:
-        head = usage.head("chat.completion.chunk", "chatcmpl", service.settings.name)
+        head = usage.head("chat.completion.chunk", "chatcmpl", service.settings.name) | usage.awaited(want.usage)
 
         async def chunks() -> AsyncIterator[Body]:
             for answer in answers:

@@ -61,6 +61,7 @@ async def complete(service: Service, http: HttpRequest, body: fields.Json) -> Re
         return [None, *streams[number].request.prompt_logprobs] if scored else []
 
     if want.stream:
+        head |= usage.awaited(want.usage)
 
         async def chunks() -> AsyncIterator[dict[str, object]]:
             begun = [not echo] * len(streams)

@@ -26,3 +26,8 @@ def counts(streams: Sequence[Stream], choices: int) -> dict[str, object]:
         "total_tokens": asked + made,
         "prompt_tokens_details": {"cached_tokens": reused},
     }
+
+
+def awaited(usage: bool) -> dict[str, object]:
+    """What the chunks of a stream have before the last one, where the counts are asked for."""
+    return {"usage": None} if usage else {}

@@ -73,6 +73,7 @@ def test_a_stream_is_the_same_in_pieces(client):
     chunks = [json.loads(e) for e in said[:-1]]
     assert len({c["id"] for c in chunks}) == 1
     assert chunks[-1]["usage"]["completion_tokens"] == 60
+    assert [c["usage"] for c in chunks[:-1]] == [None] * (len(chunks) - 1)
     texts = ["", ""]
     for c in chunks[:-1]:
         texts[c["choices"][0]["index"]] += c["choices"][0]["text"]
