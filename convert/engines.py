@@ -55,6 +55,7 @@ NO_WEIGHT = {"gemm": ("gpt_bigcode",), "compressed-tensors": ("gpt_bigcode", "fa
 # gpt_oss: KeyError for its single experts, in compressed-tensors other results; bloom: its loader turns a packed tensor
 # as if it were float; phimoe: its model fails, float too; mpt: supported until vLLM 0.28.
 NOT_IN_VLLM = ("gpt_oss", "bloom", "phimoe", "mpt")
+NO_FLOAT16 = ("gemma2", "gemma3", "gemma3_text", "glm4")  # "numerical instability"; it takes bfloat16 by itself
 UNJOINED = ("glm4", "gptj", "stablelm", "minicpm3")
 PLUGIN_RUN = ("llama", "qwen2", "qwen3")
 # Published with code of their own, which transformers runs from the checkpoint, and which is never written here.
@@ -159,6 +160,15 @@ def _family(test: Callable[[Contents], bool]) -> Callable[[Contents], list[str]]
     return lambda c: [c.family] if c.linears and test(c) else []
 
 
+def _finer(c: Contents) -> list[str]:
+    """Linears whose scales bfloat16 does not hold."""
+    return [x.name for x in c.linears if x.scales != "bfloat16"]
+
+
+def _dtypes(config: HfConfig) -> tuple[Any, Any]:
+    return config.get("dtype"), config.get("torch_dtype")
+
+
 def _has_experts(c: Contents) -> bool:
     return any(MOE_CONVERTED.search(x.name) for x in c.linears)
 
@@ -191,13 +201,17 @@ RULES = (
     Rule(
         "vllm",
         ("gemm", "compressed-tensors", "gptq"),
-        lambda c: (
-            [x.name for x in c.linears if x.scales != "bfloat16"]
-            if "bfloat16" in (c.config.get("dtype"), c.config.get("torch_dtype"))
-            else []
-        ),
+        lambda c: _finer(c) if c.family not in NO_FLOAT16 and "bfloat16" in _dtypes(c.config) else [],
         "computes in bfloat16 by default (dtype of config.json), to which it rounds finer scales ({}): serve with "
         "--dtype float16, unless quantized with --serve-dtype bfloat16",
+        stops=False,
+    ),
+    Rule(
+        "vllm",
+        ("gemm", "compressed-tensors", "gptq"),
+        lambda c: _finer(c) if c.family in NO_FLOAT16 else [],
+        "computes this family in bfloat16, never in float16, and rounds finer scales to it ({}), unless quantized with "
+        "--serve-dtype bfloat16",
         stops=False,
     ),
     Rule(

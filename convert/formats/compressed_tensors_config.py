@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from awq_jax.convert.config_json import HfConfig, JsonObject
 from awq_jax.convert.format import Record
 from awq_jax.convert.formats import joined_linears, patterns
-from awq_jax.convert.formats.records import HEAD, float_linears, packed_records
+from awq_jax.convert.formats.records import HEAD, float_linears, float_towers, packed_records
 from awq_jax.errors import CheckpointError, FormatError
 
 QUANT_METHOD = "compressed-tensors"
@@ -262,14 +262,8 @@ def _ignored(records: Sequence[Record]) -> list[str]:
     routers = [n.removesuffix(ROUTER) + "mlp.router" for n in names if n.endswith(ROUTER)]
     packed = [r.module for r in records if r.bits]
     head = [] if any(HEAD.search(m) for m in packed) else ["lm_head"]
-    return sorted({*head, *experts, *names, *routers, *_towers(names, packed)})
-
-
-def _towers(names: Sequence[str], packed: Sequence[str]) -> list[str]:
-    """Patterns of what looks at images: in files it is ``visual``, in transformers since 5 ``model.visual``."""
-    inside = {part for module in packed for part in module.split(".")}
-    roots = {n.removeprefix("model.").split(".")[0] for n in names if n.removeprefix("model.").count(".")}
-    return [f"re:(.*[.])?{re.escape(root)}[.].+" for root in roots - inside]
+    towers = [f"re:(.*[.])?{re.escape(root)}[.].+" for root in float_towers(names, packed)]
+    return sorted({*head, *experts, *names, *routers, *towers})
 
 
 def _weights(bits: int, symmetric: bool, group_size: int, act_order: bool) -> JsonObject:

@@ -27,6 +27,19 @@ def float_linears(records: Sequence[Record]) -> list[str]:
     return [r.module for r in records if not r.bits and len(r.shape) == 2 and r.module != r.name]
 
 
+def float_towers(names: Sequence[str], packed: Sequence[str]) -> set[str]:
+    """What looks at images, and whatever else has float linears alone: the first part of their modules' names.
+
+    In files it is ``visual``, in transformers since 5 ``model.visual``; and an engine may have more parts after it.
+
+    Args:
+      names: of float linears.
+      packed: modules.
+    """
+    inside = {part for module in packed for part in module.split(".")}
+    return {n.removeprefix("model.").split(".")[0] for n in names if n.removeprefix("model.").count(".")} - inside
+
+
 def packed_records(records: Sequence[Record], format: str) -> list[Record]:
     """Those that are quantized.
 
@@ -58,7 +71,7 @@ def common_group(packed: Sequence[Record], format: str) -> int:
 
 
 def float_modules(records: Sequence[Record], format: str) -> list[str]:
-    """Modules of linears that are float and must be named as such, sorted; of experts, the module around them, too.
+    """Modules of linears that are float and must be named as such, sorted; with what is around experts and towers.
 
     Raises:
       FormatError: if naming one would exclude a quantized one: transformers compares whole names, but
@@ -66,7 +79,8 @@ def float_modules(records: Sequence[Record], format: str) -> list[str]:
     """
     packed = [r.module for r in records if r.bits]
     keep = [m for m in float_linears(records) if not float_by_default(m)]
-    keep = sorted({*keep, *joined_linears.float_experts(records)})
+    towers = {t for t in float_towers(keep, packed) if not any(t in module for module in packed)}
+    keep = sorted({*keep, *towers, *joined_linears.float_experts(records)})
     for module in keep:
         hit = next((p for p in packed if module in p), None)
         if hit:

@@ -196,6 +196,7 @@ def test_float_modules_are_excluded_for_both_readers(tmp_path: Path) -> None:
     tensors += [
         ("model.embed_tokens.weight", np.ones((8, 16), np.float16)),
         ("lm_head.weight", np.ones((8, 16), np.float16)),
+        ("vision_tower.encoder.layers.0.mlp.fc1.weight", np.ones((8, 16), np.float16)),
     ]
     tensors += [
         ("model.norm.weight", np.ones(16, np.float32)),
@@ -206,6 +207,9 @@ def test_float_modules_are_excluded_for_both_readers(tmp_path: Path) -> None:
     listed = config.quantization_config["modules_to_not_convert"]
     assert {m for m in modules if not should_convert_module(m, listed)} == floats
     assert {m for m in modules if any(entry in m for entry in listed)} == floats
+    assert not should_convert_module("model.vision_tower.encoder.layers.0.mlp.fc1", listed)
+    vllms = "vision_tower.vision_model.encoder.layers.0.mlp.fc1"  # has a part more than the file
+    assert any(entry in vllms for entry in listed)
     assert config.dtype == torch.float16
     assert json.loads((dst / "config.json").read_text())["torch_dtype"] == "float16"
 

@@ -14,7 +14,7 @@ import json
 import re
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,12 +89,14 @@ FLOAT32 = 5e-5
 CONSUMERS = {
     "gemm, transformers + GPTQModel": Consumer("gemm", "gptqmodel", "transformers", HALF),
     "gemm, GPTQModel's loader": Consumer("gemm", "gptqmodel", "gptqmodel", ALL_HALF, experts=True, rerouted=1),
-    "compressed-tensors": Consumer("compressed-tensors", "compressed", "transformers", FLOAT32),
+    "compressed-tensors, older": Consumer("compressed-tensors", "compressed", "transformers", FLOAT32),
+    "compressed-tensors": Consumer("compressed-tensors", "transformers", "transformers", FLOAT32),
+    "compressed-tensors, `dequantize=True`": Consumer("compressed-tensors", "transformers", "dequantized", FLOAT32),
     "compressed-tensors, symmetric": Consumer(
-        "compressed-tensors", "compressed", "transformers", FLOAT32, symmetric=True, experts=True
+        "compressed-tensors", "transformers", "transformers", FLOAT32, symmetric=True
     ),
 }
-GEMM, LOADER, CT, CT_SYMMETRIC = CONSUMERS
+GEMM, LOADER, CT_OLDER, CT, CT_DEQUANTIZED, CT_SYMMETRIC = CONSUMERS
 MOE = ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "olmoe", "glm4_moe", "phimoe", "qwen3_next")
 MOE += ("granitemoe", "granitemoeshared", "gpt_oss", "dots1", "ernie4_5_moe", "glm4_moe_lite", "minimax_m2")
 MOE += ("solar_open",)
@@ -211,8 +213,10 @@ def quantized(source: Path, symmetric: bool) -> awq_jax.Model:
     return model
 
 
-def run(names: Sequence[str], work: Path) -> dict[str, dict[str, dict[str, Any]]]:
-    """What every consumer makes of some families.
+def run(
+    names: Sequence[str], work: Path, read_by: Mapping[str, Consumer] = CONSUMERS
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """What consumers make of some families.
 
     Returns:
       For each family and consumer ``{"difference": d}``, the largest of the logits relative to the largest, with
@@ -220,13 +224,13 @@ def run(names: Sequence[str], work: Path) -> dict[str, dict[str, dict[str, Any]]
       nothing where it is not tried.
     """
     ours: dict[tuple[str, bool], np.ndarray] = {}
-    tried: dict[str, list[str]] = {consumer: [] for consumer in CONSUMERS}
+    tried: dict[str, list[str]] = {consumer: [] for consumer in read_by}
     for name in names:
         source = float_checkpoint(name, work / "float" / name)
         for symmetric in (False, True):
             model = quantized(source, symmetric)
             experts = any(isinstance(layer.mlp, MoEConfig) for layer in model.config.layers)
-            wanted = {k: c for k, c in CONSUMERS.items() if c.symmetric == symmetric and (experts or not c.experts)}
+            wanted = {k: c for k, c in read_by.items() if c.symmetric == symmetric and (experts or not c.experts)}
             if not wanted:
                 continue
             ours[name, symmetric] = np.asarray(model(IDS[None]))[0]
@@ -238,7 +242,7 @@ def run(names: Sequence[str], work: Path) -> dict[str, dict[str, dict[str, Any]]
         print("written:", name, flush=True)
     np.save(work / "ids.npy", IDS)
     found: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in names}
-    for number, (consumer, c) in enumerate(CONSUMERS.items()):
+    for number, (consumer, c) in enumerate(read_by.items()):
         if not tried[consumer]:
             continue
         out = work / f"out-{number}"
@@ -298,14 +302,21 @@ def page(found: dict[str, dict[str, dict[str, Any]]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("families", nargs="*", help="all, if none is named")
-    names = parser.parse_args().families
+    environments = sorted({c.environment for c in CONSUMERS.values()})
+    parser.add_argument("--environment", choices=environments, help="only the programs of this one")
+    args = parser.parse_args()
+    names = args.families or NAMES
     if unknown := sorted(set(names) - set(NAMES)):
         parser.error(f"no such family: {', '.join(unknown)}; there are {', '.join(NAMES)}")
+    read_by = {k: c for k, c in CONSUMERS.items() if args.environment in (None, c.environment)}
     with tempfile.TemporaryDirectory() as work:
-        found = run(names or NAMES, Path(work))
-    before = json.loads(RESULTS.read_text()) if names and RESULTS.exists() else {}
-    RESULTS.write_text(json.dumps(before | found, indent=1, sort_keys=True) + "\n")
-    RESULTS.with_suffix(".md").write_text(page(before | found))
+        found = run(names, Path(work), read_by)
+    before = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    rows = before | {
+        name: {k: v for k, v in before.get(name, {}).items() if k in CONSUMERS} | found[name] for name in names
+    }
+    RESULTS.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n")
+    RESULTS.with_suffix(".md").write_text(page(rows))
 
 
 if __name__ == "__main__":

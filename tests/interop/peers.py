@@ -24,7 +24,7 @@ ENVIRONMENTS = "AWQ_JAX_INTEROP_ENVS"
 DRIVERS = Path(__file__).with_name("drivers")
 NEW_TOKENS = 12
 STEPS = 80  # of training
-TIMEOUT = 900  # seconds; the first use of GPTQModel compiles its kernels
+TIMEOUT = 3600  # seconds; the first use of GPTQModel compiles its kernels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +69,12 @@ def try_to_drive(name: str, driver: str, *arguments: object) -> subprocess.Compl
     return subprocess.run(
         list(map(str, command)), env=keep | quiet | {"PATH": path}, capture_output=True, text=True, timeout=TIMEOUT
     )
+
+
+def has_amx() -> bool:
+    """Whether vLLM's kernels for 4 bits run on this processor."""
+    info = Path("/proc/cpuinfo")
+    return info.exists() and "amx_tile" in info.read_text()
 
 
 def read(name: str, driver: str, checkpoint: Path, ids: np.ndarray, out: Path) -> Reading:

@@ -2,8 +2,9 @@
 
     python read_many.py LOADER IDS.npy OUT CHECKPOINT...
 
-LOADER is transformers (with the library that the quantization needs) or gptqmodel (GPTQModel's own loader, which
-takes experts apart). Writes OUT/NAME.npy [T, V] float32, or OUT/NAME.txt: the error.
+LOADER is transformers (with the library that the quantization needs), dequantized (the same, asked to make
+compressed-tensors' weights float as it loads them) or gptqmodel (GPTQModel's own loader, which takes experts apart).
+Writes OUT/NAME.npy [T, V] float32, or OUT/NAME.txt: the error.
 """
 
 import gc
@@ -18,12 +19,12 @@ import numpy as np
 import torch
 
 
-def by_transformers(path: Path) -> torch.nn.Module:
+def by_transformers(path: Path, **more) -> torch.nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     config = AutoConfig.from_pretrained(path)
     kind = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
-    settings = {"dtype": torch.float32, "device_map": "cpu", "output_loading_info": True}
+    settings = {"dtype": torch.float32, "device_map": "cpu", "output_loading_info": True} | more
     if getattr(config, "attn_logit_softcapping", None):
         settings["attn_implementation"] = "eager"  # the default leaves out the cap in some releases
     model, problems = kind.from_pretrained(path, **settings)
@@ -31,6 +32,12 @@ def by_transformers(path: Path) -> torch.nn.Module:
     if faults:
         raise RuntimeError("; ".join(f"{what}: {len(names)}, as {names[0]}" for what, names in faults.items()))
     return model
+
+
+def dequantized(path: Path) -> torch.nn.Module:
+    from transformers import CompressedTensorsConfig
+
+    return by_transformers(path, quantization_config=CompressedTensorsConfig(dequantize=True))
 
 
 def by_gptqmodel(path: Path) -> torch.nn.Module:
@@ -47,7 +54,7 @@ def by_gptqmodel(path: Path) -> torch.nn.Module:
     return model
 
 
-LOADERS = {"transformers": by_transformers, "gptqmodel": by_gptqmodel}
+LOADERS = {"transformers": by_transformers, "dequantized": dequantized, "gptqmodel": by_gptqmodel}
 
 
 def main(loader: str, ids: str, out: str, *checkpoints: str) -> None:

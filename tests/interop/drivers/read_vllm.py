@@ -119,34 +119,37 @@ def plain_kernels() -> None:
         config.get_supported_act_dtypes = classmethod(lambda cls: every)
 
 
+def opened(path: Path, dtype: str, **more):
+    """The engine with a checkpoint."""
+    from vllm import LLM
+
+    settings = {
+        "enforce_eager": True, "max_model_len": 64, "max_num_seqs": 2, "max_num_batched_tokens": 64, "max_logprobs": -1,
+        "kv_cache_memory_bytes": 64 << 20, "limit_mm_per_prompt": {"image": 0, "video": 0},
+        "enable_prefix_caching": False, "disable_log_stats": True, "skip_mm_profiling": True,
+    }  # fmt: skip
+    return LLM(model=str(path), dtype=dtype, **settings | more)
+
+
+def table_of(rows) -> np.ndarray:
+    """[len(rows), V] float32 of the engine's log-probabilities by token; NaN where it gave none."""
+    table = np.full((len(rows), max(map(len, rows))), np.nan, np.float32)
+    for row, found in zip(table, rows, strict=True):
+        for token, one in found.items():
+            row[token] = one.logprob
+    return table
+
+
 def log_probabilities(path: Path, tokens: list[int], dtype: str) -> np.ndarray:
-    from vllm import LLM, SamplingParams
+    from vllm import SamplingParams
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
     llm = None
     try:
-        llm = LLM(
-            model=str(path),
-            dtype=dtype,
-            enforce_eager=True,
-            max_model_len=64,
-            max_num_seqs=2,
-            max_num_batched_tokens=64,
-            max_logprobs=-1,
-            kv_cache_memory_bytes=64 << 20,
-            limit_mm_per_prompt={"image": 0, "video": 0},
-            enable_prefix_caching=False,
-            disable_log_stats=True,
-            skip_mm_profiling=True,
-        )
+        llm = opened(path, dtype)
         ask = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=-1, logprobs=-1, detokenize=False)
         answer = llm.generate({"prompt_token_ids": tokens}, ask, use_tqdm=False)[0]
-        rows = [*answer.prompt_logprobs[1:], *answer.outputs[0].logprobs]
-        table = np.full((len(rows), max(map(len, rows))), np.nan, np.float32)
-        for row, found in zip(table, rows, strict=True):
-            for token, one in found.items():
-                row[token] = one.logprob
-        return table
+        return table_of([*answer.prompt_logprobs[1:], *answer.outputs[0].logprobs])
     finally:
         if llm is not None:
             llm.llm_engine.engine_core.shutdown()
