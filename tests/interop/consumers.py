@@ -100,18 +100,27 @@ GEMM, LOADER, CT_OLDER, CT, CT_DEQUANTIZED, CT_SYMMETRIC = CONSUMERS
 MOE = ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "olmoe", "glm4_moe", "phimoe", "qwen3_next")
 MOE += ("granitemoe", "granitemoeshared", "gpt_oss", "dots1", "ernie4_5_moe", "glm4_moe_lite", "minimax_m2")
 MOE += ("solar_open",)
+STACKED = ("granitemoe", "granitemoeshared", "gpt_oss")
 REMOTE = ("Yi", "aquila", "baichuan", "internlm2", "minicpm", "qwen", "exaone", "RefinedWeb", "RefinedWebModel")
+CASES: dict[str, family_cases.Case | multimodal.Case] = {
+    c.family: c for c in reversed((*family_cases.CASES, *multimodal.CASES))
+}
+NAMES = tuple(sorted(CASES))
+PACKED_CT = (CT_OLDER, CT, CT_SYMMETRIC)
 # What a program cannot read, and a part of the error it gives.
 REFUSED: dict[tuple[str, str], str] = {
+    # Since 5.23 transformers compares zero points with those of the unpacked weight.
+    **{(f, CT): "ignore_mismatched_sizes" for f in NAMES},
     # transformers 5 has a layer's experts in one tensor, and nothing that takes AWQ's tensors of single experts.
     **{(f, GEMM): "missing_keys" for f in MOE},
     # ... and its router, which is called otherwise in files, is made a packed linear, which 4 outputs do not fit.
     ("phimoe", GEMM): "must be divisible",
     ("qwen3_next", GEMM): "must be divisible",  # in_proj_ba of this tiny model has 8 outputs
     # For those of compressed-tensors it has, but it leaves out their zero points,
-    **{(f, CT): "automatic conversion of the weights" for f in MOE},
+    **{(f, c): "automatic conversion of the weights" for f in MOE for c in (CT_OLDER, CT, CT_DEQUANTIZED)},
     # and it knows of these only the stacked names that they are published with.
-    **{(f, c): "missing_keys" for f in ("granitemoe", "granitemoeshared", "gpt_oss") for c in (CT, CT_SYMMETRIC)},
+    **{(f, c): "missing_keys" for f in STACKED for c in (CT_OLDER, CT_DEQUANTIZED, CT_SYMMETRIC)},
+    **{(f, CT): "ignore_mismatched_sizes" for f in STACKED},
     # GPTQModel takes experts only by the names it gives them itself, not by those that AutoAWQ and vLLM share.
     **{(f, LOADER): "not read" for f in ("mixtral", "granitemoe", "phimoe", "qwen3_next", "minimax_m2")},
     ("ernie4_5_moe", LOADER): "e_score_correction_bias",  # has another name in transformers
@@ -119,26 +128,23 @@ REFUSED: dict[tuple[str, str], str] = {
     # In its own rewrite of the router.
     **{(f, LOADER): "'tuple' object has no attribute 'sigmoid'" for f in ("glm4_moe", "glm4_moe_lite")},
     # Run only with code from the checkpoint.
-    **{(f, c): "does not recognize this architecture" for f in REMOTE for c in (GEMM, CT)},
+    **{(f, c): "does not recognize this architecture" for f in REMOTE for c in (GEMM, *PACKED_CT, CT_DEQUANTIZED)},
     **{("kimi_k2", c): "does not recognize this architecture" for c in CONSUMERS},
     # transformers' own code for these reads .weight of a linear, which a packed one does not have.
-    **{("gpt_bigcode", c): "has no attribute 'weight'" for c in (GEMM, CT)},
-    ("falcon", CT): "has no attribute 'weight'",
+    **{("gpt_bigcode", c): "has no attribute 'weight'" for c in (GEMM, CT_OLDER, CT_SYMMETRIC)},
+    **{("falcon", c): "has no attribute 'weight'" for c in (CT_OLDER, CT_SYMMETRIC)},
     # It has a scaled activation in every layer of these; ours are left out where nothing is scaled, for vLLM.
     **{(f, GEMM): "missing_keys" for f in ("bloom", "falcon", "gpt_neox", "gptj", "mpt", "starcoder2")},
     # Its linears are of a class of their own, which transformers does not replace.
     ("gpt2", GEMM): "has_been_replaced",
-    ("gpt2", CT): "missing_keys",
+    **{("gpt2", c): "missing_keys" for c in PACKED_CT},
+    ("gpt2", CT_DEQUANTIZED): "ignore_mismatched_sizes",
     # In transformers since a release that compressed-tensors' environment does not have.
-    ("internlm3", CT): "does not recognize this architecture",
+    ("internlm3", CT_OLDER): "does not recognize this architecture",
 }
 # Read whole, and computed otherwise: GPTQModel's loader puts the outputs of an expert's gate and up side by side for a
 # function of transformers that takes them alternately.
 DIFFERS = {("gpt_oss", LOADER)}
-CASES: dict[str, family_cases.Case | multimodal.Case] = {
-    c.family: c for c in reversed((*family_cases.CASES, *multimodal.CASES))
-}
-NAMES = tuple(sorted(CASES))
 
 
 def grown(value: Any, key: str = "") -> Any:
@@ -294,8 +300,9 @@ def page(found: dict[str, dict[str, dict[str, Any]]]) -> str:
         "linear packed to 4 bits in groups of 32, from those of awq_jax before writing, relative to the largest logit "
         f"(allowed: {tolerances}; GPTQModel's kernels for the CPU round each dequantized weight to float16, and its "
         f"own loader computes all so: there one of the {len(IDS)} tokens may go to another expert). A text is the "
-        "program's error. Where a cell is empty the program was not tried: the two columns about experts are for "
-        "families that have them.\n\n" + "\n".join(rows) + "\n"
+        "program's error. Where a cell is empty the program was not tried: GPTQModel's loader is for families with "
+        "experts, and transformers 5.24 with compressed-tensors 0.20.1 (the last three columns; `older`: 5.17 with "
+        "0.19.0) has read the families that have numbers or errors there.\n\n" + "\n".join(rows) + "\n"
     )
 
 
