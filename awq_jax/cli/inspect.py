@@ -114,7 +114,7 @@ def _print_tensors(found: Facts, check: bool) -> None:
 
 def _count(plan: Plan) -> str:
     """How many groups a plan has."""
-    scaled = sum(1 for g in plan.groups if g.absorbers)
+    scaled = sum(1 for g in plan.groups if g.is_folded)
     return (
         f"{len(plan.groups)} scale groups of {sum(len(g.sites) for g in plan.groups)} weights: {scaled} are scaled, "
         f"{len(plan.groups) - scaled} have nothing that absorbs a scale; weights that stay float: {len(plan.skipped)}"

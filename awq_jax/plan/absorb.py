@@ -4,18 +4,18 @@ import dataclasses
 import heapq
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 
 from awq_jax.plan import channel_labels
-from awq_jax.plan.channel_labels import UNIT, UNREAD, Blocked, SharedChannels
+from awq_jax.plan.channel_labels import UNIT, UNREAD, Blocked, SharedChannels, in_leaf_order, site_labels
+from awq_jax.plan.followers import Followers
 from awq_jax.plan.plan import Absorber
-from awq_jax.trace import views
 from awq_jax.trace.jaxpr import Val
 from awq_jax.trace.scopes import OUTPUT, Node, Scope
 from awq_jax.trace.uses import Program
-from awq_jax.trace.views import View
 
 CHOICES = 8  # products with two candidate factors that one search may meet
 FILLS = channel_labels.SAME_SHAPE | {"broadcast_in_dim", "reshape"}
@@ -25,25 +25,36 @@ COMPARISONS = frozenset(("gt", "ge", "lt", "le", "eq", "ne"))
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Absorbers:
-    """Absorbers of a group, the channels that must share one scale, or the reason why there are none."""
+    """Absorbers of a group, the channels that must share one scale, or the reason why there are none.
+
+    ``followers``: the groups that must take this one's scale, each with the channel here of each of its own.
+    """
 
     absorbers: tuple[Absorber, ...] = ()
     shared_channels: np.ndarray | None = None
     reason: str = ""
+    followers: Mapping[Hashable, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
-def find_absorbers(program: Program, scope: Scope, sites: Sequence[Node]) -> Absorbers:
+def find_absorbers(
+    program: Program,
+    scope: Scope,
+    sites: Sequence[Node],
+    others: Mapping[Hashable, Sequence[Node]] = MappingProxyType({}),
+) -> Absorbers:
     """Absorbers for the activation that ``sites`` (all of one scope) read.
 
     A product carries the scale in one factor. Factors made of parameters are taken first; where two
     others are possible, each is tried until one leads to an exact answer. What nobody reads, such as the rows that a
     kernel pads to its tiles, is left as it is at first, and if that is in the way scaled with the rest.
+
+    ``others``: groups that may take this one's scale where that is in the way (see `awq_jax.plan.followers`).
     """
     reasons: list[str] = []
     for unread_too in (False, True):
         stack: list[tuple[int, ...]] = [()]
         while stack:
-            walk = _Walk(program, scope, sites, stack.pop(), unread_too)
+            walk = _Walk(program, scope, sites, stack.pop(), unread_too, Followers(scope, others))
             try:
                 return walk.run()
             except Blocked as e:
@@ -54,35 +65,20 @@ def find_absorbers(program: Program, scope: Scope, sites: Sequence[Node]) -> Abs
     return Absorbers(reason="; or ".join(reasons[:2]))
 
 
-def site_labels(node: Node) -> np.ndarray:
-    """Channel numbers, flat over ``[*batch, K]`` in the order of the leaf, on the site's activation."""
-    op = node.op
-    assert op.roles is not None
-    contract, batch = op.dims
-    pos = 0 if op.grouped is not None else op.x
-    shape = node.x.shape
-    b, c = tuple(batch[pos]), tuple(contract[pos])
-    parts = (op.roles.b, op.roles.k)
-    if op.use is not None and op.use.experts is not None:  # the channels of each row's expert
-        parts, b = ((), op.roles.k), ()
-    orders = [views.leaf_order(p) for p in parts]
-    stored = [p[i].size for p, order in zip(parts, orders, strict=True) for i in order]
-    ids = np.arange(int(np.prod(stored)), dtype=np.int32).reshape(stored)
-    nb = len(orders[0])
-    perm = [*np.argsort(orders[0]).tolist(), *(nb + int(i) for i in np.argsort(orders[1]))]
-    ids = np.transpose(ids, perm).reshape([shape[d] for d in (*b, *c)])
-    ids = np.transpose(ids, np.argsort((*b, *c)).tolist())
-    return ids.reshape([n if d in b or d in c else 1 for d, n in enumerate(shape)])
-
-
 class _Walk:
     """One walk upstream from the sites, for one sequence of choices of factors."""
 
     def __init__(
-        self, program: Program, scope: Scope, sites: Sequence[Node], choices: tuple[int, ...], unread_too: bool
+        self,
+        program: Program,
+        scope: Scope,
+        sites: Sequence[Node],
+        choices: tuple[int, ...],
+        unread_too: bool,
+        followers: Followers,
     ):
         self.program, self.scope, self.sites, self.choices = program, scope, sites, choices
-        self.unread_too = unread_too
+        self.unread_too, self.followers = unread_too, followers
         self.asked = 0
         self.pending: dict[Val, np.ndarray] = {}
         self.offsets: dict[Val, float] = {}
@@ -130,7 +126,8 @@ class _Walk:
             raise Blocked("all channels would have to share one scale")
         order = {path: i for i, path in enumerate(self.program.leaves)}
         absorbers = tuple(self.found[p] for p in sorted(self.found, key=order.__getitem__))
-        return Absorbers(absorbers, None if (shared == np.arange(n)).all() else shared)
+        found = None if (shared == np.arange(n)).all() else shared
+        return Absorbers(absorbers, found, followers=self.followers.channels())
 
     def push(self, v: object, lab: np.ndarray, offset: float = 0.0) -> None:
         constant = self.constant(v)
@@ -302,7 +299,7 @@ class _Walk:
             if index == OUTPUT:
                 raise Blocked("the scaled value is also an output")
             node = self.scope.nodes[index]
-            if not _indifferent(node, pos, lab):
+            if not _indifferent(node, pos, lab) and not self.followers.take(index, pos, lab):
                 view = self.program.views.get(v)
                 what = view.path if view else "the scaled value"
                 raise Blocked(f"{what} is also used by {_reader(node)}")
@@ -323,35 +320,6 @@ def _origin(scope: Scope, v: Val, path: str, otherwise: str) -> Val:
         if len(scope.readers[v]) != 1:
             raise Blocked(f"{path} is {otherwise}")
     return v
-
-
-def in_leaf_order(view: View, lab: np.ndarray) -> np.ndarray:
-    """Labels of a view as those of the leaf without its scanned axes; `UNIT` outside of the view's part."""
-    sizes: list[int] = []
-    for n, axis in zip(lab.shape, view.axes, strict=True):
-        if n > 1 and any(f.axis == views.POSITION for f in axis):
-            raise Blocked("a scale would depend on the position")
-        sizes += [f.size if n > 1 else 1 for f in axis if f.axis != views.POSITION]
-    factors = [f for axis in view.axes for f in axis if f.axis != views.POSITION]
-    order = views.leaf_order(tuple(factors))
-    lab = np.transpose(lab.reshape(sizes), order)
-    shape: list[int] = []  # of the part, axis by axis of the leaf
-    wide: list[int] = []  # of the factors, each axis of the leaf either varied over or not
-    for d in range(len(view.shape)):
-        mine = [i for i, k in enumerate(order) if factors[k].axis == d]
-        varied = any(lab.shape[i] > 1 for i in mine)
-        wide += [factors[order[i]].size if varied else 1 for i in mine]
-        if d not in view.scanned:
-            shape.append(math.prod(factors[order[i]].size for i in mine) if varied else 1)
-    lab = np.broadcast_to(lab, wide).reshape(shape)
-    live = [d for d in range(len(view.shape)) if d not in view.scanned]
-    cut = [view.extent(d) != (0, view.shape[d]) for d in live]
-    if any(cut):
-        out = np.full([view.shape[d] if c else n for d, n, c in zip(live, shape, cut, strict=True)], UNIT, np.int32)
-        spans = (view.extent(d) for d in live)
-        out[tuple(slice(a, a + n) if c else slice(None) for (a, n), c in zip(spans, cut, strict=True))] = lab
-        return out
-    return lab
 
 
 def merged(a: Absorber, b: Absorber) -> Absorber:

@@ -10,9 +10,11 @@ from collections.abc import Collection, Iterator
 
 import numpy as np
 
+from awq_jax.trace import views
 from awq_jax.trace.jaxpr import Val
 from awq_jax.trace.rearranged import SAME_SHAPE
 from awq_jax.trace.scopes import Node
+from awq_jax.trace.views import View
 
 UNIT, UNREAD = -1, -2
 
@@ -102,6 +104,56 @@ def reshape(lab: np.ndarray, new: tuple[int, ...], old: tuple[int, ...]) -> np.n
     if math.prod(full) > 1 << 26:
         raise Blocked("a reshape mixes channels with positions")
     return np.broadcast_to(lab, full).reshape(out)
+
+
+def site_labels(node: Node) -> np.ndarray:
+    """Channel numbers, flat over ``[*batch, K]`` in the order of the leaf, on the site's activation."""
+    op = node.op
+    assert op.roles is not None
+    contract, batch = op.dims
+    pos = 0 if op.grouped is not None else op.x
+    shape = node.x.shape
+    b, c = tuple(batch[pos]), tuple(contract[pos])
+    parts = (op.roles.b, op.roles.k)
+    if op.use is not None and op.use.experts is not None:  # the channels of each row's expert
+        parts, b = ((), op.roles.k), ()
+    orders = [views.leaf_order(p) for p in parts]
+    stored = [p[i].size for p, order in zip(parts, orders, strict=True) for i in order]
+    ids = np.arange(int(np.prod(stored)), dtype=np.int32).reshape(stored)
+    nb = len(orders[0])
+    perm = [*np.argsort(orders[0]).tolist(), *(nb + int(i) for i in np.argsort(orders[1]))]
+    ids = np.transpose(ids, perm).reshape([shape[d] for d in (*b, *c)])
+    ids = np.transpose(ids, np.argsort((*b, *c)).tolist())
+    return ids.reshape([n if d in b or d in c else 1 for d, n in enumerate(shape)])
+
+
+def in_leaf_order(view: View, lab: np.ndarray) -> np.ndarray:
+    """Labels of a view as those of the leaf without its scanned axes; `UNIT` outside of the view's part."""
+    sizes: list[int] = []
+    for n, axis in zip(lab.shape, view.axes, strict=True):
+        if n > 1 and any(f.axis == views.POSITION for f in axis):
+            raise Blocked("a scale would depend on the position")
+        sizes += [f.size if n > 1 else 1 for f in axis if f.axis != views.POSITION]
+    factors = [f for axis in view.axes for f in axis if f.axis != views.POSITION]
+    order = views.leaf_order(tuple(factors))
+    lab = np.transpose(lab.reshape(sizes), order)
+    shape: list[int] = []  # of the part, axis by axis of the leaf
+    wide: list[int] = []  # of the factors, each axis of the leaf either varied over or not
+    for d in range(len(view.shape)):
+        mine = [i for i, k in enumerate(order) if factors[k].axis == d]
+        varied = any(lab.shape[i] > 1 for i in mine)
+        wide += [factors[order[i]].size if varied else 1 for i in mine]
+        if d not in view.scanned:
+            shape.append(math.prod(factors[order[i]].size for i in mine) if varied else 1)
+    lab = np.broadcast_to(lab, wide).reshape(shape)
+    live = [d for d in range(len(view.shape)) if d not in view.scanned]
+    cut = [view.extent(d) != (0, view.shape[d]) for d in live]
+    if any(cut):
+        out = np.full([view.shape[d] if c else n for d, n, c in zip(live, shape, cut, strict=True)], UNIT, np.int32)
+        spans = (view.extent(d) for d in live)
+        out[tuple(slice(a, a + n) if c else slice(None) for (a, n), c in zip(spans, cut, strict=True))] = lab
+        return out
+    return lab
 
 
 def _window(lab: np.ndarray, shape: tuple[int, ...], where: tuple[slice, ...]) -> np.ndarray:

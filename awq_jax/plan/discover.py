@@ -4,13 +4,14 @@ import contextlib
 import dataclasses
 import logging
 import math
+import re
 from collections.abc import Callable, Hashable
 
 import numpy as np
 
 from awq_jax.errors import PlanError
 from awq_jax.plan import absorb, channel_labels
-from awq_jax.plan.plan import TIED, Plan, ScaleGroup, Site
+from awq_jax.plan.plan import TIED, Follows, Plan, ScaleGroup, Site
 from awq_jax.plan.validate import overlap
 from awq_jax.trace.jaxpr import Use, Val
 from awq_jax.trace.rearranged import SAME_SHAPE
@@ -31,6 +32,7 @@ CHOOSERS = frozenset(("top_k", "approx_top_k", "argmax", "argmin", "sort"))
 FEW = 512  # a matrix of more columns, or of more than a quarter as many as rows, chooses no experts
 UNUSED, EMBEDDING = "its result is not used", "it is an embedding: the matmul only looks rows up"
 CONVOLUTION = "it is read by a convolution"
+_NUMBER = re.compile(r"\d+")
 VIEWS = SAME_SHAPE | {"reshape", "transpose", "squeeze"}
 
 
@@ -81,7 +83,11 @@ def discover(fn: Callable[..., object], params: object, *args: object, **kwargs:
         key = (*roots.pop(), _extent(program, uses[0][1]), experts) if len(roots) == 1 else name
         shared.setdefault(key, []).extend(uses)
     feeds_site = _flows_into_matmul(top)
-    groups = [_group(program, key, uses, feeds_site) for key, uses in shared.items()]
+    absorbers, follows = _absorbers(program, shared)
+    groups = [
+        dataclasses.replace(_group(program, uses, feeds_site, absorbers[key]), follows=follows.get(key))
+        for key, uses in shared.items()
+    ]
     return Plan(tuple(groups), skipped, _sizes(program, groups, skipped))
 
 
@@ -188,13 +194,13 @@ def _activation(scope: Scope, node: Node) -> tuple[Val, bytes]:
     Sites share statistics only if both are the same: the same value contracted over other axes, or
     over the same axes in another order, has a Gram of its own.
     """
-    v, lab, shared = node.x, absorb.site_labels(node), channel_labels.SharedChannels(0)
+    v, lab, shared = node.x, channel_labels.site_labels(node), channel_labels.SharedChannels(0)
     with contextlib.suppress(channel_labels.Blocked):
         while (source := _source(scope, v)) is not None:
             made, k = scope.made_by[v]
             _, lab = next(iter(channel_labels.back(made, k, lab, shared)))
             v = source
-    v = _first_padded(scope, v)
+    v = _first_alike(scope, v)
     for axis in range(lab.ndim):
         if (lab == lab.take([0], axis=axis)).all():
             lab = lab.take([0], axis=axis)
@@ -209,16 +215,16 @@ def _source(scope: Scope, v: Val) -> Val | None:
     return node.vals()[0]
 
 
-def _first_padded(scope: Scope, v: Val) -> Val:
-    """Of values that are padded alike the first: a kernel of experts pads its rows anew for every weight."""
+def _first_alike(scope: Scope, v: Val) -> Val:
+    """Of values that are padded or cut alike the first: a kernel of experts pads its rows anew for every weight."""
     node, _ = scope.made_by.get(v, (None, 0))
-    if node is None or node.name != "pad" or isinstance(node.ins[1], Val):
+    if node is None or node.name not in ("pad", "slice") or len(node.vals()) > 1 or not isinstance(node.ins[0], Val):
         return v
     for index, pos in scope.readers[node.ins[0]]:
         other = scope.nodes[index]
-        if index == OUTPUT or pos != 0 or other.name != "pad" or isinstance(other.ins[1], Val):
+        if index == OUTPUT or pos != 0 or other.name != node.name or len(other.vals()) > 1:
             continue
-        if other.params == node.params and np.array_equal(other.ins[1], node.ins[1]):
+        if other.params == node.params and np.array_equal(other.ins[1:], node.ins[1:]):
             return other.outs[0]
     return v
 
@@ -241,7 +247,87 @@ def _extent(program: Program, node: Node) -> tuple[tuple[int, ...], tuple[int, .
     return _site(program, node.use).extent()
 
 
-def _group(program: Program, key: Hashable, uses: list[tuple[Scope, Node]], feeds_site: dict[Node, bool]) -> ScaleGroup:
+Uses = list[tuple[Scope, Node]]
+
+
+def _absorbers(
+    program: Program, shared: dict[Hashable, Uses]
+) -> tuple[dict[Hashable, absorb.Absorbers], dict[Hashable, Follows]]:
+    """What absorbs the scale of each group, and the groups that take the scale of another."""
+    found: dict[Hashable, absorb.Absorbers] = {}
+    follows: dict[Hashable, Follows] = {}
+    in_order = sorted(shared, key=lambda key: _experts(shared[key]) is not None)  # a gate before its experts
+    for key in in_order:
+        others = {}
+        if _experts(shared[key]) is not None:
+            unscaled = [k for k in found if not found[k].absorbers and k not in follows and not _apart(k, shared[k])]
+            others = {k: [node for _, node in shared[k]] for k in unscaled if _experts(shared[k]) is None}
+        scope = shared[key][0][0]
+        sites = [node for _, node in shared[key]]
+        why = _apart(key, shared[key])
+        found[key] = absorb.Absorbers(reason=why) if why else absorb.find_absorbers(program, scope, sites, others)
+        _follow(program, shared, found, follows, key)
+    for members in _siblings(program, shared):
+        if len(members) < 2 or any(found[k].absorbers or k in follows or _apart(k, shared[k]) for k in members):
+            continue
+        free = [k for k in found if k not in members and not found[k].absorbers and k not in follows]
+        others = {k: [node for _, node in shared[k]] for k in free if not _apart(k, shared[k])}
+        leader, *rest = members
+        sites = [node for k in members for _, node in shared[k]]
+        joint = absorb.find_absorbers(program, shared[leader][0][0], sites, others)
+        if joint.absorbers:
+            _, batch, channels = _extent(program, shared[leader][0][1])
+            same = {k: np.arange(math.prod(batch) * channels, dtype=np.int32) for k in rest}
+            found[leader] = dataclasses.replace(joint, followers={**joint.followers, **same})
+            _follow(program, shared, found, follows, leader)
+    return found, follows
+
+
+def _follow(
+    program: Program,
+    shared: dict[Hashable, Uses],
+    found: dict[Hashable, absorb.Absorbers],
+    follows: dict[Hashable, Follows],
+    leader: Hashable,
+) -> None:
+    """Enter the groups that take the scale of ``leader``."""
+    first = shared[leader][0][1].use
+    assert first is not None
+    for key, index in found[leader].followers.items():
+        follows[key] = Follows(_site(program, first).name, index)
+        found[key] = absorb.Absorbers()
+
+
+def _siblings(program: Program, shared: dict[Hashable, Uses]) -> list[list[Hashable]]:
+    """Groups of experts that are multiplied one by one: of one scope and size, with names that a number tells apart."""
+    out: dict[Hashable, list[Hashable]] = {}
+    for key, uses in shared.items():
+        scope, node = uses[0]
+        assert node.use is not None
+        name = _site(program, node.use).name
+        if (node.use.part or len(_NUMBER.findall(name)) > 1) and _experts(uses) is None:
+            pattern = _NUMBER.sub("*", name[::-1], count=1)[::-1]  # the last
+            out.setdefault((scope, pattern, _extent(program, node)), []).append(key)
+    return list(out.values())
+
+
+def _experts(uses: Uses) -> Hashable | None:
+    """By what the rows of a group choose their experts, if they do."""
+    return uses[0][1].use.experts if uses[0][1].use else None
+
+
+def _apart(key: Hashable, uses: Uses) -> str:
+    """Why no scale of a group can be absorbed, whatever is upstream; "" if one may be."""
+    if isinstance(key, str):
+        return f"{len(uses)} matmuls with different inputs share this weight"
+    if any(node.use.split for _, node in uses if node.use):
+        return "a shard_map splits its rows or its experts over several devices"
+    if (outer := uses[0][0].outer) is not None and outer[1].name == "cond":
+        return "it is inside a cond"
+    return ""
+
+
+def _group(program: Program, uses: Uses, feeds_site: dict[Node, bool], found: absorb.Absorbers) -> ScaleGroup:
     sites: dict[str, Site] = {}
     for scope, node in uses:
         use = node.use
@@ -254,14 +340,6 @@ def _group(program: Program, key: Hashable, uses: list[tuple[Scope, Node]], feed
         sites[site.name] = dataclasses.replace(site, head=head, router=router)
     scan, batch, channels = _extent(program, uses[0][1])
     name = next(iter(sites))
-    if isinstance(key, str):
-        found = absorb.Absorbers(reason=f"{len(uses)} matmuls with different inputs share this weight")
-    elif any(node.use.split for _, node in uses if node.use):
-        found = absorb.Absorbers(reason="a shard_map splits its rows or its experts over several devices")
-    elif (outer := uses[0][0].outer) is not None and outer[1].name == "cond":
-        found = absorb.Absorbers(reason="it is inside a cond")
-    else:
-        found = absorb.find_absorbers(program, uses[0][0], [node for _, node in uses])
     return ScaleGroup(
         name, tuple(sites.values()), channels, found.absorbers, found.shared_channels, scan, batch, found.reason
     )

@@ -62,7 +62,8 @@ class Folder:
 
     Args:
       plan: scale groups.
-      scales: group name -> ``s [*scan, *batch, K]``, positive; groups that are absent stay as they are.
+      scales: group name -> ``s [*scan, *batch, K]``, positive; groups that are absent stay as they are, but for those
+        that follow one which absorbs its scale.
 
     Raises:
       PlanError: a name is not a group of the plan.
@@ -71,7 +72,7 @@ class Folder:
 
     def __init__(self, plan: Plan, scales: Scales):
         groups = {g.name: g for g in plan.groups}
-        self._scales = scales
+        self._scales = scales = {**scales, **_followed(groups, scales)}
         self._sites: dict[str, list[tuple[ScaleGroup, Site]]] = {}
         self._absorbers: dict[str, list[tuple[ScaleGroup, Absorber]]] = {}
         for name, s in scales.items():
@@ -111,6 +112,23 @@ class Folder:
             *(ScaleStep("over", a.offset, absorber_scale(g, a, self._scales[g.name])) for g, a in divide),
             *(ScaleStep("times", 0.0, site_scale(g, site, self._scales[g.name])) for g, site in multiply),
         )
+
+
+def followed(group: ScaleGroup, s: Array) -> Array:
+    """The scale of a group that follows another, whose scale is ``s``: ``[*scan, *batch, K]``."""
+    assert group.follows is not None
+    flat = s.reshape(*group.scan, -1)
+    return flat[..., np.asarray(group.follows.index)].reshape(*group.scan, *group.batch, group.channels)
+
+
+def _followed(groups: Mapping[str, ScaleGroup], scales: Scales) -> Scales:
+    """The scales of all groups that follow one which absorbs its own."""
+    leads = {name for name in scales if name in groups and groups[name].absorbers}
+    return {
+        name: followed(g, scales[g.follows.group])
+        for name, g in groups.items()
+        if g.follows is not None and g.follows.group in leads
+    }
 
 
 def scaled(w: A, steps: tuple[ScaleStep, ...]) -> A:

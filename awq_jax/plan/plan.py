@@ -115,6 +115,19 @@ class Absorber:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Follows:
+    """The group whose scale another one takes.
+
+    Attributes:
+      group: its name.
+      index: int32, for each channel, flat over ``[*batch, K]``, the channel of that group, likewise flat.
+    """
+
+    group: str
+    index: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class ScaleGroup:
     """Sites that read the same activation, and the parameters upstream that absorb its scale.
 
@@ -127,6 +140,7 @@ class ScaleGroup:
       batch: sizes of the batch (expert) axes of the *activation*.
       channels: K.
       reason: why nothing can absorb the scale, for the user to read; "" otherwise.
+      follows: the group whose scale, absorbed there, this one takes, as both read one value; None if it has its own.
     """
 
     name: str
@@ -137,6 +151,16 @@ class ScaleGroup:
     scan: tuple[int, ...] = ()
     batch: tuple[int, ...] = ()
     reason: str = ""
+    follows: Follows | None = None
+
+    @property
+    def is_folded(self) -> bool:
+        """Whether a scale of it is absorbed upstream."""
+        return bool(self.absorbers) or self.follows is not None
+
+    def without_absorbers(self, reason: str) -> ScaleGroup:
+        """The group when nothing absorbs its scale, for ``reason``."""
+        return dataclasses.replace(self, absorbers=(), shared_channels=None, reason=reason, follows=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,6 +208,7 @@ class Plan:
                     "scan": list(g.scan),
                     "batch": list(g.batch),
                     "reason": g.reason,
+                    **({"follows": {"group": g.follows.group, "index": _encode(g.follows.index)}} if g.follows else {}),
                 }
                 for g in self.groups
             ],
@@ -227,6 +252,7 @@ class Plan:
                     scan=tuple(g.get("scan", ())),
                     batch=tuple(g.get("batch", ())),
                     reason=g.get("reason", ""),
+                    follows=Follows(f["group"], _decode(f["index"])) if (f := g.get("follows")) else None,
                 )
                 for g in data["groups"]
             )
@@ -258,7 +284,9 @@ class Plan:
             for s in g.sites:
                 mark = "  (head)" if s.head else "  (router)" if s.router else ""
                 lines.append(f"    reads  {s.name} {s.shape} {s.axes}{mark}")
-            lines += [f"    absorb {a.path}" for a in g.absorbers] or [f"    no absorber: {g.reason}"]
+            scaled = [f"    absorb {a.path}" for a in g.absorbers]
+            scaled += [f"    scaled as {g.follows.group}"] if g.follows else []
+            lines += scaled or [f"    no absorber: {g.reason}"]
         lines += [f"{path}  left float: {why}" for path, why in self.skipped.items()]
         if self.sizes:
             lines.append(f"packed by default: {self.share}")

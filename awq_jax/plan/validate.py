@@ -39,6 +39,8 @@ def validate(plan: Plan, params: object) -> None:
         width = math.prod(g.batch) * g.channels
         for a in g.absorbers:
             _check_absorber(g, a, np.asarray(a.index), width, shapes)
+        if g.follows is not None:
+            _check_follows(g, {other.name: other for other in plan.groups})
         if g.shared_channels is not None and (np.shape(g.shared_channels) != (width,)):
             raise PlanError(f"group {g.name}: shared_channels has shape {np.shape(g.shared_channels)}, not ({width},)")
 
@@ -72,6 +74,18 @@ def _check_site(group: ScaleGroup, site: Site, shapes: Shapes) -> None:
         raise PlanError(f"group {group.name}: {site.name} has batch axes {batch}, the group {group.batch}")
     if k != group.channels:
         raise PlanError(f"group {group.name}: {site.name} contracts {k} channels, the group has {group.channels}")
+
+
+def _check_follows(g: ScaleGroup, groups: Mapping[str, ScaleGroup]) -> None:
+    assert g.follows is not None
+    name, index = g.follows.group, np.asarray(g.follows.index)
+    if name not in groups or groups[name].follows is not None or groups[name].scan != g.scan or g.absorbers:
+        raise PlanError(
+            f"group {g.name} cannot follow {name}: that must be a group of the same layers with a scale of its own"
+        )
+    width, mine = (math.prod(x.batch) * x.channels for x in (groups[name], g))
+    if index.shape != (mine,) or (index.size and (index.min() < 0 or index.max() >= width)):
+        raise PlanError(f"group {g.name}: the index into {name} must be {mine} channels of its {width}")
 
 
 def overlap(a: Site, b: Site) -> bool:

@@ -77,9 +77,11 @@ def verify(
         return max((_distance(a, b) for a, b in zip(before, after, strict=True)), default=0.0)
 
     bad = _culprits(groups, moved, tol)
-    return dataclasses.replace(
-        plan, groups=tuple(_without(g, bad[g.name]) if g.name in bad else g for g in plan.groups)
-    )
+
+    def kept(g: ScaleGroup) -> ScaleGroup:
+        return _without(g, bad[name]) if (name := g.follows.group if g.follows else g.name) in bad else g
+
+    return dataclasses.replace(plan, groups=tuple(map(kept, plan.groups)))
 
 
 def _random_scale(group: ScaleGroup, rng: np.random.Generator) -> np.ndarray:
@@ -135,4 +137,4 @@ def _culprits(groups: list[ScaleGroup], moved: Callable[[list[ScaleGroup]], floa
 def _without(group: ScaleGroup, shift: float) -> ScaleGroup:
     by = "made the output NaN or infinite" if np.isinf(shift) else f"moved the output by {shift:.1e} of its size"
     reason = f"verification: a scale on this group {by}"
-    return dataclasses.replace(group, absorbers=(), shared_channels=None, reason=reason)
+    return group.without_absorbers(reason)

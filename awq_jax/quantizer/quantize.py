@@ -240,8 +240,12 @@ def quantize_groups(
     rows: list[report.LayerReport] = []
     inputs = KeptInputs(pool.size == 1 and pool.team is None)
     with settings():
-        for group, mine in work:
-            scales[group.name] = find_scale(group, mine, leaves, fetch(group.name), config, pool, inputs)
+        # Those that take the scale of another come after it.
+        for group, mine in sorted(work, key=lambda entry: entry[0].follows is not None):
+            if group.follows is None:
+                scales[group.name] = find_scale(group, mine, leaves, fetch(group.name), config, pool, inputs)
+            else:
+                scales[group.name] = _scale_of_leader(group, scales)
             progress()
         searched = time.perf_counter()
         found = {n: s.scale for n, s in scales.items() if s.scale is not None}
@@ -277,6 +281,18 @@ def quantize_groups(
     }
     jax.block_until_ready(jax.tree.leaves(out))
     return Quantized(out, rows, {"search": searched - started, "round": time.perf_counter() - searched}, kept)
+
+
+def _scale_of_leader(group: ScaleGroup, found: Mapping[str, GroupScale]) -> GroupScale:
+    """The scale of a group that follows another, of those that were ``found``."""
+    assert group.follows is not None
+    name = group.follows.group
+    if name not in found:
+        return GroupScale(None, reason=f"it would take the scale of {name}, which is left float")
+    leader = found[name]
+    if leader.scale is None:
+        return leader
+    return GroupScale(np.asarray(fold.followed(group, leader.scale)), leader.ratio, leader.reason)
 
 
 def changed(plan: Plan, targets: Mapping[str, Target], leaves: Mapping[str, Weight]) -> dict[str, Weight]:

@@ -294,7 +294,7 @@ def _energies(
 def _assemble(t: Target, group: ScaleGroup, leaf: Weight, rounded: _Packed, found: GroupScale) -> QuantizedTensor:
     _, k_dims, n_dims = split_shape(t.site.part_shape, t.site.canonical_axes)
     inverse = None
-    if found.scale is not None and not group.absorbers:
+    if found.scale is not None and not group.is_folded:
         inverse = jax.device_put(scale_to_batched(np.float32(1.0) / found.scale, t))
 
     def batched(a: Array) -> jax.Array:
@@ -339,7 +339,7 @@ def _row(
         ratio=found.ratio,
         clipped=float(rounded.clipped.mean(dtype=np.float64)),
         shrinkage=float(rounded.shrunk.mean(dtype=np.float64)) if known else None,
-        scale="none" if found.scale is None else ("folded" if group.absorbers else "explicit"),
+        scale="none" if found.scale is None else ("folded" if group.is_folded else "explicit"),
         reason=found.reason,
     )
 

@@ -96,7 +96,7 @@ class Chain:
         for group in found.groups:
             block = owner(group.name)
             if any(owner(a.path) != block for a in group.absorbers):
-                group = without_absorbers(group, ELSEWHERE)
+                group = group.without_absorbers(ELSEWHERE)
             groups.setdefault(kinds[block], []).append(renamed(group, f"{block}/", ""))
         for path, why in found.skipped.items():
             block = owner(path)
@@ -156,11 +156,6 @@ def owner(path: str) -> str:
     return EMBED if top in EMBEDDING else HEAD
 
 
-def without_absorbers(group: ScaleGroup, reason: str) -> ScaleGroup:
-    """``group`` when nothing absorbs its scale, for ``reason``."""
-    return dataclasses.replace(group, absorbers=(), shared_channels=None, reason=reason)
-
-
 def renamed(group: ScaleGroup, old: str, new: str) -> ScaleGroup:
     """``group`` with paths that begin with ``new`` instead of ``old``."""
 
@@ -172,6 +167,7 @@ def renamed(group: ScaleGroup, old: str, new: str) -> ScaleGroup:
         name=name(group.name),
         sites=tuple(dataclasses.replace(s, path=name(s.path)) for s in group.sites),
         absorbers=tuple(dataclasses.replace(a, path=name(a.path)) for a in group.absorbers),
+        follows=group.follows and dataclasses.replace(group.follows, group=name(group.follows.group)),
     )
 
 
@@ -181,8 +177,8 @@ def within(group: ScaleGroup, block: DecoderBlock) -> ScaleGroup:
 
 
 def refuse(group: ScaleGroup, why: str | None) -> ScaleGroup:
-    """`without_absorbers`, if there is a reason."""
-    return group if why is None else without_absorbers(group, why)
+    """The group without absorbers, if there is a reason."""
+    return group if why is None else group.without_absorbers(why)
 
 
 def _abstract_layer(config: ModelConfig, layer: LayerConfig) -> tuple[nnx.GraphDef, nnx.State]:

@@ -99,7 +99,7 @@ class Lockstep:
         start, number = time.perf_counter(), self._number(group)
         first = self._programs[0]
         scale = np.ones((*group.scan, *group.batch, group.channels), np.float32)
-        if found.scale is not None and group.absorbers:
+        if found.scale is not None and group.is_folded:
             scale = np.asarray(found.scale, np.float32)
         aims: Mapping[str, Weight] = {}
         self._kept = None

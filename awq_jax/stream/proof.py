@@ -34,5 +34,5 @@ def refused(
     return {
         new.name: new.reason
         for old, new in zip(plan.groups, proven.groups, strict=True)
-        if old.absorbers and not new.absorbers
+        if old.is_folded and not new.is_folded
     }

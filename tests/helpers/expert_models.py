@@ -68,8 +68,8 @@ def case(name: str) -> Case:
     """One of `FORMS`."""
     shapes = {"norm": (D,), "router": (D, E), "gate": (E, D, F), "up": (E, D, F), "down": (E, F, D), "head": (D, V)}
     groups = {
-        "router": "!also used by",
-        "gate up": "!also used by",
+        "router": "=gate",
+        "gate up": "norm",
         "down": "up",
         "head": "!scatter" if name == "ragged" else "down",
     }

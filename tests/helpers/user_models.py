@@ -22,7 +22,8 @@ class Case:
     """A model and what discovery must say about it.
 
     Attributes:
-      groups: sites (space separated) -> absorbers (space separated), or "!" and a part of the reason.
+      groups: sites (space separated) -> absorbers (space separated), "!" and a part of the reason, or "=" and the
+        group whose scale is taken.
       skipped: path -> part of the reason.
     """
 

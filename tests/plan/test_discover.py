@@ -45,6 +45,9 @@ def test_groups_absorbers_and_reasons(name: str) -> None:
             assert not g.absorbers
             assert what[1:] in g.reason
             assert g.reason
+        elif what.startswith("="):
+            assert g.follows is not None
+            assert g.follows.group == what[1:]
         else:
             assert sorted(a.path for a in g.absorbers) == sorted(what.split())
             assert g.reason == ""

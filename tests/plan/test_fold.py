@@ -63,7 +63,8 @@ def half(plan: Plan, params: Any, scales: Any, **gone: Any) -> Any:
 
 
 def scale_sites(plan: Plan, params: Any, scales: Any) -> Any:
-    return half(plan, params, scales, absorbers=())
+    taken = {g.name: fold.followed(g, scales[g.follows.group]) for g in plan.groups if g.follows}
+    return half(plan, params, scales | taken, absorbers=(), follows=None)
 
 
 def divide_absorbers(plan: Plan, params: Any, scales: Any) -> Any:

@@ -61,14 +61,33 @@ def flax_lm1b() -> Model:
 @model
 def flax_wmt() -> Model:
     found = _models_of("wmt")
-    made = found.Transformer(found.TransformerConfig(**SIZES, share_embeddings=True, deterministic=True))
+    config = found.TransformerConfig(**SIZES, share_embeddings=True, deterministic=True)
+    made = found.Transformer(config)
 
     def batch(seed: int) -> tuple[Any, ...]:
         return tokens(seed, low=1), tokens(seed + 50, (8, 24), low=1)
 
     params = nn.unbox(made.init(jax.random.key(0), *batch(0)))["params"]
     folds = {"encoderblock_0/MlpBlock_0/Dense_0": {"LayerNorm_1/scale", "LayerNorm_1/bias"}}
-    return Model(lambda p, source, target: made.apply({"params": p}, source, target), params, batch, folds)
+
+    def decode(bind: Any, params: Any, source: jax.Array, ids: jax.Array) -> jax.Array:
+        one_by_one = found.Transformer(config.replace(decode=True))
+        cache = one_by_one.init(jax.random.key(0), jnp.ones_like(source), jnp.ones_like(ids))["cache"]
+        encode = bind(lambda p, source: one_by_one.apply({"params": p}, source, method="encode"))
+
+        def one(p: Any, cache: Any, encoded: jax.Array, source: jax.Array, token: jax.Array) -> Any:
+            given = (encoded, source, token)
+            return one_by_one.apply({"params": p, "cache": cache}, *given, mutable=["cache"], method="decode")
+
+        step, encoded, logits = bind(one), encode(params, source), []
+        shifted = jnp.concatenate([jnp.zeros_like(ids[:, :1]), ids[:, :-1]], 1)  # as the model itself does elsewhere
+        for t in range(ids.shape[1]):
+            found_here, changed = step(params, cache, encoded, source, shifted[:, t : t + 1])
+            cache = changed["cache"]
+            logits.append(found_here)
+        return jnp.concatenate(logits, 1)
+
+    return Model(lambda p, source, target: made.apply({"params": p}, source, target), params, batch, folds, decode)
 
 
 @model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from typing import Any
 
@@ -28,6 +29,12 @@ LLAMA = {
     "self_attention/out": {"self_attention/value"},
     "mlp/wi_0": {"post_self_attention_layer_norm"},
     "mlp/wo": {"mlp/wi_1"},
+}
+# As AutoAWQ and llm-compressor scale Mixtral and DeepSeek: what the router reads is scaled for the experts.
+MOE = {
+    "MoeBlock_0/gate": {"post_self_attention_layer_norm"},
+    "MoeBlock_0/wi_0": {"post_self_attention_layer_norm"},
+    "MoeBlock_0/wo": {"MoeBlock_0/wi_1"},
 }
 
 
@@ -76,7 +83,8 @@ def maxtext_llama2_unrolled() -> Model:
 def maxtext_mixtral() -> Model:
     return maxtext_model(
         {"decoder_block": "mixtral", "num_experts": 4, "num_experts_per_tok": 2, "base_moe_mlp_dim": 128},
-        {"self_attention/query": {"pre_self_attention_layer_norm"}, "self_attention/out": {"self_attention/value"}},
+        MOE
+        | {"self_attention/query": {"pre_self_attention_layer_norm"}, "self_attention/out": {"self_attention/value"}},
     )
 
 
@@ -88,11 +96,23 @@ def maxtext_deepseek() -> Model:
             "base_moe_mlp_dim": 64, "first_num_dense_layers": 1, "shared_experts": 1, "base_num_decoder_layers": 3,
             "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
             "base_num_kv_heads": 4, "routed_bias": True, "routed_score_func": "sigmoid",
+            "mla_naive_kvcache": False,
         },
-        {},
+        MOE
+        | {
+            "wq_a": {"pre_self_attention_layer_norm"},
+            "wq_b": {"q_norm"},
+            "wkv_b": {"kv_norm"},
+            "self_attention/out": {"wkv_b"},
+            "shared_experts/wi_0": {"moe_layers/post_self_attention_layer_norm"},
+            "shared_experts/wo": {"shared_experts/wi_1"},
+            "dense_layers/mlp/wi_0": {"dense_layers/post_self_attention_layer_norm"},
+            "dense_layers/mlp/wo": {"dense_layers/mlp/wi_1"},
+        },
     )  # fmt: skip
 
 
 @model
 def maxtext_gemma2() -> Model:
-    return maxtext_model({"decoder_block": "gemma2", "logits_via_embedding": True, "base_num_decoder_layers": 4}, {})
+    settings = {"decoder_block": "gemma2", "logits_via_embedding": True, "base_num_decoder_layers": 4}
+    return dataclasses.replace(maxtext_model(settings, {}), apart=True)

@@ -38,15 +38,18 @@ class Model:
       batch: of a seed.
       folds: a weight -> what absorbs the scale of its input, by parts of their paths; written down before a plan was
         looked at.
-      decode: ``decode(bind, params, ids)`` that returns the logits of `ids` by the model's own function for one token
-        after another, each with what it keeps of those before; ``bind`` is to be put around that function.
+      decode: ``decode(bind, params, *batch)`` that returns what `fn` does by the model's own function for one token of
+        the last of ``batch`` after another, each with what it keeps of those before; ``bind`` is to be put around it.
+      apart: in float, too, `decode` returns something else than `fn`: it is held to itself with the same weights
+        dequantized.
     """
 
     fn: Callable[..., Any]
     params: Any
     batch: Callable[[int], tuple[Any, ...]]
     folds: dict[str, set[str]] = dataclasses.field(default_factory=dict)
-    decode: Callable[[Callable[..., Any], Any, jax.Array], jax.Array] | None = None
+    decode: Callable[..., jax.Array] | None = None
+    apart: bool = False
 
 
 def model(build: Callable[[], Model]) -> Callable[[], Model]:
@@ -93,9 +96,13 @@ def measure(name: str) -> dict[str, Any]:
         errors[method] = (moved / size) ** 0.5
     served = None
     if made.decode is not None:
-        ids = made.batch(200)[0][:1, :STEPS]
-        one_by_one = np.asarray(made.decode(awq_jax.bind, q, ids), np.float64)
-        whole = np.asarray(bound(q, ids), np.float64)
+        *given, ids = made.batch(200)
+        few = [a[:1] for a in given] + [jax.tree.map(lambda a: a[:1, :STEPS], ids)]
+        one_by_one = np.asarray(made.decode(awq_jax.bind, q, *few), np.float64)
+        if made.apart:
+            whole = np.asarray(made.decode(lambda f: f, dequantized(q), *few), np.float64)
+        else:
+            whole = np.asarray(bound(q, *few), np.float64)
         served = float(np.abs(one_by_one - whole).max() / np.abs(whole).max())
     share = report.share
     assert share is not None
@@ -105,7 +112,9 @@ def measure(name: str) -> dict[str, Any]:
         path: n for path, n in plan.sizes.items() if path not in chosen and (path in divisible or path in plan.skipped)
     }
     left = {path: why for path, _, why, by_rule in share.left if path in meant and not by_rule}
-    folded = {" ".join(s.name for s in g.sites): sorted(a.path for a in g.absorbers) for g in plan.groups}
+    absorbers = {g.name: g.absorbers for g in plan.groups}
+    above = {g.name: absorbers[g.follows.group] if g.follows else g.absorbers for g in plan.groups}
+    folded = {" ".join(s.name for s in g.sites): sorted(a.path for a in above[g.name]) for g in plan.groups}
     return {
         "name": name,
         "packed": 1 - sum(meant[path] for path in left) / max(sum(meant.values()), 1),
@@ -119,6 +128,12 @@ def measure(name: str) -> dict[str, Any]:
         "decoded": served,
         "seconds": time.perf_counter() - started,
     }
+
+
+def dequantized(q: Any) -> Any:
+    """The tree with the numbers that its packed leaves stand for."""
+    packed = awq_jax.qtensor.is_quantized
+    return jax.tree.map(lambda a: a.dequantize() if packed(a) else a, q, is_leaf=packed)
 
 
 def wrong_folds(expected: dict[str, set[str]], found: dict[str, list[str]]) -> list[str]:

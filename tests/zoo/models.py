@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import importlib.util
+import inspect
 import sys
 import types
 from typing import Any
@@ -79,9 +81,31 @@ def hf_t5() -> Model:
     def fn(params: Any, ids: jax.Array, target: jax.Array) -> Any:
         return made(ids, decoder_input_ids=target, params=params, train=False, return_dict=False)[0]
 
-    return Model(
-        fn, made.params, lambda seed: (tokens(seed), tokens(seed + 50, (8, 24))), {"DenseReluDense/wi": {"layer_norm"}}
-    )
+    folds = {"DenseReluDense/wi": {"layer_norm"}}
+    batch = functools.partial(_source_and_target, (8, 24))
+    return Model(fn, made.params, batch, folds, functools.partial(_decode_from_encoder, made))
+
+
+def _source_and_target(shape: tuple[int, int], seed: int) -> tuple[jax.Array, jax.Array]:
+    return tokens(seed), tokens(seed + 50, shape)
+
+
+def _decode_from_encoder(made: Any, bind: Any, params: Any, source: jax.Array, ids: jax.Array) -> jax.Array:
+    """The decoder of a model of transformers, token by token; the encoder once."""
+    settings = {"train": False, "return_dict": False}
+    encoded = bind(lambda params, source: made.encode(source, params=params, **settings))(params, source)
+    cache: Any = made.init_cache(*ids.shape, encoded)
+    places = {"decoder_position_ids"} & set(inspect.signature(made.decode).parameters)
+
+    def one(params: Any, encoded: Any, token: jax.Array, cache: Any, at: jax.Array) -> Any:
+        known = {"past_key_values": cache, "decoder_attention_mask": jnp.ones_like(ids)} | dict.fromkeys(places, at)
+        return made.decode(token, encoded, params=params, **known, **settings)[:2]
+
+    step, logits = bind(one), []
+    for at in range(ids.shape[1]):
+        found, cache = step(params, encoded, ids[:, at : at + 1], cache, jnp.full((len(ids), 1), at))
+        logits.append(found)
+    return jnp.concatenate(logits, 1)
 
 
 @model
@@ -102,7 +126,7 @@ def hf_whisper() -> Model:
         sound = np.random.default_rng(seed).normal(size=(8, 32, 100)).cumsum(axis=2) / 5
         return jnp.asarray(sound, jnp.float32), tokens(seed, (8, 24))
 
-    return Model(fn, made.params, batch)
+    return Model(fn, made.params, batch, decode=functools.partial(_decode_from_encoder, made))
 
 
 @model
@@ -148,7 +172,24 @@ def keras_hub_llama() -> Model:
         ids = tokens(seed)
         return ({"token_ids": ids, "padding_mask": jnp.ones_like(ids, bool)},)
 
-    return Model(fn, params, batch)
+    def decode(bind: Any, params: Any, given: Any) -> jax.Array:
+        """What it is given to make a text: the layers of the same backbone with its cache."""
+        ids = given["token_ids"]
+        names = {v.path: v for v in made.variables}
+        lm = keras_hub.models.LlamaCausalLM(backbone=made, preprocessor=None)
+
+        def one(params: Any, token: jax.Array, cache: jax.Array, at: jax.Array) -> Any:
+            with keras.StatelessScope(state_mapping=[(names[path], a) for path, a in params.items()]):
+                return lm.call_with_cache(token, cache, at)[1:]
+
+        step, features = bind(one), []
+        cache = jnp.zeros((len(ids), 2, 2, ids.shape[1], 2, 16))
+        for at in range(ids.shape[1]):
+            found, cache = step(params, ids[:, at : at + 1], cache, jnp.asarray(at))
+            features.append(found)
+        return jnp.concatenate(features, 1)
+
+    return Model(fn, params, batch, decode=decode)
 
 
 def tunix_package() -> None:
@@ -176,7 +217,8 @@ def _of_tunix(module: str, cls: str, config: Any) -> Model:
 
     def decode(bind: Any, params: Any, ids: jax.Array) -> jax.Array:
         b, t = ids.shape
-        keys = jnp.zeros((b, t, made.config.num_kv_heads, made.config.head_dim))
+        dtype = jax.tree.leaves(nnx.state(made, nnx.Param))[0].dtype
+        keys = jnp.zeros((b, t, made.config.num_kv_heads, made.config.head_dim), dtype)
         layer = {"k": keys, "v": keys, "end_index": jnp.zeros((b,), jnp.int32)}  # as tunix's sampler makes them
         cache: Any = {f"layer_{i}": layer for i in range(made.config.num_layers)}
         step, logits = bind(fn), []
@@ -205,7 +247,7 @@ def tunix_llama3() -> Model:
 
 @model
 def tunix_qwen3_moe() -> Model:
-    return _of_tunix(
+    made = _of_tunix(
         "tunix.models.qwen3.model",
         "Qwen3",
         lambda m: m.ModelConfig(
@@ -213,6 +255,8 @@ def tunix_qwen3_moe() -> Model:
             rope_theta=10000, norm_eps=1e-5, num_experts=4, num_experts_per_tok=2,
         ),
     )  # fmt: skip
+    folds = {"mlp/gate_proj": {"post_attention_layernorm"}, "mlp/router": {"post_attention_layernorm"}}
+    return dataclasses.replace(made, folds=folds | {"mlp/down_proj": {"up_proj"}, "attn/o_proj": {"v_proj"}})
 
 
 @model
