@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +63,7 @@ class Perplexity:
         return numbers | {"windows": len(self.window_nll)}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Divergence:
     """How far a model's predictions are from a reference model's on the same text.
 
@@ -72,16 +72,20 @@ class Divergence:
       standard_error: of ``kl``, from the scatter between windows; None below `FEWEST` windows.
       agreement: share of tokens at which both models rank the same token first.
       tokens: tokens compared.
+      window_kl: float64 ``[W]``, nats summed per window.
+      window_tokens: int64 ``[W]``, tokens compared per window.
     """
 
     kl: float
     standard_error: float | None
     agreement: float
     tokens: int
+    window_kl: np.ndarray
+    window_tokens: np.ndarray
 
     def to_dict(self) -> dict[str, object]:
         """Plain JSON data."""
-        return dataclasses.asdict(self)
+        return {name: getattr(self, name) for name in ("kl", "standard_error", "agreement", "tokens")}
 
 
 def perplexity(
@@ -200,7 +204,7 @@ def kl(
     (window_kl, same), window_tokens = work.sums("KL", progress, per_token)
     mean, error = _mean(window_kl, window_tokens)
     total = int(window_tokens.sum())
-    return Divergence(mean, error, float(same.sum()) / total, total)
+    return Divergence(mean, error, float(same.sum()) / total, total, window_kl, window_tokens)
 
 
 def _forward(model: Scorable) -> Callable[..., jax.Array]:
@@ -225,15 +229,19 @@ def _divergence(reference: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax
     return terms.sum(axis=-1), p.argmax(-1) == q.argmax(-1)
 
 
-def difference(a: Perplexity, b: Perplexity) -> tuple[float, float | None]:
-    """``a.nll - b.nll`` and its standard error, paired by window (both on the same text and windows).
+M = TypeVar("M", Perplexity, Divergence)
+
+
+def difference(a: M, b: M) -> tuple[float, float | None]:
+    """``a.nll - b.nll``, or ``a.kl - b.kl``, and its standard error, paired by window (of the same text and windows).
 
     Raises:
       ConfigError: if the windows differ.
     """
     if not np.array_equal(a.window_tokens, b.window_tokens):
-        raise ConfigError("the two perplexities are of different windows; use the same text, context and stride")
-    return _mean(a.window_nll - b.window_nll, a.window_tokens)
+        raise ConfigError("the two results are of different windows; use the same text, context and stride")
+    lost = [x.window_nll if isinstance(x, Perplexity) else x.window_kl for x in (a, b)]
+    return _mean(lost[0] - lost[1], a.window_tokens)
 
 
 class _Windows:

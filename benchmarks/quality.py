@@ -6,7 +6,7 @@ The text is tokenized once: the first ``samples x seq_len`` tokens calibrate, th
 Without ``--text`` the model samples its own text (two seeds), which is the only text a model of children's stories can
 be judged on. The first of ``--methods`` is what the others are compared with; ``--settings KEY=VALUE ...`` are further
 fields of `AwqConfig`. ``--two-streams`` adds the last method in one pass and in two streams as `Model.quantize` does
-them, with the CPU seconds of all their work, and their difference in loss over the same windows.
+them, with the CPU seconds of all their work, and their differences in loss and in divergence over the same windows.
 """
 
 import functools
@@ -69,7 +69,7 @@ def quality(
     asked = {"bits": bits, "group_size": group_size}
     rows: list[running.Row] = []
     plain: tuple[float, float] | None = None
-    once: evaluate.Perplexity | None = None
+    once: tuple[evaluate.Perplexity, evaluate.Divergence] | None = None
     ways: list[tuple[str, bool | None]] = [(m, None) for m in methods]
     ways += [(methods[-1], streams) for streams in (False, True) if two_streams]
     for method, streams in ways:
@@ -93,8 +93,9 @@ def quality(
         )  # fmt: skip
         if streams is not None:
             rows[-1] |= {"streams": 1 + streams, "cpu_seconds": round(busy, 1)}
-            once = once or after
-            rows[-1]["vs_one_pass"], rows[-1]["vs_one_pass_error"] = evaluate.difference(after, once)
+            once = once or (after, far)
+            rows[-1]["vs_one_pass"], rows[-1]["vs_one_pass_error"] = evaluate.difference(after, once[0])
+            rows[-1]["kl_vs_one_pass"], rows[-1]["kl_vs_one_pass_error"] = evaluate.difference(far, once[1])
         print(rows[-1], flush=True)
     return {
         "model": Path(model).name,

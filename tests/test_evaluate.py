@@ -120,6 +120,11 @@ def test_difference_is_paired_by_window():
     assert delta == pytest.approx(a.nll - b.nll)
     assert error is not None
     assert evaluate.difference(a, a) == (0.0, 0.0)
+    near, far = (evaluate.kl(small(s), small(0), TOKENS, context=8) for s in (2, 3))
+    apart, error = evaluate.difference(far, near)
+    assert apart == pytest.approx(far.kl - near.kl)
+    rest = far.window_kl - near.window_kl - apart * far.window_tokens  # of a ratio estimate (Cochran 1977, 6.4)
+    assert error == pytest.approx(rest.std(ddof=1) * len(rest) ** 0.5 / far.tokens)
     with pytest.raises(ConfigError, match="different windows"):
         evaluate.difference(a, evaluate.perplexity(small(), TOKENS, context=9))
 
