@@ -22,7 +22,7 @@ of the target for its drift is Qronos' (arXiv 2505.11695) and GPTAQ's (arXiv 250
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +30,11 @@ import numpy as np
 
 from awq_jax.algorithm import solve
 from awq_jax.algorithm.solve import Blocks
+from awq_jax.devices import host
 from awq_jax.pack import Array
 
 LAM = 0.3  # of each channel's energy and of a tenth of the mean
+ROWS = 512  # of a Gram that NumPy multiplies with at a time
 COLUMNS = 128  # of the weights, at most, that strengths are chosen by
 
 
@@ -185,8 +187,7 @@ def _right_side(moments: Moments, w: Array, streamed: Array, taken: Array) -> ja
     return sum(sides[1:], start=sides[0])
 
 
-@jax.jit
-def remaining(moments: Moments, gap: Array, w: Array, streamed: Array, stored: Array) -> tuple[jax.Array, jax.Array]:
+def remaining(moments: Moments, gap: Array, w: Array, streamed: Array, stored: Array) -> tuple[Array, Array]:
     """Of some columns, on the tokens of ``moments``: how far results are from the float model's, and their own squares.
 
     Args:
@@ -198,6 +199,27 @@ def remaining(moments: Moments, gap: Array, w: Array, streamed: Array, stored: A
     Returns:
       ``[C]`` twice: sums of ``|a stored - b w - d|^2``, and of ``|a w|^2``.
     """
+    seen = [host.view(a) for a in moments]
+    if any(a is None for a in seen):
+        return _remaining(moments, gap, w, streamed, stored)
+    # A program for each number of columns would take longer than its work. Some rows at a time: the Gram is large.
+    gram, drift, stream = cast(list[np.ndarray], seen)
+    delta, w = np.asarray(stored, np.float64) - w, np.asarray(w, np.float64)
+    lost, own = np.asarray(gap, np.float64), np.zeros(w.shape[1])
+    for first in range(0, len(gram), ROWS):
+        rows = slice(first, first + ROWS)
+        h = gram[rows].astype(np.float64)
+        aim = drift[rows] @ w if drift.any() else 0.0
+        if stream.shape[1]:
+            aim = aim + np.where(np.asarray(streamed) >= 0, stream[rows][:, np.maximum(streamed, 0)], 0.0)
+        lost = lost + (delta[rows] * (h @ delta - 2 * aim)).sum(axis=0)
+        own = own + (w[rows] * (h @ w)).sum(axis=0)
+    return np.maximum(lost, 0.0).astype(np.float32), own.astype(np.float32)
+
+
+@jax.jit
+def _remaining(moments: Moments, gap: Array, w: Array, streamed: Array, stored: Array) -> tuple[jax.Array, jax.Array]:
+    """`remaining` where the moments are not in the host's memory."""
     delta = jnp.asarray(stored) - w
     aim = moments.drift @ w + some_of(moments.stream, streamed)
     lost = (delta * (moments.gram @ delta - 2 * aim)).sum(axis=0) + gap

@@ -59,14 +59,15 @@ class Accumulator:
             raise KeyError(name)
         return self._whole(own) if self._shared else self._stats[own]
 
-    def add(self, round: Mapping[int, ByGroup], first: int, count: int) -> None:
-        """Add the statistics of batches ``first`` to ``first + count - 1``, and wait for it.
+    def add(self, round: Mapping[int, ByGroup], first: int, count: int, skip: int = 0) -> None:
+        """Add the statistics of batches ``first + skip`` to ``first + count - 1``, and wait for it.
 
         Args:
           round: those of this process's batches, by batch; each array with a leading axis of 1, on the device
             of its batch.
           first: a multiple of the number of devices.
           count: at most the number of devices.
+          skip: below ``count``.
 
         Raises:
           ProcessError: another process has ended.
@@ -78,7 +79,8 @@ class Accumulator:
         else:
             arrays = [round[first + i] if first + i in round else self._zeros_of(d) for i, d in self._places()]
             self._pool.meet()
-            self._stats = _adder(self._pool.mesh)(self._stats, self._together(arrays), np.int32(count))
+            span = np.asarray((skip, count), np.int32)
+            self._stats = _adder(self._pool.mesh)(self._stats, self._together(arrays), span)
         jax.block_until_ready(self._stats)
 
     def _places(self) -> list[tuple[int, jax.Device]]:
@@ -153,16 +155,16 @@ def _block(shape: tuple[int, ...], sharding: NamedSharding, index: tuple[slice, 
 
 
 @functools.cache
-def _adder(mesh: Mesh) -> Callable[[ByGroup, ByGroup, np.int32], ByGroup]:
-    """``(sums, new, count) -> sums`` with the first ``count`` of the arrays that the devices have made."""
+def _adder(mesh: Mesh) -> Callable[[ByGroup, ByGroup, np.ndarray], ByGroup]:
+    """``(sums, new, span) -> sums`` with the arrays made by devices from ``span[0]`` on, below ``span[1]``."""
     size = mesh.size
 
-    def one(total: Array, parts: jax.Array, count: jax.Array) -> Array:
+    def one(total: Array, parts: jax.Array, span: jax.Array) -> Array:
         for i in range(size):
-            total = jnp.where(i < count, total + parts[i], total)
+            total = jnp.where((span[0] <= i) & (i < span[1]), total + parts[i], total)
         return total
 
-    def group(sums: Stats, new: Stats, count: jax.Array) -> Stats:
+    def group(sums: Stats, new: Stats, span: jax.Array) -> Stats:
         axis = new.gram.ndim - 2
         short = -new.gram.shape[axis] % size
         gram = jnp.pad(new.gram, [(0, short if i == axis else 0) for i in range(new.gram.ndim)])
@@ -172,20 +174,20 @@ def _adder(mesh: Mesh) -> Callable[[ByGroup, ByGroup, np.int32], ByGroup]:
             return jax.lax.all_gather(a, AXIS, axis=0, tiled=True)
 
         return Stats(
-            one(sums.gram, gram, count),
-            one(sums.abs, every(new.abs), count),
-            one(sums.count, every(new.count), count),
-            one(sums.dropped, every(new.dropped), count),
+            one(sums.gram, gram, span),
+            one(sums.abs, every(new.abs), span),
+            one(sums.count, every(new.count), span),
+            one(sums.dropped, every(new.dropped), span),
         )
 
-    def local(sums: ByGroup, new: ByGroup, count: jax.Array) -> ByGroup:
-        return {name: group(s, new[name], count) for name, s in sums.items()}
+    def local(sums: ByGroup, new: ByGroup, span: jax.Array) -> ByGroup:
+        return {name: group(s, new[name], span) for name, s in sums.items()}
 
-    def run(sums: ByGroup, new: ByGroup, count: jax.Array) -> ByGroup:
+    def run(sums: ByGroup, new: ByGroup, span: jax.Array) -> ByGroup:
         lies = {name: _specs(s.gram.ndim - 2) for name, s in sums.items()}
         devices = jax.tree.map(lambda _: PartitionSpec(AXIS), new)
         return jax.shard_map(
             local, mesh=mesh, in_specs=(lies, devices, PartitionSpec()), out_specs=lies, check_vma=False
-        )(sums, new, count)
+        )(sums, new, span)
 
     return jax.jit(run, donate_argnums=0)

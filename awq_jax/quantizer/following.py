@@ -30,6 +30,19 @@ Made = dict[str, tuple[QuantizedTensor, LayerReport]]  # of a group, by the name
 class Follower(Protocol):
     """The quantized model as far as it is there; asked in the order of the forward pass."""
 
+    def refuse(
+        self, group: ScaleGroup, targets: list[Target], stats: Stats | None, alone: Folder, trial: Callable[[], Made]
+    ) -> str | None:
+        """Why ``group`` had better have no scale; None if nothing speaks against the one that was found.
+
+        Asked before `begin`, not of groups without a scale.
+
+        Args:
+          stats: that it was found by.
+          alone: folds it, and no other.
+          trial: rounds the group with it.
+        """
+
     def begin(self, absorbed: Folder, targets: Collection[str]) -> None:
         """All scales are known; ``absorbed`` folds those that something absorbs; ``targets``: paths to be packed."""
 

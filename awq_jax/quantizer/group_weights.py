@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,6 +13,8 @@ from awq_jax.algorithm import correction
 from awq_jax.algorithm.correction import Moments, Strength
 from awq_jax.algorithm.grid import quantize_dequantize
 from awq_jax.algorithm.solve import Blocks
+from awq_jax.convert.arrays import codes
+from awq_jax.devices import host
 from awq_jax.devices.pool import Pool
 from awq_jax.pack import Array
 from awq_jax.plan import fold
@@ -99,7 +102,7 @@ class GroupWeights:
         weights = []
         for t, like in zip(self._targets, self._weights, strict=True):
             q = packed[t.site.name]
-            value = np.asarray(dequantized(q, "float32"))
+            value = _on_host(q)
             steps = folded.steps(t.site.path)
             for step in reversed(fold.steps_within(steps, t.site.part) if t.site.part else steps):
                 by = np.asarray(step.values)
@@ -119,11 +122,12 @@ class GroupWeights:
         out = np.empty_like(picked)
         for leaf in dict.fromkeys(t.leaf for t in self._targets):
             alike = [i for i, t in enumerate(self._targets) if t.leaf == leaf]
-            # All columns, those of other weights too: a program for each number of columns would cost more.
-            w = np.pad(picked, ((0, self._targets[alike[0]].rows - len(picked)), (0, 0)))
+            # All columns, those of other weights too, filled up: a program for each number of columns would cost more.
+            more = max(0, correction.COLUMNS - picked.shape[1])
+            w = np.pad(picked, ((0, self._targets[alike[0]].rows - len(picked)), (0, more)))
             found = np.asarray(_nearest(w, leaf.group_size, leaf.bits, leaf.symmetric, "float32"))
             mine = np.isin(self._owners, alike)
-            out[:, mine] = found[: len(out), mine]
+            out[:, mine] = found[: len(out), : len(mine)][:, mine]
         return out
 
     def remaining(
@@ -144,6 +148,22 @@ class GroupWeights:
     def _take(self, columns: Columns, layer: int) -> np.ndarray:
         every = [columns.piece(layer, 0, i) for i in range(columns.pieces)]
         return np.concatenate([np.asarray(w) for w in every], axis=1)[:, self._some]
+
+
+def _on_host(q: QuantizedTensor) -> np.ndarray:
+    """What ``q``, as rounding made it, stands for, float32: by NumPy where it can see the arrays."""
+    arrays = {name: getattr(q, name) for name in ("qweight", "scales", "zeros", "inv_scale")}
+    seen = {name: host.view(a) for name, a in arrays.items() if a is not None}
+    if any(a is None for a in seen.values()):
+        return np.asarray(dequantized(q, "float32"))
+    lead = q.scales.shape[:-2]
+    each = []
+    for i in np.ndindex(*lead):
+        tables: dict[str, Any] = {name: a[i] for name, a in seen.items() if a is not None}
+        each.append(codes.dequantize(dataclasses.replace(q, **tables)))
+    order = [d for role in "bkn" for d, a in enumerate(q.live_axes) if a == role]
+    whole = np.stack(each).reshape(*lead, *q.k_dims, *q.n_dims)
+    return whole.transpose(np.argsort(order))
 
 
 @functools.partial(jax.jit, static_argnames="dtype")

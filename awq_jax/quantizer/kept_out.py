@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from awq_jax.algorithm.correction import Moments
@@ -58,6 +57,43 @@ def better(
     return {n: (q, told(n, row)) for n, (q, row) in made.items()}
 
 
+def refused(
+    group: ScaleGroup,
+    targets: Sequence[Target],
+    leaves: Mapping[str, Weight],
+    stats: Stats | None,
+    kept: Stats | None,
+    alone: Folder,
+    trial: Callable[[], Made],
+) -> str | None:
+    """See `awq_jax.quantizer.following.Follower.refuse`: with fewer tokens than channels, the group is rounded to see.
+
+    A group that is rounded to nearest in the end has its scale all the same: others have absorbed it. One that
+    protects the channels of a few tokens costs the others more than that gains.
+
+    Args:
+      leaves: float parameters by path.
+      kept: sums of the tokens kept out.
+    """
+    if stats is None or kept is None or not judged(group, kept) or np.asarray(stats.count).min() >= group.channels:
+        return None
+    weights = GroupWeights(group, targets, leaves, {}, "")
+    sums = list(_sums(kept, weights))
+    stored = weights.unfolded({n: q for n, (q, _) in trial().items()}, alone)
+    if _sum(weights.remaining(sums, stored)) <= _sum(weights.remaining(sums, weights.nearest())):
+        return None
+    return f"worse than plain rounding on {_tokens(kept):.0f} tokens kept out: no scale"
+
+
+def judged(group: ScaleGroup, kept: Stats) -> bool:
+    """Whether there are tokens to judge by: not of experts with an input of their own."""
+    return not group.batch and bool(np.asarray(kept.count).all())
+
+
+def _tokens(kept: Stats) -> float:
+    return float(np.asarray(kept.count).max())
+
+
 class Judge:
     """`awq_jax.quantizer.following.Follower` of a float model: groups are rounded for its inputs, and judged by others.
 
@@ -72,6 +108,11 @@ class Judge:
         self._targets: list[Target] = []
         self._group: ScaleGroup
 
+    def refuse(
+        self, group: ScaleGroup, targets: list[Target], stats: Stats | None, alone: Folder, trial: Callable[[], Made]
+    ) -> str | None:
+        return refused(group, targets, self._leaves, stats, self._kept(group.name), alone, trial)
+
     def begin(self, absorbed: Folder, targets: Collection[str]) -> None:
         pass
 
@@ -81,10 +122,10 @@ class Judge:
 
     def judge(self, made: Made, folded: Folder, nearest: Callable[[], Made]) -> Made:
         kept = self._kept(self._group.name)
-        if kept is None or self._group.batch or not np.asarray(kept.count).all():
+        if kept is None or not judged(self._group, kept):
             return made
         weights = GroupWeights(self._group, self._targets, self._leaves, {}, "")
-        return better(made, weights, list(_sums(kept, weights)), float(np.asarray(kept.count).max()), folded, nearest)
+        return better(made, weights, list(_sums(kept, weights)), _tokens(kept), folded, nearest)
 
     def put(self, group: ScaleGroup, packed: Mapping[str, QuantizedTensor], targets: list[Target]) -> None:
         pass
@@ -93,10 +134,10 @@ class Judge:
 def _sums(kept: Stats, weights: GroupWeights) -> list[Sums]:
     """Of each layer, with the input that the float model has."""
     k = kept.gram.shape[-1]
-    none, nothing = jnp.zeros((k, k)), jnp.zeros((k, 0))
-    gap = jnp.zeros(weights.picked.shape[1])
+    none, nothing = np.zeros((k, k), np.float32), np.zeros((k, 0), np.float32)
+    gap = np.zeros(weights.picked.shape[1], np.float32)
     grams = np.asarray(kept.gram).reshape(-1, k, k)
-    return [(Moments(jax.device_put(gram), none, nothing), gap) for gram in grams]
+    return [(Moments(*map(jax.device_put, (gram, none, nothing))), gap) for gram in grams]
 
 
 def _share(lost: float, own: float) -> float | None:

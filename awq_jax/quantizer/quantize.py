@@ -26,7 +26,7 @@ from awq_jax.plan.plan import Plan, ScaleGroup, Site
 from awq_jax.plan.validate import validate
 from awq_jax.progress import Progress, bar
 from awq_jax.qtensor import QuantizedTensor, Weight
-from awq_jax.quantizer import adapters, advice, kept_out, parts
+from awq_jax.quantizer import adapters, advice, kept_out, parts, scale_groups
 from awq_jax.quantizer.column_pieces import settings
 from awq_jax.quantizer.following import Aim, Follower
 from awq_jax.quantizer.group_inputs import KeptInputs
@@ -240,17 +240,26 @@ def quantize_groups(
     rows: list[report.LayerReport] = []
     inputs = KeptInputs(pool.size == 1 and pool.team is None)
     with settings():
+        # A scale of 1 where there is none: then the programs do not depend on what was found.
+        ones = {g.name: np.ones((*g.scan, *g.batch, g.channels), np.float32) for g, _ in work}
         # Those that take the scale of another come after it.
         for group, mine in sorted(work, key=lambda entry: entry[0].follows is not None):
-            if group.follows is None:
-                scales[group.name] = find_scale(group, mine, leaves, fetch(group.name), config, pool, inputs)
-            else:
+            if group.follows is not None:
                 scales[group.name] = _scale_of_leader(group, scales)
+                progress()
+                continue
+            stats = fetch(group.name)
+            found_here = find_scale(group, mine, leaves, stats, config, pool, inputs)
+            if follower is not None and found_here.scale is not None:
+                alone = fold.Folder(plan, ones | {group.name: found_here.scale})
+                trial = functools.partial(round_group, group, mine, leaves, alone, found_here, stats, config, pool)
+                if (why := follower.refuse(group, mine, stats, alone, trial)) is not None:
+                    found_here = GroupScale(None, reason=why)
+            scales[group.name] = found_here
+            del stats
             progress()
         searched = time.perf_counter()
         found = {n: s.scale for n, s in scales.items() if s.scale is not None}
-        # A scale of 1 where there is none: then the programs do not depend on what was found.
-        ones = {g.name: np.ones((*g.scan, *g.batch, g.channels), np.float32) for g, _ in work}
         folded = fold.Folder(plan, ones | found)
         # A weight that stays float is scaled only where something upstream absorbed the scale.
         kept = {g.name: found[g.name] for g, _ in work if g.name in found and g.absorbers}
@@ -261,11 +270,13 @@ def quantize_groups(
         for group, mine in work:
             found_here = scales[group.name]
             aim = follower.reach(group, mine, found_here) if follower else Aim(fetch(group.name), {})
-            rounding = functools.partial(round_group, group, mine, leaves, folded, found_here, aim.stats)
-            made = rounding(config, pool, consume, aim.weights, inputs)
+            rounding = functools.partial(round_group, group, mine, leaves, folded, found_here)
+            made = rounding(aim.stats, config, pool, consume, aim.weights, inputs)
             inputs.drop(group.name)
             if follower is not None:
-                made = follower.judge(made, folded, functools.partial(rounding, plain, pool))
+                used_up = consume and group.channels >= scale_groups.IN_PLACE  # then it tells no errors
+                again = functools.partial(rounding, None if used_up else aim.stats, plain, pool)
+                made = follower.judge(made, folded, again)
             for name, (q, row) in made.items():
                 packed[name] = q
                 rows.append(row)

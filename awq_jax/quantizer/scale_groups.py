@@ -217,7 +217,7 @@ def _round(
     lead = (layers, experts, group.channels)
     scale = np.ones(lead, np.float32) if found.scale is None else np.asarray(found.scale).reshape(lead)
     method = METHODS[config.method]
-    nothing = Input(None, None, jnp.zeros((), jnp.float32), None)
+    nothing = Input(None, None, jax.device_put(np.float32(0)), None)
     instances: list[_Packed] = []
     for layer in range(layers):
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from awq_jax.algorithm.methods import METHODS
 from awq_jax.calibration import expert_grams
 from awq_jax.quantizer.column_pieces import ALIGNED, PIECE, PIECE_ELSEWHERE
 from awq_jax.stream import folds
@@ -107,6 +108,7 @@ def _moment(job: Job, number: int, hidden: int) -> dict[str, int]:
     blocks = job.session.blocks
     block = blocks[number]
     grams, rounding, pairs, left, alive = 0, 0, 0, 0, 0
+    judged = METHODS[job.settings.method].needs_statistics and not job.session.sequential
     tokens = sum(b.size for b in job.batches)
     limit = PIECE.get(jax.default_backend(), PIECE_ELSEWHERE)
     for group, targets in job.session.work(block):
@@ -115,6 +117,8 @@ def _moment(job: Job, number: int, hidden: int) -> dict[str, int]:
         piece = min(weights, max(limit, ALIGNED * group.channels))
         some = expert_grams.at_a_time(group)
         grams += 4 * (instances if some is None else some + 1) * group.channels**2  # and that of the layer
+        if judged and not group.batch:
+            grams += 4 * instances * group.channels**2  # of the sequences kept out
         if job.session.sequential and instances == 1:
             # Of every fold, of those kept out and of all fitted: Gram, drift and, at most, as much of the stream.
             pairs = max(pairs, 4 * 3 * (folds.FOLDS + 2) * group.channels**2)

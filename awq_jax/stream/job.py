@@ -26,7 +26,6 @@ from awq_jax.dtypes import FLOATS, name_of
 from awq_jax.errors import CheckpointError, ConfigError, FormatError, Setting
 from awq_jax.models.weights.params import Weights
 from awq_jax.qtensor import QuantizedTensor
-from awq_jax.stream import folds
 from awq_jax.stream.decoder_blocks import HEAD, REST, DecoderBlock
 from awq_jax.stream.hidden_states import Hidden, InMemory, OnDisk, holds
 from awq_jax.stream.session import Session
@@ -282,7 +281,7 @@ def prepare(
         bos=o.bos,
     )
     say_if_cut(architecture, o.seq_len)
-    batches = folds.apart(text.batches(o.batch_size)) if session.sequential else text.batches(o.batch_size)
+    batches = session.arranged(text.batches(o.batch_size))
     job = Job(source, path, work, o, config, session, weights, batches, text.description)
     if not job.installed():
         refuse_existing(path, o.overwrite)

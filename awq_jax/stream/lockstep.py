@@ -74,6 +74,7 @@ class Lockstep:
         self._alone = alone
         self._reached = 0
         self._left: list[dict[int, Alive]] = []  # of the float stream, by number of the group
+        self._aside: dict[str, Stats] = {}  # of the float stream, the tokens kept out
         self._kept: PairSums | None = None
         self._weights: GroupWeights
         self.seconds = 0.0
@@ -87,6 +88,13 @@ class Lockstep:
             group = first.group(number)
             found[self._prefix + name] = self._of_float(number, group, floats)
         return found.get
+
+    def refuse(
+        self, group: ScaleGroup, targets: list[Target], stats: Stats | None, alone: Folder, trial: Callable[[], Made]
+    ) -> str | None:
+        """See `awq_jax.quantizer.kept_out.refused`, by the float stream."""
+        leaves = {self._prefix + p: w for p, w in self._leaves.items()}
+        return kept_out.refused(group, targets, leaves, stats, self._aside.pop(group.name, None), alone, trial)
 
     def begin(self, absorbed: Folder, targets: Collection[str]) -> None:
         """All scales are known; ``absorbed``: folds those that upstream parameters absorb."""
@@ -221,7 +229,10 @@ class Lockstep:
             place = functools.partial(self._pool.place, i)
             return [self._programs[i].stats(number, left[i], place, span) for _, span in self._spans(i)]
 
-        return self._fitted(self._sum(run))
+        sums = self._sum(run)
+        if folds.KEPT_OUT in sums:
+            self._aside[self._prefix + group.name] = sums[folds.KEPT_OUT]
+        return self._fitted(sums)
 
     def _to_tap(self, number: int, group: ScaleGroup, scale: np.ndarray) -> Stats:
         """The statistics of the quantized stream."""

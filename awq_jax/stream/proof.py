@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -26,10 +25,11 @@ def refused(
     config, plan = chain.config, Plan(tuple(groups))
     rng = np.random.default_rng(0)
     length = min(PROBE, config.max_length)
-    probe: np.ndarray | jax.Array = rng.integers(0, config.vocab_size, (1, length)).astype(np.int32)
+    probe = rng.integers(0, config.vocab_size, (1, length)).astype(np.int32)
     if block.kind != EMBED:
         # Normal numbers rather than real hidden states: a few of those can be so large that they hide the rest.
-        probe = jnp.asarray(rng.standard_normal((1, length, config.hidden_size)), activations or jnp.float32)
+        normal = rng.standard_normal((1, length, config.hidden_size)).astype(np.float32)
+        probe = normal.astype(jnp.dtype(activations or "float32"))  # by NumPy: XLA would compile a program for it
     proven = verify(plan, chain.apply(block), dict(leaves), probe)
     return {
         new.name: new.reason

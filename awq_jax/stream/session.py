@@ -10,32 +10,25 @@ import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import TypeAlias
 
-import jax
 import numpy as np
 from flax import nnx
 
 from awq_jax import paths
 from awq_jax.algorithm.methods import METHODS
-from awq_jax.calibration import calibration, expert_grams
-from awq_jax.calibration.accumulate import Accumulator
-from awq_jax.calibration.calibration import Fetch, Stats, Wanted
-from awq_jax.calibration.expert_grams import ExpertGrams, ExpertStats
 from awq_jax.config import AwqConfig
 from awq_jax.convert.config_json import JsonObject
 from awq_jax.devices.pool import HERE, Pool
 from awq_jax.models.config import ModelConfig
-from awq_jax.pack import Array
 from awq_jax.plan import folded
 from awq_jax.plan.plan import Plan, ScaleGroup
 from awq_jax.progress import Progress, through
 from awq_jax.qtensor import Weight
-from awq_jax.quantizer import advice
+from awq_jax.quantizer import advice, kept_out
 from awq_jax.quantizer import quantize as quantizer
 from awq_jax.quantizer.targets import select
 from awq_jax.report import LayerReport, Report
 from awq_jax.stream import folds, proof
 from awq_jax.stream.decoder_blocks import (
-    EMBED,
     HEAD,
     REST,
     Chain,
@@ -47,11 +40,10 @@ from awq_jax.stream.decoder_blocks import (
 )
 from awq_jax.stream.hidden_states import Hidden, InMemory
 from awq_jax.stream.lockstep import Lockstep
+from awq_jax.stream.one_pass import OnePass, Seen, experts_at_a_time
 from awq_jax.stream.two_streams import TwoStreams
 
 Note: TypeAlias = JsonObject  # of a block: kept in the manifest of an unfinished run
-# (parameters, what goes in, the first expert wanted) -> what comes out if it is kept, and statistics by group
-Program = Callable[[Leaves, jax.Array, np.int32], tuple[jax.Array | None, dict[str, Stats]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +83,6 @@ class Session:
       skipped: path -> reason, of matmul weights left float.
       refused: kind of block -> name of a group within it -> why its scale is not absorbed after all.
       activations: dtype of hidden states, once there are any.
-      collecting: seconds spent within `quantize` on Grams of experts that do not fit into memory at once.
 
     Raises:
       ShapeError: listing the weights that the group size does not divide.
@@ -107,10 +98,14 @@ class Session:
         self._groups: dict[str, list[ScaleGroup]] = {}
         for group in self.plan.groups:
             self._groups.setdefault(owner(group.name), []).append(group)
-        self._programs: dict[Hashable, Program] = {}
+        self._once = OnePass(self.chain, pool, judged=METHODS[settings.method].needs_statistics)
         self._streams = TwoStreams(self.chain, pool)
         self.activations: str | None = None
-        self.collecting = 0.0
+
+    @property
+    def collecting(self) -> float:
+        """Seconds spent within `quantize` on Grams of experts that do not fit into memory at once."""
+        return self._once.collecting
 
     def read_by(self, block: DecoderBlock) -> list[str]:
         """The parameters of a block that are needed for it: all unless nothing is to be calibrated there."""
@@ -146,16 +141,16 @@ class Session:
         for block in blocks:
             start, leaves, loaded = clock(), read(block), clock()
             steps = None if quantized is None else self._enter(block, leaves, hidden, quantized)
-            fetch = self.calibrate(block, leaves, hidden) if steps is None else steps.calibrate()
+            seen = self.calibrate(block, leaves, hidden) if steps is None else Seen(steps.calibrate())
             calibrated = clock() - loaded
-            done = self.quantize(block, leaves, fetch, steps)
+            done = self.quantize(block, leaves, seen, steps)
             rounded = clock()
             if steps is None and hidden.batches and self.experts_at_a_time(block):
                 self.pass_on(block, leaves, hidden)
             if quantized is not None:
                 self._see(self._streams.leave(block, steps, hidden, quantized))
             calibrated += clock() - rounded
-            del leaves, fetch, steps
+            del leaves, seen, steps
             seconds = {"load": loaded - start, **done.seconds, "calibrate": calibrated + done.seconds["calibrate"]}
             yield dataclasses.replace(done, seconds=seconds)
             del done
@@ -180,7 +175,7 @@ class Session:
         def read(block: DecoderBlock) -> Leaves:
             return {path: floats[block.prefix + path] for path in self.read_by(block)}
 
-        batches = folds.apart(batches) if self.sequential else batches
+        batches = self.arranged(batches)
         streams = [InMemory(batches) for _ in range(1 + self.sequential)]
         for done in self.run(through(self.blocks, progress, "quantize", "block"), read, *streams):
             leaves |= done.leaves
@@ -189,6 +184,12 @@ class Session:
         del report.seconds["load"]
         advice.warn(report)
         return paths.map_with_path(lambda path, _: leaves[path], params), report
+
+    def arranged(self, batches: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Calibration tokens in batches that are fitted to, or kept out, as a whole."""
+        if not METHODS[self.settings.method].needs_statistics:
+            return list(batches)
+        return folds.apart(batches, folds.FOLDS if self.sequential else 1)
 
     def note(self, done: Done) -> Note:
         """What the report, and a later run, must know of a block."""
@@ -218,36 +219,13 @@ class Session:
         made = folded.channel_scales(self.plan, scales)
         return Report(self.settings.to_dict(), rows, self.skipped, tokens, seconds, before, after, scales=made)
 
-    def calibrate(self, block: DecoderBlock, leaves: Leaves, hidden: Hidden) -> Fetch:
-        """Send all batches through a block, and sum up the statistics of its groups.
-
-        Batch ``i`` is the work of device ``i`` modulo their number, and its hidden states stay on the host of
-        that device's process. If the Grams of its experts do not fit into memory at once
-        (`awq_jax.calibration.expert_grams`), what comes out of the block is left to `pass_on`: all goes through
-        the block again whenever other experts are asked for.
-
-        Returns:
-          What brings together the sums of a group of this block, by its full name.
-
-        Raises:
-          ProcessError: another process has ended.
-        """
-        sizes = self.experts_at_a_time(block)
+    def calibrate(self, block: DecoderBlock, leaves: Leaves, hidden: Hidden) -> Seen:
+        """Send all batches through a block, and sum up the statistics of its groups; see `OnePass.calibrate`."""
         groups = [within(g, block) for g, _ in self.work(block)]
-        if block.kind == REST or (block.kind == HEAD and not groups) or not hidden.batches:
-            return lambda name: None
-        wanted = [Wanted(g, 0 if g.name in sizes else None) for g in groups]
-        sums = self._pass(block, leaves, hidden, wanted, keep=not sizes)
-        if not sizes:
-            return sums.fetch
-        stats: dict[str, Stats] = {}
-        for group in groups:
-            name, size = block.prefix + group.name, sizes.get(group.name)
-            stats[name] = layer = sums.fetch(name)
-            if size is not None:
-                grams = ExpertGrams(layer.gram, size, self._collector(block, leaves, hidden, Wanted(group, size)))
-                stats[name] = ExpertStats(**vars(layer), expert_grams=grams)
-        return stats.get
+        seen, dtype = self._once.calibrate(block, groups, leaves, hidden, self.activations)
+        if dtype is not None:
+            self._see(dtype)
+        return seen
 
     def pass_on(
         self,
@@ -271,7 +249,7 @@ class Session:
             assert served is not None
             steps.skip(served(block))
         elif self.experts_at_a_time(block):
-            self._pass(block, leaves, hidden, [], keep=True)
+            self._see(self._once.on(block, leaves, hidden, self.activations))
         else:
             self.calibrate(block, leaves, hidden)
         if quantized is not None:
@@ -285,58 +263,11 @@ class Session:
         return self._streams.enter(block, groups, leaves, hidden, quantized, self.activations)
 
     def experts_at_a_time(self, block: DecoderBlock) -> dict[str, int]:
-        """Groups of a block whose experts' Grams do not all fit into memory, by name within it: how many at a time."""
-        sizes = {g.name[len(block.prefix) :]: expert_grams.at_a_time(g) for g, _ in self.work(block)}
-        return {name: n for name, n in sizes.items() if n is not None}
+        """See `awq_jax.stream.one_pass.experts_at_a_time`."""
+        return experts_at_a_time(within(g, block) for g, _ in self.work(block))
 
-    def _collector(self, block: DecoderBlock, leaves: Leaves, hidden: Hidden, wanted: Wanted) -> Callable[[int], Array]:
-        """Sends all batches through a block for the Grams of as many experts as ``wanted`` says, from a number on."""
-
-        def collect(start: int) -> Array:
-            begun = time.perf_counter()
-            sums = self._pass(block, leaves, hidden, [wanted], keep=False, start=start)
-            self.collecting += time.perf_counter() - begun
-            return sums.fetch(block.prefix + wanted.group.name).gram
-
-        return collect
-
-    def _pass(
-        self,
-        block: DecoderBlock,
-        leaves: Leaves,
-        hidden: Hidden,
-        wanted: Sequence[Wanted],
-        *,
-        keep: bool,
-        start: int = 0,
-    ) -> Accumulator:
-        """All batches through a block, once; ``keep``: what comes out goes into the next block."""
-        program, pool = self._program(block, wanted, keep), self.pool
-        copies = pool.spread(dict(leaves))
-        sums, seen = Accumulator(pool, wanted, block.prefix), ""
-        for first in range(0, hidden.batches, pool.size):
-            count = min(pool.size, hidden.batches - first)
-            made = {}
-            for i in range(first, first + count):
-                if pool.mine(i):
-                    x = hidden.get(i)
-                    if block.kind != EMBED:
-                        x = x.astype(self.activations or x.dtype, copy=False)
-                    made[i] = program(copies(i), pool.place(i, jax.device_put(x)), np.int32(start))
-            # Waiting in each round bounds what is in flight to a batch a device.
-            sums.add({i: stats for i, (_, stats) in made.items()}, first, count)
-            out = {i: y for i, (y, _) in made.items() if y is not None}
-            del made  # no statistics of this round are there during the next
-            for i, y in out.items():
-                seen = y.dtype.name
-                hidden.put(i, np.asarray(y))
-        if keep:
-            hidden.advance()
-        self._see(seen)
-        return sums
-
-    def quantize(self, block: DecoderBlock, leaves: Leaves, fetch: Fetch, steps: Lockstep | None = None) -> Done:
-        """Pack a block's weights; ``fetch`` from `calibrate`, whose sums are used up; ``steps``: both streams.
+    def quantize(self, block: DecoderBlock, leaves: Leaves, seen: Seen, steps: Lockstep | None = None) -> Done:
+        """Pack a block's weights; ``seen`` from `calibrate`, whose sums are used up; ``steps``: both streams.
 
         Raises:
           WeightError: a weight holds NaN or inf.
@@ -348,8 +279,9 @@ class Session:
         work = self.work(block)
         plan = Plan(tuple(g for g, _ in work))
         own = {block.prefix + p: leaves[p] for p in block.owned}
-        given = plan, work, own, fetch, self.settings
-        done = quantizer.quantize_groups(*given, pool=self.pool, consume=True, follower=steps)
+        given = plan, work, own, seen.fitted, self.settings
+        judge = kept_out.Judge(own, seen.fitted, seen.kept) if seen.kept is not None else None
+        done = quantizer.quantize_groups(*given, pool=self.pool, consume=True, follower=steps or judge)
         seconds = {"calibrate": proven - start, **(steps.apart(done.seconds) if steps else done.seconds)}
         return Done(block, done.leaves, done.rows, seconds, paths.nbytes(own), paths.nbytes(done.leaves), done.scales)
 
@@ -360,21 +292,6 @@ class Session:
             tuple(refuse(g, refused.get(g.name[len(block.prefix) :])) for g in self._groups.get(block.name, ()))
         )
         return quantizer.with_targets(plan, self.targets)
-
-    def _program(self, block: DecoderBlock, wanted: Sequence[Wanted], keep: bool) -> Program:
-        """Compiled once for each kind of block (and choice of weights)."""
-        key = (block.kind, tuple((w.group.name, w.experts) for w in wanted), keep)
-        if key not in self._programs:
-            collect = calibration.collector(self.chain.apply(block), wanted)
-            keep = keep and block.kind != HEAD
-
-            # Sums are another program's work: it must not depend on them how this one rounds.
-            def run(leaves: Leaves, x: jax.Array, start: np.int32) -> tuple[jax.Array | None, dict[str, Stats]]:
-                y, new = collect(leaves, (x,), {}, start)
-                return y if keep else None, jax.tree.map(lambda a: a[None], new)
-
-            self._programs[key] = jax.jit(run)
-        return self._programs[key]
 
     def _prove(self, block: DecoderBlock, leaves: Leaves) -> None:
         """See on the first block of each kind that its plan keeps the output what it is."""

@@ -45,9 +45,9 @@ def measure(checkpoint: Path, samples: int, length: int, rank: int, size: int, p
             for block in blocks:
                 leaves = reader(block)
                 pool.meet()
-                fetch, cost = running.measured(job.session.calibrate, block, leaves, hidden)
+                seen, cost = running.measured(job.session.calibrate, block, leaves, hidden)
                 costs.append(cost)
-        sums = [fetch(group.name) for group, _ in job.session.work(blocks[-1])]
+        sums = [seen.fitted(group.name) for group, _ in job.session.work(blocks[-1])]
         grams = [np.asarray(s.gram) for s in sums if s]
         timed = costs[2:] or costs[1:]  # not the embedding, and not the first layer
         cpus = [float(t) for t in pool.meet(str(sum(c.cpu for c in timed) / len(timed)))]

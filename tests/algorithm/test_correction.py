@@ -88,3 +88,22 @@ def test_columns_are_spread_evenly_and_once_each():
     some = correction.some_columns(1000)
     assert (len(some), some[0], some[-1]) == (correction.COLUMNS, 0, 999)
     assert set(np.diff(some)) <= {7, 8}
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_what_remains_is_how_far_results_are_from_the_float_model(here, monkeypatch):
+    """By NumPy where the moments are in the host's memory, in pieces of rows; else by a program."""
+    monkeypatch.setattr(correction, "ROWS", 5)
+    if not here:
+        monkeypatch.setattr(correction.host, "view", lambda array: None)
+    (sequence,) = sequences = data(5, 1.0, 1)
+    (sums,) = moments(sequences)
+    a, b, d = sequence
+    rng = np.random.default_rng(6)
+    w, stored = rng.standard_normal((2, K, 4)).astype(np.float32)
+    streamed = np.array([2, -1, 0, 1], np.int32)
+    push = np.where(streamed >= 0, d[:, streamed], 0.0)
+    gap = np.square((b - a) @ w + push).sum(axis=0).astype(np.float32)
+    lost, own = correction.remaining(sums, gap, w, streamed, stored)
+    np.testing.assert_allclose(lost, np.square(a @ stored - b @ w - push).sum(axis=0), rtol=1e-3)
+    np.testing.assert_allclose(own, np.square(a @ w).sum(axis=0), rtol=1e-4)

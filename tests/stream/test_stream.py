@@ -25,6 +25,7 @@ from awq_jax.cli import entry
 from awq_jax.config import AwqConfig
 from awq_jax.convert.files import manifest
 from awq_jax.models.weights import params
+from awq_jax.quantizer import scale_groups
 from awq_jax.stream import decoder_blocks, forecast, job, parts, run
 from awq_jax.stream.hidden_states import InMemory, OnDisk, holds
 from awq_jax.stream.job import Options, prepare
@@ -74,19 +75,56 @@ def test_the_bytes_are_those_of_the_whole_model_path(checkpoint, whole, tmp_path
 def test_statistics_are_those_of_the_model_run_as_a_whole(checkpoint):
     """Against `awq_jax.calibrate`, which runs all layers in one program and knows no blocks."""
     model = awq_jax.load(checkpoint)
-    want = awq_jax.calibrate(model.apply, model.params, [TOKENS[:4], TOKENS[4:]], include_head=True, progress=False)
+    rows = len(TOKENS)
+    fitted, kept = (
+        awq_jax.calibrate(model.apply, model.params, [part], include_head=True, progress=False).stats
+        for part in (TOKENS[: rows - 1], TOKENS[rows - 1 :])
+    )
     session = Session(model.config, AwqConfig(group_size=16, quantize_head=True))
     assert session.plan.to_dict() == awq_jax.discover(model.apply, model.params, TOKENS[:1, :8]).to_dict()
     leaves = paths.flatten(model.params)
-    hidden = InMemory([TOKENS[:4], TOKENS[4:]])
-    got = {}
+    hidden = InMemory(session.arranged([TOKENS[:4], TOKENS[4:]]))
+    got: tuple[dict, dict] = {}, {}
     for block in session.blocks:
-        fetch = session.calibrate(block, {p: leaves[block.prefix + p] for p in block.leaves}, hidden)
-        got |= {group.name: fetch(group.name) for group, _ in session.work(block)}
-    assert got.keys() == want.stats.keys()
-    for name, stats in want.stats.items():
-        np.testing.assert_allclose(got[name].gram, stats.gram, rtol=1e-4, atol=1e-4 * np.abs(stats.gram).max())
-        np.testing.assert_array_equal(got[name].count, stats.count)
+        seen = session.calibrate(block, {p: leaves[block.prefix + p] for p in block.leaves}, hidden)
+        for group, _ in session.work(block):
+            for sums, fetch in zip(got, seen, strict=True):
+                sums[group.name] = fetch(group.name)
+    for sums, want in zip(got, (fitted, kept), strict=True):
+        assert sums.keys() == want.keys()
+        for name, stats in want.items():
+            np.testing.assert_allclose(sums[name].gram, stats.gram, rtol=1e-4, atol=1e-4 * np.abs(stats.gram).max())
+            np.testing.assert_array_equal(sums[name].count, stats.count)
+
+
+def test_a_sequence_that_is_alone_is_judged_by_its_second_half(checkpoint):
+    model = awq_jax.load(checkpoint)
+    one, half = TOKENS[:1], -(-TOKENS.shape[1] // 2)
+    first, whole = (awq_jax.calibrate(model.apply, model.params, [x], progress=False) for x in (one[:, :half], one))
+    session = Session(model.config, AwqConfig(group_size=16))
+    leaves, hidden = paths.flatten(model.params), InMemory(session.arranged([one]))
+    for block in session.blocks:
+        seen = session.calibrate(block, {p: leaves[block.prefix + p] for p in block.leaves}, hidden)
+        for group, _ in session.work(block):
+            fitted, every = np.asarray(first.stats[group.name].gram), np.asarray(whole.stats[group.name].gram)
+            close = {"rtol": 1e-3, "atol": 1e-4 * np.abs(every).max()}
+            np.testing.assert_allclose(seen.fitted(group.name).gram, fitted, **close)
+            np.testing.assert_allclose(seen.kept(group.name).gram, every - fitted, **close)
+            assert (seen.fitted(group.name).count, seen.kept(group.name).count) == (half, one.size - half)
+
+
+def test_a_group_that_is_worse_than_plain_rounding_on_what_is_kept_out_is_rounded_and_named(checkpoint, monkeypatch):
+    """Eight tokens whose correlations are taken for true; then with Grams whose memory rounding has used."""
+    how = FAST | {"method": "awq+gptq", "bits": 2, "shrinkage": 0.0, "damping": 1e-6}
+    rows = []
+    for in_place in (scale_groups.IN_PLACE, 1):
+        monkeypatch.setattr(scale_groups, "IN_PLACE", in_place)
+        report = awq_jax.load(checkpoint).quantize(TOKENS[:1], **how)
+        rows.append([(r.path, r.reason, r.kept_out, r.kept_out_rtn) for r in report.layers])
+        rounded = [r for r in report.layers if "worse than plain rounding on 8 tokens kept out" in r.reason]
+        assert rounded
+        assert all(r.kept_out <= 1.1 * r.kept_out_rtn for r in report.layers)
+    assert rows[0] == rows[1]
 
 
 def test_the_time_of_all_that_is_done_with_a_block_is_counted(checkpoint, monkeypatch):
@@ -172,7 +210,7 @@ def unfinished(checkpoint, tmp_path):
         ({"n_grid": 3}, "settings"),
         ({"dtype": "bfloat16"}, "settings"),
         ({"hidden_dtype": "bfloat16"}, "settings"),
-        ({"batch_size": 3}, "calibration data"),
+        ({"batch_size": 6}, "calibration data"),
     ],
 )
 def test_another_job_does_not_continue_an_unfinished_run(checkpoint, unfinished, change, what):
@@ -304,14 +342,16 @@ def test_hidden_states_on_disk_are_those_in_memory(tmp_path):
 
 
 def test_nothing_is_compiled_after_the_first_block_of_a_shape(tmp_path):
-    """And a skipped layer, whose program has no statistics, costs one more, wherever it is."""
+    """And a skipped layer, whose program has no statistics, costs one more, wherever it is; and so does a group that is
+    worse than plain rounding, which none is with as many tokens."""
     directory = tmp_path / "deep"
     tiny_checkpoints.checkpoint(directory, seed=3, **SIZES | {"num_hidden_layers": 9})
     compiled, marks = [], []
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, *_, **__: compiled.append(name) if name.endswith("backend_compile_duration") else None
     )
-    work = prepare(directory, tmp_path / "out", TOKENS, Options(batch_size=4), _settings())
+    tokens = np.random.default_rng(1).integers(0, 256, (64, 16)).astype(np.int32)
+    work = prepare(directory, tmp_path / "out", tokens, Options(batch_size=8), _settings())
 
     class Bar:
         def update(self, n=1):
@@ -334,7 +374,7 @@ def test_the_forecast_is_of_the_right_size(checkpoint, tmp_path):
     assert not list(tmp_path.iterdir())
     assert (needs.blocks, needs.parameters) == (3, sum(b.count_elements() for b in work.session.blocks))
     assert needs.memory["hidden states"] == TOKENS.size * 32 * 4
-    assert needs.memory["statistics"] == 4 * 4 * 32 * 32
+    assert needs.memory["statistics"] == 2 * 4 * 4 * 32 * 32  # and of the sequence kept out
     assert set(needs.seconds) == {"compile", "calibrate", "search", "round"}
     assert all(s >= 0 for s in needs.seconds.values())
     text = forecast.table(needs)

@@ -28,14 +28,15 @@ def job(tmp_path, family="llama", hidden="memory", **sizes):
 
 
 def test_memory_of_a_dense_model_by_hand(tmp_path):
-    """Two trial batches of three; the worst moment is the one of the largest sum."""
+    """Two trial batches of six, as the last sequence is apart; the worst moment is the one of the largest sum."""
     work = job(tmp_path)
     host, device = forecast.memory(work, 10**9)
     assert device == {}
     moments = [forecast._moment(work, i, TOKENS.size * 32 * 4) for i in range(4)]
     assert [m["block"] for m in moments] == [4 * ENDS, 4 * LAYER, 4 * LAYER, 4 * (ENDS + 32)]
     assert [m["next block"] for m in moments] == [4 * LAYER, 4 * LAYER, 4 * (ENDS + 32), 0]
-    assert [m["statistics"] for m in moments] == [0, 4 * 4 * 32 * 32, 4 * 4 * 32 * 32, 0]
+    both = 2 * 4 * 4 * 32 * 32  # of what is fitted to, and of what is kept out
+    assert [m["statistics"] for m in moments] == [0, both, both, 0]
     assert {m["hidden states"] for m in moments} == {TOKENS.size * 32 * 4}
     # 4 bits, a float16 scale and a byte of zero point for 16 of them; the norms stay
     packed = 7 * 32 * 32 * (4 / 8 + 5 / 16) + 2 * 32 * 4
@@ -45,8 +46,8 @@ def test_memory_of_a_dense_model_by_hand(tmp_path):
     assert moments[1]["rounding"] == 4 * (forecast.COPIES * 3 * 32 * 32 + forecast.SQUARES * 32 * 32)
     worst = max(moments, key=lambda m: sum(m.values()))
     assert {k: n for k, n in host.items() if k != "program"} == worst
-    first = dict(moments[1], **{"next block": 0, "hidden states": 2 * 4 * 16 * 32 * 4})
-    embedding = dict(moments[0], **{"hidden states": 2 * 4 * 16 * 32 * 4})
+    first = dict(moments[1], **{"next block": 0, "hidden states": 2 * 2 * 16 * 32 * 4})
+    embedding = dict(moments[0], **{"hidden states": 2 * 2 * 16 * 32 * 4})
     assert host["program"] == 10**9 - max(sum(first.values()), sum(embedding.values()))
 
 
@@ -54,9 +55,10 @@ def test_experts_count_and_hidden_states_on_disk_do_not(tmp_path, monkeypatch):
     work = job(tmp_path, "qwen3_moe", hidden="disk", **MOE)
     moment = forecast._moment(work, 1, 0)
     # q, k, v and o read 32 channels, all experts the same 32, and each of 4 has 16 of its own
-    assert moment["statistics"] == 4 * (3 * 32 * 32 + 4 * 16 * 16)
+    kept = 3 * 32 * 32  # not of experts with an input of their own
+    assert moment["statistics"] == 4 * (3 * 32 * 32 + 4 * 16 * 16 + kept)
     monkeypatch.setattr(expert_grams, "BUDGET", 2 * 4 * 16 * 16)  # two at a time, and their sum
-    assert forecast._moment(work, 1, 0)["statistics"] == 4 * (3 * 32 * 32 + 3 * 16 * 16)
+    assert forecast._moment(work, 1, 0)["statistics"] == 4 * (3 * 32 * 32 + 3 * 16 * 16 + kept)
     host, device = forecast.memory(work, 10**9, 10**8)
     assert host["hidden states"] == 0
     assert set(host) == {"next block", "packed blocks", "hidden states", "program"}
