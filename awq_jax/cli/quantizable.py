@@ -88,9 +88,9 @@ def rows(groups: Iterable[ScaleGroup]) -> tuple[list[str], list[str]]:
     """``"q k v <- input_layernorm"`` for what is scaled, ``"down: why not"`` for what is not; each once."""
     every = list(groups)
     absorbers = {g.name: g.absorbers for g in every}
-    above = {g.name: absorbers.get(g.follows.group, ()) if g.follows else g.absorbers for g in every}
-    scaled = (f"{_sites(g)} <- {_joined(a.path for a in above[g.name])}" for g in every if above[g.name])
-    rest = (f"{_sites(g)}: {_reason(g)}" for g in every if not above[g.name])
+    above = [absorbers.get(g.follows.group, ()) if g.follows else g.absorbers for g in every]
+    scaled = (f"{_sites(g)} <- {_joined(a.path for a in of)}" for g, of in zip(every, above, strict=True) if of)
+    rest = (f"{_sites(g)}: {_reason(g)}" for g, of in zip(every, above, strict=True) if not of)
     return list(dict.fromkeys(scaled)), list(dict.fromkeys(rest))
 
 

@@ -27,7 +27,7 @@ SETTINGS = {
     "method": "awq",
     "clip": False,
     "symmetric": True,
-    "samples": 8,
+    "samples": 16,
     "seq_len": 16,
     "progress": False,
 }
@@ -63,10 +63,10 @@ def adapter(tmp_path_factory):
 def checkpoints(adapter):
     """The same quantized block by block, with the adapter."""
     root = adapter[0].parent
-    calib = np.random.default_rng(6).integers(0, 256, (8, 16)).astype(np.int32)
+    calib = np.random.default_rng(6).integers(0, 256, (16, 16)).astype(np.int32)
     np.save(root / "calib.npy", calib)
     given = ["--bits", "8", "--group-size", "32", "--method", "awq", "--no-clip", "--symmetric", "--quiet"]
-    given += ["--calib", str(root / "calib.npy"), "--samples", "8", "--seq-len", "16", "--adapter", str(adapter[0])]
+    given += ["--calib", str(root / "calib.npy"), "--samples", "16", "--seq-len", "16", "--adapter", str(adapter[0])]
     assert main(["quantize", str(root / "float"), str(root / "packed"), *given]) == 0
     return root, calib
 

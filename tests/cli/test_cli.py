@@ -233,12 +233,12 @@ def test_demo_compares_float_rounded_and_awq_and_answers(checkpoint):
     assert got["source"] == "float"
     begun = [line.partition(" ...")[0] for line in err.splitlines() if line.endswith(" ...")]
     stages = [
-        "fetching and loading the model", "answering with float weights", "scoring float weights", "calibrating",
-        "rounding to nearest", "scoring rounded weights", "quantizing with AWQ", "scoring AWQ's weights",
-        "answering with AWQ's weights",
+        "fetching and loading the model", "answering with float weights", "scoring float weights",
+        "rounding to nearest", "scoring rounded weights", "calibrating and quantizing with AWQ",
+        "scoring AWQ's weights", "answering with AWQ's weights",
     ]  # fmt: skip
-    assert begun == [f"{i}/9 {stage}" for i, stage in enumerate(stages, 1)]
-    assert "4/9 calibrating ... 100%\n" in err
+    assert begun == [f"{i}/8 {stage}" for i, stage in enumerate(stages, 1)]
+    assert "6/8 calibrating and quantizing with AWQ ... 100%\n" in err
     assert "served as" not in err
     assert "calibrate:" not in err  # one progress, not a bar for each part
 
