@@ -50,9 +50,10 @@ def compare(
     context: int = 512,
     group_size: int = 64,
     methods: tuple[str, ...] = tuple(OURS),
+    programs: tuple[str, ...] = tuple(peer.name for peer in peers.QUANTIZERS),
     envs: Path = peers.ENVS,
 ) -> running.Row:
-    """The other programs, then the methods of awq_jax."""
+    """The other programs, then the methods of awq_jax, each from an empty cache of programs and from a full one."""
     costs: dict[str, running.Cost] = {}
     versions: dict[str, dict[str, str]] = {}
     skipped: dict[str, str] = {}
@@ -65,7 +66,7 @@ def compare(
         tokens, scored = checkpoints.split(loaded.tokenizer, text, samples, seq_len, eval_tokens)
         np.save(calibration, tokens)
         del loaded
-        for peer in peers.QUANTIZERS:
+        for peer in (p for p in peers.QUANTIZERS if p.name in programs):
             if reason := peer.missing(envs):
                 skipped[peer.name] = reason
                 continue
@@ -75,9 +76,13 @@ def compare(
         theirs = {name: cost.cpu for name, cost in costs.items()}
         for method in methods:
             name = f"awq_jax {OURS[method]}"
-            with mock.patch.dict(os.environ, running.environment(), clear=True):
-                _, costs[name] = running.apart(quantize, source, calibration, work / name, group_size, method)
-            print(name, costs[name].row(), flush=True)
+            # Cold, then with the programs that a run before it has left in a cache.
+            for suffix, programs in (("", None), (", filling the cache", work), (", warm", work)):
+                given = source, calibration, work / (name + suffix), group_size, method
+                with mock.patch.dict(os.environ, running.environment(programs and programs / "programs"), clear=True):
+                    _, costs[name + suffix] = running.apart(quantize, *given)
+                print(name + suffix, costs[name + suffix].row(), flush=True)
+            del costs[name + ", filling the cache"]
 
         def perplexity(path: Path) -> evaluate.Perplexity:
             return evaluate.perplexity(awq_jax.load(path, dtype="float32"), scored, context=context)

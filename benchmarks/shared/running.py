@@ -171,14 +171,18 @@ def measured(work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> tuple[R
     return out, Cost(wall, after.user - before.user, after.system - before.system, after.peak_mb)
 
 
-def environment() -> dict[str, str]:
+def environment(programs: Path | None = None) -> dict[str, str]:
     """For a process that is measured.
 
-    Compilations are not taken from a cache on disk, which would hide what they cost. Torch's threads wait
-    passively: spinning, two of them took 7 times the processor time of one on a busy machine.
+    Compilations are not taken from a cache on disk, which would hide what they cost, unless it is given:
+    ``programs``. Torch's threads wait passively: spinning, two of them took 7 times the processor time of one on a busy
+    machine.
     """
-    others = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
-    return others | {"OMP_WAIT_POLICY": "PASSIVE", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    others = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"} | {"OMP_WAIT_POLICY": "PASSIVE"}
+    if programs is None:
+        return others | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    kept = {"JAX_COMPILATION_CACHE_DIR": str(programs), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    return others | kept | {"JAX_ENABLE_COMPILATION_CACHE": "true"}
 
 
 def apart(work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> tuple[R, Cost]:
