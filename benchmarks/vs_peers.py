@@ -15,6 +15,7 @@ listed as skipped.
 """
 
 import functools
+import operator
 import os
 import tempfile
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ from awq_jax.config import METHOD_NAMES, AwqConfig
 
 # Method -> what its row is called.
 OURS = {method: "default" if method == AwqConfig().method else method for method in METHOD_NAMES}
+THEIRS = tuple(map(operator.attrgetter("name"), peers.QUANTIZERS))
 
 
 def quantize(source: Path, calibration: Path, out: Path, group_size: int, method: str) -> None:
@@ -50,7 +52,7 @@ def compare(
     context: int = 512,
     group_size: int = 64,
     methods: tuple[str, ...] = tuple(OURS),
-    programs: tuple[str, ...] = tuple(peer.name for peer in peers.QUANTIZERS),
+    programs: tuple[str, ...] = THEIRS,
     envs: Path = peers.ENVS,
 ) -> running.Row:
     """The other programs, then the methods of awq_jax, each from an empty cache of programs and from a full one."""
@@ -77,9 +79,10 @@ def compare(
         for method in methods:
             name = f"awq_jax {OURS[method]}"
             # Cold, then with the programs that a run before it has left in a cache.
-            for suffix, programs in (("", None), (", filling the cache", work), (", warm", work)):
+            kept = work / "programs"
+            for suffix, cache in (("", None), (", filling the cache", kept), (", warm", kept)):
                 given = source, calibration, work / (name + suffix), group_size, method
-                with mock.patch.dict(os.environ, running.environment(programs and programs / "programs"), clear=True):
+                with mock.patch.dict(os.environ, running.environment(cache), clear=True):
                     _, costs[name + suffix] = running.apart(quantize, *given)
                 print(name + suffix, costs[name + suffix].row(), flush=True)
             del costs[name + ", filling the cache"]

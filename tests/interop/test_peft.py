@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import peers
 import pytest
 import tiny_checkpoints
+from vllm_families import log_softmax
 
 import awq_jax
 from awq_jax import convert, lora
@@ -35,31 +37,69 @@ def test_both_ways(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.load(tmp_path / "read.npy"), want)
 
 
-def test_over_awq_weights(tmp_path: Path) -> None:
-    """A float model's adapter on AutoAWQ's layout: the loss that PEFT has with the rescaled one over its weights.
+@dataclasses.dataclass(frozen=True)
+class Adapted:
+    """A float model's adapter on the AutoAWQ checkpoint of that model.
 
-    PEFT multiplies packed weights with GPTQModel's kernels; plain dequantization stands in for them.
+    Attributes:
+      packed, adapter, tokens: the checkpoint, the adapter rescaled for it, and an array ``[rows, T]`` of text.
+      ours: log-probabilities ``[rows, T, V]`` here.
+      without: mean negative log likelihood of the text without the adapter.
     """
-    base, theirs, packed, dense = (tmp_path / name for name in ("base", "theirs", "packed", "dense"))
-    tiny_checkpoints.checkpoint(base, "llama", seed=3, hidden_size=64, intermediate_size=96)
-    tokens = np.random.default_rng(1).integers(0, 256, (8, 48))
-    np.save(tmp_path / "tokens.npy", tokens)
-    peers.drive("peft", "peft_logits.py", "make", base, theirs, tmp_path / "tokens.npy", tmp_path / "made.npy")
-    calib = np.random.default_rng(2).integers(0, 256, (8, 32)).astype(np.int32)
-    awq_jax.quantize_checkpoint(base, packed, calib, group_size=32, method="awq", samples=8, seq_len=32, progress=False)
+
+    packed: Path
+    adapter: Path
+    tokens: Path
+    ours: np.ndarray
+    without: float
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory: pytest.TempPathFactory) -> Adapted:
+    """Of a model that has learned a text, packed in groups of 32."""
+    peers.environment("peft")
+    work = tmp_path_factory.mktemp("adapted")
+    base, theirs, packed, adapter = (work / name for name in ("base", "theirs", "packed", "adapter"))
+    peers.float_checkpoint(base, "llama")
+    tokens = np.stack([peers.prompt(start, 40) for start in range(0, 320, 20)])
+    np.save(work / "tokens.npy", tokens)
+    peers.drive("peft", "peft_logits.py", "make", base, theirs, work / "tokens.npy", work / "made.npy")
+    calib = np.stack([peers.prompt(start, 64) for start in range(0, 320, 20)]).astype(np.int32)
+    awq_jax.quantize_checkpoint(base, packed, calib, group_size=32, method="awq", samples=8, seq_len=64, progress=False)
     assert convert.open_source(packed).format == "gemm"
-    lora.save(lora.load(theirs, base=packed), tmp_path / "rescaled")
-    convert.checkpoint(packed, dense, "float", allow_lossy=True)
-    out = tmp_path / "read.npy"
-    peers.drive("peft", "peft_logits.py", "load", dense, tmp_path / "rescaled", tmp_path / "tokens.npy", out)
-    served = awq_jax.load(packed, "float32", adapter=theirs)
-    got, want = (nll(logits, tokens) for logits in (served(tokens), np.load(out)))
-    assert abs(got - want) < 1e-3 < abs(nll(awq_jax.load(packed, "float32")(tokens), tokens) - want)
+    lora.save(lora.load(theirs, base=packed), adapter)
+    ours = log_softmax(np.asarray(awq_jax.load(packed, "float32", adapter=theirs)(tokens)))
+    without = log_softmax(np.asarray(awq_jax.load(packed, "float32")(tokens)))
+    return Adapted(packed, adapter, work / "tokens.npy", ours, nll(without, tokens))
 
 
-def nll(logits: object, tokens: np.ndarray) -> float:
+def test_peft_over_awq_weights(adapted: Adapted, tmp_path: Path) -> None:
+    """Multiplied by GPTQModel's kernels, which round each dequantized weight to float16."""
+    peers.drive(
+        "gptqmodel", "peft_logits.py", "load", adapted.packed, adapted.adapter, adapted.tokens, tmp_path / "read.npy"
+    )
+    tokens = np.load(adapted.tokens)
+    got, want = nll(adapted.ours, tokens), nll(log_softmax(np.load(tmp_path / "read.npy")), tokens)
+    print("PEFT over AutoAWQ's layout: NLL", want, "here", got, "without the adapter", adapted.without)
+    assert abs(got - want) < 1e-3 < 0.1 * abs(adapted.without - want)
+
+
+def test_vllm_over_awq_weights(adapted: Adapted, tmp_path: Path) -> None:
+    """In float16, by its own kernels where the processor has what they need."""
+    kernels = "engine" if peers.has_amx() else "plain"
+    arguments = (kernels, adapted.packed, adapted.adapter, adapted.tokens, tmp_path / "read.npy")
+    peers.drive("vllm", "lora_vllm.py", *arguments)
+    tokens = np.load(adapted.tokens)
+    assert tokens.size >= 500
+    theirs = np.load(tmp_path / "read.npy")[..., : adapted.ours.shape[-1]].astype(np.float64)
+    differences = np.abs(theirs - adapted.ours)
+    got, want = nll(adapted.ours, tokens), nll(theirs, tokens)
+    print("vLLM with", kernels, "kernels, prefixes:", tokens.size, "NLL", want, "here", got)
+    print("log-probabilities: mean difference", differences.mean(), "largest", differences.max())
+    assert abs(got - want) < 2e-3 < 0.1 * abs(adapted.without - want)
+    assert differences.mean() < 2e-3
+
+
+def nll(log_probabilities: np.ndarray, tokens: np.ndarray) -> float:
     """Mean negative log likelihood of each token after the first, in nats."""
-    x = np.asarray(logits, np.float64)[:, :-1]
-    x = x - x.max(-1, keepdims=True)
-    x = x - np.log(np.exp(x).sum(-1, keepdims=True))
-    return -float(np.take_along_axis(x, tokens[:, 1:, None], -1).mean())
+    return -float(np.take_along_axis(log_probabilities[:, :-1], tokens[:, 1:, None], -1).mean())
