@@ -91,6 +91,7 @@ of_sums = jax.jit(_of_sums, static_argnames="how")
 """The `Input` of `Sums`."""
 
 of_sums_in_place = jax.jit(_of_sums, static_argnames="how", donate_argnames="gram")
+"""`of_sums` in the memory of the sum, which is gone then."""
 
 mean_gram = jax.jit(lambda gram, count, how: _mean(gram, count, how)[0], static_argnames="how")
 """`Input.gram` of `Sums`, without its factor."""
@@ -99,6 +100,7 @@ scaled = jax.jit(_scaled)
 """An `Input` whose channels are divided by a scale ``[K]``, K at most its rows."""
 
 scaled_in_place = jax.jit(_scaled, donate_argnames="given")
+"""`scaled` in the memory of what is given, which is gone then."""
 
 
 class KeptInputs:

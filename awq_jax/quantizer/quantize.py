@@ -252,7 +252,8 @@ def quantize_groups(
             found_here = find_scale(group, mine, leaves, stats, config, pool, inputs)
             if follower is not None and found_here.scale is not None:
                 alone = fold.Folder(plan, ones | {group.name: found_here.scale})
-                trial = functools.partial(round_group, group, mine, leaves, alone, found_here, stats, config, pool)
+                given = group, mine, leaves, alone, found_here, stats, config, pool
+                trial = functools.partial(round_group, *given, kept=inputs)
                 if (why := follower.refuse(group, mine, stats, alone, trial)) is not None:
                     found_here = GroupScale(None, reason=why)
             scales[group.name] = found_here

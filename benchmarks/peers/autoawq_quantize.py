@@ -8,11 +8,10 @@ trial ratio. On a GPU ``.cpu()`` copies; on a CPU it returns the live tensors, s
 the first trial also scales the "backup", and every later trial and the final weights are corrupt.
 """
 
-import argparse
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import arguments
 import numpy as np
 import torch
 from awq import AutoAWQForCausalLM
@@ -39,11 +38,7 @@ class NoSearch(AwqQuantizer):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
-    parser.add_argument("tokens", type=Path, help="integers [samples, length]")
-    parser.add_argument("out")
-    parser.add_argument("--group-size", type=int, default=64)
+    parser = arguments.parser(__doc__)
     parser.add_argument("--dtype", default="bfloat16", help="of the float weights and the search")
     parser.add_argument("--no-search", action="store_true", help="neither scales nor clipping: what the rest costs")
     args = parser.parse_args()

@@ -7,12 +7,11 @@ when it is imported. Its defaults otherwise: GPTQ symmetric, without act-order, 
 with zero points, in bfloat16, since it refuses float32.
 """
 
-import argparse
 import os
-from pathlib import Path
 
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(os.cpu_count()))
 
+import arguments
 import numpy as np
 import torch
 from gptqmodel import GPTQModel, QuantizeConfig
@@ -20,11 +19,7 @@ from gptqmodel.quantization import FORMAT, METHOD
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
-    parser.add_argument("tokens", type=Path, help="integers [samples, length]")
-    parser.add_argument("out")
-    parser.add_argument("--group-size", type=int, default=64)
+    parser = arguments.parser(__doc__)
     parser.add_argument("--method", choices=("gptq", "awq"), default="gptq")
     args = parser.parse_args()
     awq = args.method == "awq"

@@ -6,10 +6,9 @@ Imports nothing of awq_jax. Written as compressed-tensors, with zero points. Rel
 layers to memory for a GPU also where there is none, which torch refuses: here it is not pinned.
 """
 
-import argparse
-from pathlib import Path
 from unittest import mock
 
+import arguments
 import numpy as np
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
@@ -22,11 +21,7 @@ from transformers import AutoModelForCausalLM
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
-    parser.add_argument("tokens", type=Path, help="integers [samples, length]")
-    parser.add_argument("out")
-    parser.add_argument("--group-size", type=int, default=64)
+    parser = arguments.parser(__doc__)
     parser.add_argument("--method", choices=("awq", "rtn"), default="awq")
     args = parser.parse_args()
     rows = np.load(args.tokens).tolist()
