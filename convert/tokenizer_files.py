@@ -109,7 +109,8 @@ def adopt(tokenizer: Any) -> TokenizerLike:
 
 
 def chat_template(directory: Path, settings: Settings) -> ChatTemplate | None:
-    """Of ``chat_template.jinja`` and ``additional_chat_templates/``, or else of ``tokenizer_config.json``."""
+    """Of ``chat_template.jinja`` and ``additional_chat_templates/``, else of ``tokenizer_config.json``; else of
+    ``chat_template.json``, where processors of models that look at images had theirs."""
     stored = settings.get("chat_template")
     found = {DEFAULT: stored} if isinstance(stored, str) else dict(stored) if isinstance(stored, dict) else {}
     if isinstance(stored, list):
@@ -118,6 +119,8 @@ def chat_template(directory: Path, settings: Settings) -> ChatTemplate | None:
     if (path := directory / "chat_template.jinja").is_file():
         files[DEFAULT] = path
     found |= {name: path.read_text("utf-8") for name, path in files.items()}
+    if not found and isinstance(own := _read(directory / "chat_template.json").get("chat_template"), str):
+        found = {DEFAULT: own}
     return found[DEFAULT] if set(found) == {DEFAULT} else found or None
 
 

@@ -48,6 +48,9 @@ def add(subparsers: common.Commands) -> None:
                        help="tokens of prompts that are read between two steps (default: %(default)s)")  # fmt: skip
     cache.add_argument("--kv-bits", type=int, choices=(8,), help="keep keys and values in 8 bits")
     cache.add_argument("--no-prefix-reuse", action="store_true", help="read every prompt from its beginning")
+    cache.add_argument("--image-tokens", type=common.positive, default=1024, metavar="T",
+                       help="of one image, for models that take images of any size; larger ones are made smaller "
+                       "(default: %(default)s)")  # fmt: skip
     limits = p.add_argument_group("limits")
     limits.add_argument("--api-key", action="append", default=[], metavar="KEY",
                         help=f"one that clients must have; may be repeated (or ${KEY}, which others on the machine "
@@ -55,7 +58,10 @@ def add(subparsers: common.Commands) -> None:
     limits.add_argument("--queue", type=int, default=256, metavar="N",
                         help="requests that may wait; others are refused (429; default: %(default)s)")  # fmt: skip
     limits.add_argument(
-        "--body-limit", type=float, default=4.0, metavar="MB", help="of a request (default: %(default)s)"
+        "--body-limit",
+        type=float,
+        metavar="MB",
+        help="of a request (default: 4, or 32 for a model that looks at images)",
     )
     limits.add_argument("--timeout", type=float, default=600.0, metavar="S",
                         help="seconds that a request may take (default: %(default)s)")  # fmt: skip
@@ -69,7 +75,7 @@ def add(subparsers: common.Commands) -> None:
 def run(args: argparse.Namespace) -> None:
     """Load, warm up, serve."""
     for name in ("body_limit", "timeout", "drain_timeout"):
-        if not 0 < getattr(args, name) < math.inf:
+        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
             raise ConfigError(f"--{name.replace('_', '-')} must be a positive number; got {getattr(args, name)}")
     if args.queue < 0 or not 0 <= args.port < 1 << 16:
         raise ConfigError("--queue must be 0 or more, and --port from 0 to 65535")
@@ -103,11 +109,12 @@ def run(args: argparse.Namespace) -> None:
 
         engine = Engine(
             loaded, slots=args.max_slots, length=args.max_length, chunk=args.prefill_chunk, kv_bits=args.kv_bits,
-            queue=args.queue, reuse=not args.no_prefix_reuse, watch=watch, told=told,
+            queue=args.queue, reuse=not args.no_prefix_reuse, image_tokens=args.image_tokens, watch=watch,
+            told=told,
         )  # fmt: skip
     common.say("\n".join(engine.explain().splitlines()[1:]), args.quiet)  # the first was logged when it was done
     name = args.name or Path(args.dir).name.removesuffix(".gguf") or "model"
-    limit = int(args.body_limit * (1 << 20))
+    limit = None if args.body_limit is None else max(int(args.body_limit * (1 << 20)), 1)
     settings = service.Settings(name, keys, limit, args.timeout, args.drain_timeout)
 
     def ready(address: str) -> None:

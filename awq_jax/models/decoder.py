@@ -174,7 +174,7 @@ class Decoder(nnx.Module):
         tokens: jax.Array,
         positions: jax.Array,
         cache: Cache | None,
-        images: Mapping[str, jax.Array] | None = None,
+        images: Mapping[str, jax.Array] | towers.Looked | None = None,
         call: Call = Layer.__call__,
     ) -> tuple[jax.Array, Cache]:
         """Normalised last hidden states, and the cache with these tokens written into it.
@@ -184,7 +184,8 @@ class Decoder(nnx.Module):
           positions: int32 ``[B, T]``, consecutive in each row; the tokens of row b go into the slots
             from ``positions[b, 0]``. Padding after a row's end may repeat its last position.
           cache: what came before, or None to attend among these tokens only.
-          images: those that the tokens stand for, in a call in which positions begin at 0.
+          images: those that the tokens stand for, in a call in which positions begin at 0; or what a tower has
+            made of them.
           call: calls a layer.
 
         Returns:
@@ -204,7 +205,7 @@ class Decoder(nnx.Module):
         tokens: jax.Array,
         positions: jax.Array,
         shift: jax.Array | None,
-        images: Mapping[str, jax.Array] | None = None,
+        images: Mapping[str, jax.Array] | towers.Looked | None = None,
     ) -> Begun:
         """What the layers read, for `hidden`; ``shift``: that of the cache, if there is one."""
         seen = self.look(tokens, positions, images)
@@ -219,7 +220,9 @@ class Decoder(nnx.Module):
         """What the last layer left, normalised."""
         return self.norm(x) if self.config.final_norm else x
 
-    def look(self, tokens: jax.Array, positions: jax.Array, images: Mapping[str, jax.Array] | None) -> towers.Seen:
+    def look(
+        self, tokens: jax.Array, positions: jax.Array, images: Mapping[str, jax.Array] | towers.Looked | None
+    ) -> towers.Seen:
         """What the first layer reads, and what else images change."""
         vision = self.config.vision
         if vision is None or not images:

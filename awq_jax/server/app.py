@@ -79,7 +79,7 @@ def app(engine: Engine, settings: Settings, metrics: Metrics) -> Starlette:
 
     def posted(complete: Complete) -> Callable[[HttpRequest], Awaitable[Response]]:
         async def run(http: HttpRequest) -> Response:
-            return await complete(service, http, fields.parse(await _body(http, settings)))
+            return await complete(service, http, fields.parse(await _body(http, service.body_limit, settings.timeout)))
 
         return guarded(run)
 
@@ -151,22 +151,22 @@ def _authorise(http: HttpRequest, keys: tuple[str, ...]) -> None:
         raise Problem("this server wants an API key: Authorization: Bearer KEY", 401, code="invalid_api_key")
 
 
-async def _body(http: HttpRequest, settings: Settings) -> bytes:
-    """The body of a request, no longer than is allowed.
+async def _body(http: HttpRequest, limit: int, timeout: float) -> bytes:
+    """The body of a request, of at most ``limit`` bytes.
 
     Raises:
       Problem: 413, or 408.
     """
-    too_long = Problem(f"the body has more than {settings.body_limit:,} bytes", 413, code="request_too_large")
+    too_long = Problem(f"the body has more than {limit:,} bytes", 413, code="request_too_large")
     declared = http.headers.get("content-length", "0")
-    if not declared.isdigit() or int(declared[:18]) > settings.body_limit:
+    if not declared.isdigit() or int(declared[:18]) > limit:
         raise too_long
     parts, size = [], 0
     try:
-        async with asyncio.timeout(settings.timeout):
+        async with asyncio.timeout(timeout):
             async for part in http.stream():
                 size += len(part)
-                if size > settings.body_limit:
+                if size > limit:
                     raise too_long
                 parts.append(part)
     except TimeoutError:

@@ -33,9 +33,10 @@ async def complete(service: Service, http: HttpRequest, body: fields.Json) -> Re
         raise f.wrong("max_tokens", "at least 1")
     talk = talk_of(service, f)
     grammar = constrained.grammar_of(f)
-    ids = await asyncio.to_thread(talk.ids, service)
+    service.engine.check_queue()  # before any work
+    prompt = await asyncio.to_thread(talk.prompt, service)
     constraints = await asyncio.to_thread(constrained.constraints, service, grammar, want.choices)
-    streams = service.begin([ids], want, constraints=constraints)
+    streams = service.begin([prompt], want, constraints=constraints)
     answers = [Answer(service, talk, i, logprobs is not None) for i in range(want.choices)]
     if want.stream:
         head = usage.head("chat.completion.chunk", "chatcmpl", service.settings.name) | usage.awaited(want.usage)

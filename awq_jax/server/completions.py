@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
+from awq_jax.serve.engine.looking import Prompt
 from awq_jax.serve.engine.request import Piece
 from awq_jax.serve.engine.stream import Stream
 from awq_jax.serve.generate import TokenLogprobs
@@ -46,6 +47,7 @@ async def complete(service: Service, http: HttpRequest, body: fields.Json) -> Re
     if best != want.choices:
         raise f.wrong("best_of", "left out, or equal to n")
     echo = f.flag("echo")
+    service.engine.check_queue()  # before any work
     prompts = await asyncio.to_thread(_prompts, service, f)
     scored = echo and logprobs is not None
     streams = service.begin(prompts, want, scored)
@@ -95,8 +97,8 @@ def _check(piece: Piece) -> None:
         raise Problem("the request was cancelled", 499, code="cancelled")
 
 
-def _prompts(service: Service, f: Fields) -> list[list[int]]:
-    """Token ids of each prompt: a text, ids, or a list of either."""
+def _prompts(service: Service, f: Fields) -> list[Prompt]:
+    """Each prompt: a text, ids, or a list of either."""
     given = f.data.get("prompt")
     if isinstance(given, str) or fields.is_ids(given):
         given = [given]
@@ -104,7 +106,7 @@ def _prompts(service: Service, f: Fields) -> list[list[int]]:
         raise f.wrong("prompt", "a string, a list of token ids, or a list of such")
     if len(given) > MOST_PROMPTS:
         raise f.wrong("prompt", f"at most {MOST_PROMPTS} prompts")
-    return [service.engine.encoded(f.encodable(p, "prompt") if isinstance(p, str) else p) for p in given]
+    return [service.engine.prepared(f.encodable(p, "prompt") if isinstance(p, str) else p) for p in given]
 
 
 def _text(service: Service, ids: list[int]) -> str:

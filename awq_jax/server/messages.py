@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from awq_jax.errors import ConfigError
+from awq_jax.serve.engine.looking import Prompt
+from awq_jax.server import pictures
 from awq_jax.server.fields import Fields, parse
 from awq_jax.server.problems import Problem
 from awq_jax.server.service import Service
@@ -24,23 +26,35 @@ class Talk:
       tools: as the body has them; None for none.
       style: how calls of tools are told from text; None where there are none.
       variables: further ones of the template.
+      images: files, in the order of their marks in the messages.
     """
 
     messages: Sequence[Mapping[str, object]]
     tools: Sequence[Mapping[str, object]] | None
     style: Style | None
     variables: Mapping[str, object]
+    images: Sequence[bytes] = ()
 
-    def ids(self, service: Service) -> list[int]:
-        """Token ids.
+    def prompt(self, service: Service) -> Prompt:
+        """What the engine is given.
 
         Raises:
-          Problem: the template does not take these messages.
+          Problem: the template does not take these messages, or an image cannot be read.
+          AwqError: see `awq_jax.server.pictures.Processor.prompt`.
         """
+        ids = [int(i) for i in self._rendered(service)]
+        if not self.images:
+            return service.engine.prepared(ids)
+        assert service.processor is not None  # else there are no images
+        images = pictures.decoded(self.images)
+        text = str(self._rendered(service, tokenize=False))
+        return service.engine.prepared(service.processor.prompt(ids, text, images))
+
+    def _rendered(self, service: Service, **more: object) -> Any:
         template: Any = service.tokenizer.apply_chat_template
-        given = {"tools": list(self.tools)} if self.tools else {}
+        given = more | ({"tools": list(self.tools)} if self.tools else {})
         try:
-            found = template(
+            return template(
                 list(self.messages), add_generation_prompt=True, return_dict=False, **given, **self.variables
             )
         except ConfigError:
@@ -48,7 +62,6 @@ class Talk:
         except Exception as e:  # a template is a program that the client's messages run through
             text = f"the chat template does not take these messages: {type(e).__name__}: {str(e)[:300]}"
             raise Problem(text, param="messages") from None
-        return [int(i) for i in found]
 
 
 def talk_of(service: Service, f: Fields) -> Talk:
@@ -63,7 +76,10 @@ def talk_of(service: Service, f: Fields) -> Talk:
     given = f.objects("messages")
     if not given:
         raise f.wrong("messages", "a list of messages, at least one")
-    messages = [_message(m) for m in given]
+    images = list[bytes]()
+    messages = [_message(m, service.processor is not None, images) for m in given]
+    if len(images) > pictures.MOST_IMAGES:
+        raise Problem(f"there are {len(images)} images; at most {pictures.MOST_IMAGES} are taken", param="messages")
     listed = f.objects("tools")
     choice = f.data.get("tool_choice")
     if choice not in (None, "auto", "none"):
@@ -83,18 +99,22 @@ def talk_of(service: Service, f: Fields) -> Talk:
         raise Problem(
             f"chat_template_kwargs has {sorted(clash)[0]!r}, which is not its to set", param="chat_template_kwargs"
         )
-    return Talk(messages, used, style_of(templates) if used else None, extra.data if extra else {})
+    return Talk(messages, used, style_of(templates) if used else None, extra.data if extra else {}, images)
 
 
-def _message(m: Fields) -> dict[str, object]:
+def _message(m: Fields, looks: bool, images: list[bytes]) -> dict[str, object]:
+    """A message for a template; those of models that look at images take contents as lists. Adds to ``images``."""
     role = m.text("role", "")
     if role not in ROLES:
         raise m.wrong("role", f"one of {', '.join(ROLES)}")
-    content = m.data.get("content")
+    content: object = m.data.get("content")
     if isinstance(content, list):
-        content = "\n".join(_part(p) for p in m.objects("content") or ())
+        parts = [_part(p, looks, images) for p in m.objects("content") or ()]
+        content = parts if looks else "\n".join(part["text"] for part in parts)
     else:
         content = m.text("content", None)
+        if looks and content is not None and role != "tool":
+            content = [{"type": "text", "text": content}]
     called = m.objects("tool_calls")
     if content is None and not (role == "assistant" and called):
         raise m.wrong("content", "a string, or a list of parts")
@@ -107,13 +127,20 @@ def _message(m: Fields) -> dict[str, object]:
     return found
 
 
-def _part(p: Fields) -> str:
-    if p.data.get("type") != "text":
-        raise p.wrong("type", '"text": other parts are not supported')
+def _part(p: Fields, looks: bool, images: list[bytes]) -> dict[str, str]:
+    kind = p.data.get("type")
+    if kind == "image_url":
+        if not looks:
+            told = "this model does not look at images: send text alone"
+            raise Problem(told, code="no_images", param=f"{p.where}type")
+        images.append(pictures.data_of(p))
+        return {"type": "image"}
+    if kind != "text":
+        raise p.wrong("type", '"text" or "image_url": other parts are not supported')
     text = p.text("text", None)
     if text is None:
         raise p.wrong("text", "a string")
-    return text
+    return {"type": "text", "text": text}
 
 
 def _called(c: Fields) -> dict[str, object]:

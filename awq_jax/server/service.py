@@ -12,10 +12,12 @@ from starlette.requests import Request as HttpRequest
 
 from awq_jax.convert.text import TokenizerLike
 from awq_jax.serve.engine.engine import Engine
+from awq_jax.serve.engine.looking import Prompt
 from awq_jax.serve.engine.request import Constraint, Piece
 from awq_jax.serve.engine.stream import Stream
 from awq_jax.serve.prompts import needed
 from awq_jax.server.asked import Asked, Defaults
+from awq_jax.server.pictures import Processor
 from awq_jax.server.problems import Problem, of
 
 log = logging.getLogger(__name__)
@@ -28,14 +30,14 @@ class Settings:
     Attributes:
       name: of the model, as clients call it.
       api_keys: one of which a client must have; none: anybody may ask.
-      body_limit: bytes of a request.
+      body_limit: bytes of a request; None: 4 MiB, and 32 for a model that looks at images.
       timeout: seconds that a request may take.
       drain: seconds that requests have to finish once the server is told to end.
     """
 
     name: str
     api_keys: tuple[str, ...] = ()
-    body_limit: int = 4 << 20
+    body_limit: int | None = None
     timeout: float = 600.0
     drain: float = 30.0
 
@@ -52,6 +54,9 @@ class Service:
         self.engine, self.settings = engine, settings
         self.defaults = Defaults.of(engine.model.source.generation_config)
         self.draining = False
+        looks = engine.programs.config.vision is not None
+        self.body_limit = settings.body_limit or (32 << 20 if looks else 4 << 20)
+        self.processor = Processor(engine) if looks else None
 
     @property
     def tokenizer(self) -> TokenizerLike:
@@ -74,7 +79,7 @@ class Service:
 
     def begin(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Prompt],
         asked: Asked,
         scored: bool = False,
         constraints: Sequence[Constraint | None] = (),

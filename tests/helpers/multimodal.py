@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any
 
 import numpy as np
+import tokenizers
 import torch
 import transformers
 
@@ -178,3 +180,63 @@ def config_of(case: Case) -> dict[str, Any]:
     if case in CARRIED:
         return {"model_type": case.family, **case.config}
     return transformers.AutoConfig.for_model(case.family, **case.config, image_token_id=IMAGE).to_dict()
+
+
+MARKS = {"llava": "<image>", "llava_next": "<image>", "gemma3": "<start_of_image>"}
+_TEMPLATE = """{% for m in messages %}{% for c in m.content %}{% if c.type == "image" %} MARK {% else %} {{ c.text }}
+{%- endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %} t9{% endif %}"""
+_PROCESSORS = {
+    "llava": ({"image_processor_type": "CLIPImageProcessor"}, "LlavaProcessor"),
+    "llava_next": (
+        {"image_processor_type": "LlavaNextImageProcessor", "image_grid_pinpoints": TILES},
+        "LlavaNextProcessor",
+    ),
+    "gemma3": (
+        {"image_processor_type": "Gemma3ImageProcessor", "size": {"height": 16, "width": 16}},
+        "Gemma3Processor",
+    ),
+}
+
+
+def save(case: Case, directory: Any) -> None:
+    """A random model with a tokenizer of words t0, t1, ..., a chat template, and its family's processor."""
+    mark = MARKS.get(case.family, "<|image_pad|>")
+    special = {"image_token": mark}
+    if case.family == "gemma3":
+        special = {"image_token": "<image_soft_token>", "boi_token": mark, "eoi_token": "<end_of_image>"}
+    named = {IMAGE + i: token for i, token in enumerate(special.values())}
+    raw = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({named.get(i, f"t{i}"): i for i in range(TEXT["vocab_size"])}, unk_token="t0")
+    )
+    raw.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    names = {"unk_token": "t0", "eos_token": "t2", "extra_special_tokens": special}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, **names)
+    tokenizer.chat_template = _TEMPLATE.replace("MARK", mark)
+    model(case).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    if case.kind == "patches":
+        image: dict[str, Any] = {"image_processor_type": "Qwen2VLImageProcessor", "patch_size": 4, "merge_size": 2}
+        image |= {"size": {"shortest_edge": 64, "longest_edge": 4096}}
+    else:
+        own, kind = _PROCESSORS[case.family]
+        image = {"size": {"shortest_edge": 8}, "crop_size": {"height": 8, "width": 8}} | own | {"processor_class": kind}
+        more = {"image_seq_length": 4} if case.family == "gemma3" else {"patch_size": 4, "image_token": mark}
+        if case.family != "gemma3":
+            more |= {"vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+        (directory / "processor_config.json").write_text(json.dumps({"processor_class": kind} | more))
+    (directory / "preprocessor_config.json").write_text(json.dumps(image))
+
+
+def processed(case: Case, directory: Any, text: str, images: list[Any]) -> dict[str, Any]:
+    """What the family's processor in transformers returns. Qwen's would need torchvision, for videos: in its place its
+    image processor, and as many marks as it says."""
+    if case.kind != "patches":
+        processor = transformers.AutoProcessor.from_pretrained(directory)
+        return dict(processor(text=[text], images=images, return_tensors="np"))
+    processor = transformers.AutoImageProcessor.from_pretrained(directory)
+    found = processor(images=images, return_tensors="np")
+    before, *after = text.split("<|image_pad|>")
+    for (frames, rows, columns), part in zip(found["image_grid_thw"], after, strict=True):
+        before += "<|image_pad|>" * (frames * rows * columns // 4) + part
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    return {"input_ids": tokenizer([before], return_tensors="np")["input_ids"], **found}

@@ -134,7 +134,7 @@ def attend(
       c: scale, cap and position bias of the scores.
       window: see `LayerConfig`.
       sinks: ``[H]``.
-      blocks: int32 ``[B, T]``, of tokens that stand in the first T slots: those with the same number of 0
+      blocks: int32 ``[B, T]``, of the T tokens from each row's first position: those with the same number of 0
         or more attend to each other in both directions. None for none.
 
     Returns:
@@ -153,7 +153,8 @@ def attend(
     ahead = positions[:, :, None] - jnp.arange(k.shape[1])
     seen = ahead >= 0
     if blocks is not None:
-        slots = jnp.pad(blocks, ((0, 0), (0, k.shape[1] - length)), constant_values=-1)
+        at = jnp.arange(batch)[:, None], positions[:, :1] + jnp.arange(length)
+        slots = jnp.full((batch, k.shape[1]), -1, blocks.dtype).at[at].set(blocks, mode="drop")
         seen |= (blocks[:, :, None] == slots[:, None]) & (blocks >= 0)[:, :, None]
     if window is not None:
         seen &= ahead < window

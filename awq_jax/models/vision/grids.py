@@ -5,9 +5,11 @@ patches of each image) is data, so that images of other proportions need no new 
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +31,14 @@ class Places:
 
 def _of_sequence(ends: jax.Array, count: int) -> jax.Array:
     """The number of the image that each of ``count`` items belongs to, given where images end ``[I]``."""
-    number = jnp.searchsorted(ends, jnp.arange(count), side="right")
-    return jnp.minimum(number, ends.shape[0] - 1)
+    xp = _numpy_of(ends)
+    number: jax.Array = xp.searchsorted(ends, xp.arange(count), side="right")
+    return xp.minimum(number, ends.shape[0] - 1)
+
+
+def _numpy_of(a: jax.Array | np.ndarray) -> Any:
+    """NumPy for what is on the host."""
+    return np if isinstance(a, np.ndarray) else jnp
 
 
 def places(grids: jax.Array, merge: int, count: int) -> Places:
@@ -96,17 +104,19 @@ def rope_positions(seen: jax.Array, grids: jax.Array, merge: int) -> tuple[jax.A
       merge: patches along the edge of a feature.
 
     Returns:
-      int32 ``[3, B, T]``, and int32 ``[B]``: what later tokens' positions differ by from their number.
+      int32 ``[3, B, T]``, and int32 ``[B]``: what later tokens' positions differ by from their number. Of NumPy's
+      arrays such (of 64 bits), of others JAX's.
     """
+    xp = _numpy_of(seen)
     frames, heights, widths = grids[:, 0], grids[:, 1] // merge, grids[:, 2] // merge
     counts = frames * heights * widths
-    ends = jnp.cumsum(counts)
-    rank = (jnp.cumsum(seen.reshape(-1)) - 1).reshape(seen.shape)
-    image = _of_sequence(ends, seen.size)[jnp.maximum(rank, 0)]
+    ends = xp.cumsum(counts)
+    rank = (xp.cumsum(seen.reshape(-1)) - 1).reshape(seen.shape)
+    image = _of_sequence(ends, seen.size)[xp.maximum(rank, 0)]
     inside = rank - (ends - counts)[image]
     height, width = heights[image], widths[image]
-    offsets = jnp.stack([inside // (height * width), inside // width % height, inside % width])
+    offsets = xp.stack([inside // (height * width), inside // width % height, inside % width])
     last = inside == counts[image] - 1
-    advance = jnp.where(seen, jnp.where(last, jnp.maximum(height, width), 0), 1)
-    start = jnp.cumsum(advance, axis=1) - advance
-    return start + jnp.where(seen, offsets, 0), advance.sum(axis=1) - seen.shape[1]
+    advance = xp.where(seen, xp.where(last, xp.maximum(height, width), 0), 1)
+    start = xp.cumsum(advance, axis=1) - advance
+    return start + xp.where(seen, offsets, 0), advance.sum(axis=1) - seen.shape[1]

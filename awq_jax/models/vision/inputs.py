@@ -44,7 +44,7 @@ def inputs(config: ModelConfig, batch: Mapping[str, object]) -> tuple[dict[str, 
     images = {k: np.asarray(v) for k, v in pictures(vision, arrays).items()}
     images = {k: v.astype(np.int32 if np.issubdtype(v.dtype, np.integer) else np.float32) for k, v in images.items()}
     if vision is not None and images:
-        have, want = _features(vision, images), int((tokens == vision.token).sum())
+        have, want = sum(features_of_each(vision, images)), int((tokens == vision.token).sum())
         if have != want:
             raise ShapeError(
                 f"the images have {have} features, the text {want} tokens for them (id {vision.token}); make both with "
@@ -100,8 +100,12 @@ def _tiles(size: Sequence[int], config: LlavaVision) -> tuple[int, int]:
     return h // config.tower.image, w // config.tower.image
 
 
-def _features(config: VisionConfig, images: Mapping[str, np.ndarray]) -> int:
-    """How many features the images have; complains if the shapes are not those that the tower takes."""
+def features_of_each(config: VisionConfig, images: Mapping[str, np.ndarray]) -> list[int]:
+    """How many features each image has.
+
+    Raises:
+      ShapeError: the shapes are not those that the tower takes.
+    """
     pixels = images["pixel_values"]
     if isinstance(config, QwenVision):
         grids = images["image_grid_thw"]
@@ -112,7 +116,7 @@ def _features(config: VisionConfig, images: Mapping[str, np.ndarray]) -> int:
                 f"pixel_values of shape {pixels.shape} with image_grid_thw {grids.tolist()}: the tower takes "
                 f"[patches, {want[0]}], and rows and columns in multiples of {config.merge}"
             )
-        return len(pixels) // config.merge**2
+        return [int(n) for n in grids.prod(axis=1) // config.merge**2]
     tower = config.tower
     tiled = isinstance(config, LlavaVision) and bool(config.tiles)
     shape = (tower.channels, tower.image, tower.image)
@@ -122,10 +126,10 @@ def _features(config: VisionConfig, images: Mapping[str, np.ndarray]) -> int:
             f"{', '.join(map(str, shape))}]"
         )
     if isinstance(config, Gemma3Vision):
-        return len(pixels) * config.side**2
+        return [config.side**2] * len(pixels)
     each = tower.side**2 + tower.class_token - config.drop_first
     if not tiled:
-        return len(pixels) * each
+        return [each] * len(pixels)
     tiles, sizes = images["image_tiles"], images["image_sizes"]
     if len(tiles) != len(pixels) or (tiles.prod(axis=1) >= pixels.shape[1]).any():
         raise ShapeError(
@@ -133,4 +137,4 @@ def _features(config: VisionConfig, images: Mapping[str, np.ndarray]) -> int:
             "tiles besides the whole image; make both with one call of the checkpoint's own processor"
         )
     _, _, rows, columns = (np.asarray(a) for a in kept(tower.side, jnp.asarray(tiles), jnp.asarray(sizes)))
-    return int((each + rows * (columns + 1)).sum())
+    return [int(n) for n in each + rows * (columns + 1)]

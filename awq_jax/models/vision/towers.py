@@ -42,6 +42,25 @@ class Seen:
     deep: tuple[jax.Array, ...] = ()
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Looked:
+    """What a tower has made of images, at the tokens of a part of a text that stand for it.
+
+    Attributes:
+      seen: bool ``[B, T]``: which tokens do.
+      placed: ``[B, T, hidden]``: the features; 0 elsewhere.
+      deep: of the same shape each, see `Seen`.
+      turns, shift: see `Seen`.
+    """
+
+    seen: jax.Array | np.ndarray
+    placed: jax.Array | np.ndarray
+    deep: tuple[jax.Array | np.ndarray, ...] = ()
+    turns: jax.Array | np.ndarray | None = None
+    shift: jax.Array | np.ndarray | None = None
+
+
 def needed(config: VisionConfig) -> tuple[str, ...]:
     """The arrays that go with an image's tokens."""
     if isinstance(config, QwenVision):
@@ -69,7 +88,11 @@ def pictures(config: VisionConfig | None, arrays: Mapping[str, A | None]) -> dic
 
 
 def look(
-    config: VisionConfig, tower: nnx.Module, tokens: jax.Array, text: jax.Array, images: Mapping[str, jax.Array]
+    config: VisionConfig,
+    tower: nnx.Module,
+    tokens: jax.Array,
+    text: jax.Array,
+    images: Mapping[str, jax.Array] | Looked,
 ) -> Seen:
     """Features of ``images`` in place of their tokens.
 
@@ -77,8 +100,14 @@ def look(
       config, tower: the model's.
       tokens: int32 ``[B, T]``.
       text: ``[B, T, hidden]``: the tokens, embedded.
-      images: from `pictures`, not empty.
+      images: from `pictures`, not empty; or what was made of them.
     """
+    if isinstance(images, Looked):
+        seen = jnp.asarray(images.seen)
+        embedded = jnp.where(seen[..., None], jnp.asarray(images.placed).astype(text.dtype), text)
+        turns, shift = (None if a is None else jnp.asarray(a) for a in (images.turns, images.shift))
+        deep = tuple(jnp.asarray(d).astype(text.dtype) for d in images.deep)
+        return Seen(embedded, turns, shift, blocks(seen) if isinstance(config, Gemma3Vision) else None, deep)
     seen = tokens == config.token
     features = tower({**images, "pixel_values": images["pixel_values"].astype(text.dtype)}, tokens.size)
     embedded = place(features.flat, seen, text)

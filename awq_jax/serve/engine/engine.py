@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
+import numpy as np
 
 from awq_jax.convert.text import Message
-from awq_jax.errors import BusyError, ConfigError, ContextLengthError, EngineError
+from awq_jax.errors import BusyError, ConfigError, ContextLengthError, EngineError, ShapeError
+from awq_jax.models.vision.config import Gemma3Vision
 from awq_jax.serve import prompts
+from awq_jax.serve.answer import rows_of
 from awq_jax.serve.engine import drawing, sizes
 from awq_jax.serve.engine import slots as slot_cache
 from awq_jax.serve.engine.explaining import explain
+from awq_jax.serve.engine.looking import Prompt
 from awq_jax.serve.engine.programs import Programs, row_of
 from awq_jax.serve.engine.request import Constraint, Request, Tell
 from awq_jax.serve.engine.scheduler import Scheduler
@@ -48,6 +52,7 @@ class Engine:
       kv_bits: 8 keeps keys and values in 8 bits; None as the model makes them.
       queue: requests that may wait for a slot.
       reuse: prompts that begin alike share what was read, as long as a slot holds it.
+      image_tokens: of one image at most, for models that take images of any size.
       watch: is told what happens (see `awq_jax.serve.engine.watch.Watch`).
       told: called with programs compiled, and how many there are, while the engine warms up.
 
@@ -69,10 +74,11 @@ class Engine:
         kv_bits: int | None = None,
         queue: int = 256,
         reuse: bool = True,
+        image_tokens: int = 1024,
         watch: Watch | None = None,
         told: Callable[[int, int], object] = lambda done, of: None,
     ):
-        for name, value in (("slots", slots), ("length", length), ("chunk", chunk)):
+        for name, value in (("slots", slots), ("length", length), ("chunk", chunk), ("image_tokens", image_tokens)):
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1; got {value}")
         if kv_bits not in (None, 8):
@@ -85,13 +91,15 @@ class Engine:
         config = generator.config
         if length is not None and length > config.max_length:
             raise ConfigError(f"length is {length}; the model's context is {config.max_length}")
+        if isinstance(config.vision, Gemma3Vision):  # an image is read in one piece
+            chunk = max(chunk, config.vision.side**2)
         row = row_of(generator, params)
         device = next(iter(jax.tree.leaves(params)[0].devices()))
         if length is None:
             length = _longest(row, config.max_length, slots, chunk, kv_bits, device)
         whole = any(layer.rope is not None and layer.rope.kind in ("dynamic", "longrope") for layer in config.layers)
         self.sizes = sizes.Sizes.of(slots, length, chunk, whole)
-        self.programs = Programs(generator, params, self.sizes, kv_bits)
+        self.programs = Programs(generator, params, self.sizes, kv_bits, image_tokens)
         keeps = all(slot_cache.is_store(layer) for layer in self.programs.shapes.layers)
         self.scheduler = Scheduler(self.sizes, reuse and keeps)
         beyond = min(
@@ -118,7 +126,7 @@ class Engine:
 
     def submit(
         self,
-        prompt: str | Sequence[int] | Sequence[Message],
+        prompt: str | Sequence[int] | Sequence[Message] | Mapping[str, Any] | Prompt,
         sampling: Sampling | None = None,
         *,
         max_new_tokens: int | None = None,
@@ -130,7 +138,8 @@ class Engine:
         """Continue one prompt. To be called in a running event loop.
 
         Args:
-          prompt: a text, token ids, or, with ``chat``, a conversation or a user's message.
+          prompt: a text, token ids, or, with ``chat``, a conversation or a user's message; or what a processor
+            returned for one text and its images (see `awq_jax.serve.model.Model.inputs`).
           sampling: how tokens are picked; None: greedy.
           max_new_tokens: at most; None: until the slot is full. 0 only reads the prompt.
           chat: wrap the prompt in the tokenizer's chat template.
@@ -143,27 +152,42 @@ class Engine:
 
         Raises:
           BusyError: the queue is full.
-          ShapeError: the prompt is empty, or has ids outside of the vocabulary.
+          ShapeError: the prompt is empty, or has ids outside of the vocabulary; images do not fit the model, or the
+            prompt's tokens.
           ContextLengthError: it does not fit with its answer.
           ConfigError: ``sampling`` does not fit the vocabulary, or there is no tokenizer.
           EngineError: the engine is stopped.
         """
-        ids = self.encoded(prompt, chat)
-        most = self.room(ids, max_new_tokens)
+        given = prompt if isinstance(prompt, Prompt) else self.prepared(prompt, chat)
+        most = self.room(given.ids, max_new_tokens)
 
         def request(tell: Tell) -> Request:
             chosen = sampling or Sampling()
             ends = () if ignore_eos else self.ends
-            return Request(ids, chosen, most, ends, self.model.tokenizer, tell, scored, constraint)
+            return Request(given, chosen, most, ends, self.model.tokenizer, tell, scored, constraint)
 
         return Stream(request, self.put, self.cancel)
 
-    def encoded(self, prompt: str | Sequence[int] | Sequence[Message], chat: bool = False) -> list[int]:
-        """Token ids of a prompt; see `submit`."""
-        if not chat and not isinstance(prompt, str):
-            return [int(i) for i in cast(Sequence[int], prompt)]
-        [ids] = prompts.encode(self.model.tokenizer, cast("str | Sequence[Message]", prompt), chat)
-        return [int(i) for i in ids]
+    def prepared(
+        self, prompt: str | Sequence[int] | Sequence[Message] | Mapping[str, Any], chat: bool = False
+    ) -> Prompt:
+        """A prompt as `submit` takes it, too: what can be done before, in any thread.
+
+        Raises:
+          ConfigError, ShapeError: see `submit`.
+        """
+        config, tokenizer = self.programs.config, self.model.tokenizer
+        images: Mapping[str, np.ndarray] | None = None
+        if isinstance(prompt, Mapping):
+            rows, images = rows_of(config, tokenizer, prompt, chat)
+            if len(rows) != 1:
+                raise ShapeError(f"input_ids has {len(rows)} rows; a request is one prompt: submit each by itself")
+        elif chat or isinstance(prompt, str):
+            rows = prompts.encode(tokenizer, cast("str | Sequence[Message]", prompt), chat)
+        else:
+            rows = [cast("list[int]", prompt)]
+        ids = [int(i) for i in rows[0]]
+        return Prompt(ids, self.programs.looked_at(ids, images or {}))
 
     def room(self, prompt: Sequence[int], max_new_tokens: int | None) -> int:
         """How many new tokens a prompt may have.
@@ -191,15 +215,23 @@ class Engine:
         with self._lock:
             if self._stopping:
                 raise EngineError("the engine is stopped; make a new one")
-            waiting = len(self._inbox) + len(self.scheduler.waiting)
-            free = self.sizes.slots - len(self.scheduler.taken)
-            if waiting >= self.queue + max(free, 0):
-                raise BusyError(f"{waiting} requests wait already; try again later")
+            self.check_queue()
             self._inbox.append(request)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="awq-jax-engine", daemon=True)
                 self._thread.start()
             self._lock.notify()
+
+    def check_queue(self) -> None:
+        """Nothing if there is room for one more request now.
+
+        Raises:
+          BusyError: the queue is full.
+        """
+        waiting = len(self._inbox) + len(self.scheduler.waiting)
+        free = self.sizes.slots - len(self.scheduler.taken)
+        if waiting >= self.queue + max(free, 0):
+            raise BusyError(f"{waiting} requests wait already; try again later")
 
     def cancel(self, request: Request) -> None:
         """End a request at the next step; nothing if it is over."""

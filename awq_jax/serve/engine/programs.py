@@ -6,9 +6,10 @@ compiled and counted.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,8 +19,13 @@ from flax import nnx
 from jax.sharding import PartitionSpec, Sharding
 
 from awq_jax.models.layers.cache import Cache
+from awq_jax.models.vision import singly
+from awq_jax.models.vision.config import QwenVision
+from awq_jax.models.vision.features import Features
+from awq_jax.models.vision.towers import Looked
 from awq_jax.serve import alike_layers
 from awq_jax.serve.engine import drawing, slots
+from awq_jax.serve.engine.looking import Pictures
 from awq_jax.serve.engine.sizes import Sizes, fitting
 from awq_jax.serve.generate import Generator
 
@@ -39,14 +45,19 @@ class Programs:
       generator, params: see `awq_jax.serve.served_weights.ServedWeights.serving`.
       sizes: what to compile for.
       kv_bits: see `awq_jax.serve.engine.slots.empty`.
+      image_tokens: of one image at most, where a model takes them of any size.
 
     Attributes:
+      features: shapes of what a model that looks at images makes of one; else None.
+      most_features: tokens of one image.
       compiled: programs that were compiled.
       late: of those, since `warm_up` was done: 0, or something is wrong.
       seconds: that compiling took.
     """
 
-    def __init__(self, generator: Generator, params: nnx.State, sizes: Sizes, kv_bits: int | None):
+    def __init__(
+        self, generator: Generator, params: nnx.State, sizes: Sizes, kv_bits: int | None, image_tokens: int = 0
+    ):
         self.generator, self.params, self.sizes, self.kv_bits = generator, params, sizes, kv_bits
         self.graphdef, self.config, self.place = generator.graphdef, generator.config, generator.place
         self.vocabulary = self.config.vocab_size
@@ -58,10 +69,16 @@ class Programs:
         self.compiled, self.late, self.seconds, self.warm = 0, 0, 0.0, False
         self._programs: dict[Any, jax.stages.Compiled] = {}
         xla: dict[str, Any] = {"compiler_options": generator.options}
+        self.most_features, self.pictures, self.features = 0, list[singly.Shapes](), None
+        if (vision := self.config.vision) is not None:
+            self.most_features = singly.largest(vision) or min(image_tokens, sizes.length)
+            self.pictures = list(singly.shapes(vision, self.most_features))
+            self.features = jax.eval_shape(self._look, params, self.pictures[-1])
         self._functions: dict[str, Any] = {
             "step": jax.jit(self._step, static_argnames=("rows", "read"), donate_argnames="cache", **xla),
             "read": jax.jit(self._read, static_argnames="read", donate_argnames="cache", **xla),
             "copy": jax.jit(slots.copied, static_argnames="length", donate_argnames="cache"),
+            "look": jax.jit(self._look, **xla),
             "head": jax.jit(self._head, **xla),
             "score": jax.jit(self._score, **xla),
             "draw": jax.jit(drawing.drawn),
@@ -105,16 +122,28 @@ class Programs:
 
     def _read(
         self, params: nnx.State, cache: Cache, slot: jax.Array, tokens: jax.Array, start: jax.Array, length: jax.Array,
-        *, read: int,
+        looked: Looked | None = None, *, read: int,
     ) -> tuple[jax.Array, Cache]:  # fmt: skip
         """Hidden states ``[T, hidden]`` of ``tokens [T]``, of which the first ``length`` continue a prompt of which
-        ``start`` tokens are in the slot."""
+        ``start`` tokens are in the slot; ``looked``: what they have of images."""
         decoder = nnx.merge(self.graphdef, params)
         width = tokens.shape[0]
         positions = start + jnp.minimum(jnp.arange(width), length - 1)
+        if looked is not None and looked.shift is not None:
+            assert cache.shift is not None
+            cache = dataclasses.replace(cache, shift=cache.shift.at[slot].set(looked.shift))
         window = slots.opened(cache, slot, 1, read, fresh=start == 0)
-        hidden, seen = decoder.hidden(tokens[None], positions[None], window, None, alike_layers.call)
+        hidden, seen = decoder.hidden(tokens[None], positions[None], window, looked, alike_layers.call)
         return self._everywhere(hidden[0], False), self._kept(slots.closed(cache, seen, slot, jnp.ones(1, bool)))
+
+    def _look(self, params: nnx.State, images: Mapping[str, jax.Array]) -> Features:
+        """What the tower makes of one image, of one of the shapes that `awq_jax.models.vision.singly` has."""
+        decoder = nnx.merge(self.graphdef, params)
+        assert self.config.vision is not None
+        dtype = jax.eval_shape(decoder.embed_tokens, jax.ShapeDtypeStruct((1,), jnp.int32)).dtype
+        given = {**images, "pixel_values": images["pixel_values"].astype(dtype)}
+        found = decoder.vision(given, singly.largest(self.config.vision) or 0)
+        return jax.tree.map(lambda a: self._everywhere(a.astype(dtype), False), found)
 
     def _head(self, params: nnx.State, hidden: jax.Array, index: jax.Array) -> jax.Array:
         """Logits ``[1, V]`` of one of ``hidden [T, hidden]``."""
@@ -127,6 +156,22 @@ class Programs:
         logprobs = jax.nn.log_softmax(logits, axis=-1)
         most, likely = jax.lax.top_k(logprobs, min(drawing.LIKELY, self.vocabulary))
         return Scores(jnp.take_along_axis(logprobs, targets[:, None], axis=-1)[:, 0], likely, most)
+
+    def looked_at(self, prompt: Sequence[int], images: Mapping[str, np.ndarray]) -> Pictures | None:
+        """The images of a prompt; None for a model that looks at none.
+
+        Raises:
+          ShapeError: they do not fit the prompt, or one is too large.
+        """
+        vision, shapes = self.config.vision, self.features
+        if vision is None or shapes is None:
+            return None
+        return Pictures(vision, prompt, singly.singly(vision, images, self.most_features) if images else [], shapes)
+
+    def nothing(self, width: int) -> Looked | None:
+        """What tokens of a text have of images; None for a model that does not look at any."""
+        found = self.looked_at([-1] * width, {})
+        return None if found is None else found.piece(0, width, width)
 
     def __call__(self, name: str, *arguments: Any, **static: Any) -> Any:
         """Run a program by its name."""
@@ -169,13 +214,17 @@ class Programs:
                     "rows": rows, "read": read}  # fmt: skip
             for width in s.chunks:
                 if width <= read:
-                    yield "read", (params, cache, one, np.zeros(width, np.int32), one, one), {"read": read}
+                    tokens, looked = np.zeros(width, np.int32), self.nothing(width)
+                    yield "read", (params, cache, one, tokens, one, one, looked), {"read": read}
             if share:
                 yield "copy", (cache, one, one), {"length": read}
+        for picture in self.pictures:
+            yield "look", (params, picture), {}
         for width in s.chunks:
             tokens = np.zeros(width, np.int32)
             read_whole = functools.partial(self._read, read=s.allocated)
-            hidden = _shape(jax.eval_shape(read_whole, params, cache, one, tokens, one, one)[0], everywhere)
+            shapes = jax.eval_shape(read_whole, params, cache, one, tokens, one, one, self.nothing(width))
+            hidden = _shape(shapes[0], everywhere)
             yield "head", (params, hidden, one), {}
             yield "score", (params, hidden, tokens), {}
         settings = drawing.Settings(s.slots, self.vocabulary)
@@ -198,6 +247,8 @@ def row_of(generator: Generator, params: nnx.State) -> Cache:
 
     def make(params: nnx.State, tokens: jax.Array) -> Cache:
         cache: Cache = nnx.merge(generator.graphdef, params).hidden(tokens, jnp.zeros_like(tokens), None)[1]
+        if isinstance(generator.config.vision, QwenVision):  # what images shift later tokens by
+            cache = dataclasses.replace(cache, shift=jnp.zeros(1, jnp.int32))
         return cache
 
     return jax.eval_shape(make, params, one)

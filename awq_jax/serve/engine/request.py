@@ -11,6 +11,7 @@ import numpy as np
 
 from awq_jax.convert.text import TokenizerLike
 from awq_jax.serve.detokenize import Detokenizer
+from awq_jax.serve.engine.looking import Prompt
 from awq_jax.serve.generate import TokenLogprobs
 from awq_jax.serve.sampling import Sampling
 
@@ -63,7 +64,7 @@ class Request:
     """A prompt to be continued.
 
     Args:
-      prompt: token ids.
+      prompt: token ids, and the images that they stand for.
       sampling: how its tokens are picked.
       most: new tokens, at most; 0 only to read the prompt.
       ends: ids that end the answer; no part of it.
@@ -73,6 +74,8 @@ class Request:
       constraint: what may be said.
 
     Attributes:
+      prompt, pictures: as given.
+      keys: the prompt, as two prompts are compared: tokens of images differ with the images.
       ids: the new tokens.
       made: tokens that the model has made, the one that ended the answer included.
       reused: tokens of the prompt that were in the cache.
@@ -82,7 +85,7 @@ class Request:
 
     def __init__(
         self,
-        prompt: Sequence[int],
+        prompt: Prompt,
         sampling: Sampling,
         most: int,
         ends: Sequence[int],
@@ -91,8 +94,10 @@ class Request:
         scored: bool = False,
         constraint: Constraint | None = None,
     ):
-        self.prompt, self.sampling, self.most = list(prompt), sampling, most
+        self.prompt, self.sampling, self.most = list(prompt.ids), sampling, most
         self.ends, self.tell, self.scored, self.constraint = {*ends, *sampling.stop_ids}, tell, scored, constraint
+        self.pictures = prompt.pictures
+        self.keys = self.prompt if self.pictures is None else self.pictures.keys
         self.text = None if tokenizer is None else Detokenizer(tokenizer, self.prompt, sampling.stop)
         self.ids: list[int] = []
         self.made = self.reused = 0

@@ -114,4 +114,4 @@ class Scheduler:
     def _common(self, slot: Slot, request: Request) -> int:
         """Tokens at the beginning that a slot and a prompt have in common; the last is always read anew."""
         most = min(len(slot.ids), len(request.prompt) - 1)
-        return next((i for i in range(most) if slot.ids[i] != request.prompt[i]), most)
+        return next((i for i in range(most) if slot.ids[i] != request.keys[i]), most)

@@ -11,6 +11,7 @@ import numpy as np
 
 from awq_jax.errors import AwqError, EngineError
 from awq_jax.serve.engine import drawing, sizes
+from awq_jax.serve.engine.looking import Pictures
 from awq_jax.serve.engine.programs import Programs, Scores
 from awq_jax.serve.engine.request import Piece, Request
 from awq_jax.serve.engine.scheduler import Scheduler, Slot
@@ -33,6 +34,8 @@ class Turns:
         self.sizes = programs.sizes
         self.settings = drawing.Settings(self.sizes.slots, programs.vocabulary)
         self._tokens = np.zeros(self.sizes.slots, np.int32)
+        # What a piece of a text has of images, by its width.
+        self._nothing = {width: programs.nothing(width) for width in self.sizes.chunks}
         self._steps: collections.deque[tuple[float, int]] = collections.deque(maxlen=32)  # when, and how many tokens
         self.clear()
 
@@ -66,22 +69,26 @@ class Turns:
         assert request is not None
         if not slot.read and not request.times.started:
             self._begin(slot, request)
-        start = slot.read
-        rest = len(request.prompt) - start
-        if len(request.prompt) > self._whole_beyond:  # angles depend on the length of the whole
-            width = sizes.fitting(self.sizes.chunks, rest)
-        else:
-            width = sizes.fitting(self.sizes.chunks, min(rest, self.sizes.chunk, self.sizes.chunks[-1]))
-        length = min(rest, width)
+        start, pictures = slot.read, request.pictures
+        if pictures is not None and (image := pictures.unseen(start)) is not None:
+            return self._look(pictures, image)
+        length = len(request.prompt) - start
+        if len(request.prompt) <= self._whole_beyond:  # else angles depend on the length of the whole
+            length = min(length, self.sizes.chunk, self.sizes.chunks[-1])
+        if pictures is not None:
+            length = pictures.whole(start, start + length) - start
+        width = sizes.fitting(self.sizes.chunks, length)
         tokens = np.zeros(width, np.int32)
         tokens[:length] = request.prompt[start : start + length]
+        looked = self._nothing[width] if pictures is None else pictures.piece(start, length, width)
         read = sizes.fitting(self.sizes.reads, start + width)
         begun = time.perf_counter()
         hidden, self.cache = self.programs(
-            "read", self.programs.params, self.cache, number, tokens, np.int32(start), np.int32(length), read=read
-        )
+            "read", self.programs.params, self.cache, number, tokens, np.int32(start), np.int32(length), looked,
+            read=read,
+        )  # fmt: skip
         slot.read += length
-        slot.ids = request.prompt[: slot.read]
+        slot.ids = request.keys[: slot.read]
         if request.scored:
             self._score(request, hidden, start, length)
         hidden.block_until_ready()  # so that the time that is counted is that of this work
@@ -91,16 +98,25 @@ class Turns:
             self._first(slot, request, hidden, length - 1)
         return width
 
+    def _look(self, pictures: Pictures, number: int) -> int:
+        """Look at an image; as many tokens as there are in a turn, since that takes as long, or longer."""
+        begun = time.perf_counter()
+        found = self.programs("look", self.programs.params, pictures.arrays(number))
+        pictures.put(number, jax.device_get(found))
+        self.watch.looked(time.perf_counter() - begun)
+        return self.sizes.chunk
+
     def _begin(self, slot: Slot, request: Request) -> None:
         request.times.started = time.perf_counter()
         if (reuse := self.scheduler.found(slot)) is not None and len(request.prompt) <= self._whole_beyond:
+            tokens = reuse.tokens if request.pictures is None else request.pictures.whole(-1, reuse.tokens)
             if reuse.source != slot.number:
                 self.cache = self.programs(
                     "copy", self.cache, np.int32(reuse.source), np.int32(slot.number),
                     length=sizes.fitting(self.sizes.reads, reuse.tokens),
                 )  # fmt: skip
-            slot.read = request.reused = reuse.tokens
-        slot.ids = request.prompt[: slot.read]
+            slot.read = request.reused = tokens
+        slot.ids = request.keys[: slot.read]
         self.settings.put(slot.number, request.sampling)
         self.watch.started(request)
 

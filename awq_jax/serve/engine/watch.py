@@ -14,6 +14,9 @@ class Watch:
     def read(self, tokens: int, seconds: float) -> None:
         """Tokens of a prompt were read, in so many seconds."""
 
+    def looked(self, seconds: float) -> None:
+        """An image was looked at, in so many seconds."""
+
     def stepped(self, seconds: float) -> None:
         """A step has made the next token of every answer, in so many seconds."""
 
