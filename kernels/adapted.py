@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from awq_jax.errors import ShapeError
 from awq_jax.pack import Array
 from awq_jax.qtensor import QuantizedTensor, Weight, from_canonical, split_shape, to_canonical
 
+T = TypeVar("T")
 FLOAT = "float"  # the layout of a weight that is not packed
 
 
@@ -99,6 +100,17 @@ class Adapted(QuantizedTensor):
 
     def _product(self) -> jax.Array:
         return jnp.matmul(jnp.asarray(self.a), jnp.asarray(self.b), preferred_element_type=jnp.float32)
+
+
+def of_rows(params: T, row: jax.Array | None) -> T:
+    """A tree whose weights have several adapters beside them, for other rows (see `Adapted`); None: as it is."""
+    if row is None:
+        return params
+
+    def one(leaf: Any) -> Any:
+        return dataclasses.replace(leaf, row=row) if isinstance(leaf, Adapted) and leaf.row is not None else leaf
+
+    return jax.tree.map(one, params, is_leaf=lambda leaf: isinstance(leaf, Adapted))
 
 
 def matmul(

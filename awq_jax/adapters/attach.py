@@ -167,13 +167,25 @@ class Attached:
         if len(different) == 1:
             return self.one(params, different[0], fused)
         used = [n for n in different if n is not None]
+        row = jnp.asarray([used.index(n) if n is not None else -1 for n in names], jnp.int32)
+        return self._stacked(params, used, row, fused)
+
+    def all(self, params: nnx.State, fused: ModelConfig | None = None) -> nnx.State:
+        """``params`` with all adapters beside its weights, by their places in `names`, for rows that are told later
+        (see `awq_jax.kernels.adapted.of_rows`).
+
+        Raises:
+          ConfigError: adapters differ in more than factors of linears.
+        """
+        return self._stacked(params, self.names, jnp.full(1, -1, jnp.int32), fused)
+
+    def _stacked(self, params: nnx.State, used: Sequence[str], row: jax.Array, fused: ModelConfig | None) -> nnx.State:
         tables = {n: self._pairs(n, fused or self._config) for n in used}
         for n in used:
             stacked = [path for path, (a, _) in tables[n].items() if a.ndim > 2]
             if self.placed[n].whole or stacked:
                 what = "a whole tensor" if self.placed[n].whole else f"experts ({stacked[0]})"
                 raise ConfigError(f"adapter {n!r} changes {what}, so that it has to be alone in a batch")
-        row = jnp.asarray([used.index(n) if n is not None else -1 for n in names], jnp.int32)
 
         def beside(path: str, leaf: Weight) -> Weight:
             own = [tables[n].get(path) for n in used]

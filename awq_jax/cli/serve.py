@@ -12,6 +12,7 @@ from awq_jax.errors import ConfigError, MissingPackageError, install
 
 _EXAMPLES = """
 awq-jax serve ./model-awq
+awq-jax serve ./model-awq --adapter sql=./sql-lora --adapter chat=./chat-lora   # "model": "sql" in a request
 awq-jax serve ./model-awq --max-slots 32 --max-length 4096 --kv-bits 8
 AWQ_JAX_API_KEY=secret awq-jax serve ./model-awq --host 0.0.0.0 --port 80 --name my-model
 curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
@@ -95,11 +96,8 @@ def run(args: argparse.Namespace) -> None:
     from awq_jax.serve import model
     from awq_jax.serve.engine.engine import Engine
 
-    adapters = common.adapters(args)
-    if isinstance(adapters, dict):
-        raise ConfigError("serve takes one adapter, without a name, for all requests")
     devices = len(jax.devices()) if args.devices == 0 else args.devices
-    loaded = model.load(args.dir, args.dtype, mesh=devices, adapter=adapters, terms=args.terms)
+    loaded = model.load(args.dir, args.dtype, mesh=devices, adapter=common.adapters(args), terms=args.terms)
     watch = metrics.Metrics()
     with tqdm(desc="compile", unit="program", disable=args.quiet, leave=False) as bar:
 

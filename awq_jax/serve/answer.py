@@ -263,17 +263,18 @@ class Answering:
         names = self.adapters_of(adapter, rows)
         return params if self._adapters is None else self._adapters.each(params, names, generator.config)
 
-    def serving(self) -> tuple[Generator, nnx.State]:
-        """The programs and the parameters, in the form in which they generate, for many requests; with the adapter that
-        is always used.
+    def serving(self) -> tuple[Generator, nnx.State, tuple[str, ...]]:
+        """The programs and the parameters, in the form in which they generate, for many requests; and the names of the
+        adapters that may be chosen for each of them, by whose places `awq_jax.kernels.adapted.of_rows` takes them. None
+        may be where one is always used.
 
         Raises:
-          ConfigError: adapters are chosen by request.
+          ConfigError: one has to be alone in a batch.
         """
         generator, params = self._weights.serving()
         if self._adapters is not None and self._always is None:
-            raise ConfigError("the model has adapters by name; an engine takes one, for all requests, or none")
-        return generator, self._beside(generator, params, DEFAULT, 1)
+            return generator, self._adapters.all(params, generator.config), self._adapters.names
+        return generator, self._beside(generator, params, DEFAULT, 1), ()
 
     def eos_ids(self) -> tuple[int, ...]:
         """Ids that end an answer: generation config, model config and tokenizer together."""

@@ -17,6 +17,7 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from awq_jax.errors import ConfigError
 from awq_jax.serve.engine.engine import Engine
 from awq_jax.serve.prompts import needed
 from awq_jax.server import chat, completions, fields
@@ -37,23 +38,25 @@ def app(engine: Engine, settings: Settings, metrics: Metrics) -> Starlette:
       metrics: what ``/metrics`` shows.
 
     Raises:
-      ConfigError: the model has no tokenizer.
+      ConfigError: the model has no tokenizer, or an adapter has its name.
     """
     service = Service(engine, settings)
     needed(engine.model.tokenizer)
+    if settings.name in engine.adapters:
+        raise ConfigError(f"an adapter has the model's name, {settings.name!r}: give one of them another (--name)")
     metrics.attach(engine)
     started = int(time.time())
 
-    def entry() -> dict[str, object]:
-        told = {"max_model_len": engine.sizes.length, "root": settings.name, "parent": None}
-        return {"id": settings.name, "object": "model", "created": started, "owned_by": "awq_jax"} | told
+    def entry(name: str) -> dict[str, object]:
+        parent = None if name == settings.name else settings.name
+        told = {"max_model_len": engine.sizes.length, "root": name, "parent": parent}
+        return {"id": name, "object": "model", "created": started, "owned_by": "awq_jax"} | told
 
     async def models(_: HttpRequest) -> Response:
-        return JSONResponse({"object": "list", "data": [entry()]})
+        return JSONResponse({"object": "list", "data": [entry(name) for name in service.models]})
 
     async def model(http: HttpRequest) -> Response:
-        service.check_model(http.path_params["name"])
-        return JSONResponse(entry())
+        return JSONResponse(entry(service.model_of(http.path_params["name"])))
 
     async def health(_: HttpRequest) -> Response:
         if service.draining or not engine.alive:

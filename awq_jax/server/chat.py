@@ -23,7 +23,7 @@ Body = dict[str, object]
 async def complete(service: Service, http: HttpRequest, body: fields.Json) -> Response:
     """The response to one body."""
     f = Fields(body)
-    service.check_model(f.text("model", None))
+    model = service.model_of(f.text("model", None))
     likely = f.whole("top_logprobs", None, 0, asked.MOST_LOGPROBS)
     if likely is not None and not f.flag("logprobs"):
         raise Problem("top_logprobs is for logprobs: true", param="top_logprobs")
@@ -36,10 +36,10 @@ async def complete(service: Service, http: HttpRequest, body: fields.Json) -> Re
     service.engine.check_queue()  # before any work
     prompt = await asyncio.to_thread(talk.prompt, service)
     constraints = await asyncio.to_thread(constrained.constraints, service, grammar, want.choices)
-    streams = service.begin([prompt], want, constraints=constraints)
+    streams = service.begin([prompt], want, constraints=constraints, model=model)
     answers = [Answer(service, talk, i, logprobs is not None) for i in range(want.choices)]
     if want.stream:
-        head = usage.head("chat.completion.chunk", "chatcmpl", service.settings.name) | usage.awaited(want.usage)
+        head = usage.head("chat.completion.chunk", "chatcmpl", model) | usage.awaited(want.usage)
 
         async def chunks() -> AsyncIterator[Body]:
             for answer in answers:
@@ -55,7 +55,7 @@ async def complete(service: Service, http: HttpRequest, body: fields.Json) -> Re
     async with service.watching(http, streams):
         async for number, piece in merged(streams):
             answers[number].add(piece)
-    head = usage.head("chat.completion", "chatcmpl", service.settings.name)
+    head = usage.head("chat.completion", "chatcmpl", model)
     choices = [answer.whole() for answer in answers]
     return JSONResponse(head | {"choices": choices, "usage": usage.counts(streams, want.choices)})
 

@@ -37,7 +37,7 @@ class Told:
 async def complete(service: Service, http: HttpRequest, body: fields.Json) -> Response:
     """The response to one body."""
     f = Fields(body)
-    service.check_model(f.text("model", None))
+    model = service.model_of(f.text("model", None))
     for name in ("suffix",):
         if f.data.get(name) is not None:
             raise f.wrong(name, "left out: it is not supported")
@@ -50,8 +50,8 @@ async def complete(service: Service, http: HttpRequest, body: fields.Json) -> Re
     service.engine.check_queue()  # before any work
     prompts = await asyncio.to_thread(_prompts, service, f)
     scored = echo and logprobs is not None
-    streams = service.begin(prompts, want, scored)
-    head = usage.head("text_completion", "cmpl", service.settings.name)
+    streams = service.begin(prompts, want, scored, model=model)
+    head = usage.head("text_completion", "cmpl", model)
     texts = [_text(service, s.request.prompt) if echo else "" for s in streams]
     told = [Told() for _ in streams]
 

@@ -67,15 +67,21 @@ class Service:
         """One token as text; a part of a character is a replacement character."""
         return self.tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-    def check_model(self, name: str | None) -> None:
-        """Refuse requests for a model that is not here.
+    @property
+    def models(self) -> tuple[str, ...]:
+        """What clients can ask for: the model itself, and with each adapter."""
+        return self.settings.name, *self.engine.adapters
+
+    def model_of(self, name: str | None) -> str:
+        """One of `models`; the first for None.
 
         Raises:
           Problem: 404.
         """
-        if name not in (None, "", self.settings.name):
-            text = f"there is no model {name!r:.200}; this server has {self.settings.name!r}"
+        if name and name not in self.models:
+            text = f"there is no model {name!r:.200}; this server has {', '.join(map(repr, self.models))}"
             raise Problem(text, 404, code="model_not_found", param="model")
+        return name or self.settings.name
 
     def begin(
         self,
@@ -83,8 +89,9 @@ class Service:
         asked: Asked,
         scored: bool = False,
         constraints: Sequence[Constraint | None] = (),
+        model: str | None = None,
     ) -> list[Stream]:
-        """A stream for each choice of each prompt: all, or none.
+        """A stream for each choice of each prompt, all or none, of one of `models`.
 
         Raises:
           AwqError: see `Engine.submit`.
@@ -96,8 +103,9 @@ class Service:
             for prompt in prompts:
                 for choice in range(asked.choices):
                     own = constraints[len(streams)] if constraints else None
-                    given = {"max_new_tokens": asked.most, "scored": scored, "constraint": own}
+                    given: dict[str, object] = {"max_new_tokens": asked.most, "scored": scored, "constraint": own}
                     given["ignore_eos"] = asked.ignore_eos
+                    given["adapter"] = None if model == self.settings.name else model
                     streams.append(self.engine.submit(prompt, asked.of_choice(choice), **given))  # type: ignore[arg-type]
         except Exception:
             for stream in streams:

@@ -51,7 +51,7 @@ def test_a_signal_under_load_cuts_nothing_silently(tmp_path):
         (["--queue", "-1"], "--queue"),
         (["--port", "70000"], "--port"),
         (["--api-key", ""], "--api-key is empty"),
-        (["--adapter", "a=./x", "--adapter", "b=./y"], "one adapter"),
+        (["--adapter", "a=./x", "--adapter", "./y"], "need a name each"),
     ],
 )
 def test_what_cannot_be_served_is_refused(options, says, capsys):

@@ -43,8 +43,9 @@ class Engine:
     are those of `Model.generate` unless two tokens are nearly equally likely, in float32 to within `NEAR_TIE` nats.
 
     Args:
-      model: what `awq_jax.load` returns; with an adapter, it is used for every request. While the engine runs, its
-        weights stay in memory in the form in which they are served.
+      model: what `awq_jax.load` returns; with an adapter, it is used for every request, and of several, by name,
+        each request has one or none. While the engine runs, its weights stay in memory in the form in which they are
+        served.
       slots: requests at once.
       length: tokens of one, prompt and answer; None: as many as the model reads and half of the free memory holds, at
         most 8192.
@@ -87,7 +88,7 @@ class Engine:
             raise ConfigError(f"queue must be 0 or more; got {queue}")
         self.model, self.queue, self.watch = model, queue, watch or Watch()
         self.ends = model.eos_ids()
-        generator, params = model.serving()
+        generator, params, adapters = model.serving()
         config = generator.config
         if length is not None and length > config.max_length:
             raise ConfigError(f"length is {length}; the model's context is {config.max_length}")
@@ -99,7 +100,7 @@ class Engine:
             length = _longest(row, config.max_length, slots, chunk, kv_bits, device)
         whole = any(layer.rope is not None and layer.rope.kind in ("dynamic", "longrope") for layer in config.layers)
         self.sizes = sizes.Sizes.of(slots, length, chunk, whole)
-        self.programs = Programs(generator, params, self.sizes, kv_bits, image_tokens)
+        self.programs = Programs(generator, params, self.sizes, kv_bits, image_tokens, adapters)
         keeps = all(slot_cache.is_store(layer) for layer in self.programs.shapes.layers)
         self.scheduler = Scheduler(self.sizes, reuse and keeps)
         beyond = min(
@@ -118,6 +119,11 @@ class Engine:
         return explain(self.model, self.programs, self.scheduler.reuse)
 
     @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of those of which a request may have one."""
+        return self.programs.adapters
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the cache."""
         return slot_cache.nbytes(self.programs.shapes)
@@ -134,6 +140,7 @@ class Engine:
         scored: bool = False,
         constraint: Constraint | None = None,
         ignore_eos: bool = False,
+        adapter: str | None = None,
     ) -> Stream:
         """Continue one prompt. To be called in a running event loop.
 
@@ -146,6 +153,7 @@ class Engine:
           scored: report log probabilities of the prompt's tokens.
           constraint: what the answer may say.
           ignore_eos: do not end where the model would.
+          adapter: the name of one of `adapters`; None for none of these.
 
         Returns:
           An async iterator of `Piece`. One that is dropped, or closed, gives its slot back.
@@ -155,16 +163,20 @@ class Engine:
           ShapeError: the prompt is empty, or has ids outside of the vocabulary; images do not fit the model, or the
             prompt's tokens.
           ContextLengthError: it does not fit with its answer.
-          ConfigError: ``sampling`` does not fit the vocabulary, or there is no tokenizer.
+          ConfigError: ``sampling`` does not fit the vocabulary, there is no tokenizer, or no adapter of that name.
           EngineError: the engine is stopped.
         """
         given = prompt if isinstance(prompt, Prompt) else self.prepared(prompt, chat)
         most = self.room(given.ids, max_new_tokens)
+        if adapter is not None and adapter not in self.adapters:
+            known = ", ".join(map(repr, self.adapters)) or "none"
+            raise ConfigError(f"there is no adapter {adapter!r}; a request can have {known}")
+        place = -1 if adapter is None else self.adapters.index(adapter)
 
         def request(tell: Tell) -> Request:
             chosen = sampling or Sampling()
             ends = () if ignore_eos else self.ends
-            return Request(given, chosen, most, ends, self.model.tokenizer, tell, scored, constraint)
+            return Request(given, chosen, most, ends, self.model.tokenizer, tell, scored, constraint, place)
 
         return Stream(request, self.put, self.cancel)
 

@@ -21,6 +21,8 @@ def explain(model: Model, programs: Programs, reuse: bool) -> str:
         f"prompts are read {min(s.chunk, s.chunks[-1])} tokens at a time between steps of the others",
         f"{programs.compiled} programs: steps of {_list(s.rows)} slots that read {_list(s.reads)} tokens",
     ]
+    if programs.adapters:
+        lines.append(f"adapters that requests choose: {', '.join(programs.adapters)}; each step multiplies by all")
     if any(not slots.is_store(layer) for layer in programs.shapes.layers):
         lines.append("some layers keep a state that cannot be shared: every prompt is read from its beginning")
     elif reuse:

@@ -18,6 +18,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec, Sharding
 
+from awq_jax.kernels.adapted import of_rows
+from awq_jax.models.decoder import Decoder
 from awq_jax.models.layers.cache import Cache
 from awq_jax.models.vision import singly
 from awq_jax.models.vision.config import QwenVision
@@ -46,6 +48,7 @@ class Programs:
       sizes: what to compile for.
       kv_bits: see `awq_jax.serve.engine.slots.empty`.
       image_tokens: of one image at most, where a model takes them of any size.
+      adapters: those that a request may have, by the places that ``params`` have them in.
 
     Attributes:
       features: shapes of what a model that looks at images makes of one; else None.
@@ -56,9 +59,16 @@ class Programs:
     """
 
     def __init__(
-        self, generator: Generator, params: nnx.State, sizes: Sizes, kv_bits: int | None, image_tokens: int = 0
+        self,
+        generator: Generator,
+        params: nnx.State,
+        sizes: Sizes,
+        kv_bits: int | None,
+        image_tokens: int = 0,
+        adapters: tuple[str, ...] = (),
     ):
         self.generator, self.params, self.sizes, self.kv_bits = generator, params, sizes, kv_bits
+        self.adapters = adapters
         self.graphdef, self.config, self.place = generator.graphdef, generator.config, generator.place
         self.vocabulary = self.config.vocab_size
         platforms = {device.platform for device in jax.tree.leaves(params)[0].devices()}
@@ -108,12 +118,12 @@ class Programs:
 
     def _step(
         self, params: nnx.State, cache: Cache, first: jax.Array, tokens: jax.Array, positions: jax.Array,
-        *, rows: int, read: int,
+        row: jax.Array | None = None, *, rows: int, read: int,
     ) -> tuple[jax.Array, Cache]:  # fmt: skip
         """Logits ``[rows, V]``, and zeros up to a number of rows that is drawn from, after ``tokens [rows]`` at
         ``positions [rows]``; a row that is not at work has the slot's whole length as its position, and leaves
-        everything as it was."""
-        decoder = nnx.merge(self.graphdef, params)
+        everything as it was. ``row [rows]``: their adapters, see `awq_jax.kernels.adapted.Adapted`."""
+        decoder = self._decoder(params, row)
         window = slots.opened(cache, first, rows, read, compiled=self._compiled)
         hidden, seen = decoder.hidden(tokens[:, None], positions[:, None], window, None, alike_layers.call)
         logits = self._everywhere(decoder.head(hidden[:, 0]), True)
@@ -122,11 +132,12 @@ class Programs:
 
     def _read(
         self, params: nnx.State, cache: Cache, slot: jax.Array, tokens: jax.Array, start: jax.Array, length: jax.Array,
-        looked: Looked | None = None, *, read: int,
+        looked: Looked | None = None, row: jax.Array | None = None, *, read: int,
     ) -> tuple[jax.Array, Cache]:  # fmt: skip
         """Hidden states ``[T, hidden]`` of ``tokens [T]``, of which the first ``length`` continue a prompt of which
-        ``start`` tokens are in the slot; ``looked``: what they have of images."""
-        decoder = nnx.merge(self.graphdef, params)
+        ``start`` tokens are in the slot; ``looked``: what they have of images; ``row [1]``: see
+        `_step`."""
+        decoder = self._decoder(params, row)
         width = tokens.shape[0]
         positions = start + jnp.minimum(jnp.arange(width), length - 1)
         if looked is not None and looked.shift is not None:
@@ -145,17 +156,25 @@ class Programs:
         found = decoder.vision(given, singly.largest(self.config.vision) or 0)
         return jax.tree.map(lambda a: self._everywhere(a.astype(dtype), False), found)
 
-    def _head(self, params: nnx.State, hidden: jax.Array, index: jax.Array) -> jax.Array:
+    def _decoder(self, params: nnx.State, row: jax.Array | None) -> Decoder:
+        decoder: Decoder = nnx.merge(self.graphdef, of_rows(params, row))
+        return decoder
+
+    def _head(self, params: nnx.State, hidden: jax.Array, index: jax.Array, row: jax.Array | None = None) -> jax.Array:
         """Logits ``[1, V]`` of one of ``hidden [T, hidden]``."""
         one = jax.lax.dynamic_slice_in_dim(hidden, index, 1)
-        return self._everywhere(nnx.merge(self.graphdef, params).head(one), True)
+        return self._everywhere(self._decoder(params, row).head(one), True)
 
-    def _score(self, params: nnx.State, hidden: jax.Array, targets: jax.Array) -> Scores:
+    def _score(self, params: nnx.State, hidden: jax.Array, targets: jax.Array, row: jax.Array | None = None) -> Scores:
         """Log probabilities of the tokens ``targets [T]`` that follow ``hidden [T, hidden]``."""
-        logits = self._everywhere(nnx.merge(self.graphdef, params).head(hidden), True)
+        logits = self._everywhere(self._decoder(params, row).head(hidden), True)
         logprobs = jax.nn.log_softmax(logits, axis=-1)
         most, likely = jax.lax.top_k(logprobs, min(drawing.LIKELY, self.vocabulary))
         return Scores(jnp.take_along_axis(logprobs, targets[:, None], axis=-1)[:, 0], likely, most)
+
+    def row(self, adapters: Sequence[int]) -> np.ndarray | None:
+        """The adapters of rows, -1 for none, as programs take them; None for a model without."""
+        return np.asarray(adapters, np.int32) if self.adapters else None
 
     def looked_at(self, prompt: Sequence[int], images: Mapping[str, np.ndarray]) -> Pictures | None:
         """The images of a prompt; None for a model that looks at none.
@@ -210,12 +229,12 @@ class Programs:
         share = all(slots.is_store(layer) for layer in self.shapes.layers)
         for read in s.reads:
             for rows in s.rows:
-                yield "step", (params, cache, one, np.zeros(rows, np.int32), np.zeros(rows, np.int32)), {
-                    "rows": rows, "read": read}  # fmt: skip
+                own = np.zeros(rows, np.int32)
+                yield "step", (params, cache, one, own, own, self.row([-1] * rows)), {"rows": rows, "read": read}
             for width in s.chunks:
                 if width <= read:
                     tokens, looked = np.zeros(width, np.int32), self.nothing(width)
-                    yield "read", (params, cache, one, tokens, one, one, looked), {"read": read}
+                    yield "read", (params, cache, one, tokens, one, one, looked, self.row([-1])), {"read": read}
             if share:
                 yield "copy", (cache, one, one), {"length": read}
         for picture in self.pictures:
@@ -225,8 +244,8 @@ class Programs:
             read_whole = functools.partial(self._read, read=s.allocated)
             shapes = jax.eval_shape(read_whole, params, cache, one, tokens, one, one, self.nothing(width))
             hidden = _shape(shapes[0], everywhere)
-            yield "head", (params, hidden, one), {}
-            yield "score", (params, hidden, tokens), {}
+            yield "head", (params, hidden, one, self.row([-1])), {}
+            yield "score", (params, hidden, tokens, self.row([-1])), {}
         settings = drawing.Settings(s.slots, self.vocabulary)
         for rows in s.draws:
             logits = jax.ShapeDtypeStruct((rows, self.vocabulary), jnp.float32, sharding=everywhere)

@@ -72,6 +72,7 @@ class Request:
       tell: hears of each `Piece`.
       scored: report log probabilities of the prompt's tokens.
       constraint: what may be said.
+      adapter: its place in `awq_jax.serve.engine.programs.Programs.adapters`; -1 for none.
 
     Attributes:
       prompt, pictures: as given.
@@ -93,10 +94,11 @@ class Request:
         tell: Tell,
         scored: bool = False,
         constraint: Constraint | None = None,
+        adapter: int = -1,
     ):
         self.prompt, self.sampling, self.most = list(prompt.ids), sampling, most
         self.ends, self.tell, self.scored, self.constraint = {*ends, *sampling.stop_ids}, tell, scored, constraint
-        self.pictures = prompt.pictures
+        self.pictures, self.adapter = prompt.pictures, adapter
         self.keys = self.prompt if self.pictures is None else self.pictures.keys
         self.text = None if tokenizer is None else Detokenizer(tokenizer, self.prompt, sampling.stop)
         self.ids: list[int] = []

@@ -20,6 +20,7 @@ class Slot:
     Attributes:
       number: which.
       ids: tokens that it holds, those of its last owner until a new one comes.
+      adapter: with which they were read, see `Request`.
       owner: the request in it.
       read: tokens of the owner's prompt that are in the cache.
       used: when it last had an owner, by a counter.
@@ -27,6 +28,7 @@ class Slot:
 
     number: int
     ids: list[int] = dataclasses.field(default_factory=list)
+    adapter: int = -1
     owner: Request | None = None
     read: int = 0
     used: int = 0
@@ -113,5 +115,5 @@ class Scheduler:
 
     def _common(self, slot: Slot, request: Request) -> int:
         """Tokens at the beginning that a slot and a prompt have in common; the last is always read anew."""
-        most = min(len(slot.ids), len(request.prompt) - 1)
+        most = min(len(slot.ids), len(request.prompt) - 1) if slot.adapter == request.adapter else 0
         return next((i for i in range(most) if slot.ids[i] != request.keys[i]), most)

@@ -85,7 +85,7 @@ class Turns:
         begun = time.perf_counter()
         hidden, self.cache = self.programs(
             "read", self.programs.params, self.cache, number, tokens, np.int32(start), np.int32(length), looked,
-            read=read,
+            self.programs.row([request.adapter]), read=read,
         )  # fmt: skip
         slot.read += length
         slot.ids = request.keys[: slot.read]
@@ -116,7 +116,7 @@ class Turns:
                     length=sizes.fitting(self.sizes.reads, reuse.tokens),
                 )  # fmt: skip
             slot.read = request.reused = tokens
-        slot.ids = request.keys[: slot.read]
+        slot.ids, slot.adapter = request.keys[: slot.read], request.adapter
         self.settings.put(slot.number, request.sampling)
         self.watch.started(request)
 
@@ -124,7 +124,9 @@ class Turns:
         following = request.prompt[start + 1 : start + length + 1]
         targets = np.zeros(hidden.shape[0], np.int32)
         targets[: len(following)] = following
-        scores: Scores = jax.device_get(self.programs("score", self.programs.params, hidden, targets))
+        scores: Scores = jax.device_get(
+            self.programs("score", self.programs.params, hidden, targets, self.programs.row([request.adapter]))
+        )
         most = request.sampling.logprobs or 0
         for i, token in enumerate(following):
             likely = zip(scores.likely[i, :most].tolist(), scores.likely_logprobs[i, :most].tolist(), strict=True)
@@ -137,7 +139,8 @@ class Turns:
         if self._kind([request]) == "all":  # not before: what others draw in between is counted for this slot as well
             bits = drawing.tokens_of(request.prompt, self.programs.vocabulary)
             self.seen = self.programs("begin", self.seen, np.int32(slot.number), bits)
-        logits = self.programs("head", self.programs.params, hidden, np.int32(index))
+        row = self.programs.row([request.adapter])
+        logits = self.programs("head", self.programs.params, hidden, np.int32(index), row)
         self.scheduler.writing.append(slot)
         self._draw(logits, slot.number, 1, [slot])
 
@@ -147,13 +150,14 @@ class Turns:
         writing = self.scheduler.writing
         first, rows = self.sizes.window([s.number for s in writing])
         positions = np.full(self.sizes.slots, self.sizes.allocated, np.int32)
+        adapters = [-1] * rows
         for slot in writing:
-            positions[slot.number] = len(slot.ids)
+            positions[slot.number], adapters[slot.number - first] = len(slot.ids), slot.adapter
         read = sizes.fitting(self.sizes.reads, max(len(s.ids) for s in writing) + 1)
         cut = slice(first, first + rows)
         logits, self.cache = self.programs(
             "step", self.programs.params, self.cache, np.int32(first), self._tokens[cut].copy(), positions[cut],
-            rows=rows, read=read,
+            self.programs.row(adapters), rows=rows, read=read,
         )  # fmt: skip
         for slot in writing:
             slot.ids.append(int(self._tokens[slot.number]))
