@@ -16,7 +16,8 @@ install_models() {
   case $1 in
     flax)
       install transformers==4.57.6 keras==3.15.1 keras-hub==0.32.0 pillow==13.0.0
-      # tunix asks for packages of clouds and data pipelines that its models do not import.
+      # Of what tunix asks for, what importing it needs: no clouds, no data pipelines.
+      install google-metrax==0.2.4 clu==0.0.12 perfetto==0.59.1 pandas==3.1.1 flatbuffers==25.12.19
       install --no-deps google-tunix==0.1.7 qwix==0.1.8 jaxtyping==0.3.11 wadler-lindig==0.1.8 einops==0.8.2
       unpack_sources flax 0.12.12  # Flax's own examples are in its sources, not in its wheel
       ;;

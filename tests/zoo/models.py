@@ -5,10 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
-import importlib.util
 import inspect
-import sys
-import types
 from typing import Any
 
 import jax
@@ -192,20 +189,11 @@ def keras_hub_llama() -> Model:
     return Model(fn, params, batch, decode=decode)
 
 
-def tunix_package() -> None:
-    """Enter tunix without its own ``__init__``, which imports trainers, and with them packages that no model needs."""
-    if "tunix" not in sys.modules:
-        package = types.ModuleType("tunix")
-        package.__path__ = importlib.util.find_spec("tunix").submodule_search_locations  # type: ignore[union-attr]
-        sys.modules["tunix"] = package
-
-
 def _of_tunix(module: str, cls: str, config: Any) -> Model:
     from flax import nnx
 
     import awq_jax
 
-    tunix_package()
     found = importlib.import_module(module)
     made = getattr(found, cls)(config(found), rngs=nnx.Rngs(0))
     fn, params = awq_jax.nnx.functional(made)

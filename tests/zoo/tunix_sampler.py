@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from measure import tokens
-from models import tunix_package
 
 import awq_jax
 
@@ -41,7 +40,6 @@ class Letters:
 
 
 def main() -> None:
-    tunix_package()
     llama3 = importlib.import_module("tunix.models.llama3.model")
     sampler = importlib.import_module("tunix.generate.sampler")
     adapters = importlib.import_module("tunix.generate.tokenizer_adapter")
