@@ -9,10 +9,12 @@ from awq_jax._version import __version__ as __version__
 
 _PUBLIC = {
     "AwqConfig": "config",
+    "Budget": "config",
     "Calibration": "calibration.calibration",
     "Plan": "plan.plan",
     "QuantizedTensor": "qtensor",
     "Report": "report",
+    "allocate": "budget.allocate",
     "bind": "trace.bind",
     "cache_programs": "devices.compile_cache",
     "calibrate": "calibration.calibration",
@@ -28,10 +30,12 @@ _ALIASES = {"partition": "trainable"}  # former names
 
 __all__ = [
     "AwqConfig",
+    "Budget",
     "Calibration",
     "Plan",
     "QuantizedTensor",
     "Report",
+    "allocate",
     "bind",
     "cache_programs",
     "calibrate",
@@ -66,9 +70,11 @@ if TYPE_CHECKING:
     from awq_jax import models as models
     from awq_jax import nnx as nnx
     from awq_jax import trainable as trainable
+    from awq_jax.budget.allocate import allocate as allocate
     from awq_jax.calibration.calibration import Calibration as Calibration
     from awq_jax.calibration.calibration import calibrate as calibrate
     from awq_jax.config import AwqConfig as AwqConfig
+    from awq_jax.config import Budget as Budget
     from awq_jax.devices.compile_cache import cache_programs as cache_programs
     from awq_jax.plan.discover import discover as discover
     from awq_jax.plan.plan import Plan as Plan

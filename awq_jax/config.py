@@ -153,6 +153,41 @@ class AwqConfig:
         return cls(**data)
 
 
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """How many bits all packed weights together may take; `awq_jax.allocate` shares them out.
+
+    Attributes:
+      target_bits: mean bits per packed weight, with its share of scales (16 bits) and zero points (8).
+      widths: bits to choose from: some of 2, 3, 4 and 8.
+      group_sizes: to choose from; (): the one of the settings. Those that do not divide the rows of a weight are not
+        tried for it.
+
+    Raises:
+      ConfigError: on any value outside the above.
+    """
+
+    target_bits: float
+    widths: tuple[int, ...] = BITS
+    group_sizes: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        bits = self.target_bits
+        if isinstance(bits, bool) or not isinstance(bits, int | float) or not 0 < bits < 17:
+            raise ConfigError(f"target_bits must be a number of bits per weight; got {bits!r}")
+        object.__setattr__(self, "widths", tuple(self.widths))
+        object.__setattr__(self, "group_sizes", tuple(self.group_sizes))
+        if not self.widths or not set(self.widths) <= set(BITS):
+            raise ConfigError(f"widths must be some of {BITS}; got {self.widths}")
+        for size in self.group_sizes:
+            _check_leaf(BITS[0], size, "")
+
+    @classmethod
+    def of(cls, target_bits: float | Budget) -> Budget:
+        """A number of bits as a budget of them."""
+        return target_bits if isinstance(target_bits, cls) else cls(target_bits)  # type: ignore[arg-type]
+
+
 def _check_leaf(bits: int, group_size: int, where: str) -> None:
     if bits not in BITS:
         raise ConfigError(f"bits must be one of {BITS}; got {bits}{where}")

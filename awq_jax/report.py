@@ -203,12 +203,14 @@ def table(report: Report, worst: int = 5) -> str:
 def summary(report: Report) -> list[tuple[str, str]]:
     """(name, value) of the figures of the whole run."""
     config = report.config
-    group = config.get("group_size", -1)
+    bits = sorted({r.bits for r in report.layers}) or [config.get("bits", "no")]
+    groups = sorted({r.group_size for r in report.layers}) if config.get("group_size", -1) != -1 else []
+    grouped = f"groups of {' and '.join(map(str, groups))}" if groups else "whole columns"
     rows = [
         (
             "quantized",
-            f"{len(report.layers)} weights to {config.get('bits')} bits, "
-            f"{'whole columns' if group == -1 else f'groups of {group}'}, "
+            f"{len(report.layers)} weights to {' and '.join(map(str, bits))} bits, "
+            f"{grouped}, "
             f"{'symmetric' if config.get('symmetric') else 'asymmetric'}, {config.get('method')}",
         ),
         ("bits per weight", f"{report.bits_per_weight:.2f}, scales and zero points included"),

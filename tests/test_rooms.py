@@ -28,6 +28,7 @@ ROOMS = (
     "models",
     "calibration",
     "quantizer",
+    "budget",
     "data",
     "stream",
     "adapters",

@@ -155,6 +155,14 @@ def positive(text: str) -> int:
     return value
 
 
+def integers(text: str) -> tuple[int, ...]:
+    """An argparse type: whole numbers with commas between them."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form 3,4,8") from None
+
+
 def seed(text: str) -> int:
     """An argparse type: an integer from which random numbers are drawn, 0 to 2**32 - 1."""
     if not text.isdecimal() or int(text) >= 1 << 32:

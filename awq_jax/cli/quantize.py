@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from awq_jax.cli import common, engines, tables
-from awq_jax.config import METHOD_NAMES, SAMPLES, SCALE_DTYPES, SEQ_LEN, AwqConfig
+from awq_jax.config import BITS, METHOD_NAMES, SAMPLES, SCALE_DTYPES, SEQ_LEN, AwqConfig, Budget
 from awq_jax.errors import AwqError, CheckpointError, ConfigError, FormatError, ProcessError, as_options
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _EXAMPLES = """
 awq-jax quantize ./Qwen3-0.6B ./Qwen3-0.6B-awq
 awq-jax quantize ./model ./model-w3 --bits 3 --group-size 64 --calib book.txt --report report.html
+awq-jax quantize ./model ./model-w3.5 --target-bits 3.5 --group-sizes 32,64,128
 awq-jax quantize ./model ./model-awq --override 'down_proj:bits=8' --skip 'layers/0/' --format awq-jax
 awq-jax quantize ./model ./model-awq --samples 32 --json > report.json
 awq-jax quantize ./model ./model-awq --push me/model-awq --private
@@ -51,6 +52,13 @@ def add(subparsers: common.Commands) -> None:
     p.add_argument("dst", metavar="DST", type=Path, help="directory to create")
     g = p.add_argument_group("quantization")
     g.add_argument("--bits", type=int, default=4, help="2, 3, 4 or 8 (default: %(default)s)")
+    g.add_argument("--target-bits", type=float, metavar="B",
+                   help="instead of --bits: the mean, scales and zero points included; bits are chosen for every "
+                   "weight by what rounding it would cost at the end of the model")  # fmt: skip
+    g.add_argument("--widths", type=common.integers, default=BITS, metavar="LIST",
+                   help="bits to choose from for --target-bits (default: 2,3,4,8)")  # fmt: skip
+    g.add_argument("--group-sizes", type=common.integers, default=(), metavar="LIST",
+                   help="group sizes to choose from for --target-bits, as 32,128 (default: --group-size)")  # fmt: skip
     g.add_argument("--group-size", type=int, default=128, metavar="N",
                    help="rows per scale; -1: whole column (default: %(default)s)")  # fmt: skip
     g.add_argument("--method", default="awq+gptq", help=f"{', '.join(METHOD_NAMES)} (default: %(default)s)")
@@ -184,6 +192,7 @@ def _quantize(args: argparse.Namespace, config: AwqConfig, pool: Pool) -> None:
         overwrite=args.overwrite or args.dry_run,
         hidden=args.hidden,
         hidden_dtype=args.hidden_dtype,
+        budget=None if args.target_bits is None else Budget(args.target_bits, args.widths, args.group_sizes),
     )
     chosen = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     job = prepare(args.src, args.dst, args.calib, options, chosen, pool)
@@ -256,10 +265,11 @@ def settings(args: argparse.Namespace) -> AwqConfig:
     overrides = tuple(parse_override(text) for text in args.override)
     kinds = {(c.get("bits", args.bits), c.get("group_size", args.group_size)) for _, c in (*overrides, ("", {}))}
     gemm = kinds == {(4, args.group_size)} and args.on_indivisible != "pad" and not args.quantize_head
-    if args.format == "gemm" and not gemm:
+    if args.format == "gemm" and not (gemm and args.target_bits is None):
         raise FormatError(
             "format gemm holds 4-bit weights of one group size, without padding, and a float output projection; use "
-            "--format compressed-tensors, or drop --bits, --override, --on-indivisible pad or --quantize-head"
+            "--format compressed-tensors, or drop --bits, --target-bits, --override, --on-indivisible pad or "
+            "--quantize-head"
         )
     return AwqConfig(
         bits=args.bits,

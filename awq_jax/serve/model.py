@@ -19,7 +19,7 @@ from awq_jax.adapters import files
 from awq_jax.adapters.attach import Attached
 from awq_jax.adapters.base import fitted
 from awq_jax.adapters.base import of as base_of
-from awq_jax.config import SAMPLES, SEQ_LEN, AwqConfig
+from awq_jax.config import SAMPLES, SEQ_LEN, AwqConfig, Budget
 from awq_jax.convert import card, folded_scales, registry
 from awq_jax.convert.source import Source
 from awq_jax.convert.text import TokenizerLike
@@ -292,6 +292,7 @@ class Model(Answering, saving.Pushed):
         seed: int = 0,
         column: str | None = None,
         bos: str = "auto",
+        target_bits: float | Budget | None = None,
         mesh: Mesh | None = None,
         progress: Progress = True,
         **settings: Any,
@@ -308,6 +309,8 @@ class Model(Answering, saving.Pushed):
             rounding of sums).
           seed: picks the calibration texts.
           column, bos: of the calibration data, if they are rows or text (see `awq_jax.data.load`).
+          target_bits: mean bits per packed weight, or a `Budget`: bits are chosen weight by weight, so that all
+            together lose the least (see `awq_jax.allocate`). None: all get the bits of the settings.
           mesh: devices that share the work (see `awq_jax.quantize_checkpoint`), each with a copy of the block at
             work; they do not change the result. Calibration with images uses one.
           progress: show progress bars on stderr, or a function that is called (see `awq_jax.progress`).
@@ -329,8 +332,10 @@ class Model(Answering, saving.Pushed):
         from awq_jax.devices.pool import pool_of
         from awq_jax.devices.team import team
         from awq_jax.serve import calibrate_images, calibration_batches
+        from awq_jax.stream import budgeted
         from awq_jax.stream.session import Session
 
+        budget = None if target_bits is None else Budget.of(target_bits)
         config = AwqConfig.from_dict({"explicit_scale": False} | settings)
         if batch_size is not None and batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, or None; got {batch_size}")
@@ -348,6 +353,8 @@ class Model(Answering, saving.Pushed):
             planned = time.perf_counter() - start
             calib = data.default(METHODS[config.method].needs_statistics) if calib is None else calib
             if calibration_batches.are_images(calib):
+                if budget is not None:
+                    raise ConfigError("target_bits needs calibration data of text; or give overrides")
                 seen = [calibration_batches.unpadded(self.config, b, i) for i, b in enumerate(calib[:samples])]
                 params, report = calibrate_images.quantize(
                     self.apply, self.take_params(), self.config, seen, config, progress
@@ -356,7 +363,11 @@ class Model(Answering, saving.Pushed):
                 given = calib, samples, seq_len, seed, column, bos
                 read = calibration_batches.of_text(self.config, self.tokenizer, *given)
                 shown = progress if pool.rank == 0 else False
-                params, report = session.run_in_memory(self.take_params(), read.batches(batch_size), shown)
+                batches = read.batches(batch_size)
+                if budget is not None:
+                    config = budgeted.in_memory(session, budget, self.take_params(), batches, shown).config
+                    session = Session(self.config, config, pool)
+                params, report = session.run_in_memory(self.take_params(), batches, shown)
                 report.calibration = read.description
             self._weights.replace(params)
         report.seconds["calibrate"] += planned

@@ -16,7 +16,8 @@ import numpy as np
 from awq_jax import data, models, pack
 from awq_jax._version import __version__
 from awq_jax.algorithm.methods import METHODS
-from awq_jax.config import SAMPLES, SEQ_LEN, AwqConfig
+from awq_jax.budget.allocate import alike, candidates
+from awq_jax.config import SAMPLES, SEQ_LEN, AwqConfig, Budget
 from awq_jax.convert import registry, writing
 from awq_jax.convert.files import manifest
 from awq_jax.convert.files.shards import refuse_existing
@@ -35,6 +36,7 @@ log = logging.getLogger(__name__)
 FLOAT_FORMATS = ("float", "gguf")
 HIDDEN = "hidden"  # in the working directory: hidden states
 QUANTIZED = "quantized"  # in there: those of the quantized model
+ALLOCATION = "allocation.json"  # in there: the settings that were chosen for a budget
 OUT = "out"  # the finished checkpoint, about to be renamed
 FINISHED = "finished.json"
 SPARE = 64 << 20  # bytes left free on the disk
@@ -55,6 +57,7 @@ class Options:
     overwrite: bool = False
     hidden: str = "memory"
     hidden_dtype: str | None = None
+    budget: Budget | None = None
 
 
 @dataclasses.dataclass
@@ -66,8 +69,8 @@ class Job:
       path: where the result goes.
       work: the working directory.
       options: as given.
-      settings: what to quantize to.
-      session: blocks and plan.
+      settings: what to quantize to, as asked.
+      session: blocks and plan. With a budget its settings become those chosen (see `awq_jax.stream.budgeted`).
       weights: the source's parameters.
       batches: calibration tokens, int32 ``[B, T]`` each.
       description: of the calibration data.
@@ -90,6 +93,8 @@ class Job:
             tokens.update(repr(batch.shape).encode() + np.ascontiguousarray(batch).tobytes())
         o = self.options
         chosen = self.settings.to_dict() | {"dtype": o.dtype, "hidden_dtype": o.hidden_dtype}
+        if o.budget is not None:
+            chosen |= dataclasses.asdict(o.budget)
         return {
             "source": manifest.fingerprint(self.source),
             "settings": json.dumps(chosen, sort_keys=True),
@@ -266,7 +271,7 @@ def prepare(
     check_float(source)
     session = Session(architecture, config, pool)
     if o.format != "auto":
-        _check_format(session, o.format)
+        _check_format(session, o.format, o.budget)
     dtype = o.dtype or ("float32" if source.format == "gguf" else None)
     shapes = {b.prefix + p: b.leaves[p] for b in session.blocks for p in b.owned}
     weights = Weights(source, architecture, shapes, dtype)
@@ -326,12 +331,20 @@ def _needs_tokenizer(calib: data.CalibrationSource) -> bool:
     return not (isinstance(calib, str | Path) and Path(calib).suffix == ".npy")
 
 
-def _check_format(session: Session, format: str) -> None:
-    """Refuse a format that cannot hold weights of these sizes and settings: asked with empty weights."""
+def _check_format(session: Session, format: str, budget: Budget | None) -> None:
+    """Refuse a format that cannot hold weights of these sizes and settings: asked with empty weights.
+
+    With a budget these have all the settings that may be chosen, in turn.
+    """
     names = session.chain.config.names
     dummies: dict[tuple[int, ...], tuple[str, QuantizedTensor]] = {}
+    leaves = {path: target.leaf for path, target in session.targets.items()}
+    if budget is not None:
+        tried = candidates(session.targets.values(), session.settings, budget)
+        for number, unit in enumerate(alike(session.plan, session.targets)):
+            leaves |= {t.site.name: tried[t.site.name][number % len(tried[t.site.name])] for t in unit}
     for path, target in session.targets.items():
-        leaf, n = target.leaf, math.prod(target.site.shape) // target.k
+        leaf, n = leaves[path], math.prod(target.site.shape) // target.k
         if target.group.batch or "{e}" in names.of(path):
             n //= math.prod(target.site.shape[:-2])
         k = target.k if target.k <= leaf.group_size else leaf.group_size + target.k % leaf.group_size

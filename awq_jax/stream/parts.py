@@ -33,7 +33,7 @@ from awq_jax.models.weights import modules
 from awq_jax.models.weights.params import Weights
 from awq_jax.qtensor import QuantizedTensor, Weight
 from awq_jax.stream.decoder_blocks import DecoderBlock, Leaves
-from awq_jax.stream.job import FINISHED, HIDDEN, OUT, Job
+from awq_jax.stream.job import ALLOCATION, FINISHED, HIDDEN, OUT, Job
 from awq_jax.stream.session import Note
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ def opened(job: Job) -> Iterator[Manifest]:
         done.records = list(map(Record.from_json, records))
         yield done
     else:
-        with manifest.opened(job.work, job.fingerprint(), {HIDDEN, OUT, FINISHED}) as done:
+        with manifest.opened(job.work, job.fingerprint(), {ALLOCATION, HIDDEN, OUT, FINISHED}) as done:
             pool.meet(json.dumps([[dataclasses.asdict(r) for r in done.records], done.shards, done.notes]))
             yield done
 
@@ -195,7 +195,7 @@ def assemble(job: Job, done: Manifest, format: str) -> str:
     report.calibration = job.description
     destination = Destination(
         config=job.source.config,
-        settings=job.settings,
+        settings=job.session.settings,
         made=card.of_report(report),
         scales=modules.folded_scales(report.scales, job.session.chain.config),
     )

@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from awq_jax.config import SAMPLES, SEQ_LEN
+from awq_jax.config import SAMPLES, SEQ_LEN, Budget
 from awq_jax.convert.files.manifest import Manifest
 from awq_jax.convert.source import Source
 from awq_jax.data import CalibrationSource
@@ -36,7 +36,7 @@ from awq_jax.progress import Bar, Progress, bar
 from awq_jax.qtensor import QuantizedTensor
 from awq_jax.quantizer import advice
 from awq_jax.report import Report
-from awq_jax.stream import parts
+from awq_jax.stream import budgeted, parts
 from awq_jax.stream.decoder_blocks import DecoderBlock, Leaves
 from awq_jax.stream.job import Job, Options, prepare
 
@@ -72,6 +72,7 @@ def quantize_checkpoint(
     overwrite: bool = False,
     hidden: str = "memory",
     hidden_dtype: DTypeLike | None = None,
+    target_bits: float | Budget | None = None,
     resume: bool = False,
     restart: bool = False,
     mesh: Mesh | None = None,
@@ -98,6 +99,7 @@ def quantize_checkpoint(
         a run continues at once. From memory it sends the calibration set through the finished blocks again.
       hidden_dtype: to keep hidden states in: ``"float32"``, ``"bfloat16"`` or ``"float16"``. None takes the
         model's own, which changes nothing in the result.
+      target_bits: see `awq_jax.serve.model.Model.quantize`.
       resume: it is an error if there is no unfinished run to continue.
       restart: discard an unfinished run.
       mesh: devices that share the work: batches of the calibration set, and columns of the weights. All of
@@ -122,7 +124,9 @@ def quantize_checkpoint(
     if resume and restart:
         raise ConfigError("resume continues an unfinished run and restart discards it: give one of them")
     names = name_of(dtype), name_of(hidden_dtype, "hidden_dtype")
-    options = Options(samples, seq_len, batch_size, seed, column, bos, names[0], format, overwrite, hidden, names[1])
+    budget = None if target_bits is None else Budget.of(target_bits)
+    given = samples, seq_len, batch_size, seed, column, bos, names[0], format, overwrite, hidden, names[1]
+    options = Options(*given, budget)
     with team() as processes:
         job = prepare(src, dst, calib, options, settings, pool_of(mesh, processes))
         return run(job, resume=resume, restart=restart, progress=progress)
@@ -142,7 +146,10 @@ def run(job: Job, *, resume: bool = False, restart: bool = False, progress: Prog
     try:
         with parts.opened(job) as done:
             resumed = len(done.shards)
-            with bar(progress if not pool.rank else False, "quantize", "block", len(job.session.blocks)) as shown:
+            shown_here = progress if not pool.rank else False
+            if job.options.budget is not None:
+                budgeted.settle(job, shown_here)
+            with bar(shown_here, "quantize", "block", len(job.session.blocks)) as shown:
                 _quantize(job, done, shown)
             start = time.perf_counter()
             ended = ("", "") if pool.rank else parts.finish(job, done)

@@ -48,7 +48,8 @@ def run(
       params: the tree that was traced, with new values; any leaf may be a `QuantizedTensor`.
       tap: ``tap(use, x)`` is called at every matmul with a parameter that has no ``reason``, with
         the activation as ``[*b, T, K]``: the dot's batch axes, all its free axes flattened, and K
-        in the order the leaf stores its ``k`` axes. It returns a pytree of arrays, or None.
+        in the order the leaf stores its ``k`` axes. It returns a pytree of arrays, or None. If it has a
+        method ``after``, that makes of ``(use, y)``, ``y`` the matmul's own result, what takes its place.
       matmul: ``matmul(x, q) -> y [*b, T, N]`` takes the place of a matmul with a packed leaf;
         without it, and wherever else a packed leaf is read, the leaf is dequantized.
 
@@ -70,8 +71,7 @@ def run(
     rest, tree = jax.tree.flatten((args, kwargs))
     if tree != program.args_tree:
         raise ShapeError("the arguments are not nested as when the function was traced; trace again")
-    inputs = [x for x, d in zip(rest, program.dynamic, strict=True) if d]
-    fixed = [x for x, d in zip(rest, program.dynamic, strict=True) if not d]
+    inputs, fixed = ([x for x, d in zip(rest, program.dynamic, strict=True) if d == is_in] for is_in in (True, False))
     if any(a is not b and a != b for a, b in zip(fixed, program.static, strict=True)):
         raise ShapeError(f"an argument that is not an array changed since tracing: {fixed}; trace again")
     for x, v in zip(inputs, program.graph.ins[len(flat) :], strict=True):
@@ -201,7 +201,8 @@ class _Interpreter:
         if self.matmul and is_quantized(w) and (part := self.part(op, w)) is not None:
             y = layouts.restore_output(op, self.matmul(flat, jax.tree.map(shardings.on_every_device, part), **options))
             return shardings.as_typed(y, op.result_sharding)
-        return bind(op, [self.dense(v, a) for v, a in zip(op.ins, ins, strict=True)])[0]
+        y = bind(op, [self.dense(v, a) for v, a in zip(op.ins, ins, strict=True)])[0]
+        return y if (after := getattr(self.tap, "after", None)) is None else after(op.use, y)
 
     def numbers(self, op: Op, ins: list[Value], axis: int) -> jax.Array:
         """Which expert an operation chooses for each position, int32 with the positions' shape; -1 for none."""
