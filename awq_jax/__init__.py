@@ -24,6 +24,7 @@ _PUBLIC = {
     "quantize": "quantizer.quantize",
     "quantize_checkpoint": "stream.run",
     "quantize_sequential": "stream.any_model",
+    "tune": "serve.tuning",
 }
 _MODULES = ("convert", "data", "errors", "evaluate", "keras", "kernels", "linen", "lora", "models", "nnx", "trainable")
 _ALIASES = {"partition": "trainable"}  # former names
@@ -56,6 +57,7 @@ __all__ = [
     "quantize_checkpoint",
     "quantize_sequential",
     "trainable",
+    "tune",
 ]
 
 if TYPE_CHECKING:
@@ -83,6 +85,7 @@ if TYPE_CHECKING:
     from awq_jax.report import Report as Report
     from awq_jax.serve.dot import dot as dot
     from awq_jax.serve.model import load as load
+    from awq_jax.serve.tuning import tune as tune
     from awq_jax.stream.any_model import quantize_sequential as quantize_sequential
     from awq_jax.stream.run import quantize_checkpoint as quantize_checkpoint
     from awq_jax.trace.bind import bind as bind

@@ -25,6 +25,7 @@ from awq_jax.cli import (
     merge,
     quantize,
     serve,
+    tune,
 )
 from awq_jax.devices import compile_cache
 from awq_jax.errors import AwqError
@@ -51,7 +52,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"awq-jax {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (quantize, convert, evaluate, generate, chat, serve, finetune, adapter, merge, inspect, bench, demo):
+    commands = quantize, tune, convert, evaluate, generate, chat, serve, finetune, adapter, merge, inspect, bench, demo
+    for command in commands:
         command.add(subparsers)
     for p in subparsers.choices.values():
         common.add_revision(p)

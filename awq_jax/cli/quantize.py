@@ -12,7 +12,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from awq_jax.cli import common, engines, tables
+from awq_jax.cli import common, engines, tables, tune
 from awq_jax.config import BITS, METHOD_NAMES, SAMPLES, SCALE_DTYPES, SEQ_LEN, AwqConfig, Budget
 from awq_jax.errors import AwqError, CheckpointError, ConfigError, FormatError, ProcessError, as_options
 
@@ -69,6 +69,9 @@ def add(subparsers: common.Commands) -> None:
     g.add_argument("--sequential", action=argparse.BooleanOptionalAction, default=AwqConfig.sequential,
                    help="round each weight for the input that it has once those before it are quantized: nearer to the "
                    "float model, for half as much time again")  # fmt: skip
+    g.add_argument("--effort", choices=("normal", "best"), default="normal",
+                   help="best: then also tune scales, norms and biases to the float model's predictions (see awq-jax "
+                   "tune): a few per cent less divergence for some times the work")  # fmt: skip
     g.add_argument("--quantize-head", action="store_true", help="also quantize the output projection")
     g.add_argument("--skip", action="append", default=[], metavar="REGEX", help="leave weights float; may be repeated")
     g.add_argument("--override", action="append", default=[], metavar="REGEX:bits=B,group_size=G,symmetric=S",
@@ -179,6 +182,8 @@ def _quantize(args: argparse.Namespace, config: AwqConfig, pool: Pool) -> None:
 
     if not args.dry_run and pool.rank == 0:
         common.check_push(args)
+    if args.effort == "best" and pool.team is not None:
+        raise ConfigError("--effort best is the work of one process: tune the result with awq-jax tune")
     start = time.perf_counter()
     options = Options(
         samples=args.samples,
@@ -210,6 +215,8 @@ def _quantize(args: argparse.Namespace, config: AwqConfig, pool: Pool) -> None:
         return
     for path, adapter in adapters.items():
         files.write(bases.fitted(adapter, bases.of(args.dst), "float"), path, args.overwrite)
+    if args.effort == "best":
+        common.say(tune.gain(tune.tuned(args, args.dst, args.src, args.dst, True)), args.quiet)
     report = dataclasses.replace(done.report, seconds={"text": read, **done.report.seconds})
     if args.report:
         write_report(report, args.report, f"{args.src}, {config.bits} bits")
