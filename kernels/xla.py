@@ -21,7 +21,7 @@ from awq_jax.qtensor import QuantizedTensor
 Saved = tuple[jax.Array, QuantizedTensor]  # for the gradient: the operands
 
 GROUPED_ROWS = 64  # above this the [m, groups, N] partial sums cost more than the dequantized weight
-MMA_ROWS = 16  # rows of the smallest tensor-core tile; XLA turns fewer rows into a materialised weight
+MMA_ROWS = 2  # XLA on CUDA makes a tensor-core product of so many rows; for one row it would write out the weight
 TILE = 1 << 23  # weights dequantized at once
 CPU_TILE = 1 << 21  # so many stay in its caches until they are multiplied, and their memory is not asked for anew
 SMALL = 1 << 13  # numbers of a weight that need not be kept out of memory
