@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from awq_jax.algorithm.clipping import diagonal_blocks
 from awq_jax.algorithm.compensation import GramFactor, compensate, conditional_energy, factorize
+from awq_jax.algorithm.descent import descend
 from awq_jax.algorithm.grid import Grid, column_loss, encode, error_of
 from awq_jax.config import MethodName
 
@@ -45,7 +46,7 @@ class Nearest:
 
 
 class Compensated:
-    """Row by row, each error made up for by the rows not yet rounded."""
+    """Row by row, each error made up for by the rows not yet rounded; then each code once more, given all others."""
 
     def prepare(self, gram: jax.Array, damping: float) -> GramFactor:
         return factorize(gram, damping)
@@ -58,7 +59,10 @@ class Compensated:
     ) -> tuple[jax.Array, jax.Array]:
         assert factor is not None
         codes, damped = compensate(w, factor, grid, bits)
-        return codes, jnp.maximum(damped - column_loss(error_of(codes, grid, w), factor.damping), 0.0)
+        error = error_of(codes, grid, w)
+        loss = jnp.maximum(damped - column_loss(error, factor.damping), 0.0)
+        codes, change = descend(codes, error, gram, grid, bits)
+        return codes, jnp.maximum(loss + change, 0.0)
 
 
 def energy_left_by_compensation(gram: jax.Array, factor: GramFactor | None) -> jax.Array:

@@ -8,6 +8,7 @@ from numpy_rounding import correlated, gram_of, plain
 
 from awq_jax.algorithm import clipping, compensation, methods
 from awq_jax.algorithm import grid as rounding
+from awq_jax.algorithm.descent import descend
 from awq_jax.algorithm.round_matrix import round_matrix
 from awq_jax.config import METHOD_NAMES, LeafConfig
 
@@ -202,3 +203,36 @@ def test_a_group_far_from_zero_survives() -> None:
 
 def test_every_name_of_a_method_says_what_it_is() -> None:
     assert tuple(methods.METHODS) == METHOD_NAMES
+
+
+@pytest.mark.parametrize("k", [K, 160])
+def test_descent_matches_a_plain_float64_loop(k: int) -> None:
+    w = np.random.default_rng(3).normal(size=(k, N)).astype(np.float32)
+    h = gram_of(correlated(k))
+    h[:, 5] = h[5] = 0  # a channel that was never active keeps its codes
+    grid = rounding.make_grid(*rounding.range_of(jnp.asarray(w).reshape(-1, G, N)), 3, False, "float16")
+    codes = rounding.encode(jnp.asarray(w).reshape(-1, G, N), grid, 3).reshape(k, N)
+    error = rounding.error_of(codes, grid, jnp.asarray(w))
+    scale = np.repeat(np.asarray(grid.scale, np.float64), G, 0)
+    want, delta = np.asarray(codes, np.float64), np.asarray(error, np.float64)
+
+    def loss(delta: np.ndarray) -> np.ndarray:
+        return np.einsum("kn,kj,jn->n", delta, h, delta)
+
+    got, change = codes, jnp.zeros(N)
+    start = before = loss(delta)
+    for _ in range(2):
+        for i in range(k):
+            if h[i, i] > 0:
+                best = np.rint(want[i] - h[i] @ delta / h[i, i] / scale[i])
+                delta[i] += (np.clip(best, 0, 7) - want[i]) * scale[i]
+                want[i] = np.clip(best, 0, 7)
+        error = rounding.error_of(got, grid, jnp.asarray(w))
+        got, more = descend(got, error, jnp.asarray(h, jnp.float32), grid, 3)
+        change += more
+        assert (np.asarray(got) == want).mean() > 0.995
+        found = loss(np.asarray(rounding.error_of(got, grid, jnp.asarray(w)), np.float64))
+        np.testing.assert_allclose(start + change, found, rtol=1e-3)
+        assert (found <= before * (1 + 1e-6)).all()
+        before = found
+    assert before.sum() < 0.8 * start.sum()
