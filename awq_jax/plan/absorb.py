@@ -149,12 +149,21 @@ class _Walk:
         heapq.heappush(self.heap, (-made[0].index if made else 1, next(self.counter), v))
 
     def constant(self, v: object) -> object:
-        """The constant that ``v`` is filled with (``jnp.where(mask, x, 0)``), or a value that is none."""
-        while isinstance(v, Val) and v in self.scope.made_by:
-            node = self.scope.made_by[v][0]
-            if node.name not in FILLS or len(node.ins) != 1:
+        """The constant that ``v`` is filled with (``jnp.where(mask, x, 0)``), or a value that is none.
+
+        Also one that is filled outside of the loop, as the caches of stacked layers are.
+        """
+        scope = self.scope
+        while isinstance(v, Val):
+            if v in scope.made_by:
+                node = scope.made_by[v][0]
+                if node.name not in FILLS or len(node.ins) != 1:
+                    break
+                v = node.ins[0]
+            elif (given := scope.given(v)) is not None:
+                scope, v = given
+            else:
                 break
-            v = node.ins[0]
         return v
 
     def visit(self, v: Val, lab: np.ndarray) -> None:
@@ -338,7 +347,7 @@ def _moves(node: Node, k: int, lab: np.ndarray) -> bool:
         where = channel_labels.window_of(node, k)
         assert where is not None
         return any(n == 1 and (w.start or w.step not in (None, 1)) for n, w in zip(lab.shape, where, strict=True))
-    return node.name in ("gather", "dynamic_slice", "concatenate", "rev")
+    return node.name in ("gather", "dynamic_slice", "concatenate", "rev", *channel_labels.WRITES)
 
 
 def _reader(node: Node) -> str:

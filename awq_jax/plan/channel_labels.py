@@ -20,6 +20,7 @@ UNIT, UNREAD = -1, -2
 
 # f(s * x) = s * f(x) for every s > 0, element by element.
 HOMOGENEOUS = SAME_SHAPE | {"neg", "abs", "psum", "psum_invariant"}
+WRITES = frozenset(("dynamic_update_slice", "scatter", "scatter-add"))
 
 
 class Blocked(Exception):
@@ -264,6 +265,9 @@ def back(
         yield 1, fit(lab, (), shared) if isinstance(node.ins[1], Val) else lab
     elif name in ("gather", "dynamic_slice"):
         yield 0, _gathered(node, lab, shape, shared)
+    elif name in WRITES:
+        yield 0, lab
+        yield (1 if name == "dynamic_update_slice" else 2), _written(node, lab)
     else:
         raise Blocked(f"it passes through {node.op.describe()}, which a scale per channel cannot cross")
 
@@ -285,6 +289,24 @@ def _gathered(node: Node, lab: np.ndarray, shape: tuple[int, ...], shared: Share
         raise Blocked(f"{node.op.describe()} picks channels by index")
     kept = {i: lab.shape[a] for i, a in axis_of.items()}
     return lab.reshape([kept.get(i, 1) for i in range(len(shape))])
+
+
+def _written(node: Node, lab: np.ndarray) -> np.ndarray:
+    """Whole rows put into another array by index, as into a cache: labels may vary along axes that are full only."""
+    into = node.ins[0].shape
+    if node.name == "dynamic_update_slice":
+        rows, axis_of = node.ins[1].shape, {d: d for d in range(len(into))}
+    else:
+        rows, d = node.ins[2].shape, node.params["dimension_numbers"]
+        gone = {*d.inserted_window_dims, *d.operand_batching_dims}
+        kept = (i for i in range(len(into)) if i not in gone)
+        axis_of = dict(zip(kept, d.update_window_dims, strict=True))
+    if any(n != 1 and (i not in axis_of or rows[axis_of[i]] != into[i]) for i, n in enumerate(lab.shape)):
+        raise Blocked(f"{node.op.describe()} writes channels by index")
+    sizes = [1] * len(rows)
+    for i, a in axis_of.items():
+        sizes[a] = lab.shape[i]
+    return lab.reshape(sizes)
 
 
 def through_product(node: Node, pos: int, lab: np.ndarray, shared: SharedChannels) -> np.ndarray:

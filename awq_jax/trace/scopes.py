@@ -79,6 +79,21 @@ class Scope:
         found = next((a for a, b in zip(node.ins, node.op.ins, strict=True) if b is given), None)
         return (scope, found) if isinstance(found, Val) else None
 
+    def given(self, v: Val) -> tuple[Scope, Operand] | None:
+        """The enclosing scope, and what is given there for an input of this one, a body, that no iteration changes.
+
+        Where a scan slices it, what is given is whole.
+        """
+        if self.outer is None or v not in self.graph.ins:
+            return None
+        scope, node = self.outer
+        i = self.graph.ins.index(v)
+        fixed, carried = node.op.fixed(self.graph)
+        if fixed <= i < fixed + carried:
+            return None
+        operand = node.op.body_inputs(self.graph)[i]
+        return scope, next((a for a, b in zip(node.ins, node.op.ins, strict=True) if b is operand), operand)
+
     def all(self) -> list[Scope]:
         """This scope and all inside it, outermost first."""
         return [self, *(s for n in self.nodes for b in n.bodies for s in b.all())]
@@ -92,15 +107,23 @@ def flatten(program: Program) -> Scope:
 
 
 def _mark_unused(scope: Scope, live: set[Val]) -> None:
-    """Find what ``live`` does not depend on. All results of a loop count as used if one of them is."""
+    """Find what ``live``, results of the scope, does not depend on.
+
+    All results of a loop count as used if one of them is, but for what a scan stacks.
+    """
+    returned = frozenset(live)
     for node in reversed(scope.nodes):
         node.unused = not node.op.has_effects and not any(v in live for v in node.outs)
+        for body in node.bodies:
+            carried = node.op.fixed(body.graph)[1] if node.name == "scan" else len(body.outs)
+            used = [v for i, v in enumerate(body.outs) if i < carried or node.outs[i] in live]
+            _mark_unused(body, set() if node.unused else {v for v in used if isinstance(v, Val)})
         if not node.unused:
             live.update(node.vals())
-        for body in node.bodies:
-            _mark_unused(body, set() if node.unused else {v for v in body.outs if isinstance(v, Val)})
     for v, readers in scope.readers.items():
-        scope.readers[v] = [(i, pos) for i, pos in readers if i == OUTPUT or not scope.nodes[i].unused]
+        scope.readers[v] = [
+            (i, pos) for i, pos in readers if (v in returned if i == OUTPUT else not scope.nodes[i].unused)
+        ]
 
 
 def _scope(graph: Graph, outer: tuple[Scope, Node] | None, derived: set[Val]) -> Scope:

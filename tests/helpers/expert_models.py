@@ -71,7 +71,7 @@ def case(name: str) -> Case:
         "router": "=gate",
         "gate up": "norm",
         "down": "up",
-        "head": "!scatter" if name == "ragged" else "down",
+        "head": "down",
     }
     return Case(FORMS[name], user_models._params(**shapes), (X,), groups)
 
