@@ -202,7 +202,7 @@ def _activation(scope: Scope, node: Node) -> tuple[Val, bytes]:
             v = source
     v = _first_alike(scope, v)
     for axis in range(lab.ndim):
-        if (lab == lab.take([0], axis=axis)).all():
+        if lab.size and (lab == lab.take([0], axis=axis)).all():
             lab = lab.take([0], axis=axis)
     return v, repr(lab.shape).encode() + lab.tobytes()
 

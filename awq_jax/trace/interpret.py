@@ -306,7 +306,7 @@ class _Interpreter:
     def shard_map(self, op: Op, ins: list[Value]) -> tuple[list[Value], Taps]:
         """Each device has its part of a packed leaf, as of a float one; what taps return is summed over the devices."""
         p, graph = op.params, op.bodies[0]
-        axes = tuple(p["newly_manual_axes"])
+        axes = tuple(p["newly_manual_axes"] if "newly_manual_axes" in p else p["manual_axes"])  # the latter: jax 0.10.0
         inside = dataclasses.replace(self, manual=(*self.manual, *axes), checked=p["check_vma"])
         specs: list[Any] = list(p["in_specs"])
         for i, (x, outer, v) in enumerate(zip(ins, op.ins, graph.ins, strict=True)):

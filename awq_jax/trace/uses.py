@@ -1,6 +1,7 @@
 """Trace a model and follow every parameter leaf to the matmuls that read it."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Hashable
 
 import jax
@@ -81,7 +82,9 @@ def trace(fn: Callable[..., object], params: object, *args: object, **kwargs: ob
     graph = build(closed, "")
     distribute(graph, set(graph.ins[: len(leaves)]))
     shapes = {p: tuple(np.shape(x)) for p, x in zip(named, leaves, strict=True)}
-    marks = _Marks({v: View.of_leaf(p, shapes[p]) for p, v in zip(named, graph.ins, strict=False)})
+    # What is empty is no weight: a layer that is configured with no hidden channels.
+    held = {v: View.of_leaf(p, shapes[p]) for p, v in zip(named, graph.ins, strict=False) if math.prod(shapes[p])}
+    marks = _Marks(held)
     marks.visit(graph, "", 0)
     for v in graph.outs:
         marks.read(v, "the output")

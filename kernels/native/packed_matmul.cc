@@ -60,7 +60,8 @@ template <int BITS, int P> bool multiply(XLA_FFI_CallFrame* call, Problem t, int
   t.blocks = blocks, t.count = count;
   const int64_t threads = t.m * t.k * t.n < SMALL ? 1 : pool_size(call);
   // A thread's sums and the digits of a block stay in its cache; its columns fill whole lines of it.
-  t.width = t.depth ? t.n : WIDTH / t.m / 64 * 64;
+  const int64_t fits = WIDTH / t.m / 64 * 64;
+  t.width = t.depth ? t.n : fits < 64 ? 64 : fits;
   if (threads > 1 && t.n / t.width < 2 * threads) t.width = t.n / (2 * threads) / 64 * 64;
   if (t.width < 64) t.width = 64;
   t.height = t.m * t.k < FEW ? t.m : (t.m + 4 * threads - 1) / (4 * threads);

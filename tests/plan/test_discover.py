@@ -339,3 +339,15 @@ def test_a_router_is_told_from_other_weights():
     plan = discover(fn, p, np.ones((3, 6), np.float32))
     assert [s.path for _, s in plan.sites() if s.router] == ["router"]
     assert plan.to_dict() == Plan.from_dict(json.loads(json.dumps(plan.to_dict()))).to_dict()
+
+
+def test_an_empty_weight_and_an_empty_input_are_no_obstacle() -> None:
+    """As in a layer that is configured with no hidden channels, and a batch that has no images."""
+
+    def fn(p: Any, x: jax.Array, images: jax.Array) -> jax.Array:
+        y = x @ p["w"]
+        return y + y @ p["a"] @ p["b"] + images.reshape(-1, 8).sum(0) @ p["v"] + (images.reshape(-1, 8) @ p["v"]).sum(0)
+
+    plan = discover(fn, spec(w=(8, 16), a=(16, 0), b=(0, 16), v=(8, 16)), *spec(x=(4, 8), images=(0, 2, 4)).values())
+    assert not plan.skipped
+    assert {s.path for _, s in plan.sites()} == {"w", "v"}
