@@ -223,7 +223,7 @@ def gemma4_moe() -> Model:
     kinds = (_modules.AttentionType.LOCAL_SLIDING, _modules.AttentionType.GLOBAL)
     config = _config.TransformerConfig(
         **GEMMA4, **ROPE, attention_types=kinds, num_global_kv_heads=1, global_key_size=64, k_eq_v_global=True,
-        enable_moe=True, num_experts=4, expert_dim=64, top_k_experts=2,
+        enable_moe=True, moe_dense_hidden_dim=128, num_experts=4, expert_dim=64, top_k_experts=2,
     )  # fmt: skip
     folds = {
         "layer_0/attn/q_einsum": {"layer_0/pre_attention_norm/scale"},
