@@ -160,7 +160,7 @@ def test_no_logits(two):
         )
 
 
-FAST = {"group_size": 16, "clip": False, "n_grid": 2, "progress": False, "batch_size": 2}
+FAST = {"group_size": 16, "method": "awq", "clip": False, "n_grid": 2, "progress": False, "batch_size": 2}
 BUDGET = Budget(4.5, (2, 3, 4), (16, 32))
 TOKENS = np.random.default_rng(1).integers(3, 64, (8, 16)).astype(np.int32)
 
@@ -172,47 +172,51 @@ def checkpoint(tmp_path_factory):
     return directory
 
 
-def test_a_decoder_block_by_block_as_in_one_piece(checkpoint, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def quantized(checkpoint):
+    """In memory: what was chosen, the report, and where it was saved."""
     seen: list[Allocation] = []
     real = budgeted.best
-    monkeypatch.setattr(budgeted, "best", lambda *given: seen.append(real(*given)) or seen[-1])
-    model = awq_jax.load(checkpoint)
-    params = model.params
-    report = model.quantize(TOKENS, target_bits=BUDGET, **FAST)
-    (found,) = seen
-    config = AwqConfig(explicit_scale=False, **{k: FAST[k] for k in ("group_size", "clip", "n_grid")})
-    # The labels that are drawn differ, as rows come in other batches: many more settle it.
-    few = [TOKENS[i : i + 1] for i in range(8)] * 16
-    whole = awq_jax.allocate(model.apply, params, few, config, target_bits=BUDGET, progress=False)
-    assert [u.paths for u in whole.units] == [u.paths for u in found.units]
-    fixed = Budget(4.0 + 24 / 16, (4,))
-    one = awq_jax.allocate(model.apply, params, few, config, target_bits=fixed, progress=False)
-    two = budgeted.allocate(*_session(model, config, fixed, params), progress=False)
-    np.testing.assert_allclose([u.loss for u in two.units], [u.loss for u in one.units], rtol=0.25)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(budgeted, "best", lambda *given: seen.append(real(*given)) or seen[-1])
+        model = awq_jax.load(checkpoint)
+        report = model.quantize(TOKENS, target_bits=BUDGET, **FAST)
+    model.save(checkpoint.parent / "memory", format="awq-jax")
+    return seen[0], report, checkpoint.parent / "memory"
+
+
+def test_a_decoder_is_quantized_as_chosen(quantized):
+    found, report, _ = quantized
     np.testing.assert_allclose(report.bits_per_weight, found.bits, rtol=1e-6)
+    assert found.bits <= BUDGET.target_bits
     assert len({r.bits for r in report.layers}) > 1
-
-    model.save(tmp_path / "memory", format="awq-jax")
-    done = awq_jax.quantize_checkpoint(
-        checkpoint, tmp_path / "disk", TOKENS, target_bits=BUDGET, format="awq-jax", **FAST
-    )
-    names = {f.name for f in (tmp_path / "memory").iterdir()}
-    assert names == {f.name for f in (tmp_path / "disk").iterdir()}
-    for name in names:
-        assert (tmp_path / "memory" / name).read_bytes() == (tmp_path / "disk" / name).read_bytes(), name
-    assert done.report.config["overrides"] == report.config["overrides"] != []
+    layers = {r.path: (r.bits, r.group_size) for r in report.layers}
+    for unit in found.units:
+        assert {layers[path] for path in unit.paths} == {(unit.leaf.bits, unit.leaf.group_size)}
+    assert {len(u.paths) for u in found.units} == {1, 2, 3}  # o and down; gate and up; q, k and v
 
 
-def _session(model, config, budget, params):
-    floats = paths.flatten(params)
+def test_a_decoder_is_measured_block_by_block_as_in_one_piece(checkpoint, quantized):
+    model = awq_jax.load(checkpoint)
+    config = AwqConfig(explicit_scale=False, **{k: FAST[k] for k in ("group_size", "clip", "n_grid", "method")})
+    # The labels that are drawn differ, as rows come in other batches: many more settle it.
+    few = [TOKENS[i : i + 2] for i in (0, 2, 4, 6)] * 32
+    fixed = Budget(4.0 + 24 / 16, (4,))
+    one = awq_jax.allocate(model.apply, model.params, few, config, target_bits=fixed, progress=False)
+    floats = paths.flatten(model.params)
     session = budgeted.Session(model.config, config)
-    return session, budget, lambda block: {p: floats[block.prefix + p] for p in block.leaves}, [TOKENS] * 16
+
+    def read(block):
+        return {p: floats[block.prefix + p] for p in block.leaves}
+
+    two = budgeted.allocate(session, fixed, read, [TOKENS] * 16, progress=False)
+    assert [u.paths for u in one.units] == [u.paths for u in two.units] == [u.paths for u in quantized[0].units]
+    np.testing.assert_allclose([u.loss for u in two.units], [u.loss for u in one.units], rtol=0.25)
 
 
-def test_a_run_that_was_killed_keeps_what_was_chosen(checkpoint, tmp_path, monkeypatch):
+def test_a_run_from_disk_that_was_killed_keeps_what_was_chosen(checkpoint, quantized, tmp_path, monkeypatch):
     given = checkpoint, tmp_path / "out", TOKENS
     asked = {"target_bits": BUDGET, "format": "awq-jax", **FAST}
-    awq_jax.quantize_checkpoint(checkpoint, tmp_path / "whole", TOKENS, **asked)
     calls = []
     real = budgeted.allocate
     monkeypatch.setattr(budgeted, "allocate", lambda *a, **k: calls.append(1) or real(*a, **k))
@@ -224,9 +228,12 @@ def test_a_run_that_was_killed_keeps_what_was_chosen(checkpoint, tmp_path, monke
         patch.setattr("awq_jax.stream.run._quantize", killed)
         with pytest.raises(KeyboardInterrupt):
             awq_jax.quantize_checkpoint(*given, **asked)
-    awq_jax.quantize_checkpoint(*given, **asked, resume=True)
+    done = awq_jax.quantize_checkpoint(*given, **asked, resume=True)
     assert calls == [1]
-    for file in (tmp_path / "whole").iterdir():
+    _, report, memory = quantized
+    assert done.report.config["overrides"] == report.config["overrides"] != []
+    assert {f.name for f in memory.iterdir()} == {f.name for f in (tmp_path / "out").iterdir()}
+    for file in memory.iterdir():
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
@@ -242,7 +249,9 @@ def test_settings_of_packed_leaves_follow_the_choice(two):
         model.apply, params, batches, settings(), target_bits=Budget(5.0, (2, 4, 8), (16, 32)), progress=False
     )
     calib = awq_jax.calibrate(model.apply, params, batches, progress=False)
-    packed = paths.flatten(awq_jax.quantize(params, calib, found.config, progress=False))
+    packed = paths.flatten(
+        awq_jax.quantize(params, calib, dataclasses.replace(found.config, method="rtn"), progress=False)
+    )
     for unit in found.units:
         for path in unit.paths:
             q = packed[path]
