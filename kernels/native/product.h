@@ -105,15 +105,31 @@ __attribute__((noinline)) void product(const Part& t, int64_t periods, const int
       UNROLL for (int p = 0; p < P; p++) sum[r][p] = start(zeros, rows[r].minus[p]);
     const uint32_t* q = t.q + j;
     const int32_t* x = digits;
-    for (int64_t i = 0; i < periods; i++, q += W * t.stride, x += V * P * R) {
+    const auto products = [&](auto add, Ints(&to)[R][P]) __attribute__((always_inline)) {  // of one period
       Ints words[W], codes[V];
       UNROLL for (int w = 0; w < W; w++) words[w] = load(q + w * t.stride);
       unpack<BITS>(words, codes);
       UNROLL for (int w = 0; w < W; w++) __builtin_prefetch(q + w * t.stride + AHEAD);
       UNROLL for (int v = 0; v < V; v++)
         UNROLL for (int p = 0; p < P; p++)
-          UNROLL for (int r = 0; r < R; r++) sum[r][p] = dot<BITS>(sum[r][p], codes[v], x[(v * P + p) * R + r]);
+          UNROLL for (int r = 0; r < R; r++) to[r][p] = add(to[r][p], codes[v], x[(v * P + p) * R + r]);
+      q += W * t.stride, x += V * P * R;
+    };
+    int64_t i = 0;
+#if defined(SHORT_SUMS)
+    if constexpr (TOGETHER<BITS> > 0 && (BITS != 3 || R > 2)) {  // 3 bits and few rows: unpacking takes most registers
+      for (int64_t end; i < periods; i = end) {
+        end = i + TOGETHER<BITS> / V < periods ? i + TOGETHER<BITS> / V : periods;
+        Ints part[R][P];
+        UNROLL for (int r = 0; r < R; r++)
+          UNROLL for (int p = 0; p < P; p++) part[r][p] = all(0);
+        for (; i < end; i++) products(dot_short, part);
+        UNROLL for (int r = 0; r < R; r++)
+          UNROLL for (int p = 0; p < P; p++) sum[r][p] = widened(sum[r][p], part[r][p]);
+      }
     }
+#endif
+    for (; i < periods; i++) products(dot<BITS>, sum);
     const Floats s = load(t.scales, t.scale_kind, j);
     Floats o = fill(0);
     if (t.offsets) o = fma(s, fill(1 << (BITS - 1)), load(t.offsets, t.offset_kind, j));

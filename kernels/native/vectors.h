@@ -98,7 +98,12 @@ static inline Floats load(const void* p, Kind kind, size_t i) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
 }
 #elif defined(__AVX2__)
+#if defined(__AVXVNNI__)
 constexpr int LANES = 8, MOST_ROWS = 2, SIGNED_CODES = 0;
+#else
+constexpr int LANES = 8, MOST_ROWS = 4, SIGNED_CODES = 0;
+#define SHORT_SUMS
+#endif
 typedef __m256i Ints;
 typedef __m256 Floats;
 static inline Ints load(const uint32_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
@@ -124,6 +129,19 @@ template <int BITS> static inline Ints dot(Ints sum, Ints codes, int32_t x) {
   return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(codes, y), _mm256_set1_epi16(1)));
 #endif
 }
+#if defined(SHORT_SUMS)
+// Pairs of products are summed in 16 bits as long as they fit there: digits are -128 at least, codes 15, 7 or 3 at most.
+template <int BITS> constexpr int TOGETHER = BITS == 4 ? 8 : BITS == 3 ? 16 : BITS == 2 ? 32 : 0;
+static_assert(8 * 2 * 15 * 128 < 32768 && 16 * 2 * 7 * 128 < 32768 && 32 * 2 * 3 * 128 < 32768, "sums in 16 bits");
+static inline Ints dot_short(Ints sum, Ints codes, int32_t x) {
+  sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, _mm256_set1_epi32(x)));
+  asm("" : "+x"(sum));  // else GCC adds in another order, which takes more registers than there are
+  return sum;
+}
+static inline Ints widened(Ints sum, Ints part) {
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(part, _mm256_set1_epi16(1)));
+}
+#endif
 static inline Ints bytes_to_ints(const uint8_t* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
 static inline Ints start(Ints zeros, int32_t pair) { return _mm256_madd_epi16(zeros, _mm256_set1_epi32(pair)); }
 static inline Floats floats(Ints v) { return _mm256_cvtepi32_ps(v); }
