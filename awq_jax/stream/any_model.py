@@ -71,7 +71,7 @@ def quantize_sequential(
     of its steps at once, and not corrected.
 
     Of two batches or more one in eight, at least one, is kept from all fitting: by it groups are judged, as by
-    `awq_jax.calibrate`. Corrections are cross-validated over four folds of the other batches: pass eight batches or
+    `awq_jax.calibrate`. How strong corrections are is chosen on a quarter of the others: pass eight batches or
     more. Each segment is compiled once for every shape of batches.
 
     Memory: the parameters twice, all batches and, in host memory, what the float model has alive at the inputs of all

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 FOLDS = 4
+TRIED = 1  # of the folds: on it is tried what the others gave; each more costs a factorization
 KEPT_OUT = -1  # the fold of sequences by which the result is judged
 ALIKE = 4  # of the rows that a batch might have, one in so many is enough
 SHARE = 8  # one sequence of so many is kept out, one at least

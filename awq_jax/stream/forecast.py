@@ -120,8 +120,8 @@ def _moment(job: Job, number: int, hidden: int) -> dict[str, int]:
         if judged and not group.batch:
             grams += 4 * instances * group.channels**2  # of the sequences kept out
         if job.session.sequential and instances == 1:
-            # Of every fold, of those kept out and of all fitted: Gram, drift and, at most, as much of the stream.
-            pairs = max(pairs, 4 * 3 * (folds.FOLDS + 2) * group.channels**2)
+            # Of tokens tried, of others, of those kept out, of all fitted: Gram, drift, and as much of the stream.
+            pairs = max(pairs, 4 * 3 * (folds.TRIED + 3) * group.channels**2)
         if job.session.sequential:
             here = 4 * tokens * (group.channels + 2 * job.session.chain.config.hidden_size)
             left, alive = left + here, max(alive, here)

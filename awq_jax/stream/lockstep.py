@@ -69,7 +69,8 @@ class Lockstep:
         self._programs = programs
         self._prefix, self._leaves = prefix, dict(leaves)
         self._float, self._quantized = dict(float_in), dict(quantized_in)
-        self._folds, self._pool = fold_of, pool
+        self._pool = pool
+        self._folds = [min(fold, folds.TRIED) for fold in fold_of]  # those that are not tried are one
         self._served: dict[str, Weight] = dict(leaves)  # the quantized model's parameters, as far as they are known
         self._alone = alone
         self._reached = 0
@@ -114,12 +115,12 @@ class Lockstep:
         if first.paired(number):
             leaves = {self._prefix + p: w for p, w in self._leaves.items()}
             self._weights = GroupWeights(group, targets, leaves, first.widths(number), self._prefix)
-            total, fitted = self._to_pair(number, scale)
+            total, tried = self._to_pair(number, scale)
             stats = total.stats
             strength = correction.NONE
-            if len(fitted) > 1:
+            if tried:
                 chosen = self._weights.picked, self._weights.streamed, self._weights.width
-                strength = correction.strengths(total.moments, fitted, *chosen)
+                strength = correction.strengths(total.moments, tried, *chosen)
             self.strengths[group.name] = strength
             if strength.alpha or strength.rho:
                 aims = self._weights.corrected(self._pool, total.moments, strength)
@@ -185,7 +186,7 @@ class Lockstep:
         return alive
 
     def _to_pair(self, number: int, scale: np.ndarray) -> tuple[PairSums, list[Moments]]:
-        """Sums of all that is fitted, and the moments of each fold; those kept out are put aside."""
+        """Sums of all that is fitted, and the moments of each fold to be tried; those kept out are put aside."""
         served, left = self._pool.spread(self._served), self._left[number]
         weights = self._weights
 
@@ -203,7 +204,8 @@ class Lockstep:
 
         sums: dict[int, PairSums] = self._sum(run)
         self._kept = sums.pop(folds.KEPT_OUT, None)
-        return _total(list(sums.values())), [s.moments for s in sums.values()]
+        tried = [s.moments for fold, s in sums.items() if fold < folds.TRIED] if len(sums) > 1 else []
+        return _total(list(sums.values())), tried
 
     def _spans(self, batch: int) -> list[tuple[int, tuple[int, int]]]:
         """Folds that tokens of a batch are in, and the first token of each and the first after: two of a sequence that

@@ -47,18 +47,18 @@ def test_the_corrected_weight_solves_the_regression():
     np.testing.assert_allclose(got, w + 0.75 * move + 0.5 * push, rtol=2e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("drift", [0.0, 1.0])
-def test_strengths_are_those_that_predict_sequences_left_out(drift):
+@pytest.mark.parametrize(("drift", "tried"), [(0.0, 4), (1.0, 4), (1.0, 1)])
+def test_strengths_are_those_that_predict_sequences_left_out(drift, tried):
     sequences, rng = data(2, drift), np.random.default_rng(3)
     w, columns = rng.standard_normal((K, 4)), np.asarray([0, 1, 2, -1])
     every = moments(sequences)
     total = Moments(*(sum(x) for x in zip(*every, strict=True)))
-    got = correction.strengths(total, every, jnp.asarray(w, jnp.float32), columns.astype(np.int32), 9)
+    got = correction.strengths(total, every[:tried], jnp.asarray(w, jnp.float32), columns.astype(np.int32), 9)
 
     def left_out(alpha: float, rho: float) -> float:
         """The squared error on each sequence of what the others gave, less that of no correction."""
         found = 0.0
-        for i, (a, b, d) in enumerate(sequences):
+        for i, (a, b, d) in enumerate(sequences[:tried]):
             move, push = solved(sequences[:i] + sequences[i + 1 :], w, correction.LAM, columns)
             aim = (b - a) @ w + d[:, columns] * (columns >= 0)
             found += np.square(aim - a @ (alpha * move + rho * push)).sum() - np.square(aim).sum()
