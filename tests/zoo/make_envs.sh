@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes the environments of the packages whose models tests/zoo quantizes, at the versions the tests were passed with.
 #
-#   tests/zoo/make_envs.sh DIR [flax] [maxtext]
+#   tests/zoo/make_envs.sh DIR [flax] [maxtext] [more]
 #   AWQ_JAX_ZOO_ENVS=DIR pytest -m slow tests/zoo
 #
 # They need Python 3.12 (PYTHON=...). An environment that is complete is left as it is.
@@ -19,6 +19,7 @@ install_models() {
       # Of what tunix asks for, what importing it needs: no clouds, no data pipelines.
       install google-metrax==0.2.4 clu==0.0.12 perfetto==0.59.1 pandas==3.1.1 flatbuffers==25.12.19
       install --no-deps google-tunix==0.1.7 qwix==0.1.8 jaxtyping==0.3.11 wadler-lindig==0.1.8 einops==0.8.2
+      install --no-deps recurrentgemma==1.0.1 typeguard==2.13.3 # whose annotations a later typeguard does not read
       unpack_sources flax 0.12.12  # Flax's own examples are in its sources, not in its wheel
       ;;
     maxtext)
@@ -30,8 +31,14 @@ install_models() {
       install --no-deps maxtext==0.2.5 tokamax==0.0.17 qwix==0.1.8 aqtp==0.9.0 pathwaysutils==0.1.13 drjax==0.2.1 \
         wadler-lindig==0.1.8
       ;;
+    more)
+      install einops==0.8.2 einshape==1.0 optax==0.2.8 jaxtyping==0.3.11 wadler-lindig==0.1.8 huggingface-hub==2.4.0 \
+        orbax-checkpoint==0.12.8 typeguard==4.6.1 "etils[enp,epath,epy]==1.15.0" sentencepiece==0.2.3 protobuf==7.36.2 \
+        dialog==1.1.0 mediapy==1.2.7 immutabledict==4.3.1 clu==0.0.12 tensorflow==2.21.0 chex==0.1.92
+      install --no-deps mamba2-jax==1.1.2 nano-moe-jax==0.1.0 vidax==0.1.0 timesfm==3.0.2 gemma==4.0.1 kauldron==1.4.4
+      ;;
   esac
   install -e "$here/../.."
 }
 
-make_environments install_models "flax maxtext" "$@"
+make_environments install_models "flax maxtext more" "$@"

@@ -61,47 +61,6 @@ def nano_moe() -> Model:
 
 
 @model
-def recurrentgemma() -> Model:
-    from recurrentgemma import common
-    from recurrentgemma.jax import griffin
-
-    kinds = (common.TemporalBlockType.RECURRENT, common.TemporalBlockType.ATTENTION)
-    config = common.GriffinConfig(
-        vocab_size=VOCAB, width=64, mlp_expanded_width=128, num_heads=2, lru_width=64, block_types=kinds,
-        embeddings_scale_by_sqrt_dim=True, attention_window_size=32, logits_soft_cap=30.0,
-    )  # fmt: skip
-    made = griffin.Griffin(config)
-
-    def places(ids: jax.Array) -> jax.Array:
-        return jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-
-    params = made.init(jax.random.key(0), tokens(0), places(tokens(0)))["params"]
-
-    def fn(params: Any, ids: jax.Array) -> Any:
-        return made.apply({"params": params}, ids, places(ids))[0]
-
-    def decode(bind: Any, params: Any, ids: jax.Array) -> jax.Array:
-        cache: Any = made.init_cache(len(ids), jnp.float32)
-        step = bind(lambda params, token, at, cache: made.apply({"params": params}, token, at, cache))
-        logits = []
-        for at in range(ids.shape[1]):
-            one, cache = step(params, ids[:, at : at + 1], jnp.full((len(ids), 1), at), cache)
-            logits.append(one)
-        return jnp.concatenate(logits, 1)
-
-    # Gates, which are not linear, read what linear_x makes, and linear_y's goes through gelu: nothing above linear_out.
-    folds = {
-        "recurrent_block/linear_x": {"temporal_pre_norm/scale"},
-        "recurrent_block/linear_out": set(),
-        "attention_block/proj_q": {"temporal_pre_norm/scale"},
-        "attention_block/proj_final": {"attention_block/proj_v"},
-        "mlp_block/ffw_up": {"channel_pre_norm/scale"},
-        "mlp_block/ffw_down": {"mlp_block/ffw_up/w", "mlp_block/ffw_up/b"},
-    }
-    return Model(fn, params, lambda seed: (tokens(seed),), folds, decode)
-
-
-@model
 def timesfm() -> Model:
     from timesfm import configs
     from timesfm.flax import util

@@ -12,7 +12,12 @@ import pytest
 
 HERE = Path(__file__).parent
 ENVS = os.environ.get("AWQ_JAX_ZOO_ENVS", "")
-FILES = {"models": "flax", "flax_examples": "flax", "maxtext_models": "maxtext"}  # -> environment
+FILES = {
+    "models": "flax",
+    "flax_examples": "flax",
+    "maxtext_models": "maxtext",
+    "more_models": "more",
+}  # -> environment
 MODELS = [
     (file, name)
     for file in FILES
