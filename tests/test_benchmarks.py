@@ -34,7 +34,7 @@ def state(directory: Path) -> dict[str, int]:
     return {p.name: p.stat().st_mtime_ns for p in directory.iterdir()}
 
 
-LONG = ("cpu_rows", "lora", "mixed", "quality", "serve", "speed", "stream", "vs_keras")  # the last one needs Keras
+LONG = ("few_tokens", "cpu_rows", "lora", "mixed", "quality", "serve", "speed", "stream", "vs_keras")  # the last one needs Keras
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in LONG else n for n in NAMES])
