@@ -34,7 +34,8 @@ def state(directory: Path) -> dict[str, int]:
     return {p.name: p.stat().st_mtime_ns for p in directory.iterdir()}
 
 
-LONG = ("few_tokens", "cpu_rows", "lora", "mixed", "quality", "serve", "speed", "stream", "vs_keras")  # the last one needs Keras
+# The last one needs Keras.
+LONG = ("cpu_rows", "few_tokens", "lora", "mixed", "quality", "serve", "speed", "stream", "vs_keras")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in LONG else n for n in NAMES])
