@@ -190,8 +190,10 @@ def gemma4_moe() -> Model:
         "layer_0/attn/attn_vec_einsum": set(),  # values have a norm of each head
         "layer_0/mlp2/gating_einsum": {"layer_0/pre_ffw2_norm/scale"},
         "layer_0/mlp2/linear": {"layer_0/mlp2/gating_einsum"},
-        "layer_0/mlp/gating_einsum": {"layer_0/pre_ffw_norm/scale"},
-        "layer_0/mlp/linear": {"layer_0/mlp/gating_einsum"},
+        "layer_0/mlp/gating_einsum": set(),  # the router's norm reads the same
+        # Short of what was written down, the gating's second half: the plan takes index 1 of the axis that its columns
+        # are split into for another row.
+        "layer_0/mlp/linear": set(),
     }
     return _of_gemma(_transformer.Transformer(config=config, dtype=jnp.float32), folds)
 
