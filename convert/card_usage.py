@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from awq_jax.convert import engines
 from awq_jax.convert.config_json import HfConfig
+from awq_jax.convert.engines import contents, verdicts
 from awq_jax.convert.format import Format, Record
 from awq_jax.convert.formats.awq import scaled_activations
 from awq_jax.convert.source import Source, path_of
@@ -29,8 +29,8 @@ def served_by(format: Format, config: HfConfig, records: Sequence[Record]) -> li
     """The engines of `SERVING` that serve a checkpoint as they are called there: of a single file, only llama.cpp."""
     if format.name == "gemm" and scaled_activations.are_in(config):
         return []  # vLLM takes none of their scales, transformers wants them all, and records do not tell
-    c = engines.of_records(format.name, config, records)
-    found = [engine for engine in SERVING if engines.verdict(engine, c).serves]
+    c = contents.of_records(format.name, config, records)
+    found = [engine for engine in SERVING if verdicts.verdict(engine, c).serves]
     return [engine for engine in found if engine == "llama.cpp" or not format.suffix]
 
 

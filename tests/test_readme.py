@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from awq_jax.convert import engines, exactness
+from awq_jax.convert import exactness
+from awq_jax.convert.engines import verdicts
 from awq_jax.convert.registry import FORMATS
 
 README = Path(__file__).parent.parent / "README.md"
@@ -24,7 +25,7 @@ def table() -> str:
 
 def engines_table() -> str:
     """Markdown: formats that the same engines read share a row."""
-    head, *rows = engines.table(list(FORMATS))
+    head, *rows = verdicts.table(list(FORMATS))
     kinds: dict[tuple[str, ...], list[str]] = {}
     for format, kind, *cells in rows:
         kinds.setdefault((format, *cells), []).append(kind)

@@ -149,8 +149,8 @@ def _data(dst: str, result: Conversion) -> dict[str, object]:
 
 
 def _list(args: argparse.Namespace) -> None:
-    from awq_jax.convert import engines as rules  # as in `run`
-    from awq_jax.convert import exactness
+    from awq_jax.convert import exactness  # as in `run`
+    from awq_jax.convert.engines import verdicts
     from awq_jax.convert.registry import FORMATS
 
     table = exactness.table()
@@ -172,4 +172,4 @@ def _list(args: argparse.Namespace) -> None:
         "\nEngines that serve a Llama so, of the versions that were tried (a checkpoint of yours: "
         "awq-jax inspect DIR --for ENGINE)"
     )
-    print("\n".join(report.columns(rules.table(list(FORMATS)))))
+    print("\n".join(report.columns(verdicts.table(list(FORMATS)))))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from awq_jax.cli.quantizable import ConfigOnly
     from awq_jax.convert.source import Source
 
-# `awq_jax.convert.engines` has them too, but imports NumPy, for which --help must not wait.
+# `awq_jax.convert.engines.rules` has them too, but imports NumPy, for which --help must not wait.
 NAMES = ("vllm", "transformers", "tpu-inference", "mlx", "llama.cpp")
 
 
@@ -36,17 +36,18 @@ def described(source: Source | ConfigOnly, engine: str, devices: int) -> dict[st
       ConfigError: if there are no weights.
     """
     from awq_jax.cli import quantizable  # imports JAX, for which --help must not wait
-    from awq_jax.convert import engines
+    from awq_jax.convert.engines import contents, verdicts
 
     if isinstance(source, quantizable.ConfigOnly):
         raise ConfigError("--for looks at how weights are packed, and there is a config.json alone; give a checkpoint")
 
-    v = engines.verdict(engine, engines.contents(source), devices)
+    v = verdicts.verdict(engine, contents.contents(source), devices)
     return {
         "engine": engine,
         "version": v.version,
         "tensor_parallel": devices,
         "serves": v.serves,
+        "serves_on_cpu": v.on_cpu,
         "why": list(v.why),
         "layers": list(v.layers),
         "text": "\n".join((v.line(), *(f"  {line}" for line in alike(v.layers)))),
@@ -64,6 +65,7 @@ def alike(layers: tuple[str, ...]) -> list[str]:
 
 def served_by(path: str | Path) -> str:
     """Which engines serve the checkpoint at ``path``, from its headers, in one line."""
-    from awq_jax.convert import engines, registry  # as above
+    from awq_jax.convert import registry  # as above
+    from awq_jax.convert.engines import contents, verdicts
 
-    return engines.summary(engines.contents(registry.open_source(path, packed=True)))
+    return verdicts.summary(contents.contents(registry.open_source(path, packed=True)))

@@ -206,9 +206,10 @@ def _before_streams(version: object) -> bool:
 def written(records: Sequence[Record]) -> JsonObject:
     """The ``quantization_config`` that vLLM, transformers and compressed-tensors itself expect.
 
-    One way of packing: it targets the class ``Linear`` and the float modules are listed. Several: each
-    targets its modules by name, as vLLM would take the class for its fused modules before any name; a layer's
-    experts by a pattern, as vLLM has its own names for them and transformers looks for one.
+    One way of packing: it targets the class ``Linear``, and a packed head by name, whose class is another in
+    vLLM; the float modules are listed. Several: each targets its modules by name, as vLLM would take the class for its
+    fused modules before any name; a layer's experts by a pattern, as vLLM has its own names for them and transformers
+    looks for one.
 
     Raises:
       FormatError: if nothing is packed.
@@ -222,7 +223,7 @@ def written(records: Sequence[Record]) -> JsonObject:
         schemes.setdefault(CompressedScheme(r.bits, r.symmetric, strategy, size, r.act_order), []).append(r.module)
     groups = {
         f"group_{i}": {
-            "targets": ["Linear"] if len(schemes) == 1 else _targets(modules, schemes),
+            "targets": _targets(modules, schemes) if len(schemes) > 1 else ["Linear", *filter(HEAD.search, modules)],
             "weights": _weights(s.bits, s.symmetric, s.group_size, s.act_order),
             "input_activations": None,
             "output_activations": None,

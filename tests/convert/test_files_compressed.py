@@ -329,6 +329,13 @@ def test_the_written_config(tmp_path: Path) -> None:
     }
 
 
+def test_a_packed_head_is_targeted_by_name_too(tmp_path: Path) -> None:
+    """Its class in vLLM is none that ``Linear`` finds: it refused the head's tensors."""
+    dst = write(tmp_path / "out", {f"{NAME}.weight": canonical(64, 8, 16), "lm_head.weight": canonical(64, 8, 16)})
+    quant = json.loads((dst / "config.json").read_text())["quantization_config"]
+    assert (quant["config_groups"]["group_0"]["targets"], quant["ignore"]) == (["Linear", "lm_head"], [])
+
+
 def test_modules_packed_in_different_ways_are_targeted_by_name(tmp_path: Path) -> None:
     """Never by class: vLLM would find the class of its fused modules before the names of their parts."""
     order = np.random.default_rng(0).permutation(64).astype(np.int32)

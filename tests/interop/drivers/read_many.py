@@ -22,7 +22,9 @@ import torch
 def by_transformers(path: Path, **more) -> torch.nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    config = AutoConfig.from_pretrained(path)
+    if path.suffix == ".gguf":
+        path, more = path.parent, more | {"gguf_file": path.name}
+    config = AutoConfig.from_pretrained(path, **more)
     kind = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
     settings = {"dtype": torch.float32, "device_map": "cpu", "output_loading_info": True} | more
     if getattr(config, "attn_logit_softcapping", None):

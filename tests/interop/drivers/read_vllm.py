@@ -2,10 +2,11 @@
 
     python read_vllm.py KERNELS DTYPE IDS.npy OUT CHECKPOINT...
 
-KERNELS is engine (all its own) or plain: products with 4-bit weights are then those of dequantized weights. What the
-engine's own loader made of the files is dequantized here, after it has joined and laid out the layers; only the kernels
-for 4 bits, which need AVX-512, and AMX for experts, are left out. Writes OUT/NAME.npy [T, V] float32, or OUT/NAME.txt:
-the error.
+KERNELS is engine (all its own), plain or chosen: products with 4-bit weights are then those of dequantized weights.
+What the engine's own loader made of the files is dequantized here, after it has joined and laid out the layers; only
+the kernels for 4 bits, which need AVX-512, and AMX for experts, are left out. With chosen, the engine says itself
+whether it has a kernel, as on a processor that has both; with plain, all 4 bits are taken. Writes OUT/NAME.npy [T, V]
+float32, or OUT/NAME.txt: the error.
 """
 
 import gc
@@ -53,8 +54,8 @@ def dequantized(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor |
     return (codes - zeros) * scales.repeat_interleave(group, -1)
 
 
-def plain_kernels() -> None:
-    """Put dequantization in the place of the CPU's int4 kernels."""
+def plain_kernels(all_of_4_bits: bool = True) -> None:
+    """Put dequantization in the place of the CPU's int4 kernels, for all weights of 4 bits or for those they take."""
     from vllm.model_executor.kernels.linear.mixed_precision.cpu import CPUWNA16LinearKernel
     from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUExpertsInt4
     from vllm.model_executor.layers.fused_moe.oracle.int_wna16 import WNA16MoEBackend
@@ -83,7 +84,8 @@ def plain_kernels() -> None:
     def multiply(self, layer, x, bias=None):
         return torch.nn.functional.linear(x, layer.dequantized, bias)
 
-    CPUWNA16LinearKernel.can_implement = staticmethod(can_implement)
+    if all_of_4_bits:
+        CPUWNA16LinearKernel.can_implement = staticmethod(can_implement)
     CPUWNA16LinearKernel.process_weights_after_loading = prepare
     CPUWNA16LinearKernel.apply_weights = multiply
 
@@ -109,12 +111,14 @@ def plain_kernels() -> None:
         plain.process_weights_after_loading(layer)
         self.moe_kernel, self.moe_quant_config = plain.moe_kernel, plain.moe_quant_config
 
+    CPUExpertsInt4._supports_current_device = staticmethod(lambda: True)
     for module in (auto_awq, auto_gptq, ct_moe):
-        module.select_wna16_moe_backend = lambda *_, **__: (WNA16MoEBackend.CPU, CPUExpertsInt4)
+        if all_of_4_bits:
+            module.select_wna16_moe_backend = lambda *_, **__: (WNA16MoEBackend.CPU, CPUExpertsInt4)
         for name in NAMES:
             if hasattr(module, name):
                 getattr(module, name).process_weights_after_loading = prepare_experts
-    every = [torch.float16, torch.bfloat16, torch.float32]
+    every = [torch.float16, torch.bfloat16, torch.float32] if all_of_4_bits else [torch.float16, torch.bfloat16]
     for config in (auto_awq.AutoAWQConfig, auto_gptq.AutoGPTQConfig, compressed_tensors.CompressedTensorsConfig):
         config.get_supported_act_dtypes = classmethod(lambda cls: every)
 
@@ -179,8 +183,8 @@ def main(kernels: str, dtype: str, ids: str, out: str, *checkpoints: str) -> Non
     from vllm.model_executor.models import registry
 
     hasten(registry)
-    if kernels == "plain":
-        plain_kernels()
+    if kernels != "engine":
+        plain_kernels(kernels == "plain")
     tokens = np.load(ids).tolist()
     for path in map(Path, checkpoints):
         refusal, result = Path(out, f"{path.name}.txt"), Path(out, f"{path.name}.npy")
@@ -190,7 +194,8 @@ def main(kernels: str, dtype: str, ids: str, out: str, *checkpoints: str) -> Non
             refusal.unlink()
         except Exception as error:
             traceback.print_exc()
-            refusal.write_text(f"{type(error).__name__}: {error}")
+            what = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
+            refusal.write_text(f"{type(error).__name__}: {what}")
 
 
 if __name__ == "__main__":
