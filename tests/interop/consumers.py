@@ -301,8 +301,8 @@ def page(found: dict[str, dict[str, dict[str, Any]]]) -> str:
         f"(allowed: {tolerances}; GPTQModel's kernels for the CPU round each dequantized weight to float16, and its "
         f"own loader computes all so: there one of the {len(IDS)} tokens may go to another expert). A text is the "
         "program's error. Where a cell is empty the program was not tried: GPTQModel's loader is for families with "
-        "experts, and transformers 5.24 with compressed-tensors 0.20.1 (the last three columns; `older`: 5.17 with "
-        "0.19.0) has read the families that have numbers or errors there.\n\n" + "\n".join(rows) + "\n"
+        "experts. The last three columns are transformers 5.24 with compressed-tensors 0.20.1 (`older`: 5.17 with "
+        "0.19.0).\n\n" + "\n".join(rows) + "\n"
     )
 
 
