@@ -187,6 +187,10 @@ class Budget:
         """A number of bits as a budget of them."""
         return target_bits if isinstance(target_bits, cls) else cls(target_bits)  # type: ignore[arg-type]
 
+    def base(self, config: AwqConfig) -> AwqConfig:
+        """``config`` with the group size that fits the most weights, of those to choose from."""
+        return dataclasses.replace(config, group_size=min(self.group_sizes)) if self.group_sizes else config
+
 
 def _check_leaf(bits: int, group_size: int, where: str) -> None:
     if bits not in BITS:

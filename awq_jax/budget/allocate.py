@@ -6,6 +6,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,6 +23,13 @@ from awq_jax.quantizer.targets import Target, select
 from awq_jax.trace.probes import Place
 
 SCALE_BITS, ZERO_BITS = 16, 8  # as a `QuantizedTensor` has them
+
+
+class Setting(NamedTuple):
+    """What an override says: bits and group size, -1 for the whole column."""
+
+    bits: int
+    group_size: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +149,7 @@ def allocate(
         raise ConfigError("pass either an AwqConfig or settings, not both")
     config = config or AwqConfig.from_dict(settings)
     budget = Budget.of(target_bits)
+    config = budget.base(config)
     batches = list(batches)
     if calib is None:
         calib = calibrate(
@@ -158,25 +167,41 @@ def allocate(
     return best(calib.plan, targets, config, budget, tried, Measured(errors, squares, predictions))
 
 
-def candidates(targets: Iterable[Target], config: AwqConfig, budget: Budget) -> dict[str, tuple[LeafConfig, ...]]:
-    """What each weight may be, by the name of its site: the same for all, but for those that an override names."""
-    out: dict[str, tuple[LeafConfig, ...]] = {}
+Tried = Mapping[str, Mapping[Setting, LeafConfig]]
+
+
+def candidates(targets: Iterable[Target], config: AwqConfig, budget: Budget) -> dict[str, dict[Setting, LeafConfig]]:
+    """What each weight may be, by the name of its site, and as what it is then stored: one thing where an override
+    names it.
+
+    Args:
+      targets: selected by `Budget.base` of ``config``, whose group size is among the choices of all of them.
+    """
+    out: dict[str, dict[Setting, LeafConfig]] = {}
     for t in targets:
-        if any(re.search(pattern, t.site.path) for pattern, _ in config.overrides):
-            out[t.site.name] = (t.leaf,)
+        if _is_fixed(t, config):
+            out[t.site.name] = {Setting(t.leaf.bits, t.leaf.group_size): t.leaf}
             continue
-        own = t.leaf.group_size
-        whole = [t.k if g == -1 else g for g in budget.group_sizes or (own,)]
-        sizes = dict.fromkeys([g for g in whole if t.k % g == 0] or [own])
-        out[t.site.name] = tuple(
-            dataclasses.replace(t.leaf, bits=bits, group_size=g) for bits in budget.widths for g in sizes
+        sizes = dict.fromkeys(
+            g for g in (*budget.group_sizes, config.group_size) if g in (-1, config.group_size) or t.k % g == 0
         )
+        out[t.site.name] = {
+            Setting(bits, g): dataclasses.replace(t.leaf, bits=bits, group_size=t.k if g == -1 else g)
+            for bits in budget.widths
+            for g in sizes
+        }
     return out
 
 
-def storage(leaf: LeafConfig) -> float:
-    """Bits that one weight takes, with its share of scale and zero point."""
-    return leaf.bits + (SCALE_BITS + (0 if leaf.symmetric else ZERO_BITS)) / leaf.group_size
+def _is_fixed(t: Target, config: AwqConfig) -> bool:
+    return any(re.search(pattern, t.site.path) for pattern, _ in config.overrides)
+
+
+def storage(target: Target, leaf: LeafConfig) -> float:
+    """Bits that a weight takes if it is stored so, with scales, zero points and rows that fill up its last group."""
+    rows = -(-target.k // leaf.group_size) * leaf.group_size / target.k
+    each = leaf.bits + (SCALE_BITS + (0 if leaf.symmetric else ZERO_BITS)) / leaf.group_size
+    return math.prod(target.site.part_shape) * rows * each
 
 
 def best(
@@ -184,7 +209,7 @@ def best(
     targets: Mapping[str, Target],
     config: AwqConfig,
     budget: Budget,
-    tried: Mapping[str, Sequence[LeafConfig]],
+    tried: Tried,
     measured: Measured,
 ) -> Allocation:
     """The settings that lose the least within the budget.
@@ -200,7 +225,7 @@ def best(
     Raises:
       ConfigError: the budget is below what the smallest settings take, or above the largest.
     """
-    units = [_Unit(mine, [tried[t.site.name] for t in mine], measured) for mine in alike(plan, targets)]
+    units = [_Undecided(mine, tried, measured) for mine in alike(plan, targets, config)]
     numbers = sum(u.numbers for u in units)
     low, high = (sum(pick(u.choices.bits) for u in units) / numbers for pick in (min, max))
     wanted = budget.target_bits
@@ -210,75 +235,58 @@ def best(
             f"{low:.3f} to {high:.3f} bits, scales and zero points included"
         )
     picked = choose([u.choices for u in units], wanted * numbers * (1 + 1e-12))
+    chosen: dict[Setting, list[str]] = {}
+    for u, c in zip(units, picked, strict=True):
+        if not _is_fixed(u.targets[0], config):
+            chosen.setdefault(u.settings[c], []).extend(u.paths)
+    made = [(f"^(?:{'|'.join(map(re.escape, every))})$", s._asdict()) for s, every in chosen.items()]
     done = tuple(u.as_chosen(c) for u, c in zip(units, picked, strict=True))
-    by_leaf: dict[LeafConfig, list[str]] = {}
-    for u in done:
-        by_leaf.setdefault(u.leaf, []).extend(u.paths)
-    fixed = {t.site.path for name, t in targets.items() if len(tried[name]) == 1 and config.overrides}
-    made = [
-        (f"^(?:{'|'.join(map(re.escape, mine))})$", {"bits": leaf.bits, "group_size": leaf.group_size})
-        for leaf, every in by_leaf.items()
-        if (mine := [p for p in every if p not in fixed])
-    ]
     return Allocation(dataclasses.replace(config, overrides=(*config.overrides, *made)), done, wanted)
 
 
-def alike(plan: Plan, targets: Mapping[str, Target]) -> list[list[Target]]:
+def alike(plan: Plan, targets: Mapping[str, Target], config: AwqConfig) -> list[list[Target]]:
     """Targets that are stored alike, in the order of the plan.
 
-    Those of one scale group; parts of one leaf; and experts: the weights between which one expert's rows go.
+    Those of one scale group; parts of one leaf; and experts: the weights between which one expert's rows go. What an
+    override of ``config`` names is stored as that says, whatever the others are.
     """
-    parent: dict[str, str] = {}
+    parent: dict[str, str] = {}  # by path
 
-    def root(name: str) -> str:
-        while parent.setdefault(name, name) != name:
-            name = parent[name]
-        return name
+    def root(path: str) -> str:
+        while parent.setdefault(path, path) != path:
+            path = parent[path]
+        return path
 
-    owners: dict[str, str] = {}
-    grouped = {g.name: g for g in plan.groups}
+    experts: set[str] = set()
     for g in plan.groups:
-        for site in g.sites:
-            if site.name in targets:
-                first = owners.setdefault(site.path, g.name)
-                parent[root(g.name)] = root(first)
-    for g in plan.groups:
-        for absorber in g.absorbers:
-            before = owners.get(absorber.path)
-            if g.batch and before is not None and grouped[before].batch:
-                parent[root(g.name)] = root(before)
+        free = [t.site.path for s in g.sites if (t := targets.get(s.name)) and not _is_fixed(t, config)]
+        experts |= set(free) if g.batch else set()
+        before = [a.path for a in g.absorbers if a.path in experts] if g.batch and free else []
+        for path in (*free, *before):
+            parent[root(path)] = root(free[0])
     out: dict[str, list[Target]] = {}
-    for g in plan.groups:
-        if mine := [targets[s.name] for s in g.sites if s.name in targets]:
-            out.setdefault(root(g.name), []).extend(mine)
+    for _, site in plan.sites():
+        if site.name in targets:
+            out.setdefault(root(site.path), []).append(targets[site.name])
     return list(out.values())
 
 
-class _Unit:
+class _Undecided:
     """What a unit may be: the settings that all of its weights may have."""
 
-    def __init__(self, targets: list[Target], tried: list[Sequence[LeafConfig]], measured: Measured) -> None:
-        self._paths = tuple(dict.fromkeys(t.site.path for t in targets))
-        common = [c for c in tried[0] if all(c in other for other in tried)]
-        self._each = [[c] * len(targets) for c in common]
-        if not common:  # an override names some of them only: each stays what it is, or takes the config's
-            self._each = [[t.leaf for t in targets]]
-        self.sizes = [math.prod(t.site.part_shape) for t in targets]
-        self.numbers = sum(self.sizes)
-        bits = [sum(n * storage(c) for n, c in zip(self.sizes, each, strict=True)) for each in self._each]
-        lost = [
-            sum(float(measured.losses(t)[list(own).index(c)]) for t, own, c in zip(targets, tried, each, strict=True))
-            for each in self._each
-        ]
-        # Nothing was seen of it: then all that counts is how wide the steps are.
-        lost = [x if math.isfinite(x) else 0.0 for x in lost]
-        self.choices = Choices(np.asarray(bits), np.asarray(lost))
+    def __init__(self, targets: Sequence[Target], tried: Tried, measured: Measured) -> None:
+        self.targets, self._tried = targets, [tried[t.site.name] for t in targets]
+        self.settings = [s for s in self._tried[0] if all(s in other for other in self._tried)]
+        self.paths = tuple(dict.fromkeys(t.site.path for t in targets))
+        self.numbers = sum(math.prod(t.site.part_shape) for t in targets)
+        pairs = list(zip(targets, self._tried, strict=True))
+        bits = [sum(storage(t, own[s]) for t, own in pairs) for s in self.settings]
+        lost = [sum(float(measured.losses(t)[list(own).index(s)]) for t, own in pairs) for s in self.settings]
+        # Of what no token was seen nothing is known: it may be as small as it gets.
+        self.choices = Choices(np.asarray(bits), np.nan_to_num(lost, nan=0.0))
 
     def as_chosen(self, choice: int) -> Unit:
-        return Unit(
-            self._paths,
-            self._each[choice][0],
-            self.numbers,
-            float(self.choices.bits[choice]) / self.numbers,
-            float(self.choices.losses[choice]),
-        )
+        """The unit, decided."""
+        leaf = self._tried[0][self.settings[choice]]
+        bits, loss = float(self.choices.bits[choice]), float(self.choices.losses[choice])
+        return Unit(self.paths, leaf, self.numbers, bits / self.numbers, loss)

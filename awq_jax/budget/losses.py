@@ -14,8 +14,10 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from awq_jax.algorithm.grid import column_loss, quantize_dequantize
@@ -33,7 +35,7 @@ def squared_errors(
     leaves: Mapping[str, Weight],
     stats: Stats,
     config: AwqConfig,
-    candidates: Mapping[str, Sequence[LeafConfig]],
+    candidates: Mapping[str, Mapping[Any, LeafConfig]],
 ) -> dict[str, np.ndarray]:
     """Expected squared output error per column and token that each candidate makes of each weight of one scale group.
 
@@ -42,7 +44,7 @@ def squared_errors(
       leaves: float parameters by path.
       stats: calibration sums of the group.
       config: how it will be quantized.
-      candidates: by the name of the site, with group sizes that divide its rows.
+      candidates: by the name of the site.
 
     Returns:
       By the name of the site, float64 ``[candidates]``; of experts the mean over tokens. NaN where nothing was seen.
@@ -68,7 +70,9 @@ def squared_errors(
                     total = np.zeros(len(candidates[t.site.name]))
                     for i in range(columns.pieces):
                         w = columns.piece(layer, expert, i)
-                        total += np.asarray(_of_piece(w, metric, tuple(candidates[t.site.name]), config.scale_dtype))
+                        total += np.asarray(
+                            _of_piece(w, metric, tuple(candidates[t.site.name].values()), config.scale_dtype)
+                        )
                     out[t.site.name] += float(count) * total / columns.total
     return {name: total / tokens for name, total in out.items()}
 
@@ -78,7 +82,8 @@ def _of_piece(w: jax.Array, metric: jax.Array, candidates: tuple[LeafConfig, ...
     """Losses of all columns of ``w [K, C]`` together, for each candidate."""
 
     def loss(c: LeafConfig) -> jax.Array:
-        error = quantize_dequantize(w, c.group_size, c.bits, c.symmetric, dtype) - w
+        filled = jnp.pad(w, ((0, -len(w) % c.group_size), (0, 0)))
+        error = quantize_dequantize(filled, c.group_size, c.bits, c.symmetric, dtype)[: len(w)] - w
         return column_loss(error, metric).sum()
 
     return [loss(c) for c in candidates]

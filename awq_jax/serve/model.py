@@ -337,6 +337,7 @@ class Model(Answering, saving.Pushed):
 
         budget = None if target_bits is None else Budget.of(target_bits)
         config = AwqConfig.from_dict({"explicit_scale": False} | settings)
+        config = config if budget is None else budget.base(config)
         if batch_size is not None and batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, or None; got {batch_size}")
         if self._weights.place is not None:

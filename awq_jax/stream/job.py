@@ -250,6 +250,7 @@ def prepare(
     """
     o = options
     config = AwqConfig.from_dict({"explicit_scale": False} | dict(settings))
+    config = config if o.budget is None else o.budget.base(config)
     if o.batch_size is not None and o.batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, or None; got {o.batch_size}")
     for name, value in (("dtype", o.dtype), ("hidden_dtype", o.hidden_dtype)):
@@ -341,8 +342,9 @@ def _check_format(session: Session, format: str, budget: Budget | None) -> None:
     leaves = {path: target.leaf for path, target in session.targets.items()}
     if budget is not None:
         tried = candidates(session.targets.values(), session.settings, budget)
-        for number, unit in enumerate(alike(session.plan, session.targets)):
-            leaves |= {t.site.name: tried[t.site.name][number % len(tried[t.site.name])] for t in unit}
+        every = {name: list(own.values()) for name, own in tried.items()}
+        for number, unit in enumerate(alike(session.plan, session.targets, session.settings)):
+            leaves |= {t.site.name: every[t.site.name][number % len(every[t.site.name])] for t in unit}
     for path, target in session.targets.items():
         leaf, n = leaves[path], math.prod(target.site.shape) // target.k
         if target.group.batch or "{e}" in names.of(path):
