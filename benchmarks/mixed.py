@@ -39,11 +39,7 @@ def mixed(
     """Two uniform widths, and what lies between them."""
     loaded = awq_jax.load(model)
     length = min(seq_len, loaded.config.max_length)
-    if text:
-        calib, scored = checkpoints.split(loaded.tokenizer, text, samples, length, eval_tokens)
-    else:
-        calib = quality.self_sampled(loaded, samples, length, seed=1)
-        scored = quality.self_sampled(loaded, eval_tokens // length, length, seed=2)[:, 1:].reshape(-1)
+    calib, scored = quality.texts(loaded, text, samples, length, eval_tokens)
     params = loaded.params
     reference = quality.Reference(loaded.apply, params)
     asked: dict[str, Any] = {"group_size": group_size, "samples": samples, "seq_len": length, "progress": False}

@@ -41,6 +41,16 @@ def self_sampled(model: Model, rows: int, length: int, seed: int) -> np.ndarray:
     return np.asarray([[bos, *row] for row in drawn], np.int32)
 
 
+def texts(
+    model: Model, text: Path | None, samples: int, length: int, eval_tokens: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens to calibrate on, ``[samples, length]``, and others to score: of a text, or of what the model writes."""
+    if text:
+        return checkpoints.split(model.tokenizer, text, samples, length, eval_tokens)
+    written = self_sampled(model, eval_tokens // length, length, seed=2)
+    return self_sampled(model, samples, length, seed=1), written[:, 1:].reshape(-1)  # windows have bos
+
+
 def quality(
     model: str,
     *,
@@ -57,11 +67,7 @@ def quality(
     """All methods on one model."""
     loaded = awq_jax.load(model)
     length = min(seq_len, loaded.config.max_length)
-    if text:
-        calib, scored = checkpoints.split(loaded.tokenizer, text, samples, length, eval_tokens)
-    else:
-        calib = self_sampled(loaded, samples, length, seed=1)
-        scored = self_sampled(loaded, eval_tokens // length, length, seed=2)[:, 1:].reshape(-1)  # windows have bos
+    calib, scored = texts(loaded, text, samples, length, eval_tokens)
     params = loaded.params
     before = evaluate.perplexity(loaded, scored, context=length)
     batches = [calib[i : i + 8] for i in range(0, len(calib), 8)]

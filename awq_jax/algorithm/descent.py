@@ -11,9 +11,8 @@ One pass after each of the two times that a matrix is rounded: stories15M, 3 bit
 import jax
 import jax.numpy as jnp
 
+from awq_jax.algorithm.compensation import INNER, OUTER
 from awq_jax.algorithm.grid import Grid
-
-OUTER, INNER = 96, 16  # rows that are brought up to date at once, and those that every row updates
 
 
 def descend(codes: jax.Array, error: jax.Array, gram: jax.Array, grid: Grid, bits: int) -> tuple[jax.Array, jax.Array]:

@@ -133,7 +133,7 @@ def allocate(
 
     Args:
       apply_fn, params: as for `awq_jax.calibrate`.
-      batches: a few: 2,048 tokens in all are enough to tell weights apart.
+      batches: a few: 1,024 tokens in all were enough to tell the weights of stories15M apart.
       config: settings; overrides in it hold, and count. Or pass its fields.
       target_bits: mean bits per packed weight, as `Report.bits_per_weight` counts them; or a `Budget`, which also says
         what to choose from.

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from awq_jax.config import SAMPLES, SEQ_LEN
 from awq_jax.errors import AwqError, CheckpointError, ConfigError, as_options
 
 # `awq_jax.dtypes` has the same table, but imports NumPy, for which --help must not wait.
@@ -57,6 +58,13 @@ def add_column(p: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     """``--calib-column``."""
     p.add_argument("--calib-column", "--column", dest="column", metavar="NAME",
                    help="of rows, the one to read (default: messages, conversations, Alpaca's, or text)")  # fmt: skip
+
+
+def add_samples(p: argparse.ArgumentParser | argparse._ArgumentGroup, what: str = "sequences") -> None:
+    """``--samples`` and ``--seq-len``; ``what``: the sequences."""
+    p.add_argument("--samples", type=positive, default=SAMPLES, metavar="N", help=f"{what} (default: %(default)s)")
+    p.add_argument("--seq-len", type=positive, default=SEQ_LEN, metavar="N",
+                   help="tokens each (default: %(default)s)")  # fmt: skip
 
 
 def add_bos(p: argparse.ArgumentParser | argparse._ArgumentGroup, what: str) -> None:

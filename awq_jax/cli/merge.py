@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from awq_jax.cli import common
-from awq_jax.config import METHOD_NAMES, SAMPLES, SEQ_LEN, AwqConfig
+from awq_jax.config import METHOD_NAMES, AwqConfig
 from awq_jax.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -49,10 +49,7 @@ def add(subparsers: common.Commands) -> None:
                    help="rows that the adapter was trained on, .jsonl, .json or .parquet: calibrated on")  # fmt: skip
     q.add_argument("--held-out", type=Path, metavar="FILE",
                    help="rows to measure the loss on (default: the last 5%% of DATA's, at most 64)")  # fmt: skip
-    q.add_argument("--samples", type=common.positive, default=SAMPLES, metavar="N",
-                   help="sequences to calibrate on (default: %(default)s)")  # fmt: skip
-    q.add_argument("--seq-len", type=common.positive, default=SEQ_LEN, metavar="N",
-                   help="tokens each (default: %(default)s)")  # fmt: skip
+    common.add_samples(q, "sequences to calibrate on")
     q.add_argument("--format", default="auto", metavar="NAME", help="as for awq-jax quantize (default: %(default)s)")
     common.add_dtype(p)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from awq_jax.cli import common, engines, tables, tune
-from awq_jax.config import BITS, METHOD_NAMES, SAMPLES, SCALE_DTYPES, SEQ_LEN, AwqConfig, Budget
+from awq_jax.config import BITS, METHOD_NAMES, SCALE_DTYPES, AwqConfig, Budget
 from awq_jax.errors import AwqError, CheckpointError, ConfigError, FormatError, ProcessError, as_options
 
 if TYPE_CHECKING:
@@ -68,10 +68,10 @@ def add(subparsers: common.Commands) -> None:
     g.add_argument("--no-clip", action="store_true", help="no search for clipping thresholds")
     g.add_argument("--sequential", action=argparse.BooleanOptionalAction, default=AwqConfig.sequential,
                    help="round each weight for the input that it has once those before it are quantized: nearer to the "
-                   "float model, for half as much time again")  # fmt: skip
+                   "float model, in one and a half to two and a half times the time")  # fmt: skip
     g.add_argument("--effort", choices=("normal", "best"), default="normal",
                    help="best: then also tune scales, norms and biases to the float model's predictions (see awq-jax "
-                   "tune): a few per cent less divergence for some times the work")  # fmt: skip
+                   "tune), on the same text")  # fmt: skip
     g.add_argument("--quantize-head", action="store_true", help="also quantize the output projection")
     g.add_argument("--skip", action="append", default=[], metavar="REGEX", help="leave weights float; may be repeated")
     g.add_argument("--override", action="append", default=[], metavar="REGEX:bits=B,group_size=G,symmetric=S",
@@ -85,10 +85,7 @@ def add(subparsers: common.Commands) -> None:
                    ".parquet or .npy file (default: builtin; nothing with --method rtn)")  # fmt: skip
     common.add_column(c)
     common.add_bos(c, "sequences")
-    c.add_argument("--samples", type=common.positive, default=SAMPLES, metavar="N",
-                   help="sequences (default: %(default)s)")  # fmt: skip
-    c.add_argument("--seq-len", type=common.positive, default=SEQ_LEN, metavar="N",
-                   help="tokens each (default: %(default)s)")  # fmt: skip
+    common.add_samples(c)
     c.add_argument("--batch-size", type=common.positive, metavar="N",
                    help="sequences per forward pass (default: 512 tokens on a CPU, 8192 elsewhere)")  # fmt: skip
     c.add_argument("--seed", type=int, default=0, help="picks the excerpts (default: %(default)s)")
@@ -202,6 +199,8 @@ def _quantize(args: argparse.Namespace, config: AwqConfig, pool: Pool) -> None:
     chosen = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     job = prepare(args.src, args.dst, args.calib, options, chosen, pool)
     first = pool.rank == 0
+    if args.effort == "best" and job.batches and sum(map(len, job.batches)) < 2:
+        raise ConfigError("--effort best needs two sequences or more, of which one is kept out: raise --samples")
     common.say(job.description, args.quiet or not first)
     read = time.perf_counter() - start
     if args.dry_run:
@@ -216,10 +215,11 @@ def _quantize(args: argparse.Namespace, config: AwqConfig, pool: Pool) -> None:
     for path, adapter in adapters.items():
         files.write(bases.fitted(adapter, bases.of(args.dst), "float"), path, args.overwrite)
     if args.effort == "best":
+        common.say(f"{args.dst} is written ({done.format}); tuning it (awq-jax tune does, if this ends)", args.quiet)
         common.say(tune.gain(tune.tuned(args, args.dst, args.src, args.dst, True)), args.quiet)
     report = dataclasses.replace(done.report, seconds={"text": read, **done.report.seconds})
     if args.report:
-        write_report(report, args.report, f"{args.src}, {config.bits} bits")
+        write_report(report, args.report, f"{args.src}, {report.bits_per_weight:.2f} bits per weight")
     if args.json:
         extra = {"format": done.format, "resumed": done.resumed}
         print(common.to_json(report.to_dict() | extra))

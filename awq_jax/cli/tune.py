@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from awq_jax.cli import common
-from awq_jax.config import SAMPLES, SEQ_LEN
 from awq_jax.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -41,10 +40,7 @@ def add(subparsers: common.Commands) -> None:
     c.add_argument("--calib", metavar="SOURCE", help="as for awq-jax quantize (default: builtin)")
     common.add_column(c)
     common.add_bos(c, "sequences")
-    c.add_argument("--samples", type=common.positive, default=SAMPLES, metavar="N",
-                   help="sequences (default: %(default)s)")  # fmt: skip
-    c.add_argument("--seq-len", type=common.positive, default=SEQ_LEN, metavar="N",
-                   help="tokens each (default: %(default)s)")  # fmt: skip
+    common.add_samples(c)
     c.add_argument("--seed", type=int, default=0, help="picks the excerpts and their order (default: %(default)s)")
     t = p.add_argument_group("training")
     t.add_argument("--epochs", type=common.positive, default=4, metavar="N", help="(default: %(default)s)")
@@ -57,7 +53,8 @@ def add(subparsers: common.Commands) -> None:
 def run(args: argparse.Namespace) -> None:
     """Load, tune, write."""
     common.check_new_directory(args.dst.absolute(), args.overwrite)
-    done = tuned(args, args.dir, args.float, args.dst, args.overwrite)
+    training = {name: getattr(args, name) for name in ("epochs", "batch_size", "learning_rate")}
+    done = tuned(args, args.dir, args.float, args.dst, args.overwrite, **training)
     if args.json:
         told = {"before": done.before, "after": done.after, "curve": done.curve, "tokens": done.tokens}
         print(common.to_json({"written": str(args.dst), **told}))
@@ -65,8 +62,8 @@ def run(args: argparse.Namespace) -> None:
         print(f"{gain(done)}\nwrote {args.dst}")
 
 
-def tuned(args: argparse.Namespace, src: str | Path, floats: str, dst: Path, overwrite: bool) -> Tuned:
-    """Tune the checkpoint ``src`` and write it to ``dst``, in its format; options as in ``args``.
+def tuned(args: argparse.Namespace, src: str | Path, floats: str, dst: Path, overwrite: bool, **training: Any) -> Tuned:
+    """Tune the checkpoint ``src`` and write it to ``dst``, in its format, on the text that ``args`` names.
 
     Raises:
       ConfigError: ``src`` is float, or of a format that is not written.
@@ -80,9 +77,8 @@ def tuned(args: argparse.Namespace, src: str | Path, floats: str, dst: Path, ove
     format = model.source.format
     if registry.get(format).encoder is None and registry.get(format).sink is None:
         raise ConfigError(f"{src} is {format}, which is not written: convert it first (awq-jax convert --list)")
-    names = ("samples", "seq_len", "seed", "column", "bos", "epochs", "batch_size", "learning_rate")
-    chosen = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
-    done = tune(model, floats, args.calib, progress=not args.quiet, **chosen)
+    text = {name: getattr(args, name) for name in ("samples", "seq_len", "seed", "column", "bos")}
+    done = tune(model, floats, args.calib, progress=not args.quiet, **text, **training)
     with atomic_directory(dst, overwrite) as beside:  # it may take the place of ``src``
         model.save(beside, format, overwrite=True)
     return done

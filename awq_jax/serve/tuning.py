@@ -16,7 +16,7 @@ from awq_jax.qtensor import is_quantized
 from awq_jax.serve import calibration_batches
 from awq_jax.serve.model import Model
 from awq_jax.stream import tuning
-from awq_jax.stream.decoder_blocks import Chain, DecoderBlock, Leaves
+from awq_jax.stream.decoder_blocks import Chain, Read, from_checkpoint, from_memory, shapes
 from awq_jax.stream.job import check_float
 
 
@@ -35,9 +35,9 @@ def tune(
 ) -> tuning.Tuned:
     """Lower the divergence of a packed model from its float model, in place: by its scales, norms and biases.
 
-    Codes stay as they are, and so does the format; it is worth it where a few per cent of divergence are worth some
-    minutes for each hundred million weights. One sequence in eight, at least one, is kept out: the epoch that is best
-    there is taken, and if none is better than no tuning, nothing changes.
+    Codes stay as they are, and so does the format. One sequence in eight, at least one, is kept out: the epoch that is
+    best there is taken, and if none is better than no tuning, nothing changes. Each step goes through the model four
+    times; `awq_jax.stream.tuning` says how, and how much memory it takes.
 
     Args:
       model: packed: of any format, and by whomever quantized.
@@ -45,6 +45,9 @@ def tune(
       calib, samples, seq_len, seed, column, bos: text, as for `awq_jax.serve.model.Model.quantize`. None: the built-in.
       progress: show a progress bar on stderr; or call this function with what is done of how much.
       **settings: of `awq_jax.stream.tuning.Settings`: epochs, batch_size, learning_rate.
+
+    Returns:
+      The divergence before and after, by epoch, and the parameters, which are in ``model`` by then.
 
     Raises:
       ConfigError: nothing is packed, the models differ, or a setting is out of range.
@@ -66,31 +69,22 @@ def tune(
     return done
 
 
-def _floats(model: Model, against: Model | str | Path) -> Any:
+def _floats(model: Model, against: Model | str | Path) -> Read:
     """What reads a block's float parameters."""
     if isinstance(against, Model):
-        theirs = against.config
-        floats = paths.flatten(against.take_params())
+        theirs, floats = against.config, paths.flatten(against.take_params())
         if any(map(is_quantized, floats.values())):
             raise ConfigError("against= is packed: pass the float model")
+        read = from_memory(floats)
     else:
         source = registry.open_source(against)
         check_float(source)
         theirs = naming.config_of(source)
-        floats = None
-    if (theirs.family, theirs.layers, theirs.hidden_size) != (
-        model.config.family,
-        model.config.layers,
-        model.config.hidden_size,
-    ):
-        raise ConfigError("against= is another model: its layers differ")
-    if floats is not None:
-        held = floats
-        return lambda block: {p: held[block.prefix + p] for p in block.leaves}
-    shapes = {b.prefix + p: b.leaves[p] for b in Chain(theirs).blocks for p in b.owned}
-    weights = Weights(source, theirs, shapes, None)
-
-    def read(block: DecoderBlock) -> Leaves:
-        return {p: weights.leaf(block.prefix + p) for p in block.leaves}
-
+        read = from_checkpoint(Weights(source, theirs, shapes(Chain(theirs).blocks), None))
+    own = model.config
+    if (theirs.family, theirs.layers, theirs.hidden_size) != (own.family, own.layers, own.hidden_size):
+        raise ConfigError(
+            f"against= is another model: {len(theirs.layers)} layers of {theirs.hidden_size} ({theirs.family}), and "
+            f"the packed one has {len(own.layers)} of {own.hidden_size} ({own.family}); pass the one it was made of"
+        )
     return read

@@ -20,13 +20,23 @@ from awq_jax.convert.files.shards import write_json
 from awq_jax.errors import ConfigError
 from awq_jax.progress import Progress, bar
 from awq_jax.quantizer import quantize as quantizer
-from awq_jax.stream.decoder_blocks import EMBED, HEAD, REST, DecoderBlock, Leaves, owner
+from awq_jax.stream.decoder_blocks import (
+    EMBED,
+    HEAD,
+    REST,
+    DecoderBlock,
+    Leaves,
+    Read,
+    from_checkpoint,
+    from_memory,
+    owner,
+)
 from awq_jax.stream.hidden_states import InMemory
 from awq_jax.stream.job import ALLOCATION, Job
 from awq_jax.stream.session import Session
 from awq_jax.trace.probes import Place, Sums, probed
 
-TOKENS = 2048  # that are enough to tell weights apart
+TOKENS = 2048  # that weights are told apart by: as many were enough for stories15M
 # (parameters, what goes in, what comes back from the block after) -> squares, and what goes back to the one before
 Pull = Callable[[Leaves, jax.Array, jax.Array], tuple[Sums, jax.Array]]
 
@@ -34,7 +44,7 @@ Pull = Callable[[Leaves, jax.Array, jax.Array], tuple[Sums, jax.Array]]
 def allocate(
     session: Session,
     budget: Budget,
-    read: Callable[[DecoderBlock], Leaves],
+    read: Read,
     batches: Sequence[np.ndarray],
     progress: Progress = True,
 ) -> Allocation:
@@ -91,12 +101,7 @@ def in_memory(
     session: Session, budget: Budget, params: nnx.State, batches: Sequence[np.ndarray], progress: Progress = True
 ) -> Allocation:
     """`allocate` for a decoder whose float parameters are ``params``."""
-    floats = paths.flatten(params)
-
-    def read(block: DecoderBlock) -> Leaves:
-        return {path: floats[block.prefix + path] for path in block.leaves}
-
-    return allocate(session, budget, read, batches, progress)
+    return allocate(session, budget, from_memory(paths.flatten(params)), batches, progress)
 
 
 def settle(job: Job, progress: Progress = True) -> None:
@@ -106,11 +111,7 @@ def settle(job: Job, progress: Progress = True) -> None:
     chosen = ""
     if not session.pool.rank:
         if not path.is_file():
-
-            def read(block: DecoderBlock) -> Leaves:
-                return {p: job.weights.leaf(block.prefix + p) for p in block.leaves}
-
-            found = allocate(session, budget, read, job.batches, progress)
+            found = allocate(session, budget, from_checkpoint(job.weights), job.batches, progress)
             part = path.with_name(path.name + ".part")
             write_json(part, found.config.to_dict())
             part.replace(path)
@@ -132,7 +133,7 @@ def _few(batches: Sequence[np.ndarray]) -> list[np.ndarray]:
 def _back(
     session: Session,
     blocks: Sequence[DecoderBlock],
-    read: Callable[[DecoderBlock], Leaves],
+    read: Read,
     entered: list[list[np.ndarray]],
     places: Sequence[Place],
     progress: Callable[[], object],

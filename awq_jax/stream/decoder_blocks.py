@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from awq_jax.plan.plan import Plan, ScaleGroup
 from awq_jax.qtensor import Weight
 
 Leaves = Mapping[str, Weight]  # float parameters by path within the block
+Read = Callable[["DecoderBlock"], Leaves]  # a block's float parameters, all that it reads
 Apply = Callable[[Leaves, jax.Array], jax.Array]
 
 EMBED, HEAD, REST = "embed", "head", "rest"
@@ -146,6 +147,21 @@ class Chain:
             return nnx.merge(graphdef, _filled(state, leaves))(x, Step(positions, angles), None)[0]
 
         return run
+
+
+def from_memory(leaves: Leaves) -> Read:
+    """A reader of the parameters of a whole decoder, by full path."""
+    return lambda block: {path: leaves[block.prefix + path] for path in block.leaves}
+
+
+def from_checkpoint(weights: model_params.Weights) -> Read:
+    """A reader of a checkpoint's parameters, block by block."""
+    return lambda block: {path: weights.leaf(block.prefix + path) for path in block.leaves}
+
+
+def shapes(blocks: Iterable[DecoderBlock]) -> dict[str, tuple[int, ...]]:
+    """Of all parameters, by full path."""
+    return {b.prefix + path: b.leaves[path] for b in blocks for path in b.owned}
 
 
 def owner(path: str) -> str:

@@ -27,7 +27,7 @@ from awq_jax.dtypes import FLOATS, name_of
 from awq_jax.errors import CheckpointError, ConfigError, FormatError, Setting
 from awq_jax.models.weights.params import Weights
 from awq_jax.qtensor import QuantizedTensor
-from awq_jax.stream.decoder_blocks import HEAD, REST, DecoderBlock
+from awq_jax.stream.decoder_blocks import HEAD, REST, DecoderBlock, shapes
 from awq_jax.stream.hidden_states import Hidden, InMemory, OnDisk, holds
 from awq_jax.stream.session import Session
 
@@ -274,8 +274,7 @@ def prepare(
     if o.format != "auto":
         _check_format(session, o.format, o.budget)
     dtype = o.dtype or ("float32" if source.format == "gguf" else None)
-    shapes = {b.prefix + p: b.leaves[p] for b in session.blocks for p in b.owned}
-    weights = Weights(source, architecture, shapes, dtype)
+    weights = Weights(source, architecture, shapes(session.blocks), dtype)
     text = data.load(
         calib,
         source.tokenizer() if _needs_tokenizer(calib) else None,

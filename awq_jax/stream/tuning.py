@@ -7,6 +7,7 @@ weights are floats at a time: what goes into each block is kept, and a block is 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
@@ -21,7 +22,7 @@ from awq_jax.models import ModelConfig
 from awq_jax.progress import Progress, bar
 from awq_jax.qtensor import QuantizedTensor, Weight
 from awq_jax.stream import folds
-from awq_jax.stream.decoder_blocks import EMBED, HEAD, REST, Chain, DecoderBlock, Leaves
+from awq_jax.stream.decoder_blocks import EMBED, HEAD, REST, Chain, DecoderBlock, Leaves, Read
 
 Factors = dict[str, dict[str, jax.Array]]  # by block, and by path within it: what is added to a factor of 1
 
@@ -72,7 +73,7 @@ class Tuned:
 def tune(
     config: ModelConfig,
     packed: Mapping[str, Weight],
-    read: Callable[[DecoderBlock], Leaves],
+    read: Read,
     rows: np.ndarray,
     settings: Settings | None = None,
     progress: Progress = True,
@@ -107,7 +108,7 @@ def tune(
         work = _Streams(config, packed, rows)
         work.see_floats(read, size)
         fitted, held = np.arange(len(rows) - kept), np.arange(len(rows) - kept, len(rows))
-        factors = work.ones()
+        factors = work.unchanged()
         rate, rise = settings.learning_rate, max(1, steps // 10)
         schedule = optax.warmup_cosine_decay_schedule(rate / (rise + 1), rate, rise, max(steps, rise + 1))
         optimizer = optax.adam(schedule, b2=0.99)
@@ -132,7 +133,7 @@ def tune(
                 raise WeightError("the divergence is not finite: lower learning_rate")
             best = min(best, (curve[-1], factors), key=lambda entry: entry[0])
         leaves = work.stored(best[1])
-        after = _Streams(config, leaves, rows, work).divergence(work.ones(), held, size)
+        after = work.holding(leaves).divergence(work.unchanged(), held, size)
     if not after < before:
         leaves, after = dict(packed), before
     return Tuned(leaves, before, after, curve, int(len(fitted) * rows.shape[1]))
@@ -143,22 +144,28 @@ class _Streams:
 
     Args:
       config, packed, rows: see `tune`.
-      other: of the same model and rows: shares programs, and what is known of the float model.
     """
 
-    def __init__(
-        self, config: ModelConfig, packed: Mapping[str, Weight], rows: np.ndarray, other: _Streams | None = None
-    ) -> None:
-        self._chain: Chain = Chain(config) if other is None else other._chain
+    def __init__(self, config: ModelConfig, packed: Mapping[str, Weight], rows: np.ndarray) -> None:
+        self._chain = Chain(config)
         self._blocks = [b for b in self._chain.blocks if b.kind != REST]
+        self._rows = rows
+        self._programs: dict[Hashable, Callable[..., Any]] = {}
+        self._last: np.ndarray | None = None
+        self._float_head: Leaves = {}
+        self._hold(packed)
+
+    def _hold(self, packed: Mapping[str, Weight]) -> None:
         self._packed = dict(packed)
         self._leaves = {b.name: {p: packed[b.prefix + p] for p in b.leaves} for b in self._blocks}
-        self._rows = rows
-        self._programs: dict[Hashable, Callable[..., Any]] = {} if other is None else other._programs
-        self._last: np.ndarray | None = None if other is None else other._last
-        self._float_head: Leaves = {} if other is None else other._float_head
 
-    def ones(self) -> Factors:
+    def holding(self, packed: Mapping[str, Weight]) -> _Streams:
+        """The same with other packed weights."""
+        other = copy.copy(self)
+        other._hold(packed)
+        return other
+
+    def unchanged(self) -> Factors:
         """No change."""
         return {
             b.name: {
@@ -170,11 +177,11 @@ class _Streams:
             if b.kind != EMBED
         }
 
-    def see_floats(self, read: Callable[[DecoderBlock], Leaves], size: int) -> None:
+    def see_floats(self, read: Read, size: int) -> None:
         """Send all sequences through the float model, up to its head."""
         hidden = [self._rows[i : i + size] for i in range(0, len(self._rows), size)]
         for block in self._blocks:
-            leaves = {p: leaf for p, leaf in read(block).items() if p in block.leaves}
+            leaves = read(block)
             if block.kind == HEAD:
                 self._float_head = leaves
             else:

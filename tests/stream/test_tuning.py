@@ -49,7 +49,7 @@ def test_the_gradient_is_that_of_the_whole_model(models):
     floats = awq_jax.load(directory)
     streams = tuning._Streams(packed.config, paths.flatten(packed.params), ROWS)
     streams.see_floats(read(floats), 4)
-    got = streams.gradient(streams.ones(), np.arange(4))
+    got = streams.gradient(streams.unchanged(), np.arange(4))
     assert "bias" not in str(got)
     assert {p for f in got.values() for p in f} >= {"self_attn/q_proj/kernel", "input_layernorm/scale", "norm/scale"}
 
@@ -63,8 +63,8 @@ def test_the_gradient_is_that_of_the_whole_model(models):
 
         return divergence(paths.map_with_path(one, packed.params), floats, ROWS[:4])
 
-    value, want = jax.value_and_grad(loss)(streams.ones())
-    np.testing.assert_allclose(streams.divergence(streams.ones(), np.arange(4), 4), value, rtol=1e-5)
+    value, want = jax.value_and_grad(loss)(streams.unchanged())
+    np.testing.assert_allclose(streams.divergence(streams.unchanged(), np.arange(4), 4), value, rtol=1e-5)
     for (where, a), (_, b) in zip(
         jax.tree_util.tree_leaves_with_path(got), jax.tree_util.tree_leaves_with_path(want), strict=True
     ):
@@ -118,7 +118,7 @@ def test_what_is_refused(models, tmp_path):
     with pytest.raises(ConfigError, match="epochs must be at least 1"):
         awq_jax.tune(packed, floats, ROWS, progress=False, epochs=0)
     tiny_checkpoints.checkpoint(tmp_path / "other", num_hidden_layers=1)
-    with pytest.raises(ConfigError, match="another model"):
+    with pytest.raises(ConfigError, match=r"another model: 1 layers of \d+ \(llama\), and the packed one has 2 of 32"):
         awq_jax.tune(packed, tmp_path / "other", ROWS, progress=False)
 
 
@@ -136,6 +136,11 @@ def test_by_the_command_line(models, tmp_path, capsys):
     one, two = (paths.flatten(awq_jax.load(tmp_path / name).params) for name in ("best", "tuned"))
     for path, leaf in one.items():
         jax.tree.map(np.testing.assert_array_equal, leaf, two[path])
+    one = ["--calib", str(tmp_path / "one.npy"), "--samples", "1", "--effort", "best"]
+    np.save(tmp_path / "one.npy", ROWS[:1])
+    assert entry.main(["quantize", str(directory), str(tmp_path / "x"), *quick, *one]) == 2
+    assert "two sequences or more" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
     assert entry.main(["tune", str(directory), str(directory), str(tmp_path / "x"), *text]) == 2
     assert "no weight is packed" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
